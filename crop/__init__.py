@@ -1,0 +1,31 @@
+"""crop: region-guided pruning of vision tokens for Hugging Face vision-language models, training-free."""
+
+# BUILD
+from .methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection, by_name
+from .ops import adaptive_pool, attention_mass, compact, region_topk, select, use_backend
+from .patch import patch
+from .plan import PoolPlan
+from .region import Region, VisionLayout
+from .stats import PruneStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Compose",
+    "InnerLLMPruning",
+    "Method",
+    "PoolPlan",
+    "PreLLMCompression",
+    "PruneStats",
+    "Region",
+    "Selection",
+    "VisionLayout",
+    "adaptive_pool",
+    "attention_mass",
+    "by_name",
+    "compact",
+    "patch",
+    "region_topk",
+    "select",
+    "use_backend",
+]

@@ -1,0 +1,233 @@
+"""What one prefill will do, decided on the host before the vision tower runs.
+
+A chunk is the part of the sequences that one forward call processes. Planning it needs token ids, the padding
+mask and the regions only, so every size is known up front: the device is never asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cache import left_fill
+from .methods import Method, Selection
+from .region import PoolPlan, Region, VisionLayout
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """One image: where its tokens are, how they are pooled, which of the pooled ones stay."""
+
+    sample: int
+    layout: VisionLayout
+    plan: PoolPlan | None
+    pooled: VisionLayout
+    selection: Selection | None
+
+    @property
+    def num_keep(self) -> int:
+        return len(self.pooled) if self.selection is None else self.selection.num_keep
+
+
+@dataclass(frozen=True)
+class PoolStep:
+    """Pre-LLM compression of a whole batch as one pooling.
+
+    Args:
+        plan: cells over the flattened (batch * seq_len) tokens; text tokens are cells of one, padding is in none.
+        leader: (batch, num_slots) int64 source position of each slot, -1 = filler.
+        slot: (batch, seq_len) int64 slot that stands for each source position, -1 = padding or dropped.
+        filled: (num_out,) int64 flat slot of each cell, or None where the cells fill the batch exactly.
+    """
+
+    plan: PoolPlan
+    leader: Tensor
+    slot: Tensor
+    filled: Tensor | None
+
+
+@dataclass(frozen=True)
+class SelectStep:
+    """Inner-LLM pruning of a whole batch.
+
+    Args:
+        stays: (batch, seq_len) bool, tokens that stay whatever the scores (text, images kept whole).
+        width: slots of the longest sample afterwards.
+        dense: every sample fills all slots.
+        sample: (num_images,) int64 batch row of each pruned image.
+        vision_index: (num_images, num_candidates) int64 token positions in the chunk, -1 = filler.
+        priority: int8, weight: float32 or None, both like ``vision_index``.
+        num_keep: tokens to keep per image.
+        rows: (batch, num_rows) int64 scoring rows, -1 = filler; None where no scores are needed.
+        first: (batch,) int64 first real token of each sample; None where padding stands between real tokens.
+    """
+
+    stays: Tensor
+    width: int
+    dense: bool
+    sample: Tensor
+    vision_index: Tensor
+    priority: Tensor
+    weight: Tensor | None
+    num_keep: list[int]
+    rows: Tensor | None
+    first: Tensor | None
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Everything one prefill does. ``real`` (batch, seq_len) bool marks what is no padding, before pooling."""
+
+    images: list[ImagePlan]
+    real: Tensor
+    pool: PoolStep | None
+    select: SelectStep | None
+
+
+def plan_chunk(
+    method: Method,
+    images: Sequence[tuple[int, VisionLayout]],
+    regions: Sequence[Region],
+    real: Tensor,
+) -> ChunkPlan:
+    """Turn regions into pooling cells and candidate lists.
+
+    Args:
+        method: the pruning policy.
+        images: (sample, layout) per image in prompt order.
+        regions: one per image.
+        real: (batch, seq_len) bool, False for padding.
+    """
+    pool_plans = [
+        method.plan(layout, region) for (_, layout), region in zip(images, regions, strict=True)
+    ]
+    pool = None
+    slots = real
+    pooled = [layout for _, layout in images]
+    if any(plan is not None for plan in pool_plans):
+        pool = _pool_step(images, pool_plans, real)
+        slots = pool.leader >= 0
+        pooled = [
+            layout.pool(
+                plan or PoolPlan.identity(len(layout)), _leader_slots(pool, sample, layout, plan)
+            )
+            for (sample, layout), plan in zip(images, pool_plans, strict=True)
+        ]
+    plans = [
+        ImagePlan(sample, layout, plan, after, method.select(after, region))
+        for (sample, layout), plan, after, region in zip(
+            images, pool_plans, pooled, regions, strict=True
+        )
+    ]
+    return ChunkPlan(plans, real, pool, _select_step(method, plans, slots))
+
+
+def _leader_slots(
+    pool: PoolStep, sample: int, layout: VisionLayout, plan: PoolPlan | None
+) -> Tensor:
+    leaders = layout.position if plan is None else layout.position[plan.leader.long()]
+    return pool.slot[sample, leaders]
+
+
+def _pool_step(
+    images: Sequence[tuple[int, VisionLayout]], plans: Sequence[PoolPlan | None], real: Tensor
+) -> PoolStep:
+    batch, seq_len = real.shape
+    # Every token is labelled with the flat position of the token that leads its cell; equal labels are one cell.
+    label = torch.arange(batch * seq_len).view(batch, seq_len).masked_fill(~real, -1)
+    for (sample, layout), plan in zip(images, plans, strict=True):
+        if plan is None:
+            continue
+        inverse = plan.inverse.long()
+        leader = layout.position[plan.leader.long()][inverse.clamp(min=0)]
+        label[sample, layout.position] = torch.where(inverse >= 0, sample * seq_len + leader, -1)
+    label = label.flatten()
+    members = torch.argsort(label, stable=True)
+    members = members[int((label < 0).sum()) :]
+    leaders, cell, counts = torch.unique_consecutive(
+        label[members], return_inverse=True, return_counts=True
+    )
+    plan = PoolPlan(
+        members=members.int(),
+        offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
+        leader=leaders.int(),
+        level=torch.zeros(len(leaders), dtype=torch.uint8),
+        num_tokens=batch * seq_len,
+    )
+    is_leader = torch.zeros(batch * seq_len, dtype=torch.bool)
+    is_leader[leaders] = True
+    is_leader = is_leader.view(batch, seq_len)
+    width = int(is_leader.sum(1).max())
+    leader_index, leader_slot = left_fill(is_leader, width)
+    slot = torch.full((batch * seq_len,), -1, dtype=torch.int64)
+    slot[members] = leader_slot.flatten()[leaders][cell]
+    filled = None
+    if len(leaders) != batch * width:
+        filled = torch.nonzero(leader_index.flatten() >= 0).flatten()
+    return PoolStep(plan, leader_index, slot.view(batch, seq_len), filled)
+
+
+def _select_step(method: Method, images: Sequence[ImagePlan], slots: Tensor) -> SelectStep | None:
+    pruned = [image for image in images if image.selection is not None]
+    if not pruned:
+        return None
+    stays = slots.clone()
+    for image in pruned:
+        stays[image.sample, image.pooled.position] = False
+    kept = stays.sum(1)
+    for image in pruned:
+        kept[image.sample] += image.num_keep
+    width = int(kept.max())
+    weights = [image.selection.weight for image in pruned]
+    weight = None
+    if any(entry is not None for entry in weights):
+        weight = _stack(
+            [
+                torch.ones(len(image.pooled)) if entry is None else entry
+                for image, entry in zip(pruned, weights, strict=True)
+            ],
+            1.0,
+        )
+    return SelectStep(
+        stays=stays,
+        width=width,
+        dense=bool((kept == width).all()),
+        sample=torch.tensor([image.sample for image in pruned]),
+        vision_index=_stack([image.pooled.position for image in pruned], -1),
+        priority=_stack([image.selection.priority for image in pruned], -1),
+        weight=weight,
+        num_keep=[image.num_keep for image in pruned],
+        rows=_scoring_rows(method.rows, images, slots)
+        if any(image.selection.needs_scores for image in pruned)
+        else None,
+        first=_first_if_contiguous(slots),
+    )
+
+
+def _first_if_contiguous(real: Tensor) -> Tensor | None:
+    first = real.int().argmax(1)
+    last = real.shape[1] - 1 - real.flip(1).int().argmax(1)
+    return first if bool((last - first + 1 == real.sum(1)).all()) else None
+
+
+def _stack(rows: Sequence[Tensor], fill: float) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill)
+
+
+def _scoring_rows(kind: str, images: Sequence[ImagePlan], slots: Tensor) -> Tensor:
+    """Rows whose attention decides: the text after a sample's last image, or its last token alone."""
+    last_image = torch.full((slots.shape[0],), -1)
+    for image in images:
+        last_image[image.sample] = max(
+            int(last_image[image.sample]), int(image.pooled.position[-1])
+        )
+    rows = []
+    for sample, row in enumerate(slots):
+        candidates = torch.nonzero(row).flatten()
+        text = candidates[candidates > last_image[sample]]
+        # An image at the very end leaves no text after it: its own last token asks.
+        rows.append(candidates[-1:] if kind == "last" or len(text) == 0 else text)
+    return _stack(rows, -1)

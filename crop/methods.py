@@ -1,0 +1,433 @@
+"""Methods: how many and which vision tokens stay. Pure policy, on the host."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from numbers import Integral, Real
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crop.plan import (
+    INSIDE,
+    MAX_STRIDE,
+    NEWLINES,
+    OUTSIDE,
+    PADS,
+    RING,
+    PoolPlan,
+    build_plan,
+    check_strides,
+    count_groups,
+)
+from crop.region import PADDING, Region, VisionLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What ``ops.select`` needs to know to prune one image.
+
+    Args:
+        num_keep: tokens to keep.
+        priority: (N,) int8, higher first whatever the score; negative = never.
+        weight: (N,) float32 factor of the score, or None for 1.
+        needs_scores: False if the priorities alone decide.
+    """
+
+    num_keep: int
+    priority: Tensor
+    weight: Tensor | None = None
+    needs_scores: bool = True
+
+
+def _check_keep(op: str, keep: float | int) -> None:
+    if isinstance(keep, bool) or not isinstance(keep, Real):
+        raise TypeError(f"{op}: keep must be a float in (0, 1] or an int >= 1, got {keep!r}")
+    if isinstance(keep, Integral):
+        if keep < 1:
+            raise ValueError(f"{op}: keep as a token count must be >= 1, got {keep}")
+    elif not 0.0 < keep <= 1.0:  # also False for NaN
+        raise ValueError(f"{op}: keep as a fraction must be in (0, 1], got {keep}")
+
+
+def _budget(op: str, keep: float | int, layout: VisionLayout) -> int:
+    """Tokens that ``keep`` allows for this image, in [1, len(layout)]."""
+    if isinstance(keep, Integral):
+        if keep > layout.num_original:
+            raise ValueError(
+                f"{op}: keep as a token count must be <= num_original={layout.num_original}, "
+                f"got {keep}"
+            )
+        count = int(keep)
+    else:
+        count = round(keep * layout.num_original)
+    return min(max(count, 1), len(layout))
+
+
+def _check_count(op: str, name: str, value: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+    if value < low:
+        raise ValueError(f"{op}: {name} must be >= {low}, got {value}")
+
+
+def _check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {choices}, got {value!r}")
+
+
+class Method:
+    """A pruning policy. The base keeps everything; a method overrides ``plan``, ``select`` or both.
+
+    ``layer``: decoder layer at whose input ``select`` applies, None if it never does.
+    ``rows``: queries whose attention scores the tokens: "text" (all after the image) or "last".
+    ``pool_mode``: reduction of a cell of ``plan``.
+    """
+
+    layer: int | None = None
+    rows: Literal["text", "last"] = "text"
+    pool_mode: Literal["mean", "max"] = "mean"
+
+    def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
+        """How to pool the tokens of one image before the language model; None: not at all."""
+        return None
+
+    def select(self, layout: VisionLayout, region: Region) -> Selection | None:
+        """What to keep of one image at ``layer`` (layout is the one after pooling); None: all."""
+        return None
+
+
+def fit_strides(layout: VisionLayout, level: Tensor, budget: int) -> tuple[int, int, int] | None:
+    """Mildest strides with at most ``budget`` cells.
+
+    Mildest = first in the lexicographic order of (inside, outside, context): the region is spared
+    for as long as any strides allow it, then the coarsest stride of the image is as small as
+    possible, then that of the ring.
+
+    Args:
+        layout: the tokens of one image.
+        level: (N,) uint8 from ``layout.levels``.
+        budget: cells, >= 1.
+    Returns:
+        (inside, context, outside), or None if no strides up to 16 fit.
+    Source: own choice; counts per level are independent, so each stride is counted only once.
+    """
+    tables: dict[int, list[int]] = {}
+
+    def count(group: int, stride: int) -> int:
+        if stride not in tables:
+            tables[stride] = count_groups(layout, level, stride)
+        return tables[stride][group]
+
+    # At stride 1 a cell is a token; an empty level has no say, so only one stride is tried for it.
+    has_ring, has_outside, has_padding = (count(g, 1) > 0 for g in (RING, OUTSIDE, PADS))
+    newlines = count(NEWLINES, 1)
+    least = newlines + has_ring + has_outside + has_padding
+    for inside in range(1, MAX_STRIDE + 1):
+        if count(INSIDE, inside) + least > budget:
+            continue
+        last = MAX_STRIDE if has_ring or has_outside or has_padding else inside
+        for outside in range(inside, last + 1):
+            rest = budget - newlines - count(INSIDE, inside)
+            rest -= count(OUTSIDE, outside) + count(PADS, outside)
+            for context in range(inside, outside + 1):
+                if count(RING, context) <= rest:
+                    return inside, context, outside
+    return None
+
+
+@lru_cache(maxsize=64)
+def plan_by_strides(
+    layout: VisionLayout, region: Region, ring: int, strides: tuple[int, int, int]
+) -> PoolPlan:
+    """``build_plan`` for the levels of a region; cached by value, hence shared: do not modify.
+
+    Args:
+        layout: the tokens of one image.
+        region: what the question needs.
+        ring: width of the ring in tokens.
+        strides: (inside, context, outside).
+    Returns:
+        PoolPlan over all tokens of ``layout``.
+    """
+    return build_plan(layout, layout.levels(region, ring), strides)
+
+
+@lru_cache(maxsize=64)
+def plan_by_budget(layout: VisionLayout, region: Region, ring: int, budget: int) -> PoolPlan:
+    """Plan with exactly ``budget`` cells; cached by value, hence shared: do not modify.
+
+    The mildest strides that fit (``fit_strides``; 16 everywhere if none do) make a first plan. Its
+    cells are ranked by group (inside, ring, outside, newline, padding), then by the signed distance
+    of the leader to the region, then by reading order. Spare tokens split the first cells into
+    single tokens; the last cell touched gives up only as many members as are paid for, the nearest
+    first. If even stride 16 gives too many cells, the last ones are dropped.
+
+    Args:
+        layout: the tokens of one image.
+        region: what the question needs.
+        ring: width of the ring in tokens.
+        budget: cells to end with, in [1, len(layout)].
+    Returns:
+        PoolPlan with ``budget`` cells.
+    Source: own choice; splitting to single tokens widens the part seen at full resolution.
+    """
+    level = layout.levels(region, ring)
+    plan = build_plan(layout, level, fit_strides(layout, level, budget) or (MAX_STRIDE,) * 3)
+    if plan.num_out == budget:
+        return plan
+    leader, counts, label = plan.leader.numpy(), plan.counts.numpy(), plan.inverse.numpy()
+    distance = region.distance(layout.center).numpy()
+    group = layout.group(level).numpy()
+    rank = np.lexsort((distance[leader], group[leader]))  # stable: ties in reading order
+    chosen = np.zeros(plan.num_out, dtype=bool)
+    if plan.num_out > budget:
+        chosen[rank[budget:]] = True
+        label = np.where(chosen[label], -1, label)
+    else:
+        spare = budget - plan.num_out
+        gain = (counts[rank] - 1).cumsum()
+        whole = int(np.searchsorted(gain, spare, side="right"))
+        chosen[rank[:whole]] = True
+        single = chosen[label]
+        left = spare - (int(gain[whole - 1]) if whole else 0)
+        if left:
+            begin, end = plan.offsets[rank[whole] :][:2].tolist()
+            members = plan.members[begin:end].numpy()
+            single[members[distance[members].argsort(kind="stable")[:left]]] = True
+        label = np.where(single, plan.num_out + np.arange(len(label)), label)
+    label = torch.from_numpy(label.astype(np.int64))
+    return PoolPlan.from_labels(label, layout.row, layout.col, level)
+
+
+@dataclass(frozen=True)
+class PreLLMCompression(Method):
+    """PLC: variable-ratio adaptive pooling before the language model, training-free.
+
+    The region is pooled at stride ``inside``, a ring around it at ``context``, the rest at
+    ``outside``. With ``keep`` the strides are picked instead, and the number of tokens is met
+    exactly (``plan_by_budget``).
+
+    Args:
+        inside, context, outside: tokens per side of a cell, ascending in 1..16; to be left alone
+            when ``keep`` is given.
+        ring: width of the ring in tokens.
+        mode: "mean" or "max" of the members.
+        keep: None, a float in (0, 1] (fraction of the image's tokens) or an int >= 1 (tokens).
+    Raises:
+        ValueError, TypeError: an argument out of its range, or strides together with ``keep``.
+    Source: own choice; it stands where CROP (arXiv 2505.21233) has *learned* queries and must not
+        be credited with that paper's PLC figures.
+    """
+
+    inside: int = 1
+    context: int = 2
+    outside: int = 4
+    ring: int = 2
+    mode: Literal["mean", "max"] = "mean"
+    keep: float | int | None = None
+
+    def __post_init__(self) -> None:
+        op = "PreLLMCompression"
+        check_strides(op, self._strides)
+        _check_count(op, "ring", self.ring, 0)
+        _check_choice(op, "mode", self.mode, ("mean", "max"))
+        if self.keep is not None:
+            _check_keep(op, self.keep)
+            if self._strides != (1, 2, 4):
+                raise ValueError(
+                    f"{op}: strides must be left at their defaults when keep is given, "
+                    f"got {self._strides}"
+                )
+
+    @property
+    def _strides(self) -> tuple[int, int, int]:
+        return self.inside, self.context, self.outside
+
+    @property
+    def pool_mode(self) -> Literal["mean", "max"]:
+        return self.mode
+
+    def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
+        """Cells of one image.
+
+        Args:
+            layout: its tokens, none pruned yet.
+            region: what the question needs.
+        Returns:
+            PoolPlan, or None if every token would stay as it is.
+        Raises:
+            ValueError: ``keep`` is a token count larger than the image has.
+        """
+        if len(layout) == 0:
+            return None
+        if self.keep is None:
+            plan = plan_by_strides(layout, region, self.ring, self._strides)
+        else:
+            budget = _budget("PreLLMCompression", self.keep, layout)
+            if budget == len(layout):
+                return None
+            plan = plan_by_budget(layout, region, self.ring, budget)
+        return None if plan.is_identity else plan
+
+
+@dataclass(frozen=True)
+class InnerLLMPruning(Method):
+    """ILP: drop vision tokens at the input of a decoder layer, guided by region and attention.
+
+    ``budget`` keeps exactly ``keep`` tokens: those of the region, then of the ring, then a thin
+    uniform floor (one token per ``floor`` x ``floor`` cell outside, which guards against a wrong
+    box), then the rest, by attention score within each tier; processor padding comes last.
+    ``strict`` keeps exactly the tokens of the region, without scores.
+
+    FastV (arXiv 2403.06764) is ``InnerLLMPruning(keep, layer=2, rows="last")`` with the whole image
+    as region: one tier, ranked by the attention of the last row.
+
+    Args:
+        keep: float in (0, 1] = fraction of the image's original tokens, int >= 1 = token count;
+            tokens already pooled away count as pruned. Not used by "strict".
+        mode: "budget" or "strict".
+        layer: decoder layer at whose input tokens leave, >= 1.
+        rows: scoring queries, "text" (all after the image) or "last".
+        ring: width of the ring in tokens.
+        floor: side of a floor cell in tokens, 0 for no floor.
+        region_weight: factor of the scores inside the region.
+    Raises:
+        ValueError, TypeError: an argument out of its range.
+    Source: CROP (arXiv 2505.21233) for "strict"; layer, budget rule, ring and floor are our choice,
+        since it publishes none.
+    """
+
+    keep: float | int = 0.11
+    mode: Literal["budget", "strict"] = "budget"
+    layer: int = 2
+    rows: Literal["text", "last"] = "text"
+    ring: int = 1
+    floor: int = 4
+    region_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        op = "InnerLLMPruning"
+        _check_keep(op, self.keep)
+        _check_choice(op, "mode", self.mode, ("budget", "strict"))
+        _check_count(op, "layer", self.layer, 1)
+        _check_choice(op, "rows", self.rows, ("text", "last"))
+        _check_count(op, "ring", self.ring, 0)
+        _check_count(op, "floor", self.floor, 0)
+        if not (math.isfinite(self.region_weight) and self.region_weight > 0):
+            raise ValueError(
+                f"{op}: region_weight must be finite and > 0, got {self.region_weight}"
+            )
+
+    def select(self, layout: VisionLayout, region: Region) -> Selection | None:
+        """Tiers of the tokens of one image.
+
+        Args:
+            layout: its tokens as they reach ``layer``.
+            region: what the question needs.
+        Returns:
+            Selection, or None if every token stays. Priorities in "budget" mode: 3 region, 2 ring,
+            1 floor, 0 rest, -1 padding; all one higher where even padding is needed to fill the
+            budget. In "strict" mode: 1 region, -1 all others.
+        Raises:
+            ValueError: ``keep`` is a token count larger than the image had.
+        """
+        if self.mode == "strict":
+            inside = layout.inside(region)
+            num_keep = int(inside.sum())
+            if num_keep == len(layout):
+                return None
+            return Selection(num_keep, inside.to(torch.int8) * 2 - 1, needs_scores=False)
+        num_keep = _budget("InnerLLMPruning", self.keep, layout)
+        if num_keep == len(layout):
+            return None
+        level = layout.levels(region, self.ring)
+        kind = layout.kind.numpy()
+        priority = np.array((3, 2, 0), dtype=np.int8)[level.numpy()]
+        if self.floor:
+            priority[self._floor(layout, level)] = 1
+        priority[kind == PADDING] = -1
+        if num_keep > np.count_nonzero(kind != PADDING):
+            priority += 1
+        weight = None
+        if self.region_weight != 1:
+            factor = np.where(level.numpy() == 0, self.region_weight, 1.0)
+            weight = torch.from_numpy(factor.astype(np.float32))
+        return Selection(num_keep, torch.from_numpy(priority), weight)
+
+    def _floor(self, layout: VisionLayout, level: Tensor) -> np.ndarray:
+        """Indices of the patches nearest to the middle of each floor cell outside the ring."""
+        label = layout.block(self.floor).masked_fill(layout.group(level) != OUTSIDE, -1)
+        return PoolPlan.from_labels(label, layout.row, layout.col, level).leader.numpy()
+
+
+@dataclass(frozen=True)
+class Compose(Method):
+    """Both stages: one method pools before the language model, another prunes inside it.
+
+    Args:
+        plc: gives ``plan`` and ``pool_mode``.
+        ilp: gives ``select``, ``layer`` and ``rows``; its fractions refer to the original tokens.
+    Raises:
+        TypeError: not methods.
+    Source: CROP (arXiv 2505.21233) names the two; joining them training-free is our choice.
+    """
+
+    plc: Method
+    ilp: Method
+
+    def __post_init__(self) -> None:
+        for name in ("plc", "ilp"):
+            if not isinstance(getattr(self, name), Method):
+                raise TypeError(f"Compose: {name} must be a Method, got {getattr(self, name)!r}")
+
+    @property
+    def layer(self) -> int | None:
+        return self.ilp.layer
+
+    @property
+    def rows(self) -> Literal["text", "last"]:
+        return self.ilp.rows
+
+    @property
+    def pool_mode(self) -> Literal["mean", "max"]:
+        return self.plc.pool_mode
+
+    def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
+        """As ``plc.plan``."""
+        return self.plc.plan(layout, region)
+
+    def select(self, layout: VisionLayout, region: Region) -> Selection | None:
+        """As ``ilp.select``."""
+        return self.ilp.select(layout, region)
+
+
+def by_name(name: Literal["crop", "plc", "ilp", "none"], keep: float) -> Method | None:
+    """Method with default settings that ends with a fraction ``keep`` of the vision tokens.
+
+    Args:
+        name: "plc" pools to ``keep``; "ilp" prunes to ``keep`` at layer 2; "crop" does both:
+            pooling to sqrt(keep), then pruning to ``keep``, so that both stages shorten by the same
+            factor; "none" is the unpruned model.
+        keep: fraction in (0, 1]; 1.0 keeps everything (``plan`` and ``select`` return None).
+    Returns:
+        Method, or None for "none".
+    Raises:
+        ValueError: unknown name, ``keep`` out of range. TypeError: ``keep`` is not a float.
+    Source: own choice; the paper does not publish how it splits a budget between the stages.
+    """
+    _check_choice("by_name", "name", name, ("crop", "plc", "ilp", "none"))
+    if not isinstance(keep, float):
+        raise TypeError(f"by_name: keep must be a float in (0, 1], got {keep!r}")
+    _check_keep("by_name", keep)
+    if name == "none":
+        return None
+    if name == "plc":
+        return PreLLMCompression(keep=keep)
+    if name == "ilp":
+        return InnerLLMPruning(keep)
+    return Compose(PreLLMCompression(keep=math.sqrt(keep)), InnerLLMPruning(keep))

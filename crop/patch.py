@@ -1,0 +1,456 @@
+"""Apply a pruning method to an unmodified Hugging Face model for the length of a ``with`` block.
+
+Two doors, both forward hooks, no model code copied and attention left as it is:
+
+* door 1, at the input of the language model: Pre-LLM Compression pools the image tokens' embeddings; position ids,
+  mask and cache follow;
+* door 2, at the input of decoder layer L: Inner-LLM Pruning drops tokens by scores read from the query and key of
+  layer L - 1's attention call.
+
+Tokens keep their original position ids. Outputs come back at the unpruned length.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .cache import CacheState, Slots, cache_state, left_fill, num_slots, store_state
+from .chunk import ChunkPlan, PoolStep, plan_chunk
+from .inputs import (
+    as_regions,
+    as_sizes,
+    one_per_image,
+    real_tokens,
+    refuse_sliding_window,
+    refuse_unsupported,
+    repeat_entries,
+    repeats,
+    wants_cache,
+)
+from .methods import Method
+from .models import WHOLE, Adapter, Box, adapter_for, split_images
+from .region import Region, VisionLayout
+from .run import Run, gather_positions, pruned_mask, score, slot_mask
+from .stats import PruneStats, mark
+
+_patched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@contextmanager
+def patch(
+    model: nn.Module,
+    method: Method | None,
+    region: Region | Sequence[Region] | None = None,
+    *,
+    processor: Any = None,
+    image_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+) -> Iterator[PruneStats]:
+    """Prune vision tokens in every prefill inside the block; decode and later turns follow.
+
+    Args:
+        model: unmodified Hugging Face vision-language model of a supported family.
+        method: what to prune, e.g. ``Compose(PreLLMCompression(), InnerLLMPruning())``. None prunes nothing, and lets a
+            cache that was pruned earlier be used.
+        region: where the question looks: one Region per image, in prompt order over the whole batch; one alone serves a
+            single image. None: every image whole.
+        processor: the model's processor (or image processor). Needed by families whose token geometry it decides
+            (llava) unless every region is whole.
+        image_size: (width, height) of the original image, pixels, or one per image. Needed where the processor crops or
+            pads.
+    Yields:
+        PruneStats, filled by each prefill.
+    Raises:
+        TypeError: not a Hugging Face model; method or region of a wrong type.
+        ValueError: unknown family, no vision, layer out of range, number of regions other than of images, missing
+            processor or image size, unsupported attention mask or cache. Raised before anything runs on the model.
+        RuntimeError: the model is patched already.
+    """
+    active = _Patch(model, method, region, processor, image_size)
+    if model in _patched:
+        raise RuntimeError(
+            "patch: model must not be patched already, got a nested patch of the same model"
+        )
+    _patched.add(model)
+    try:
+        active.install()
+        yield active.stats
+    finally:
+        active.remove()
+        _patched.discard(model)
+
+
+class _Patch:
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method | None,
+        region: Region | Sequence[Region] | None,
+        processor: Any,
+        image_size: tuple[int, int] | Sequence[tuple[int, int]] | None,
+    ) -> None:
+        self.adapter: Adapter = adapter_for(model)
+        if method is not None and not isinstance(method, Method):
+            raise TypeError(
+                f"patch: method must be a crop Method or None, got {type(method).__name__}"
+            )
+        self.method = method or Method()
+        self.regions = as_regions(region)
+        self.image_processor = getattr(processor, "image_processor", processor)
+        self.image_sizes = as_sizes(image_size)
+        self.config = model.config
+        self.base = self.adapter.base(model)
+        self.language_model = self.adapter.language_model(model)
+        self.layers = list(self.language_model.layers)
+        self.is_flash = "flash" in (self.language_model.config._attn_implementation or "")
+        refuse_sliding_window(self.language_model.config)
+        layer = self.method.layer
+        if layer is not None and not 1 <= layer < len(self.layers):
+            raise ValueError(
+                f"patch: layer must be in [1, num_layers={len(self.layers)} - 1], got {layer}"
+            )
+        whole = self.regions is None or all(entry.is_whole for entry in self.regions)
+        if self.adapter.view is not None and self.image_processor is None and not whole:
+            raise ValueError(
+                f"patch: processor must be given for {self.adapter.model_type!r} with a region, because it decides "
+                "which part of the image the tokens show, got None"
+            )
+        if (
+            self.adapter.view is not None
+            and self.image_processor is not None
+            and self.image_sizes is None
+        ):
+            self.adapter.view(self.image_processor, None)
+        self.stats = PruneStats()
+        self.run: Run | None = None
+        self.grid_thw: Tensor | None = None
+        self.vision_span: list[Any] = []
+        self.handles: list[Any] = []
+        self.tapped = None if layer is None else self.layers[layer - 1].self_attn
+        self.tap_name = f"crop_tap_{id(self):x}"
+        self.untapped_config: Any = None
+
+    # Installing and removing
+
+    def install(self) -> None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        add = self.handles.append
+        tower = self.adapter.vision_tower(self.base)
+        add(tower.register_forward_pre_hook(self._enter_vision_tower, with_kwargs=True))
+        add(tower.register_forward_hook(self._leave_vision_tower))
+        add(self.base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
+        add(self.base.register_forward_hook(self._leave_base, always_call=True))
+        language_model = self.language_model
+        add(language_model.register_forward_pre_hook(self._enter_language_model, with_kwargs=True))
+        add(language_model.register_forward_hook(self._leave_language_model))
+        for index, layer in enumerate(self.layers):
+            add(layer.register_forward_pre_hook(self._layer_hook(index), with_kwargs=True))
+        add(language_model.norm.register_forward_pre_hook(self._enter_norm))
+        if self.tapped is not None:
+            ALL_ATTENTION_FUNCTIONS[self.tap_name] = self._attend
+            add(self.tapped.register_forward_pre_hook(self._open_tap))
+            add(self.tapped.register_forward_hook(self._close_tap, always_call=True))
+
+    def remove(self) -> None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        if self.tapped is not None:
+            self._close_tap()
+            if self.tap_name in ALL_ATTENTION_FUNCTIONS:
+                del ALL_ATTENTION_FUNCTIONS[self.tap_name]
+        self.run = None
+
+    # The vision tower, which generate() may run before the multimodal model: note its grid and its time
+
+    def _enter_vision_tower(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.grid_thw = kwargs.get("grid_thw")
+        self.vision_span = [mark(next(module.parameters()).device)]
+
+    def _leave_vision_tower(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.vision_span.append(mark(next(module.parameters()).device))
+
+    # The multimodal model: plan the chunk from token ids
+
+    def _enter_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        arguments = kwargs
+        if args:
+            arguments = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs
+        self.run = Run()
+        input_ids = arguments.get("input_ids")
+        if input_ids is None:
+            if arguments.get("pixel_values") is not None:
+                raise ValueError(
+                    "patch: input_ids must be given with pixel_values, got inputs_embeds alone"
+                )
+            return
+        start = mark(input_ids.device)
+        self.run.chunk = self._plan(input_ids, arguments)
+        if self.run.chunk is not None:
+            self.stats._add("plan", start, mark(input_ids.device))
+
+    def _leave_base(self, *_: Any) -> None:
+        self.run = None
+
+    def _plan(self, input_ids: Tensor, arguments: Mapping[str, Any]) -> ChunkPlan | None:
+        if input_ids.shape[1] == 1:  # decode: no image is one token
+            return None
+        ids = input_ids.cpu()
+        video_token = getattr(self.config, "video_token_id", None)
+        if video_token is not None and bool((ids == video_token).any()):
+            raise ValueError("patch: the prompt must hold images only, got video tokens")
+        is_image = ids == self.config.image_token_id
+        count = int(is_image.sum())
+        if count == 0:
+            return None
+        grid_thw = arguments.get("image_grid_thw")
+        if grid_thw is None:
+            grid_thw = self.grid_thw
+        self.grid_thw = None
+        grids = self.adapter.grids(self.config, grid_thw, count)
+        # generate() repeats whole samples for beams and return sequences; grid sizes may come unrepeated.
+        copies = count // sum(rows * columns for rows, columns in grids)
+        if copies > 1 and repeats(ids, copies):
+            owners = [sample for sample, _ in split_images(is_image[::copies], grids)]
+            grids = repeat_entries(grids, owners, copies)
+        found = split_images(is_image, grids)
+        owners = [sample for sample, _ in found]
+        regions = one_per_image("region", self.regions or [Region.whole()], owners, ids)
+        images = [
+            (sample, VisionLayout.grid(*grid, box=view, position=position))
+            for (sample, position), grid, view in zip(
+                found, grids, self._views(owners, ids), strict=True
+            )
+        ]
+        refuse_unsupported(arguments, self.language_model)
+        chunk = plan_chunk(self.method, images, regions, real_tokens(arguments, ids))
+        self.stats._begin(chunk, self.method.layer, len(self.layers))
+        return chunk if chunk.pool is not None or chunk.select is not None else None
+
+    def _views(self, owners: list[int], ids: Tensor) -> list[Box]:
+        """Rectangle of the original image that each image's tokens show."""
+        if self.adapter.view is None or self.image_processor is None:
+            return [WHOLE] * len(owners)
+        sizes = one_per_image("image_size", self.image_sizes or [None], owners, ids)
+        return [self.adapter.view(self.image_processor, size) for size in sizes]
+
+    # Door 1: the language model
+
+    def _enter_language_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        run = self.run = self.run or Run()
+        pool = run.chunk.pool if run.chunk is not None else None
+        cache = kwargs.get("past_key_values")
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            return None
+        if run.chunk is not None:
+            run.started = mark(embeds.device)
+            if len(self.vision_span) == 2:
+                self.stats._add("vision", *self.vision_span)
+            if cache is None and wants_cache(module, kwargs):
+                # The model would make it inside, where the thinnings could not be attached.
+                from transformers import DynamicCache
+
+                cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+        state = cache_state(cache)
+        run.cache, run.pooled, run.pruned = cache, state.pooled, state.pruned
+        run.layer = self._cut_layer(state)
+        run.past = cache.get_seq_length() if cache is not None else 0
+        run.past_slots = num_slots(cache)
+        run.added = run.slots = embeds.shape[1]
+        logical_mask = kwargs.get("attention_mask")
+        if pool is None and (state.pooled is None or (logical_mask is None and state.pooled.dense)):
+            if run.chunk is not None and logical_mask is not None:
+                run.mask = logical_mask.to(torch.bool)
+            return args, kwargs
+        kwargs = dict(kwargs)
+        if pool is not None:
+            start = mark(embeds.device)
+            kwargs["inputs_embeds"] = self._pool(pool, embeds)
+            leader = pool.leader.to(embeds.device)
+            run.slots = leader.shape[1]
+            kwargs["position_ids"] = gather_positions(kwargs.get("position_ids"), leader, run.past)
+            run.pooled = Slots.extended(
+                state.pooled, run.past, leader, run.added, dense=pool.filled is None
+            )
+        run.mask = slot_mask(logical_mask, state.pooled, run, pool)
+        kwargs["attention_mask"] = run.mask
+        if run.mask is None and cache is None:
+            # Without a mask and a cache, transformers would read gaps in the position ids as packed sequences.
+            shape = (embeds.shape[0], run.slots)
+            kwargs["attention_mask"] = torch.ones(shape, dtype=torch.bool, device=embeds.device)
+        if pool is not None:
+            self.stats._add("plc", start, mark(embeds.device))
+        return args, kwargs
+
+    def _pool(self, pool: PoolStep, embeds: Tensor) -> Tensor:
+        batch, seq_len, dim = embeds.shape
+        pooled = ops.adaptive_pool(
+            embeds.reshape(batch * seq_len, dim), pool.plan, self.method.pool_mode
+        )
+        if pool.filled is not None:
+            packed = pooled.new_zeros(pool.leader.numel(), dim)
+            pooled = packed.index_copy(0, pool.filled.to(embeds.device), pooled)
+        return pooled.view(batch, -1, dim)
+
+    def _cut_layer(self, state: CacheState) -> int | None:
+        layer = self.method.layer
+        if state.layer is not None and layer is not None and layer != state.layer:
+            raise ValueError(
+                f"patch: layer must be {state.layer}, where this cache was pruned before, got {layer}"
+            )
+        return state.layer if layer is None else layer
+
+    def _leave_language_model(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        run = self.run
+        if run is None or run.chunk is None:
+            return None
+        if run.cache is not None:
+            layer = None if run.pruned is None else run.layer
+            store_state(run.cache, pooled=run.pooled, pruned=run.pruned, layer=layer)
+        hidden = output[0]
+        self.stats._add("language_model", run.started, mark(hidden.device))
+        pool = run.chunk.pool
+        if pool is None:
+            return None
+        # Members of a cell share its output; padding takes whatever stands in slot 0 (masked everywhere).
+        slot = pool.slot.to(hidden.device).clamp(min=0).unsqueeze(-1)
+        full = hidden.gather(1, slot.expand(-1, -1, hidden.shape[-1]))
+        if isinstance(output, tuple):
+            return (full, *output[1:])
+        output.last_hidden_state = full
+        return output
+
+    # Door 2: the decoder layers
+
+    def _open_tap(self, module: nn.Module, args: tuple) -> None:
+        run = self.run
+        if (
+            run is None
+            or run.chunk is None
+            or run.chunk.select is None
+            or run.chunk.select.rows is None
+        ):
+            return
+        # The module looks its attention function up by its configuration's name, so only this module sees the tap.
+        self.untapped_config = module.config
+        tapped = copy.copy(module.config)
+        tapped._attn_implementation_internal = self.tap_name
+        module.config = tapped
+
+    def _close_tap(self, *_: Any) -> None:
+        if self.untapped_config is not None:
+            self.tapped.config = self.untapped_config
+            self.untapped_config = None
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Attention of the scoring layer: read query and key, then call what the model would have called."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        self._close_tap()
+        start = mark(query.device)
+        with torch.no_grad():
+            self._select(self.run, score(self.run, query, key, kwargs.get("scaling")))
+        self.stats._add("ilp", start, mark(query.device))
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+        return attend(module, query, key, value, attention_mask, **kwargs)
+
+    def _select(self, run: Run, score: Tensor) -> None:
+        """Choose the slots that stay from (num_images, num_candidates) scores: ``run.keep`` and its inverse."""
+        step, device = run.chunk.select, score.device
+        kept = ops.select(
+            score,
+            step.num_keep,
+            weight=None if step.weight is None else step.weight.to(device),
+            priority=step.priority.to(device),
+            index=step.vision_index.to(device),
+        )
+        stays = step.stays.to(device)
+        # One spare slot at the end swallows the fillers of ``kept``.
+        flags = torch.cat([stays.flatten(), stays.new_zeros(1)])
+        flat = torch.where(
+            kept >= 0, kept + step.sample.to(device).unsqueeze(1) * stays.shape[1], -1
+        )
+        flags[flat.flatten()] = True
+        run.keep, run.keep_slot = left_fill(flags[:-1].view_as(stays), step.width)
+        run.pruned = Slots.extended(run.pruned, run.past_slots, run.keep, run.slots, step.dense)
+        self.stats._selected = kept
+
+    def _layer_hook(self, index: int) -> Callable[[nn.Module, tuple, dict], tuple | None]:
+        def enter_layer(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+            run = self.run
+            if run is None:
+                return None
+            if run.chunk is not None and self.is_flash:
+                # Gaps in the position ids would send flash attention down its packed-sequence path.
+                kwargs = kwargs | {"position_ids": None}
+            if run.layer is None or index < run.layer:
+                return args, kwargs
+            step = run.chunk.select if run.chunk is not None else None
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if step is not None and index == run.layer:
+                if step.rows is None:
+                    self._select(run, torch.zeros(step.vision_index.shape, device=hidden.device))
+                if run.keep is None:
+                    raise RuntimeError(
+                        f"patch: layer {index - 1} must call transformers' attention interface, got no call"
+                    )
+                start = mark(hidden.device)
+                run.full_hidden = hidden
+                hidden = ops.compact([hidden], run.keep)[0]
+                self.stats._add("ilp", start, mark(hidden.device))
+            if run.pruned is not None:
+                kwargs = self._adapt(run, hidden, kwargs)
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": hidden}
+
+        return enter_layer
+
+    def _adapt(self, run: Run, hidden: Tensor, kwargs: dict) -> dict:
+        """Fit mask and positions, made for all slots, to the slots of the layers from the cut on."""
+        kwargs = dict(kwargs)
+        flash = self.is_flash
+        run.adapt(kwargs, "attention_mask", lambda mask: pruned_mask(mask, run, hidden, flash))
+        if run.keep is None:
+            return kwargs
+        batch = hidden.shape[0]
+        run.adapt(
+            kwargs,
+            "position_embeddings",
+            lambda tables: tuple(
+                ops.compact([table.expand(batch, -1, -1) for table in tables], run.keep)
+            ),
+        )
+        if kwargs.get("position_ids") is not None:
+            run.adapt(kwargs, "position_ids", lambda ids: gather_positions(ids, run.keep, 0))
+        return kwargs
+
+    def _enter_norm(self, module: nn.Module, args: tuple) -> tuple | None:
+        run = self.run
+        if run is None or run.keep is None:
+            return None
+        # Dropped tokens come out as they went into the cut; callers see the length they put in.
+        kept = ops.compact([args[0]], run.keep_slot)[0]
+        return (torch.where((run.keep_slot >= 0).unsqueeze(-1), kept, run.full_hidden), *args[1:])

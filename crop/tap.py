@@ -1,0 +1,76 @@
+"""Read the query and key of one attention call without changing what the model computes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+_numbers = itertools.count()
+
+
+@contextmanager
+def tap(
+    module: nn.Module,
+    read: Callable[[Tensor, Tensor, float | None], None],
+    *,
+    when: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
+    """Call ``read(query, key, scale)`` before every attention call of ``module`` inside the block.
+
+    The module looks its attention function up by the name in its configuration; while its forward
+    runs, it carries a copy of the configuration that names a function of ours, which reads and then
+    calls what the model would have called. No weight is read, and no other module sees the name.
+
+    Args:
+        module: attention module of a Hugging Face decoder layer.
+        read: receives query (batch, num_heads, rows, head_dim) and key (batch, num_kv_heads, keys,
+            head_dim), rotated, and the scale of their product. An exception leaves the model as it
+            was before the call.
+        when: asked at the start of each forward of ``module``; False leaves that call alone.
+    Source: own choice; config copy instead of a process-wide switch of the attention function.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = f"crop_tap_{next(_numbers)}"
+    untapped: Any = None
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        nonlocal untapped
+        if when():
+            untapped = module.config
+            tapped = copy.copy(untapped)
+            tapped._attn_implementation_internal = name
+            module.config = tapped
+
+    def leave(*_: Any) -> None:
+        nonlocal untapped
+        if untapped is not None:
+            module.config, untapped = untapped, None
+
+    def attend(
+        called: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> Any:
+        leave()
+        read(query, key, kwargs.get("scaling"))
+        eager = getattr(sys.modules[type(called).__module__], "eager_attention_forward", None)
+        attention = called.config._attn_implementation
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(attention, eager)
+        return function(called, query, key, value, mask, **kwargs)
+
+    handles = []
+    ALL_ATTENTION_FUNCTIONS[name] = attend
+    try:
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        leave()
+        del ALL_ATTENTION_FUNCTIONS[name]

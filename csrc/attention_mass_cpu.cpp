@@ -1,0 +1,380 @@
+// attention_mass on the CPU. For one sample and KV head the logits are a matrix keys x rows, where rows are the counted
+// scoring rows times the query heads of the group: K is read in its own layout and never repeated, and everything that
+// runs along rows (maximum, exp, sum) is elementwise.
+//
+//   lse given:  one pass over the key blocks that hold a vision token; logits never leave the registers.
+//   lse absent: pass 1 stores exp(logit - block maximum) of every visible key with maximum and sum per block and row;
+//               pass 2 combines the blocks in index order into one factor per block and row; pass 3 sums factor * stored.
+//
+// A work item owns a block of keys, blocks start at the sample's first visible key, and the variant follows the sample's
+// own number of rows: the result depends neither on the threads nor on the other samples.
+#include "parallel.h"
+#include "simd.h"
+
+namespace crop::CROP_ISA {
+namespace {
+
+constexpr int64_t kBlock = 128;             // keys of a work item
+constexpr int kTile = 12;                   // keys multiplied together
+constexpr int kSubTile = kLanes == 16 ? 12 : 6;  // keys whose two vectors of rows fit the registers
+constexpr int kTileStride = 272;            // floats; above the largest head_dim, and not a power of two
+constexpr int kDotRows = 4;                 // up to here vectors run along head_dim instead of along rows
+constexpr int64_t kStoreBytes = 16 << 20;   // budget for stored exponentials: as many heads at once as fit
+constexpr float kInf = __builtin_inff(), kHuge = 3.402823466e38f;
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Scratch arrays; built on a null base it measures their size.
+struct Scratch {
+    int32_t *row, *end;   // (num_rows,) counted rows; (lanes,) end of the keys a row sees
+    float *query, *lse;   // (num_kv_heads, lanes * padded head_dim); (num_kv_heads, lanes)
+    float *column;        // (num_keys,) sum of the shares
+    uint8_t* needed;      // (blocks,) holds a vision token
+    float *factor, *sum;  // (heads, blocks, lanes) block maximum, later factor; block sum
+    float* stored;        // (heads, keys, lanes)
+    size_t bytes;
+
+    Scratch(char* base, const AttentionMassParams& p) {
+        size_t used = 0;
+        auto take = [&](auto*& array, int64_t count) {
+            array = reinterpret_cast<decltype(+array)>(base + used);
+            used += round_up(count * sizeof(*array), 64);
+        };
+        const int64_t lanes = round_up(p.num_rows * (p.num_heads / p.num_kv_heads), kLanes);
+        const int64_t blocks = (p.num_keys + kBlock - 1) / kBlock;
+        take(row, p.num_rows);
+        take(end, lanes);
+        take(query, p.num_kv_heads * lanes * round_up(p.head_dim, kLanes));
+        take(lse, p.num_kv_heads * lanes);
+        take(column, p.num_keys);
+        take(needed, blocks);
+        if (!p.lse) {
+            const int64_t head = p.num_keys * lanes;
+            const int64_t all = head * p.num_kv_heads, budget = kStoreBytes / 4;
+            take(stored, all < budget ? all : larger(head, budget));
+            take(factor, p.num_kv_heads * blocks * lanes);
+            take(sum, p.num_kv_heads * blocks * lanes);
+        }
+        bytes = used;
+    }
+};
+
+// Query of one KV head, rows r = counted row * group + head in group, times scale.
+// Lanes layout: panels of 2 * kLanes rows (the last may have kLanes), each (head_dim, width). Dot layout: (row, padded d).
+template <class T>
+void pack_query(const AttentionMassParams& p, int64_t b, int64_t kv, const int32_t* row, int64_t rows, float* out) {
+    const int64_t group = p.num_heads / p.num_kv_heads, d = p.head_dim, count = rows * group;
+    const int64_t lanes = round_up(count, kLanes), padded = round_up(d, kLanes);
+    const bool dot = count <= kDotRows;
+    __builtin_memset(out, 0, sizeof(float) * lanes * padded);
+    for (int64_t r = 0; r < count; ++r) {
+        const T* q = static_cast<const T*>(p.query) + b * p.query_stride[0] +
+                     (kv * group + r % group) * p.query_stride[1] + row[r / group] * p.query_stride[2];
+        const int64_t panel = r / (2 * kLanes) * (2 * kLanes);
+        const int64_t width = dot ? 1 : lanes - panel < 2 * kLanes ? kLanes : 2 * kLanes;
+        float* to = dot ? out + r * padded : out + panel * d + (r - panel);
+        for (int64_t i = 0; i < d; ++i) to[i * width] = load_one(q + i) * p.scale;
+    }
+}
+
+template <int kKeys, int kVecs>
+inline void multiply(const float* keys, const float* query, int64_t d, Vec (&logit)[kKeys][kVecs]) {
+    for (auto& key : logit)
+        for (Vec& v : key) v = Vec{};
+    for (int64_t i = 0; i < d; ++i) {
+        Vec q[kVecs];
+        for (int v = 0; v < kVecs; ++v) q[v] = load<Vec>(query + (i * kVecs + v) * kLanes);
+        for (int k = 0; k < kKeys; ++k) {
+            const Vec key = splat(keys[k * kTileStride + i]);
+            for (int v = 0; v < kVecs; ++v) logit[k][v] += key * q[v];
+        }
+    }
+}
+
+// Logits of `count` keys with all rows; sink(key, vector of rows, logits) receives each vector once.
+template <class T, class Sink>
+void lanes_block(const T* key, int64_t stride, int64_t count, const float* query, int64_t lanes, int64_t d, Sink sink) {
+    alignas(64) float tile[kTile * kTileStride];
+    for (int64_t first = 0; first < count; first += kTile) {
+        const int valid = static_cast<int>(count - first < kTile ? count - first : kTile);
+        for (int k = 0; k < kTile; ++k) {  // past the end the last key is repeated, its results are dropped
+            const T* from = key + (first + (k < valid ? k : valid - 1)) * stride;
+            float* to = tile + k * kTileStride;
+            int64_t i = 0;
+            for (; i + kLanes <= d; i += kLanes) store(to + i, load_vec(from + i));
+            for (; i < d; ++i) to[i] = load_one(from + i);
+        }
+        int64_t lane = 0;
+        for (; lane + 2 * kLanes <= lanes; lane += 2 * kLanes)
+            for (int sub = 0; sub < valid; sub += kSubTile) {
+                Vec logit[kSubTile][2];
+                multiply(tile + sub * kTileStride, query + lane * d, d, logit);
+                for (int k = 0; k < kSubTile && sub + k < valid; ++k) {
+                    sink(first + sub + k, lane / kLanes, logit[k][0]);
+                    sink(first + sub + k, lane / kLanes + 1, logit[k][1]);
+                }
+            }
+        if (lane < lanes) {
+            Vec logit[kTile][1];
+            multiply(tile, query + lane * d, d, logit);
+            for (int k = 0; k < valid; ++k) sink(first + k, lane / kLanes, logit[k][0]);
+        }
+    }
+}
+
+// The same for few rows, with vectors along head_dim: reads each key once, at the speed of memory.
+template <int kRows, class T, class Sink>
+void dot_block(const T* key, int64_t stride, int64_t count, const float* query, int64_t d, Sink sink) {
+    const int64_t padded = round_up(d, kLanes), whole = d / kLanes * kLanes;
+    for (int64_t k = 0; k < count; ++k) {
+        const T* from = key + k * stride;
+        Vec total[kRows], more[kRows];
+        for (int r = 0; r < kRows; ++r) total[r] = more[r] = Vec{};
+        int64_t i = 0;
+        for (; i + 2 * kLanes <= whole; i += 2 * kLanes) {
+            const Vec a = load_vec(from + i), b = load_vec(from + i + kLanes);
+            for (int r = 0; r < kRows; ++r) {
+                total[r] += a * load<Vec>(query + r * padded + i);
+                more[r] += b * load<Vec>(query + r * padded + i + kLanes);
+            }
+        }
+        for (; i < padded; i += kLanes) {
+            Vec a = Vec{};
+            if (i < whole) a = load_vec(from + i);
+            else
+                for (int64_t j = i; j < d; ++j) a[j - i] = load_one(from + j);
+            for (int r = 0; r < kRows; ++r) total[r] += a * load<Vec>(query + r * padded + i);
+        }
+        Vec logit[(kRows + kLanes - 1) / kLanes] = {};
+        for (int r = 0; r < kRows; ++r) logit[r / kLanes][r % kLanes] = sum(total[r] + more[r]);
+        for (int v = 0; v * kLanes < kRows; ++v) sink(k, v, logit[v]);
+    }
+}
+
+struct Sample {
+    int64_t b, rows, group, start, stop, full;  // keys [start, stop) are seen by some row, [start, full) by all
+    int64_t count, lanes, blocks;               // rows * group, padded; blocks of keys
+};
+
+template <class T>
+struct Kernel {
+    const AttentionMassParams& p;
+    const Sample& s;
+    Scratch& at;
+
+    template <class Sink>
+    void logits(int64_t kv, int64_t first, int64_t count, Sink sink) const {
+        const T* key = static_cast<const T*>(p.key) + s.b * p.key_stride[0] + kv * p.key_stride[1] +
+                       first * p.key_stride[2];
+        const float* query = at.query + kv * s.lanes * round_up(p.head_dim, kLanes);
+        switch (s.count) {
+            case 1: return dot_block<1>(key, p.key_stride[2], count, query, p.head_dim, sink);
+            case 2: return dot_block<2>(key, p.key_stride[2], count, query, p.head_dim, sink);
+            case 3: return dot_block<3>(key, p.key_stride[2], count, query, p.head_dim, sink);
+            case 4: return dot_block<4>(key, p.key_stride[2], count, query, p.head_dim, sink);
+        }
+        lanes_block(key, p.key_stride[2], count, query, s.lanes, p.head_dim, sink);
+    }
+
+    int64_t first_key(int64_t block) const { return s.start + block * kBlock; }
+    int64_t num_keys(int64_t block) const {
+        const int64_t left = s.stop - first_key(block);
+        return left < kBlock ? left : kBlock;
+    }
+    bool all_visible(int64_t block) const { return first_key(block) + num_keys(block) <= s.full; }
+    IVec visible(int64_t key, int64_t v) const { return load<IVec>(at.end + v * kLanes) > static_cast<int32_t>(key); }
+
+    // lse given: column[key] of a block, heads in order.
+    void shares(int64_t block) const {
+        const int64_t first = first_key(block), count = num_keys(block), vecs = s.lanes / kLanes;
+        const bool masked = !all_visible(block);
+        Vec share[kBlock];
+        for (int64_t k = 0; k < count; ++k) share[k] = Vec{};
+        for (int64_t kv = 0; kv < p.num_kv_heads; ++kv) {
+            const float* lse = at.lse + kv * s.lanes;
+            logits(kv, first, count, [&](int64_t k, int64_t v, Vec logit) {
+                Vec e = exp(logit - load<Vec>(lse + v * kLanes));
+                e = bits<Vec>(bits<IVec>(e) | (logit == kInf));  // a +inf logit gives NaN
+                // Lanes past the last row end at key 0 and are never visible.
+                if (masked || v == vecs - 1) e = keep_where(visible(first + k, v), e);
+                share[k] += e;
+            });
+        }
+        for (int64_t k = 0; k < count; ++k) at.column[first + k] = sum(share[k]);
+    }
+
+    // Pass 1: exponentials of one head and block, stored relative to the maximum of the block.
+    void exponentials(int64_t kv, int64_t slot, int64_t block) const {
+        const int64_t first = first_key(block), count = num_keys(block), vecs = s.lanes / kLanes;
+        const bool masked = !all_visible(block);
+        float* stored = at.stored + (slot * (s.stop - s.start) + block * kBlock) * s.lanes;
+        float* top = at.factor + (slot * s.blocks + block) * s.lanes;
+        float* total = at.sum + (slot * s.blocks + block) * s.lanes;
+        for (int64_t v = 0; v < vecs; ++v) store(top + v * kLanes, splat(-kInf));
+        logits(kv, first, count, [&](int64_t k, int64_t v, Vec logit) {
+            if (masked) logit = visible(first + k, v) ? logit : splat(-kInf);
+            store(stored + k * s.lanes + v * kLanes, logit);
+            store(top + v * kLanes, max(load<Vec>(top + v * kLanes), logit));
+        });
+        for (int64_t v = 0; v < vecs; ++v) {
+            const Vec shift = finite(load<Vec>(top + v * kLanes));
+            Vec add = Vec{};
+            float* column = stored + v * kLanes;
+            for (int64_t k = 0; k < count; ++k, column += s.lanes) {
+                const Vec e = exp(load<Vec>(column) - shift);
+                store(column, e);
+                add += e;
+            }
+            store(total + v * kLanes, add);
+        }
+    }
+
+    // -inf (nothing visible yet) and +inf would turn differences into NaN.
+    static Vec finite(Vec x) {
+        x = x == -kInf ? Vec{} : x;
+        return x == kInf ? splat(kHuge) : x;
+    }
+
+    // Pass 2: factor = exp(block maximum - lse) of every block; 0 for a row whose lse is infinite.
+    void factors(int64_t slot) const {
+        const int64_t vecs = s.lanes / kLanes;
+        for (int64_t v = 0; v < vecs; ++v) {
+            float* top = at.factor + slot * s.blocks * s.lanes + v * kLanes;
+            const float* sums = at.sum + slot * s.blocks * s.lanes + v * kLanes;
+            Vec high = splat(-kInf), total = Vec{};
+            for (int64_t j = 0; j < s.blocks; ++j) high = max(load<Vec>(top + j * s.lanes), high);
+            high = finite(high);
+            for (int64_t j = 0; j < s.blocks; ++j) {
+                const Vec here = load<Vec>(top + j * s.lanes);
+                const Vec factor = here == -kInf ? Vec{} : exp(here - high);
+                store(top + j * s.lanes, factor);
+                total += factor * load<Vec>(sums + j * s.lanes);
+            }
+            const IVec dead = (total == 0) | (total == kInf);
+            for (int64_t j = 0; j < s.blocks; ++j) {
+                float* factor = top + j * s.lanes;
+                store(factor, dead ? Vec{} : load<Vec>(factor) / total);
+            }
+        }
+    }
+
+    // Pass 3: column[key] of a block gains the heads of the group.
+    void gather(int64_t heads, int64_t block) const {
+        const int64_t first = first_key(block), count = num_keys(block), vecs = s.lanes / kLanes;
+        const IVec last = visible(0, vecs - 1);  // drops the lanes past the last row
+        for (int64_t k = 0; k < count; ++k) {
+            Vec share = Vec{};
+            for (int64_t slot = 0; slot < heads; ++slot) {
+                const float* stored =
+                    at.stored + (slot * (s.stop - s.start) + block * kBlock + k) * s.lanes;
+                const float* factor = at.factor + (slot * s.blocks + block) * s.lanes;
+                for (int64_t v = 0; v < vecs; ++v) {
+                    const Vec e = load<Vec>(stored + v * kLanes) * load<Vec>(factor + v * kLanes);
+                    share += v == vecs - 1 ? keep_where(last, e) : e;
+                }
+            }
+            at.column[first + k] += sum(share);
+        }
+    }
+};
+
+template <class T>
+void sample_mass(const AttentionMassParams& p, int64_t b, Scratch& at, int threads) {
+    const int64_t group = p.num_heads / p.num_kv_heads;
+    Sample s{};
+    s.b = b, s.group = group;
+    s.start = p.visible_start ? clamp(p.visible_start[b], 0, p.num_keys) : 0;
+    s.stop = s.start, s.full = p.num_keys;
+    for (int64_t m = 0; m < p.num_rows; ++m) {
+        const int64_t end = p.visible_len ? clamp(p.visible_len[b * p.num_rows + m], 0, p.num_keys) : p.num_keys;
+        if (end <= s.start) continue;
+        for (int64_t h = 0; h < group; ++h) at.end[s.rows * group + h] = static_cast<int32_t>(end);
+        at.row[s.rows++] = static_cast<int32_t>(m);
+        if (end > s.stop) s.stop = end;
+        if (end < s.full) s.full = end;
+    }
+    s.count = s.rows * group, s.lanes = round_up(s.count, kLanes), s.blocks = (s.stop - s.start + kBlock - 1) / kBlock;
+    __builtin_memset(at.column, 0, sizeof(float) * p.num_keys);
+    __builtin_memset(at.needed, 0, (p.num_keys + kBlock - 1) / kBlock);
+    for (int64_t r = s.count; r < s.lanes; ++r) at.end[r] = 0;
+
+    const Kernel<T> kernel{p, s, at};
+    const int64_t work = (s.stop - s.start) * p.num_kv_heads * larger(s.lanes, 8) * p.head_dim;
+    threads = useful_threads(threads, work, 1 << 20);
+    auto pack = [&](int64_t kv) {
+        pack_query<T>(p, b, kv, at.row, s.rows, at.query + kv * s.lanes * round_up(p.head_dim, kLanes));
+        if (!p.lse) return;
+        for (int64_t r = 0; r < s.count; ++r) {
+            const float lse = p.lse[(b * p.num_heads + kv * group + r % group) * p.num_rows + at.row[r / group]];
+            at.lse[kv * s.lanes + r] = lse == -kInf ? kInf : lse;
+        }
+    };
+    parallel_for(useful_threads(threads, s.count * p.num_kv_heads * p.head_dim, 1 << 16), p.num_kv_heads, pack);
+
+    if (p.lse) {
+        for (int64_t i = 0; i < p.num_images; ++i)
+            if ((p.sample ? p.sample[i] : i) == b)
+                for (int64_t n = 0; n < p.num_tokens; ++n) {
+                    const int64_t j = p.vision_index[i * p.num_tokens + n];
+                    if (j >= s.start && j < s.stop) at.needed[(j - s.start) / kBlock] = 1;
+                }
+        auto body = [&](int64_t block) {
+            if (at.needed[block]) kernel.shares(block);
+        };
+        parallel_for(threads, s.blocks, body);
+    } else {
+        const int64_t head = larger(1, (s.stop - s.start) * s.lanes);
+        const int64_t width = clamp(kStoreBytes / 4 / head, 1, p.num_kv_heads);
+        for (int64_t kv = 0; kv < p.num_kv_heads; kv += width) {
+            const int64_t heads = p.num_kv_heads - kv < width ? p.num_kv_heads - kv : width;
+            auto first = [&](int64_t item) { kernel.exponentials(kv + item / s.blocks, item / s.blocks, item % s.blocks); };
+            auto second = [&](int64_t slot) { kernel.factors(slot); };
+            auto third = [&](int64_t block) { kernel.gather(heads, block); };
+            parallel_for(threads, heads * s.blocks, first);
+            parallel_for(threads, heads, second);
+            parallel_for(threads, s.blocks, third);
+        }
+    }
+
+    const float divisor = static_cast<float>(larger(1, s.rows * p.num_heads));
+    for (int64_t i = 0; i < p.num_images; ++i)
+        if ((p.sample ? p.sample[i] : i) == b)
+            for (int64_t n = 0; n < p.num_tokens; ++n) {
+                const int64_t j = p.vision_index[i * p.num_tokens + n];
+                p.mass[i * p.num_tokens + n] = j < 0 ? 0.0f : at.column[j] / divisor;
+            }
+}
+
+}  // namespace
+
+size_t attention_mass_scratch(const AttentionMassParams& p) { return Scratch(nullptr, p).bytes; }
+
+int attention_mass(const AttentionMassParams& p, int threads) {
+    for (int64_t i = 0; i < p.num_images; ++i) {
+        const int64_t b = p.sample ? p.sample[i] : i;
+        if (b < 0 || b >= p.batch)
+            return fail("attention_mass: sample must be at least 0 and less than %lld, got %lld", (long long)p.batch,
+                        (long long)b);
+        int64_t low = 0, high = -1;
+        for (int64_t n = 0; n < p.num_tokens; ++n) {
+            const int64_t j = p.vision_index[i * p.num_tokens + n];
+            low = j < low ? j : low, high = j > high ? j : high;
+        }
+        if (low < -1 || high >= p.num_keys)
+            return fail("attention_mass: vision_index must be at least -1 and less than %lld, got %lld",
+                        (long long)p.num_keys, (long long)(low < -1 ? low : high));
+    }
+    return dispatch_dtype("attention_mass", p.dtype, [&](auto type) {
+        Scratch at(static_cast<char*>(p.scratch), p);
+        for (int64_t b = 0; b < p.batch; ++b) {
+            bool used = !p.sample;
+            for (int64_t i = 0; i < p.num_images && !used; ++i) used = p.sample[i] == b;
+            if (used) sample_mass<decltype(type)>(p, b, at, threads);
+        }
+        return 0;
+    });
+}
+
+}  // namespace crop::CROP_ISA

@@ -1,0 +1,185 @@
+// crop._C: one function per launcher, pointers as integers. Repeats the checks that protect memory; crop/ops.py does the rest.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
+
+#include "dispatch.h"
+#include "ops.h"
+
+// setup.py defines CROP_HAVE_CUDA (0 or 1), CROP_CUDA_ARCHS (e.g. "80 90 90+PTX") and CROP_NVCC (its release).
+#if CROP_HAVE_CUDA
+#define CROP_ON_CUDA(launcher) launcher
+#else
+#define CROP_ON_CUDA(launcher) nullptr
+#endif
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+using crop::fail;
+using Pointer = uintptr_t;  // Tensor.data_ptr(); 0 = absent
+
+template <class T>
+T* to(Pointer pointer) {
+    return reinterpret_cast<T*>(pointer);
+}
+
+bool negative(std::initializer_list<int64_t> sizes) {
+    for (int64_t size : sizes)
+        if (size < 0) return true;
+    return false;
+}
+
+int cuda_result(int code) {
+#if CROP_HAVE_CUDA
+    if (code > 0) fail("CUDA error %d: %s", code, crop::cuda_error_text(code));
+#endif
+    return code;
+}
+
+// Runs the launcher of the device without the interpreter lock. `target`: CUDA stream handle, or number of CPU threads.
+template <class Params>
+int launch(bool cuda, int64_t target, const Params& params, int (*on_cpu)(const Params&, int),
+           int (*on_cuda)(const Params*, void*)) {
+    py::gil_scoped_release release;
+    if (!cuda) return on_cpu(params, static_cast<int>(target));
+    return on_cuda ? cuda_result(on_cuda(&params, to<void>(target))) : fail("crop was built without CUDA kernels");
+}
+
+// batch, num_heads, num_kv_heads, num_rows, num_keys, head_dim, num_images, num_tokens
+using MassSizes = std::array<int64_t, 8>;
+
+crop::AttentionMassParams mass_params(const MassSizes& sizes) {
+    crop::AttentionMassParams p{};
+    p.batch = sizes[0], p.num_heads = sizes[1], p.num_kv_heads = sizes[2], p.num_rows = sizes[3];
+    p.num_keys = sizes[4], p.head_dim = sizes[5], p.num_images = sizes[6], p.num_tokens = sizes[7];
+    return p;
+}
+
+size_t mass_scratch(bool cuda, const crop::AttentionMassParams& p) {
+    if (p.num_kv_heads < 1 || negative({p.num_heads, p.num_rows, p.num_keys, p.head_dim})) return 0;
+#if CROP_HAVE_CUDA
+    if (cuda) return crop::attention_mass_scratch(p);
+#else
+    (void)cuda;
+#endif
+    return crop::attention_mass_scratch_cpu(p);
+}
+
+size_t attention_mass_scratch(bool cuda, const MassSizes& sizes, bool own_lse) {
+    crop::AttentionMassParams p = mass_params(sizes);
+    static const float given = 0;
+    p.lse = own_lse ? nullptr : &given;  // only its presence counts
+    return mass_scratch(cuda, p);
+}
+
+int attention_mass(bool cuda, int64_t target, Pointer query, Pointer key, Pointer vision_index, Pointer sample,
+                   Pointer lse, Pointer visible_start, Pointer visible_len, Pointer mass, Pointer scratch,
+                   size_t scratch_bytes, const MassSizes& sizes, const std::array<int64_t, 3>& query_stride,
+                   const std::array<int64_t, 3>& key_stride, float scale, int dtype) {
+    crop::AttentionMassParams p = mass_params(sizes);
+    p.query = to<void>(query), p.key = to<void>(key), p.vision_index = to<int64_t>(vision_index);
+    p.sample = to<int64_t>(sample), p.lse = to<float>(lse), p.visible_start = to<int64_t>(visible_start);
+    p.visible_len = to<int64_t>(visible_len), p.mass = to<float>(mass), p.scratch = to<void>(scratch);
+    for (int i = 0; i < 3; ++i) p.query_stride[i] = query_stride[i], p.key_stride[i] = key_stride[i];
+    p.scale = scale, p.dtype = dtype;
+    if (p.num_kv_heads < 1 || p.num_heads % p.num_kv_heads || p.head_dim < 1 || p.head_dim > 256 ||
+        negative({p.batch, p.num_heads, p.num_rows, p.num_keys, p.num_images, p.num_tokens}))
+        return fail("attention_mass: sizes must be consistent");
+    if (!sample && p.num_images != p.batch) return fail("attention_mass: sample must be given for images != batch");
+    if (scratch_bytes < mass_scratch(cuda, p)) return fail("attention_mass: scratch must be larger");
+    return launch(cuda, target, p, crop::launch_attention_mass_cpu, CROP_ON_CUDA(crop::launch_attention_mass));
+}
+
+// The CUDA kernel reads the scores again instead of storing keys.
+size_t select_scratch(bool cuda, int64_t num_images, int64_t num_tokens) {
+    crop::SelectParams p{};
+    p.num_images = num_images, p.num_tokens = num_tokens;
+    return cuda ? 0 : crop::select_scratch_cpu(p);
+}
+
+int select(bool cuda, int64_t target, Pointer score, Pointer weight, Pointer priority, Pointer index,
+           const std::vector<int64_t>& budget, Pointer kept, Pointer scratch, size_t scratch_bytes, int64_t num_images,
+           int64_t num_tokens, int64_t width) {
+    const crop::SelectParams p{to<float>(score), to<float>(weight),   to<int8_t>(priority), to<int64_t>(index),
+                               budget.data(),    to<int64_t>(kept),   to<void>(scratch),    num_images,
+                               num_tokens,       width};
+    if (negative({num_images, num_tokens, width}) || budget.size() != static_cast<size_t>(num_images) ||
+        scratch_bytes < select_scratch(cuda, num_images, num_tokens))
+        return fail("select: sizes must be consistent");
+    for (int64_t keep : budget)
+        if (keep < 0 || keep > num_tokens || keep > width) return fail("select: num_keep must be in [0, num_vision]");
+    return launch(cuda, target, p, crop::launch_select_cpu, CROP_ON_CUDA(crop::launch_select));
+}
+
+// source, target, outer, num_tokens, row_bytes, batch_stride, outer_stride, token_stride
+using CompactRow = std::tuple<Pointer, Pointer, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+int compact(bool cuda, int64_t target, const std::vector<CompactRow>& table, Pointer index, int64_t batch,
+            int64_t num_kept) {
+    std::vector<crop::CompactTensor> tensors;
+    for (const auto& [source, result, outer, num_tokens, row_bytes, batch_stride, outer_stride, token_stride] : table) {
+        if (outer < 1 || num_tokens < 0 || row_bytes < 1) return fail("compact: sizes must be positive");
+        tensors.push_back({to<char>(source), to<char>(result), outer, num_tokens, row_bytes, batch_stride, outer_stride,
+                           token_stride});
+    }
+    if (negative({batch, num_kept})) return fail("compact: sizes must not be negative");
+    const crop::CompactParams p{tensors.data(), to<int64_t>(index), static_cast<int64_t>(tensors.size()), batch, num_kept};
+    return launch(cuda, target, p, crop::launch_compact_cpu, CROP_ON_CUDA(crop::launch_compact));
+}
+
+int adaptive_pool(bool cuda, int64_t target, Pointer tokens, Pointer members, Pointer offsets, Pointer weight,
+                  Pointer out, Pointer saved, int64_t num_tokens, int64_t dim, int64_t num_members, int64_t num_out,
+                  int64_t token_stride, int dtype, int mode) {
+    const crop::PoolParams p{to<void>(tokens), to<int32_t>(members), to<int32_t>(offsets), to<float>(weight),
+                             to<void>(out),    to<void>(saved),      num_tokens,           dim,
+                             num_members,      num_out,              token_stride,         dtype,
+                             mode};
+    if (negative({num_tokens, dim, num_members, num_out}) || mode < crop::kMean || mode > crop::kMax)
+        return fail("adaptive_pool: sizes must not be negative and mode must be known");
+    if (mode == crop::kWeighted && !weight) return fail("adaptive_pool: weight must be given for this mode");
+    return launch(cuda, target, p, crop::launch_adaptive_pool_cpu, CROP_ON_CUDA(crop::launch_adaptive_pool));
+}
+
+int adaptive_pool_backward(bool cuda, int64_t target, Pointer grad, Pointer tokens, Pointer out, Pointer saved,
+                           Pointer offsets, Pointer inverse, Pointer weight, Pointer grad_tokens, Pointer grad_weight,
+                           int64_t num_tokens, int64_t dim, int64_t num_out, int64_t token_stride, int dtype, int mode) {
+    const crop::PoolBackwardParams p{to<void>(grad),        to<void>(tokens),     to<void>(out),    to<void>(saved),
+                                     to<int32_t>(offsets),  to<int32_t>(inverse), to<float>(weight), to<void>(grad_tokens),
+                                     to<float>(grad_weight), num_tokens,          dim,              num_out,
+                                     token_stride,          dtype,                mode};
+    if (negative({num_tokens, dim, num_out}) || mode < crop::kMean || mode > crop::kMax)
+        return fail("adaptive_pool: sizes must not be negative and mode must be known");
+    if ((mode == crop::kWeighted && (!weight || !tokens || !out || !saved || !grad_weight)) ||
+        (mode == crop::kMax && !saved && num_out))
+        return fail("adaptive_pool: the tensors of the forward pass must be given");
+    return launch(cuda, target, p, crop::launch_adaptive_pool_backward_cpu,
+                  CROP_ON_CUDA(crop::launch_adaptive_pool_backward));
+}
+
+py::dict build_info() {
+    py::list isas;
+    for (int build = 0; build < crop::num_builds(); ++build) isas.append(crop::build_name(build));
+    return py::dict("cuda"_a = bool(CROP_HAVE_CUDA), "cuda_archs"_a = CROP_CUDA_ARCHS, "nvcc"_a = CROP_NVCC, "cpu_isas"_a = isas,
+                    "cpu_isa"_a = crop::active_isa(), "compiler"_a = __VERSION__);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.attr("has_cuda") = bool(CROP_HAVE_CUDA);
+    m.def("build_info", &build_info);
+    m.def("set_isa", &crop::set_isa, "name"_a);
+    m.def("last_error", &crop::last_error);
+    m.def("attention_mass_scratch", &attention_mass_scratch);
+    m.def("attention_mass", &attention_mass);
+    m.def("select_scratch", &select_scratch);
+    m.def("select", &select);
+    m.def("compact", &compact);
+    m.def("adaptive_pool", &adaptive_pool);
+    m.def("adaptive_pool_backward", &adaptive_pool_backward);
+}

@@ -1,0 +1,160 @@
+"""Builds `crop._C`, the compiled kernels. Needs setuptools and pybind11; never torch, a GPU, the network or git.
+
+    nvcc and a C++ compiler   CPU and CUDA kernels    CROP_BUILD=cuda    insist on CUDA: an error instead of a smaller build
+    a C++ compiler only       CPU kernels             CROP_BUILD=cpu     leave CUDA out
+    neither                   pure Python on torch    CROP_BUILD=python  leave all kernels out
+
+CROP_CUDA_ARCHS="80 90" chooses the GPU architectures, CUDA_HOME the toolkit, CXX the compiler, MAX_JOBS the parallel jobs.
+"""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-maybe-uninitialized"]
+ISAS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISAS |= {"avx2": AVX2, "avx512": AVX512}
+ARCHS = "80 86 89 90 100 120"
+
+
+def find_nvcc() -> str | None:
+    # The nvcc on PATH may be a wrapper outside the toolkit, hence last. nvcc also links: it knows its own libraries.
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    return next((nvcc for home in homes if home and (nvcc := shutil.which(f"{home}/bin/nvcc"))), shutil.which("nvcc"))
+
+
+def find_cxx() -> list[str] | None:
+    if os.name != "posix":
+        return None  # the kernels use the vector types of GCC and Clang
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    return next((shlex.split(name) for name in names if shutil.which(shlex.split(name)[0])), None)
+
+
+def choose() -> str:
+    """What to build: CROP_BUILD decides, else what is installed."""
+    wanted, nvcc, cxx = os.environ.get("CROP_BUILD", ""), find_nvcc(), find_cxx()
+    if wanted not in ("", "cuda", "cpu", "python"):
+        sys.exit(f"CROP_BUILD must be cuda, cpu or python, got {wanted!r}")
+    if wanted in ("cuda", "cpu") and not cxx:
+        sys.exit(f"CROP_BUILD={wanted}: no GCC or Clang found. Install one, set CXX, or unset CROP_BUILD.")
+    if wanted == "cuda" and not nvcc:
+        sys.exit("CROP_BUILD=cuda: no nvcc found. Install the CUDA toolkit, set CUDA_HOME, or unset CROP_BUILD.")
+    choice = wanted or ("python" if not cxx else "cuda" if nvcc else "cpu")
+    if choice == "python" and not wanted:
+        print("WARNING: crop: no C++ compiler found: installing without kernels, on plain torch", file=sys.stderr)
+    print(f"crop: build={choice} CXX={cxx} nvcc={nvcc}", file=sys.stderr)
+    return choice
+
+
+class BuildKernels(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11  # a build requirement, installed only by now
+
+        cuda, cxx, nvcc = CHOICE == "cuda", find_cxx(), find_nvcc()
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        defines = [f"-DCROP_HAVE_CUDA={int(cuda)}", '-DCROP_CUDA_ARCHS=""', '-DCROP_NVCC=""']
+        if cuda:
+            release = re.search(r"release ([\d.]+)", self.ask(nvcc, "--version")).group(1)
+            archs = os.environ.get("CROP_CUDA_ARCHS", "").split()
+            known = re.findall(r"sm_(\w+)", self.ask(nvcc, "--list-gpu-code"))
+            archs = archs or [arch for arch in ARCHS.split() if arch in known]
+            defines[1:] = [f'-DCROP_CUDA_ARCHS="{" ".join(archs)} {archs[-1]}+PTX"', f'-DCROP_NVCC="{release}"']
+            codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+            codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            host = ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            device = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-warn-spills,-Werror", *codes]
+
+        include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        steps = []  # (object, source, command)
+        for source in (ROOT / name for name in ext.sources):
+            if source.suffix == ".cu":
+                steps.append((build / f"{source.stem}.cu.o", source, [nvcc, *host, *device]))
+            elif source.stem.endswith("_cpu"):
+                for isa, flags in ISAS.items():
+                    command = [*cxx, *CXX_FLAGS, *flags, f"-DCROP_ISA={isa}"]
+                    steps.append((build / f"{source.stem}.{isa}.o", source, command))
+            else:
+                extra = [*include, *defines] if source.stem == "bindings" else []
+                steps.append((build / f"{source.stem}.o", source, [*cxx, *CXX_FLAGS, *extra]))
+        steps = [(out, source, [*cmd, "-MMD", "-MF", f"{out}.d", "-c", source, "-o", out]) for out, source, cmd in steps]
+        self.compile(steps, build)
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        objects = [out for out, _, _ in steps]
+        if cuda:  # hidden copy of the CUDA runtime: torch may carry another one
+            link = [nvcc, *host, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
+        else:
+            mac = ["-bundle", "-undefined", "dynamic_lookup"]
+            link = [*cxx, *(mac if sys.platform == "darwin" else ["-shared"]), "-pthread"]
+        self.call([*link, *objects, "-o", target])
+
+    def compile(self, steps: list, build: Path) -> None:
+        jobs = os.environ.get("MAX_JOBS")
+        ninja = shutil.which("ninja")
+        if not ninja:
+            for _, _, command in steps:
+                self.call(command)
+            return
+        lines = ["rule compile\n command = $command\n depfile = $out.d\n deps = gcc\n"]
+        for out, source, command in steps:
+            text = shlex.join(map(str, command)).replace("$", "$$")
+            lines.append(f"build {self.escape(out)}: compile {self.escape(source)}\n command = {text}\n")
+        (build / "build.ninja").write_text("".join(lines))
+        self.call([ninja, "-C", build, *(["-j", jobs] if jobs else [])])
+
+    @staticmethod
+    def escape(path: Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(path))
+
+    @staticmethod
+    def ask(*command: str) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    @staticmethod
+    def call(command: list) -> None:
+        subprocess.run([str(part) for part in command], check=True)
+
+
+CHOICE = choose()
+SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir()
+                 if path.suffix == ".cpp" or (path.suffix == ".cu" and CHOICE == "cuda"))
+README = ROOT / "README.md"
+
+setup(
+    name="crop-vlm",
+    version=re.search(r'^__version__ = "(.+)"', (ROOT / "crop/__init__.py").read_text(), re.M).group(1),
+    description="Training-free, region-guided pruning of vision tokens for Hugging Face vision-language models",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["crop", "crop.*"]),
+    package_data={"crop": ["py.typed", *(f"embedded/**/*.{end}" for end in ("safetensors", "json", "md", "jinja", "txt"))]},
+    ext_modules=[] if CHOICE == "python" else [Extension("crop._C", SOURCES)],
+    cmdclass={"build_ext": BuildKernels},
+    setup_requires=[] if CHOICE == "python" else ["pybind11>=2.12"],
+    install_requires=["torch>=2.6", "numpy", "transformers>=5.17"],
+    extras_require={
+        "test": ["pytest", "hypothesis"],
+        "demo": ["pillow", "rich", "tqdm", "matplotlib"],
+        "bench": ["rich", "matplotlib", "tqdm"],
+        "flash": ["flash-attn"],
+    },
+    entry_points={"console_scripts": ["crop = crop.cli:main"]},
+    zip_safe=False,
+)

@@ -1,0 +1,312 @@
+"""Localizers: boxes out of scores, the attention tap, and that the model is left as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import (
+    ATTENTIONS,
+    FAMILIES,
+    IMAGE,
+    LLAVA_GRID,
+    NUM_LAYERS,
+    image_processor,
+    make_batch,
+    make_sample,
+)
+from transformers import BatchFeature
+
+import crop.localizers as localizers
+from crop.localizers import (
+    AttentionLocalizer,
+    BoxLocalizer,
+    WholeLocalizer,
+    find_region,
+    get_localizer,
+)
+from crop.patch import patch
+from crop.region import Region, VisionLayout
+from crop.tap import tap
+
+pytestmark = pytest.mark.usefixtures("one_thread", "flash")
+families = pytest.mark.parametrize("family", FAMILIES)
+attentions = pytest.mark.parametrize("attention", ATTENTIONS)
+PICTURE = Image.new("RGB", (64, 48), "white")
+
+
+class Processor:
+    """Stands in for a processor: the question's length decides the prompt, the pixels are noise."""
+
+    chat_template = None
+
+    def __init__(self, family: str, after: int = 7) -> None:
+        self.image_processor = image_processor("resize")
+        grid = LLAVA_GRID if family == "llava" else (6, 9)
+        self.batch = make_batch(
+            family, [make_sample(family, [4, grid, after][: 2 + (after > 0)])], "none"
+        )
+
+    def __call__(self, images, text, return_tensors):
+        return BatchFeature(dict(self.batch.inputs))
+
+
+def localizer(model, family, **more):
+    more.setdefault("prompt", str)
+    return AttentionLocalizer(model, Processor(family), **more)
+
+
+def state(model):
+    """Everything the tap could leave behind: hooks, configurations, plain attributes, weights."""
+    found = []
+    for name, module in model.named_modules():
+        found.append((name, len(module._forward_hooks), len(module._forward_pre_hooks)))
+        config = getattr(module, "config", None)
+        found.append((id(config), getattr(config, "_attn_implementation", None)))
+        found.append({key: id(value) for key, value in vars(module).items()})
+    return found
+
+
+def names():
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return set(ALL_ATTENTION_FUNCTIONS)
+
+
+# ------------------------------------------------------------------------------ from scores to boxes
+def assert_boxes(region, *boxes):
+    assert len(region.boxes) == len(boxes), region
+    for found, box in zip(region.boxes, boxes, strict=True):
+        assert found == pytest.approx(box, abs=1e-6)
+
+
+def bump(layout, *boxes, floor=0.0):
+    """Score 1 in boxes of tokens (left, top, right, bottom), `floor` elsewhere."""
+    score = torch.full((len(layout),), floor)
+    for left, top, right, bottom in boxes:
+        inside = (
+            (layout.col >= left)
+            & (layout.col < right)
+            & (layout.row >= top)
+            & (layout.row < bottom)
+        )
+        score[inside] = 1.0
+    return score
+
+
+def test_one_bump_becomes_one_box_grown_by_a_token():
+    layout = VisionLayout.grid(12, 16)
+    region = find_region(layout, bump(layout, (4, 3, 8, 6)), threshold=0.6)
+    assert_boxes(region, (3 / 16, 2 / 12, 9 / 16, 7 / 12))
+    assert region.confidence == pytest.approx(1.0)
+    sharp = find_region(layout, bump(layout, (4, 3, 8, 6)), threshold=0.6, dilate=0)
+    assert_boxes(sharp, (4 / 16, 3 / 12, 8 / 16, 6 / 12))
+
+
+def test_two_bumps_become_two_boxes_heaviest_first_and_touching_boxes_merge():
+    layout = VisionLayout.grid(16, 16)
+    score = bump(layout, (1, 1, 4, 4), (9, 9, 14, 14))
+    two = find_region(layout, score, threshold=0.6)
+    assert_boxes(two, (8 / 16, 8 / 16, 15 / 16, 15 / 16), (0, 0, 5 / 16, 5 / 16))
+    assert len(find_region(layout, score, threshold=0.6, max_boxes=1).boxes) == 1
+    near = find_region(layout, bump(layout, (2, 2, 5, 5), (7, 2, 10, 5)), threshold=0.6, dilate=2)
+    assert_boxes(near, (0.0, 0.0, 12 / 16, 7 / 16))
+
+
+@pytest.mark.parametrize("score", [
+    torch.ones(144), torch.zeros(144), torch.full((144,), torch.nan), torch.rand(144, generator=torch.Generator().manual_seed(0)),
+])  # fmt: skip
+def test_a_score_without_a_peak_means_the_whole_image(score):
+    region = find_region(VisionLayout.grid(12, 12), score)
+    assert region.is_whole and region.confidence < 0.3
+
+
+def test_a_lone_sink_neither_hides_the_region_nor_becomes_one():
+    layout = VisionLayout.grid(16, 16)
+    score = bump(layout, (10, 10, 13, 13), floor=0.02)
+    score[0] = 1000.0
+    region = find_region(layout, score, threshold=0.6)
+    assert len(region.boxes) == 1 and region.boxes[0][:2] == (9 / 16, 9 / 16)
+
+
+def test_padding_takes_no_part():
+    layout = VisionLayout.grid(
+        8, 8, box=(0.0, -0.5, 1.0, 1.5)
+    )  # two rows above and below are padding
+    score = torch.where(layout.kind == 0, bump(layout, (2, 3, 4, 5)), 5.0)
+    region = find_region(layout, score, threshold=0.6, dilate=0)
+    assert_boxes(region, (0.25, 0.25, 0.5, 0.75))
+
+
+def test_layout_of_several_views_is_refused():
+    grid = VisionLayout.grid(4, 4)
+    two = VisionLayout(grid.position, grid.center, grid.row, grid.col,
+                       torch.arange(16, dtype=torch.int32) // 8, grid.kind, 16)  # fmt: skip
+    with pytest.raises(ValueError, match="one view, got 2"):
+        find_region(two, torch.ones(16))
+
+
+def test_cell_boxes_tile_what_the_processor_shows():
+    cells = torch.from_numpy(
+        localizers.cell_boxes(VisionLayout.grid(2, 4, box=(0.1, 0.0, 0.9, 1.0)))
+    )
+    assert torch.allclose(cells[0], torch.tensor([0.1, 0.0, 0.3, 0.5]).double(), atol=1e-6)
+    assert torch.allclose(cells[-1], torch.tensor([0.7, 0.5, 0.9, 1.0]).double(), atol=1e-6)
+    one = localizers.cell_boxes(VisionLayout.grid(1, 2))
+    assert one.tolist() == [[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]]
+
+
+# ------------------------------------------------------------------------------------- the attention
+@families
+@attentions
+@pytest.mark.parametrize("layer", [0, 3, NUM_LAYERS - 1])
+def test_attention_equals_the_models_own(family, attention, layer, get_model):
+    found = localizer(get_model(family, attention), family, layer=layer).attend(PICTURE, "?")
+    inputs = Processor(family).batch.inputs
+    weights = get_model(family, "eager")(**inputs, output_attentions=True).attentions[layer][0]
+    vision = torch.nonzero(inputs["input_ids"][0] == IMAGE).flatten()
+    assert torch.equal(found.layout.position, vision)
+    rows = weights[:, int(vision[-1]) + 1 :][..., vision]
+    torch.testing.assert_close(found.prior, rows[:, 0], atol=2e-6, rtol=1e-4)
+    torch.testing.assert_close(found.question, rows[:, 1:].mean(1), atol=2e-6, rtol=1e-4)
+
+
+@families
+def test_later_layers_and_the_head_never_run(family, get_model):
+    model, ran = get_model(family, "sdpa"), []
+    layers = model.model.language_model.layers
+    hooks = [m.register_forward_pre_hook(lambda *_, name=n: ran.append(name))
+             for n, m in [*enumerate(layers), ("head", model.lm_head)]]  # fmt: skip
+    try:
+        localizer(model, family, layer=1)(PICTURE, "?")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert ran == [0, 1]
+
+
+@families
+@attentions
+def test_the_model_is_left_as_it_was(family, attention, get_model):
+    model = get_model(family, attention)
+    inputs = Processor(family).batch.inputs
+    logits = model(**inputs).logits
+    before, registered = state(model), names()
+    localizer(model, family)(PICTURE, "?")
+    assert state(model) == before and names() == registered
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+@families
+def test_an_exception_leaves_the_model_as_it_was(family, get_model, monkeypatch):
+    model = get_model(family, "sdpa")
+    before, registered = state(model), names()
+
+    def fail(*_, **__):
+        raise RuntimeError("broken operator")
+
+    monkeypatch.setattr(localizers.ops, "attention_mass", fail)
+    with pytest.raises(RuntimeError, match="broken operator"):
+        localizer(model, family)(PICTURE, "?")
+    assert state(model) == before and names() == registered
+    monkeypatch.undo()
+    layer = model.model.language_model.layers[1]
+    with monkeypatch.context() as patched:
+        patched.setattr(layer, "forward", fail)
+        before = state(model)
+        with pytest.raises(RuntimeError, match="broken operator"):
+            localizer(model, family, layer=3)(PICTURE, "?")
+        assert state(model) == before and names() == registered
+
+
+def test_tap_reads_without_changing_and_nests(get_model):
+    model = get_model("llava", "sdpa")
+    inputs = Processor("llava").batch.inputs
+    logits, seen = model(**inputs).logits, []
+    attention = model.model.language_model.layers[2].self_attn
+    config, registered = attention.config, names()
+    wanted = [True]
+    with tap(attention, lambda *_: seen.append("outer")):
+        with tap(attention, lambda q, k, s: seen.append(tuple(q.shape)), when=lambda: wanted[0]):
+            assert torch.equal(model(**inputs).logits, logits)
+            assert attention.config is config
+            wanted[0] = False
+            model(**inputs)
+    heads, length = 4, inputs["input_ids"].shape[1]
+    assert seen == [(1, heads, length, 8), "outer", "outer"]
+    assert attention.config is config and names() == registered
+
+
+@families
+def test_low_confidence_means_the_whole_image(family, get_model):
+    narrow = {"threshold": 0.9, "dilate": 0}
+    sure = localizer(get_model(family, "sdpa"), family, min_confidence=1e-6, **narrow)(PICTURE, "?")
+    assert not sure.is_whole and 0 < sure.confidence < 0.999
+    unsure = localizer(
+        get_model(family, "sdpa"), family, min_confidence=sure.confidence + 1e-3, **narrow
+    )
+    region = unsure(PICTURE, "?")
+    assert region.is_whole and region.confidence == sure.confidence
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_prompt_without_a_question_is_refused(after, get_model):
+    ask = AttentionLocalizer(get_model("llava", "sdpa"), Processor("llava", after), prompt=str)
+    with pytest.raises(ValueError, match=f"text after the image, got {after} tokens"):
+        ask(PICTURE, "")
+
+
+def test_localizing_a_patched_model_is_refused(get_model):
+    model = get_model("llava", "sdpa")
+    with patch(model, None), pytest.raises(RuntimeError, match="patched already"):
+        localizer(model, "llava")(PICTURE, "?")
+
+
+def test_prompt_or_chat_template_is_needed(get_model):
+    with pytest.raises(ValueError, match="prompt must be given"):
+        localizer(get_model("llava", "sdpa"), "llava", prompt=None)(PICTURE, "?")
+
+    class Chat(Processor):
+        chat_template = "template"
+
+        def apply_chat_template(self, conversation, add_generation_prompt):
+            self.conversation = conversation
+            return "text"
+
+    chat = Chat("llava")
+    localizers.encode(chat, PICTURE, "what?")
+    parts = chat.conversation[0]["content"]
+    assert [part["type"] for part in parts] == ["image", "text"] and parts[1]["text"] == "what?"
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"layer": NUM_LAYERS}, "layer must be in"), ({"layer": -1}, "layer must be in"),
+    ({"threshold": 0.0}, "threshold must be in"), ({"min_confidence": 1.0}, "min_confidence must be in"),
+    ({"max_boxes": 0}, "max_boxes must be >= 1"), ({"dilate": -1}, "dilate must be >= 0"),
+])  # fmt: skip
+def test_bad_arguments(change, message, get_model):
+    with pytest.raises(ValueError, match=message):
+        localizer(get_model("llava", "sdpa"), "llava", **change)
+
+
+# ---------------------------------------------------------------------------------------- the others
+def test_given_and_whole():
+    region = Region.box(0.1, 0.2, 0.3, 0.4, confidence=0.7)
+    assert BoxLocalizer(region)(PICTURE, "?") is region
+    assert WholeLocalizer()(PICTURE, "?").is_whole
+
+
+def test_get_localizer(get_model):
+    region = Region.box(0, 0, 0.5, 0.5)
+    assert get_localizer("box", region=region)(PICTURE, "?") == region
+    assert isinstance(get_localizer("whole"), WholeLocalizer)
+    attention = get_localizer(
+        "attention", model=get_model("llava", "sdpa"), processor=Processor("llava")
+    )
+    assert isinstance(attention, AttentionLocalizer)
+    with pytest.raises(ValueError, match="one of attention, box, whole, got 'oracle'"):
+        get_localizer("oracle")
+    with pytest.raises(ValueError, match="region must be given for 'box'"):
+        get_localizer("box")
+    with pytest.raises(ValueError, match="processor must be given for 'attention'"):
+        get_localizer("attention", model=get_model("llava", "sdpa"))

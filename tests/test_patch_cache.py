@@ -1,0 +1,253 @@
+"""`crop.patch` over several turns: a pruned cache keeps working, alone, batched, copied, reordered."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from contract import (
+    ATOL,
+    METHODS,
+    REGIONS,
+    assert_steps,
+    cache_lengths,
+    expected,
+    greedy,
+    layouts_of,
+    patched,
+    regions_of,
+)
+from crop.methods import InnerLLMPruning
+from tiny_models import (
+    ATTENTIONS,
+    FAMILIES,
+    LLAVA_GRID,
+    make_batch,
+    make_sample,
+    standard_batch,
+    text_tokens,
+)
+from transformers import DynamicCache
+
+pytestmark = pytest.mark.usefixtures("one_thread", "flash")
+
+families = pytest.mark.parametrize("family", FAMILIES)
+attentions = pytest.mark.parametrize("attention", ATTENTIONS)
+methods_ = pytest.mark.parametrize("name", list(METHODS))
+QUESTION = text_tokens(6, 31)  # the second turn
+
+
+def continue_text(model, sequences, batch, cache, question=QUESTION, **more):
+    """Next turn on the same cache: the full ids, no pixels."""
+    extra = torch.tensor([question] * sequences.shape[0])
+    ids = torch.cat([sequences, extra], 1)
+    mask = torch.cat([batch.inputs["attention_mask"],
+                      torch.ones(len(ids), ids.shape[1] - batch.inputs["attention_mask"].shape[1],
+                                 dtype=torch.long)], 1)  # fmt: skip
+    inputs = {"input_ids": ids, "attention_mask": mask, **more}
+    return model.generate(
+        **inputs, past_key_values=cache, max_new_tokens=3, do_sample=False, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+
+
+def assert_turn(out, prompt, oracle, samples, decisions):
+    """Three greedy steps after `samples`, the earlier decisions still in force."""
+    for row, (sample, decision) in enumerate(zip(samples, decisions, strict=True)):
+        steps = oracle.greedy(sample, decision, 3)
+        for number in range(3):
+            torch.testing.assert_close(out.logits[number][row], steps.logits[number], atol=ATOL, rtol=0)
+        assert out.sequences[row, prompt:].tolist() == steps.tokens
+
+
+@pytest.mark.parametrize("second_block", [False, True])
+@methods_
+@pytest.mark.parametrize("padding", ["single", "left"])
+@attentions
+@families
+def test_second_question(
+    family, attention, padding, name, second_block, get_model, get_oracle
+):
+    """Text turns on a pruned cache; also when the first block was left and another one entered."""
+    model, oracle = get_model(family, attention), get_oracle(family)
+    batch = standard_batch(family, padding, 2 if second_block else 1)
+    wanted = expected(get_oracle, batch, name)
+    with patched(model, METHODS[name], regions_of(batch)):
+        first = greedy(model, batch)
+        if not second_block:
+            lengths = cache_lengths(first.past_key_values)
+            out = continue_text(model, first.sequences, batch, first.past_key_values)
+            third = continue_text(model, out.sequences, batch, out.past_key_values, QUESTION[:2])
+    if second_block:
+        lengths = cache_lengths(first.past_key_values)
+        with patched(model, METHODS[name], regions_of(batch)):
+            out = continue_text(model, first.sequences, batch, first.past_key_values)
+            third = continue_text(model, out.sequences, batch, out.past_key_values, QUESTION[:2])
+    samples = [e.sample.extended(e.steps.tokens + QUESTION) for e in wanted]
+    decisions = [e.decision for e in wanted]
+    assert_turn(out, first.sequences.shape[1] + len(QUESTION), oracle, samples, decisions)
+    samples = [
+        sample.extended(out.sequences[row, -3:].tolist() + QUESTION[:2])
+        for row, sample in enumerate(samples)
+    ]
+    assert_turn(third, out.sequences.shape[1] + 2, oracle, samples, decisions)
+    # after turn 1 one token is not in the cache; 6 + 3 and 2 + 3 more follow, one short again
+    assert cache_lengths(third.past_key_values) == [n + 14 for n in lengths]
+    assert third.past_key_values.get_seq_length() == third.sequences.shape[1] - 1
+
+
+@methods_
+@attentions
+@families
+def test_chunk_by_forward(family, attention, name, get_model, get_oracle):
+    """The same without generate: forward calls on one cache, several tokens at a time."""
+    model, oracle = get_model(family, attention), get_oracle(family)
+    batch = standard_batch(family, "left", 1)
+    wanted = expected(get_oracle, batch, name)
+    mask = batch.inputs["attention_mask"]
+    with patched(model, METHODS[name], regions_of(batch)):
+        cache = model(**batch.inputs).past_key_values
+        for size in (4, 1, 3):
+            mask = torch.cat([mask, mask.new_ones(len(mask), size)], 1)
+            ids = torch.tensor([text_tokens(size, size)] * len(mask))
+            logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+            assert logits.shape[1] == size
+    added = text_tokens(4, 4) + text_tokens(1, 1) + text_tokens(3, 3)
+    for row, expect in enumerate(wanted):
+        reference = oracle.forward(expect.sample.extended(added), expect.decision)[0][-3:]
+        torch.testing.assert_close(logits[row], reference, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("second_block", [False, True])
+@methods_
+@attentions
+def test_second_image(attention, name, second_block, get_model, get_oracle):
+    """LLaVA: the second turn brings a new image into the pruned cache."""
+    model, oracle = get_model("llava", attention), get_oracle("llava")
+    method = METHODS[name]
+    regions = [REGIONS[0][0], REGIONS[1][0] if second_block else REGIONS[0][0]]
+    batch = standard_batch("llava", "single", 1)
+    (expect,) = expected(get_oracle, batch, name)
+    turn = make_sample("llava", [4, LLAVA_GRID, 5], seed=12)
+
+    def second(first):
+        ids = torch.cat([first.sequences, torch.tensor([turn.ids])], 1)
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=turn.pixels[0],
+            past_key_values=first.past_key_values, max_new_tokens=3, do_sample=False,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        return ids.shape[1], out
+
+    with patched(model, method, [regions[0]]) as stats:
+        first = greedy(model, batch)
+        if not second_block:
+            prompt, out = second(first)
+    if second_block:
+        with patched(model, method, [regions[1]]) as stats:
+            prompt, out = second(first)
+
+    sample = batch.samples[0].extended(expect.steps.tokens).joined(turn)
+    chunk = (len(batch.samples[0].ids) + 4, len(sample.ids))  # one generated token is not cached yet
+    decision = oracle.decide(sample, method, [regions[1]], layouts_of(turn), chunk=chunk,
+                             previous=expect.decision)  # fmt: skip
+    assert not decision.near_tie
+    assert stats.kept[-1].tolist() == decision.kept_original(1)
+    assert_turn(out, prompt, oracle, [sample], [decision])
+
+
+@methods_
+@attentions
+def test_image_after_a_text_turn(attention, name, get_model, get_oracle):
+    """LLaVA: the cache already holds a text-only turn when the first image comes."""
+    model, oracle = get_model("llava", attention), get_oracle("llava")
+    text = make_sample("llava", [9], seed=21)
+    turn = make_sample("llava", [2, LLAVA_GRID, 5], seed=22)
+    with patched(model, METHODS[name], [REGIONS[0][0]]) as stats:
+        cache = model(torch.tensor([text.ids])).past_key_values
+        logits = model(
+            torch.tensor([turn.ids]), pixel_values=turn.pixels[0], past_key_values=cache
+        ).logits
+    sample = text.joined(turn)
+    decision = oracle.decide(sample, METHODS[name], [REGIONS[0][0]], layouts_of(turn),
+                             chunk=(9, len(sample.ids)))  # fmt: skip
+    assert stats.kept[0].tolist() == decision.kept_original(0)
+    reference = oracle.forward(sample, decision)[0][-5:]
+    torch.testing.assert_close(logits[0, -5:], reference, atol=ATOL, rtol=0)
+
+
+@methods_
+@pytest.mark.parametrize("padding", ["single", "left"])
+@families
+def test_copied_cache(family, padding, name, get_model, get_oracle):
+    """A copied cache (one prefix, several questions) carries its pruning along."""
+    model, oracle = get_model(family, "sdpa"), get_oracle(family)
+    batch = standard_batch(family, padding, 1)
+    wanted = expected(get_oracle, batch, name)
+    questions = [text_tokens(5, 41), text_tokens(5, 42)]
+    mask = torch.cat([batch.inputs["attention_mask"], torch.ones(len(batch.samples), 5).long()], 1)
+    with patched(model, METHODS[name], regions_of(batch)):
+        prefix = model(**batch.inputs).past_key_values
+        for question in questions:
+            cache = copy.deepcopy(prefix)
+            ids = torch.tensor([question] * len(batch.samples))
+            logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1]
+            for row, expect in enumerate(wanted):
+                reference = oracle.forward(expect.sample.extended(question), expect.decision)[0][-1]
+                torch.testing.assert_close(logits[row], reference, atol=ATOL, rtol=0)
+
+
+@methods_
+@families
+def test_own_cache_object(family, name, get_model, get_oracle):
+    """An empty cache passed in by the caller is filled like the model's own."""
+    model = get_model(family, "sdpa")
+    batch = standard_batch(family, "single", 1)
+    wanted = expected(get_oracle, batch, name)
+    cache = DynamicCache(config=model.config.get_text_config())
+    with patched(model, METHODS[name], regions_of(batch)):
+        out = greedy(model, batch, past_key_values=cache)
+    assert_steps(out, batch, [e.steps for e in wanted])
+    assert out.past_key_values is cache
+
+
+@methods_
+@families
+def test_beams(family, name, get_model):
+    """Beam search: reordering a pruned cache gives what no cache gives (one decision for all)."""
+    model = get_model(family, "sdpa")
+    batch = standard_batch(family, "single", 1)
+    method = METHODS[name]
+    if name in ("ilp_budget", "compose"):  # without a cache each step decides anew, unless by rows
+        method = InnerLLMPruning(mode="strict", layer=2)
+    results = []
+    for use_cache in (True, False):
+        with patched(model, method):
+            unpruned = model.generate(**batch.inputs, num_beams=3, max_new_tokens=3, do_sample=False,
+                                      use_cache=use_cache)  # fmt: skip
+        with patched(model, method, [REGIONS[0][0]] * 3):
+            results.append(
+                model.generate(**batch.inputs, num_beams=3, max_new_tokens=4, do_sample=False,
+                               use_cache=use_cache, return_dict_in_generate=True, output_scores=True)
+            )  # fmt: skip
+        if method.plan(layouts_of(batch.samples[0])[0], REGIONS[0][0]) is None:
+            plain = model.generate(**batch.inputs, num_beams=3, max_new_tokens=3, do_sample=False)
+            assert torch.equal(unpruned, plain)
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    torch.testing.assert_close(results[0].sequences_scores, results[1].sequences_scores, atol=ATOL, rtol=0)
+
+
+@families
+def test_sampling_is_reproducible(family, get_model):
+    """num_return_sequences expands the batch; equal seeds give equal draws."""
+    model = get_model(family, "sdpa")
+    batch = standard_batch(family, "single", 1)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        with patched(model, METHODS["ilp_budget"]) as stats:
+            draws.append(model.generate(**batch.inputs, do_sample=True, max_new_tokens=4,
+                                        num_return_sequences=2))  # fmt: skip
+    assert torch.equal(draws[0], draws[1])
+    assert [len(k) for k in stats.kept] == list(stats.tokens_after_ilp)
