@@ -7,6 +7,7 @@ Stages (each with a budget in minutes, so that a run fits the time there is):
 
     python bench/train_embedded.py --out RUN --minutes 20 35 40 --export crop/embedded/weights
     python bench/train_embedded.py --out RUN --minutes 20 35 80 --export ...      # resumes and goes on
+    touch RUN/stop                                                              # ends it at the next exchange; remove to resume
     python bench/train_embedded.py --evaluate crop/embedded/weights --scenes 400
 
 Aids, all absent from the exported model, which is a stock LlavaForConditionalGeneration: dense patch labels, random dropping of background tokens
@@ -114,14 +115,19 @@ def encode(scene: scenes.Scene, encoder: Encoder) -> dict[str, np.ndarray]:
     }
     count = collections.Counter(q.kind for q in scene.questions)
     for i, question in enumerate(scene.questions[:MAX_QUESTIONS]):
-        text, answer = encoder(question.text + " ?"), encoder(question.answer) + [encoder.ids["</s>"]]
+        text, answer = (
+            encoder(question.text + " ?"),
+            [*encoder(question.answer), encoder.ids["</s>"]],
+        )
         line = text + answer[:-1]
         out["ids"][i, : len(line)] = line
         out["target"][i, len(text) - 1 : len(line)] = answer
         out["region"][i], out["local"][i] = region_mask(question), question.local
         # Every kind equally likely, except that the two trivial ones (and one-object counts) are asked less.
         weight = 1.0 if question.local or question.kind == "shapes" else 0.2
-        out["weight"][i] = weight / count[question.kind] * (0.5 if question.kind == "count" and question.answer == "1" else 1)
+        out["weight"][i] = (
+            weight / count[question.kind] * (0.5 if question.kind == "count" and question.answer == "1" else 1)
+        )
     return out
 
 
@@ -129,7 +135,13 @@ class Reservoir:
     """Recently rendered pictures; each is used several times before a new one takes its place."""
 
     def __init__(self, encoder: Encoder, first_seed: int, stride: int, size: int, hardness: float = 1.0) -> None:
-        self.encoder, self.seed, self.stride, self.size, self.hardness = encoder, first_seed, stride, size, hardness
+        self.encoder, self.seed, self.stride, self.size, self.hardness = (
+            encoder,
+            first_seed,
+            stride,
+            size,
+            hardness,
+        )
         self.store: list[dict[str, Tensor]] = []
         self.cursor = 0
         self.rng = random.Random(first_seed)
@@ -162,7 +174,12 @@ def keep_tokens(labels: Tensor, count: int) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------------------- model
 def build(size: str, vocabulary: dict[str, int]):
-    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+    from transformers import (
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        SiglipVisionConfig,
+    )
 
     tower, tower_layers, width, layers, inner = SIZES[size]
     vision = SiglipVisionConfig(
@@ -185,7 +202,12 @@ def build(size: str, vocabulary: dict[str, int]):
             nn.init.normal_(parameter, std=std)
     # Rows and columns in sines: neighbours are then a fixed rotation apart from the first step on.
     place = model.model.vision_tower.embeddings.position_embedding.weight
-    axis = torch.arange(scenes.GRID)[:, None] * 2 * math.pi / torch.logspace(math.log2(3), math.log2(64), tower // 4, base=2)
+    axis = (
+        torch.arange(scenes.GRID)[:, None]
+        * 2
+        * math.pi
+        / torch.logspace(math.log2(3), math.log2(64), tower // 4, base=2)
+    )
     wave = torch.cat((axis.sin(), axis.cos()), 1)
     grid = torch.cat((wave[:, None].expand(-1, scenes.GRID, -1), wave[None].expand(scenes.GRID, -1, -1)), 2)
     place.data.copy_(grid.reshape(NUM_PATCHES, tower) * 0.4)
@@ -254,7 +276,9 @@ def answer_logits(model, vision: Tensor, keep: Tensor, ids: Tensor) -> Tensor:
     text = (1 + NUM_PATCHES + torch.arange(length)).repeat(questions).expand(batch, -1)
     position = torch.cat((torch.zeros(batch, 1, dtype=torch.long), 1 + keep, text), 1).to(ids.device)
     mask = packed_mask(prefix, questions, length).to(ids.device)
-    hidden = language(inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
+    hidden = language(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False
+    ).last_hidden_state
     return model.lm_head(hidden[:, prefix:]).unflatten(1, (questions, length))
 
 
@@ -329,7 +353,7 @@ class Trainer:
             self.heads.load_state_dict(saved["heads"])
             self.state, self.optimiser_state = saved["state"], saved["optimiser"]
         torch.manual_seed(1000 * rank + self.state["step"])
-        self.local_steps, self.next_exchange = 0, 0.0
+        self.local_steps, self.next_exchange, self.stop = 0, 0.0, False
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -375,7 +399,12 @@ class Trainer:
         first = 1 + self.rank + args.processes * (state["pictures"] + 1000)
         data = Reservoir(self.encoder, first, args.processes, 4000 if stage != "joint" else 1000)
         batch = args.batch[{"tower": 0, "decoder": 1, "joint": 2}[stage]]
-        fresh, start, last, meter = 0.0, time.time() - state["elapsed"], time.time(), collections.Counter()
+        fresh, start, last, meter = (
+            0.0,
+            time.time() - state["elapsed"],
+            time.time(),
+            collections.Counter(),
+        )
         saved = exported = time.time()
         data.hardness = self.hardness(stage, state["elapsed"] / budget)
         data.add(max(4 * batch, 128), features)
@@ -389,7 +418,7 @@ class Trainer:
                 data.add(16, features)
                 state["pictures"] += 16
                 fresh -= 16
-            full = stage == "joint" or fraction > (0.85 if stage == "tower" else 0.9)
+            full = fraction > {"tower": 0.7, "decoder": 0.92, "joint": 0.6}[stage]
             losses = self.losses(stage, data.draw(batch), full)
             for p in (p for _, p in named):
                 p.grad = None if p.grad is None else p.grad.zero_()
@@ -409,6 +438,9 @@ class Trainer:
                 self.say(f"{stage} {fraction:.2f} step {state['step']} {rate:.1f}/s a process, {text}")
                 meter.clear()
                 last = time.time()
+            if self.stop:
+                self.save(optimiser)
+                sys.exit(0)
             if time.time() - saved > 120:
                 self.save(optimiser)
                 saved = time.time()
@@ -431,7 +463,8 @@ class Trainer:
         """Receipts cover more patches than the rest, so both are run apart while background is dropped."""
         receipts = [i for i in items if i["picture"] == 2]
         others = [i for i in items if i["picture"] != 2]
-        parts = [(items, NUM_PATCHES)] if full else [(receipts, 118), (others, 74)]
+        counts = {"tower": (118, 74), "decoder": (96, 60), "joint": (112, 80)}[stage]
+        parts = [(items, NUM_PATCHES)] if full else list(zip((receipts, others), counts, strict=True))
         total: dict[str, Tensor] = collections.defaultdict(float)
         for part, count in parts:
             if part:
@@ -444,17 +477,22 @@ class Trainer:
         full = count == NUM_PATCHES
         keep = torch.arange(NUM_PATCHES).expand(len(items), -1) if full else keep_tokens(labels, count)
 
-        def take(name: str) -> Tensor:
-            return torch.stack([i[name] if full else i[name][k] for i, k in zip(items, keep, strict=True)]).to(self.device)
+        def take(name: str, whole: bool = full) -> Tensor:
+            pairs = zip(items, keep, strict=True)
+            return torch.stack([i[name] if whole else i[name][k] for i, k in pairs]).to(self.device)
 
         losses = {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             if stage == "decoder":
                 features = take("features").float()
-            else:
-                features = tower_features(self.model, take("patches"), keep.to(self.device))
-                weight = 1.0 if stage == "tower" else 0.1
-                losses["patch"] = weight * self.patch_loss(features, take("labels").long())
+            elif stage == "tower":
+                places = keep.to(self.device)
+                features = tower_features(self.model, take("patches"), places)
+                losses["patch"] = self.patch_loss(features, take("labels").long())
+            else:  # the tower is cheap: it sees every patch even while the decoder does not
+                features = tower_features(self.model, take("patches", True), None)
+                losses["patch"] = 0.2 * self.patch_loss(features, take("labels", True).long())
+                features = features[torch.arange(len(items))[:, None], keep]
             if stage != "tower":
                 losses |= self.answer_losses(items, features, keep)
         return losses
@@ -463,7 +501,10 @@ class Trainer:
         logits = self.heads(F.layer_norm(features, features.shape[-1:])).float().flatten(0, 1)
         labels = labels.flatten(0, 1)
         weight = 0.1 + 0.9 * (labels[:, 0] > 0)
-        loss = sum(F.cross_entropy(part, labels[:, i], reduction="none") for i, part in enumerate(logits.split(list(HEADS.values()), 1)))
+        loss = sum(
+            F.cross_entropy(part, labels[:, i], reduction="none")
+            for i, part in enumerate(logits.split(list(HEADS.values()), 1))
+        )
         return (loss * weight).sum() / weight.sum()
 
     def answer_losses(self, items: list[dict[str, Tensor]], features: Tensor, keep: Tensor) -> dict[str, Tensor]:
@@ -472,7 +513,9 @@ class Trainer:
         # Sampling without replacement in proportion to the weights (exponential clocks).
         chosen = (torch.rand_like(weight).log() / weight.clamp_min(1e-6)).topk(questions, 1).indices
         pick = torch.arange(len(items))[:, None]
-        ids, target, region, local = (torch.stack([i[n] for i in items])[pick, chosen] for n in ("ids", "target", "region", "local"))
+        ids, target, region, local = (
+            torch.stack([i[n] for i in items])[pick, chosen] for n in ("ids", "target", "region", "local")
+        )
         ids, target = ids.long(), target.long()
         prefix, length = 1 + features.shape[1], ids.shape[2]
         region = region.gather(2, keep[:, None].expand(-1, questions, -1))
@@ -481,7 +524,11 @@ class Trainer:
         rows[..., :-1] |= rows[..., 1:]
         keys = torch.zeros(len(items), questions, prefix + questions * length, dtype=torch.bool)
         keys[..., 1:prefix] = region
-        AIDS.start(prefix, keys.repeat_interleave(length, 1).to(self.device), rows.flatten(1).to(self.device))
+        AIDS.start(
+            prefix,
+            keys.repeat_interleave(length, 1).to(self.device),
+            rows.flatten(1).to(self.device),
+        )
         logits = answer_logits(self.model, features, keep, ids.to(self.device)).float()
         AIDS.on = False
         target = target.to(self.device)
@@ -494,19 +541,20 @@ class Trainer:
 
         No process waits for a slower one in between, which is what counts on a machine that is shared. The clock is rank 0's.
         """
+        asked = (self.checkpoint.parent / "stop").exists() and self.rank == 0
         if self.args.processes == 1:
-            self.state["elapsed"] = elapsed
+            self.state["elapsed"], self.stop = elapsed, asked
             return
         self.local_steps += 1
         if time.time() < self.next_exchange:
             return
         with torch.no_grad():
-            tail = [float(self.local_steps), elapsed if self.rank == 0 else 0.0]
+            tail = [float(self.local_steps), elapsed if self.rank == 0 else 0.0, float(asked)]
             flat = torch.cat([p.detach().flatten().cpu() for p in parameters]) * self.local_steps
             flat = torch.cat((flat, torch.tensor(tail)))
             dist.all_reduce(flat)
-            steps, self.state["elapsed"] = flat[-2:].tolist()
-            for p, mean in zip(parameters, flat[:-2].split([p.numel() for p in parameters]), strict=True):
+            steps, self.state["elapsed"], self.stop = flat[-3:].tolist()
+            for p, mean in zip(parameters, flat[:-3].split([p.numel() for p in parameters]), strict=True):
                 p.copy_(mean.view_as(p) / steps)
         self.local_steps, self.next_exchange = 0, time.time() + self.args.exchange
 
@@ -545,7 +593,9 @@ def quick_scores(model, encoder: Encoder, count: int, first: int = HELD_OUT) -> 
         drawn = [scenes.scene(s) for s in range(seed, min(seed + 8, first + count))]
         items = [encode(s, encoder) for s in drawn]
         features = tower_features(model, torch.stack([torch.from_numpy(i["patches"]) for i in items]), None)
-        ids, target = (torch.stack([torch.from_numpy(i[n]) for i in items]).long().to(device) for n in ("ids", "target"))
+        ids, target = (
+            torch.stack([torch.from_numpy(i[n]) for i in items]).long().to(device) for n in ("ids", "target")
+        )
         keep = torch.arange(NUM_PATCHES).expand(len(items), -1)
         right = (answer_logits(model, features, keep, ids).argmax(3) == target) | (target == -100)
         for scene, row in zip(drawn, right.all(2).tolist(), strict=True):
@@ -601,16 +651,26 @@ def build_processor():
         additional_special_tokens=["<image>"], padding_side="left", clean_up_tokenization_spaces=False, model_max_length=1024,
     )  # fmt: skip
     images = SiglipImageProcessorPil(
-        size={"height": scenes.SIZE, "width": scenes.SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3
+        size={"height": scenes.SIZE, "width": scenes.SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        resample=3,
     )
     return LlavaProcessor(
-        images, fast, patch_size=scenes.PATCH, vision_feature_select_strategy="full", num_additional_image_tokens=0
+        images,
+        fast,
+        patch_size=scenes.PATCH,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
     )
 
 
 def export(model, directory: Path) -> None:
     """Write weights (bfloat16) and processor; the directory is replaced in one move."""
-    part, old = directory.with_name(directory.name + ".part"), directory.with_name(directory.name + ".old")
+    part, old = (
+        directory.with_name(directory.name + ".part"),
+        directory.with_name(directory.name + ".old"),
+    )
     for path in (part, old):
         shutil.rmtree(path, ignore_errors=True)
     copy = type(model)(model.config)
@@ -628,7 +688,12 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     if rank:
         os.nice(args.helper_nice)
     if args.processes > 1:
-        dist.init_process_group("gloo", init_method=f"file://{Path(args.out).resolve()}/rendezvous-{args.key}", rank=rank, world_size=args.processes)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{Path(args.out).resolve()}/rendezvous-{args.key}",
+            rank=rank,
+            world_size=args.processes,
+        )
     Trainer(args, rank).run()
 
 
@@ -643,7 +708,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, nargs=3, default=(20, 35, 40), help="wall minutes per stage")
     parser.add_argument("--batch", type=int, nargs=3, default=(32, 16, 8), help="pictures per step and process")
-    parser.add_argument("--lr", type=float, nargs=6, default=(0.02, 2e-3, 0.02, 2e-3, 0.004, 5e-4), help="matrices, rest; per stage")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        nargs=6,
+        default=(0.02, 2e-3, 0.02, 2e-3, 0.01, 1e-3),
+        help="matrices, rest; per stage",
+    )
     parser.add_argument("--questions", type=int, default=10, help="packed questions per picture")
     parser.add_argument("--reuse", type=float, default=3, help="times a rendered picture is used")
     parser.add_argument("--mass", type=float, default=0.3, help="weight of the attention-mass loss")

@@ -6,6 +6,7 @@ from .ops import adaptive_pool, attention_mass, compact, region_topk, select, us
 from .patch import patch
 from .plan import PoolPlan
 from .region import Region, VisionLayout
+from .share import share_vision
 from .stats import PruneStats
 
 __version__ = "0.1.0"
@@ -27,5 +28,6 @@ __all__ = [
     "patch",
     "region_topk",
     "select",
+    "share_vision",
     "use_backend",
 ]

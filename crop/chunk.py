@@ -176,6 +176,12 @@ def _select_step(method: Method, images: Sequence[ImagePlan], slots: Tensor) -> 
         return None
     stays = slots.clone()
     for image in pruned:
+        if not slots[image.sample, image.pooled.position[-1] + 1 :].any():
+            # Nothing would ask, and the token that predicts the answer could itself be dropped.
+            raise ValueError(
+                f"patch: text must follow the last image of a prompt to prune inside the decoder, "
+                f"got a prompt of sample {image.sample} that ends with an image"
+            )
         stays[image.sample, image.pooled.position] = False
     kept = stays.sum(1)
     for image in pruned:
@@ -219,15 +225,11 @@ def _stack(rows: Sequence[Tensor], fill: float) -> Tensor:
 
 def _scoring_rows(kind: str, images: Sequence[ImagePlan], slots: Tensor) -> Tensor:
     """Rows whose attention decides: the text after a sample's last image, or its last token alone."""
-    last_image = torch.full((slots.shape[0],), -1)
+    after = torch.zeros(slots.shape[0], dtype=torch.int64)
     for image in images:
-        last_image[image.sample] = max(
-            int(last_image[image.sample]), int(image.pooled.position[-1])
-        )
-    rows = []
-    for sample, row in enumerate(slots):
-        candidates = torch.nonzero(row).flatten()
-        text = candidates[candidates > last_image[sample]]
-        # An image at the very end leaves no text after it: its own last token asks.
-        rows.append(candidates[-1:] if kind == "last" or len(text) == 0 else text)
-    return _stack(rows, -1)
+        after[image.sample] = max(int(after[image.sample]), int(image.pooled.position[-1]) + 1)
+    rows = [
+        torch.nonzero(row[begin:]).flatten() + begin
+        for row, begin in zip(slots, after.tolist(), strict=True)
+    ]
+    return _stack([row[-1:] if kind == "last" else row for row in rows], -1)

@@ -12,18 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crop.plan import (
-    INSIDE,
-    MAX_STRIDE,
-    NEWLINES,
-    OUTSIDE,
-    PADS,
-    RING,
-    PoolPlan,
-    build_plan,
-    check_strides,
-    count_groups,
-)
+from crop.plan import MAX_STRIDE, OUTSIDE, PoolPlan, build_plan, check_strides, fit_strides
 from crop.region import PADDING, Region, VisionLayout
 
 
@@ -99,45 +88,6 @@ class Method:
     def select(self, layout: VisionLayout, region: Region) -> Selection | None:
         """What to keep of one image at ``layer`` (layout is the one after pooling); None: all."""
         return None
-
-
-def fit_strides(layout: VisionLayout, level: Tensor, budget: int) -> tuple[int, int, int] | None:
-    """Mildest strides with at most ``budget`` cells.
-
-    Mildest = first in the lexicographic order of (inside, outside, context): the region is spared
-    for as long as any strides allow it, then the coarsest stride of the image is as small as
-    possible, then that of the ring.
-
-    Args:
-        layout: the tokens of one image.
-        level: (N,) uint8 from ``layout.levels``.
-        budget: cells, >= 1.
-    Returns:
-        (inside, context, outside), or None if no strides up to 16 fit.
-    Source: own choice; counts per level are independent, so each stride is counted only once.
-    """
-    tables: dict[int, list[int]] = {}
-
-    def count(group: int, stride: int) -> int:
-        if stride not in tables:
-            tables[stride] = count_groups(layout, level, stride)
-        return tables[stride][group]
-
-    # At stride 1 a cell is a token; an empty level has no say, so only one stride is tried for it.
-    has_ring, has_outside, has_padding = (count(g, 1) > 0 for g in (RING, OUTSIDE, PADS))
-    newlines = count(NEWLINES, 1)
-    least = newlines + has_ring + has_outside + has_padding
-    for inside in range(1, MAX_STRIDE + 1):
-        if count(INSIDE, inside) + least > budget:
-            continue
-        last = MAX_STRIDE if has_ring or has_outside or has_padding else inside
-        for outside in range(inside, last + 1):
-            rest = budget - newlines - count(INSIDE, inside)
-            rest -= count(OUTSIDE, outside) + count(PADS, outside)
-            for context in range(inside, outside + 1):
-                if count(RING, context) <= rest:
-                    return inside, context, outside
-    return None
 
 
 @lru_cache(maxsize=64)
@@ -295,7 +245,8 @@ class InnerLLMPruning(Method):
         rows: scoring queries, "text" (all after the image) or "last".
         ring: width of the ring in tokens.
         floor: side of a floor cell in tokens, 0 for no floor.
-        region_weight: factor of the scores inside the region.
+        region_weight: factor of the scores inside the region. The tiers rank the region first
+            anyway, so it tells only where a caller replaces the priorities.
     Raises:
         ValueError, TypeError: an argument out of its range.
     Source: CROP (arXiv 2505.21233) for "strict"; layer, budget rule, ring and floor are our choice,

@@ -12,16 +12,15 @@ Tokens keep their original position ids. Outputs come back at the unpruned lengt
 
 from __future__ import annotations
 
-import copy
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from . import ops
 from .cache import CacheState, Slots, cache_state, left_fill, num_slots, store_state
@@ -42,6 +41,7 @@ from .models import WHOLE, Adapter, Box, adapter_for, split_images
 from .region import Region, VisionLayout
 from .run import Run, gather_positions, pruned_mask, score, slot_mask
 from .stats import PruneStats, mark
+from .tap import tap
 
 _patched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -76,17 +76,15 @@ def patch(
         RuntimeError: the model is patched already.
     """
     active = _Patch(model, method, region, processor, image_size)
-    if model in _patched:
+    if active.language_model in _patched:
         raise RuntimeError(
             "patch: model must not be patched already, got a nested patch of the same model"
         )
-    _patched.add(model)
-    try:
-        active.install()
+    with ExitStack() as undo:
+        _patched.add(active.language_model)
+        undo.callback(_patched.discard, active.language_model)
+        active.install(undo)
         yield active.stats
-    finally:
-        active.remove()
-        _patched.discard(model)
 
 
 class _Patch:
@@ -111,7 +109,6 @@ class _Patch:
         self.base = self.adapter.base(model)
         self.language_model = self.adapter.language_model(model)
         self.layers = list(self.language_model.layers)
-        self.is_flash = "flash" in (self.language_model.config._attn_implementation or "")
         refuse_sliding_window(self.language_model.config)
         layer = self.method.layer
         if layer is not None and not 1 <= layer < len(self.layers):
@@ -134,44 +131,27 @@ class _Patch:
         self.run: Run | None = None
         self.grid_thw: Tensor | None = None
         self.vision_span: list[Any] = []
-        self.handles: list[Any] = []
-        self.tapped = None if layer is None else self.layers[layer - 1].self_attn
-        self.tap_name = f"crop_tap_{id(self):x}"
-        self.untapped_config: Any = None
 
-    # Installing and removing
+    def install(self, undo: ExitStack) -> None:
+        """Register every hook, and its removal with ``undo``."""
 
-    def install(self) -> None:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+        def door(handle: RemovableHandle) -> None:
+            undo.callback(handle.remove)
 
-        add = self.handles.append
-        tower = self.adapter.vision_tower(self.base)
-        add(tower.register_forward_pre_hook(self._enter_vision_tower, with_kwargs=True))
-        add(tower.register_forward_hook(self._leave_vision_tower))
-        add(self.base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
-        add(self.base.register_forward_hook(self._leave_base, always_call=True))
-        language_model = self.language_model
-        add(language_model.register_forward_pre_hook(self._enter_language_model, with_kwargs=True))
-        add(language_model.register_forward_hook(self._leave_language_model))
+        tower, language_model = self.adapter.vision_tower(self.base), self.language_model
+        door(tower.register_forward_pre_hook(self._enter_vision_tower, with_kwargs=True))
+        door(tower.register_forward_hook(self._leave_vision_tower))
+        door(self.base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
+        door(self.base.register_forward_hook(self._leave_base, always_call=True))
+        enter = self._enter_language_model
+        door(language_model.register_forward_pre_hook(enter, with_kwargs=True))
+        door(language_model.register_forward_hook(self._leave_language_model))
         for index, layer in enumerate(self.layers):
-            add(layer.register_forward_pre_hook(self._layer_hook(index), with_kwargs=True))
-        add(language_model.norm.register_forward_pre_hook(self._enter_norm))
-        if self.tapped is not None:
-            ALL_ATTENTION_FUNCTIONS[self.tap_name] = self._attend
-            add(self.tapped.register_forward_pre_hook(self._open_tap))
-            add(self.tapped.register_forward_hook(self._close_tap, always_call=True))
-
-    def remove(self) -> None:
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        if self.tapped is not None:
-            self._close_tap()
-            if self.tap_name in ALL_ATTENTION_FUNCTIONS:
-                del ALL_ATTENTION_FUNCTIONS[self.tap_name]
-        self.run = None
+            door(layer.register_forward_pre_hook(self._layer_hook(index), with_kwargs=True))
+        door(language_model.norm.register_forward_pre_hook(self._enter_norm))
+        if self.method.layer is not None:
+            scoring = self.layers[self.method.layer - 1].self_attn
+            undo.enter_context(tap(scoring, self._read_scores, when=self._needs_scores))
 
     # The vision tower, which generate() may run before the multimodal model: note its grid and its time
 
@@ -197,9 +177,14 @@ class _Patch:
                 )
             return
         start = mark(input_ids.device)
-        self.run.chunk = self._plan(input_ids, arguments)
-        if self.run.chunk is not None:
-            self.stats._add("plan", start, mark(input_ids.device))
+        chunk = self._plan(input_ids, arguments)
+        if chunk is None:
+            return
+        self.stats._begin(chunk, self.method.layer, len(self.layers))
+        self.stats._add("plan", start, mark(input_ids.device))
+        self.run.timed = True
+        if chunk.pool is not None or chunk.select is not None:
+            self.run.chunk = chunk
 
     def _leave_base(self, *_: Any) -> None:
         self.run = None
@@ -235,9 +220,7 @@ class _Patch:
             )
         ]
         refuse_unsupported(arguments, self.language_model)
-        chunk = plan_chunk(self.method, images, regions, real_tokens(arguments, ids))
-        self.stats._begin(chunk, self.method.layer, len(self.layers))
-        return chunk if chunk.pool is not None or chunk.select is not None else None
+        return plan_chunk(self.method, images, regions, real_tokens(arguments, ids))
 
     def _views(self, owners: list[int], ids: Tensor) -> list[Box]:
         """Rectangle of the original image that each image's tokens show."""
@@ -255,15 +238,15 @@ class _Patch:
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             return None
-        if run.chunk is not None:
+        if run.timed:
             run.started = mark(embeds.device)
             if len(self.vision_span) == 2:
                 self.stats._add("vision", *self.vision_span)
-            if cache is None and wants_cache(module, kwargs):
-                # The model would make it inside, where the thinnings could not be attached.
-                from transformers import DynamicCache
+        if run.chunk is not None and cache is None and wants_cache(module, kwargs):
+            # The model would make it inside, where the thinnings could not be attached.
+            from transformers import DynamicCache
 
-                cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
         state = cache_state(cache)
         run.cache, run.pooled, run.pruned = cache, state.pooled, state.pruned
         run.layer = self._cut_layer(state)
@@ -315,13 +298,14 @@ class _Patch:
 
     def _leave_language_model(self, module: nn.Module, args: tuple, output: Any) -> Any:
         run = self.run
+        hidden = output[0]
+        if run is not None and run.timed:
+            self.stats._add("language_model", run.started, mark(hidden.device))
         if run is None or run.chunk is None:
             return None
         if run.cache is not None:
             layer = None if run.pruned is None else run.layer
             store_state(run.cache, pooled=run.pooled, pruned=run.pruned, layer=layer)
-        hidden = output[0]
-        self.stats._add("language_model", run.started, mark(hidden.device))
         pool = run.chunk.pool
         if pool is None:
             return None
@@ -335,46 +319,15 @@ class _Patch:
 
     # Door 2: the decoder layers
 
-    def _open_tap(self, module: nn.Module, args: tuple) -> None:
-        run = self.run
-        if (
-            run is None
-            or run.chunk is None
-            or run.chunk.select is None
-            or run.chunk.select.rows is None
-        ):
-            return
-        # The module looks its attention function up by its configuration's name, so only this module sees the tap.
-        self.untapped_config = module.config
-        tapped = copy.copy(module.config)
-        tapped._attn_implementation_internal = self.tap_name
-        module.config = tapped
+    def _needs_scores(self) -> bool:
+        chunk = self.run.chunk if self.run is not None else None
+        return chunk is not None and chunk.select is not None and chunk.select.rows is not None
 
-    def _close_tap(self, *_: Any) -> None:
-        if self.untapped_config is not None:
-            self.tapped.config = self.untapped_config
-            self.untapped_config = None
-
-    def _attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Attention of the scoring layer: read query and key, then call what the model would have called."""
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        self._close_tap()
+    def _read_scores(self, query: Tensor, key: Tensor, scale: float | None) -> None:
         start = mark(query.device)
         with torch.no_grad():
-            self._select(self.run, score(self.run, query, key, kwargs.get("scaling")))
+            self._select(self.run, score(self.run, query, key, scale))
         self.stats._add("ilp", start, mark(query.device))
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
-        return attend(module, query, key, value, attention_mask, **kwargs)
 
     def _select(self, run: Run, score: Tensor) -> None:
         """Choose the slots that stay from (num_images, num_candidates) scores: ``run.keep`` and its inverse."""
@@ -402,7 +355,7 @@ class _Patch:
             run = self.run
             if run is None:
                 return None
-            if run.chunk is not None and self.is_flash:
+            if run.chunk is not None and self._is_flash():
                 # Gaps in the position ids would send flash attention down its packed-sequence path.
                 kwargs = kwargs | {"position_ids": None}
             if run.layer is None or index < run.layer:
@@ -428,10 +381,13 @@ class _Patch:
 
         return enter_layer
 
+    def _is_flash(self) -> bool:
+        return "flash" in (self.language_model.config._attn_implementation or "")
+
     def _adapt(self, run: Run, hidden: Tensor, kwargs: dict) -> dict:
         """Fit mask and positions, made for all slots, to the slots of the layers from the cut on."""
         kwargs = dict(kwargs)
-        flash = self.is_flash
+        flash = self._is_flash()
         run.adapt(kwargs, "attention_mask", lambda mask: pruned_mask(mask, run, hidden, flash))
         if run.keep is None:
             return kwargs

@@ -31,7 +31,8 @@ class Run:
     keep: Tensor | None = None  # (batch, width) slots that stay, -1 = filler
     keep_slot: Tensor | None = None  # (batch, slots) inverse of keep
     full_hidden: Tensor | None = None
-    started: Any = None
+    timed: bool = False  # holds an image
+    started: Any = None  # mark at the language model's entry
     memo: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict)
 
     def adapt(self, kwargs: dict, name: str, change: Callable[[Any], Any]) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .chunk import ChunkPlan
-from .region import PoolPlan
+from .plan import PoolPlan
+from .region import VisionLayout
 
 
 def mark(device: torch.device) -> float | torch.cuda.Event:
@@ -21,7 +22,8 @@ def mark(device: torch.device) -> float | torch.cuda.Event:
     return event
 
 
-def _seconds(start: float | torch.cuda.Event, stop: float | torch.cuda.Event) -> float:
+def elapsed(start: float | torch.cuda.Event, stop: float | torch.cuda.Event) -> float:
+    """Seconds between two marks; waits for the second on CUDA."""
     if isinstance(start, float):
         return stop - start
     stop.synchronize()
@@ -36,6 +38,7 @@ class PruneStats:
         tokens_before, tokens_after_plc, tokens_after_ilp: vision tokens per image.
         layer_average: vision tokens per image, averaged over the decoder layers:
             ``(layer * after_plc + (num_layers - layer) * after_ilp) / num_layers``.
+        layouts: geometry of each image's tokens before pruning.
         plans: pooling plan per image, None where it was left whole.
     """
 
@@ -43,6 +46,7 @@ class PruneStats:
     tokens_after_plc: list[int] = field(default_factory=list)
     tokens_after_ilp: list[int] = field(default_factory=list)
     layer_average: list[float] = field(default_factory=list)
+    layouts: list[VisionLayout] = field(default_factory=list)
     plans: list[PoolPlan | None] = field(default_factory=list)
     _chunk: ChunkPlan | None = field(default=None, repr=False)
     _selected: Tensor | None = field(default=None, repr=False)
@@ -68,7 +72,7 @@ class PruneStats:
         """Time per stage of the last prefill: plan, vision, plc, ilp, language_model (includes plc and ilp)."""
         total: dict[str, float] = {}
         for stage, start, stop in self._spans:
-            total[stage] = total.get(stage, 0.0) + _seconds(start, stop)
+            total[stage] = total.get(stage, 0.0) + elapsed(start, stop)
         return total
 
     def _begin(self, chunk: ChunkPlan, layer: int | None, num_layers: int) -> None:
@@ -76,6 +80,7 @@ class PruneStats:
         self.tokens_before = [image.layout.num_original for image in chunk.images]
         self.tokens_after_plc = [len(image.pooled) for image in chunk.images]
         self.tokens_after_ilp = [image.num_keep for image in chunk.images]
+        self.layouts = [image.layout for image in chunk.images]
         self.plans = [image.plan for image in chunk.images]
         early = num_layers if layer is None else layer
         self.layer_average = [

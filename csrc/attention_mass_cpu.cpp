@@ -14,8 +14,8 @@
 namespace crop::CROP_ISA {
 namespace {
 
-constexpr int64_t kBlock = 128;             // keys of a work item
 constexpr int kTile = 12;                   // keys multiplied together
+constexpr int64_t kBlock = 8 * kTile;       // keys of a work item
 constexpr int kSubTile = kLanes == 16 ? 12 : 6;  // keys whose two vectors of rows fit the registers
 constexpr int kTileStride = 272;            // floats; above the largest head_dim, and not a power of two
 constexpr int kDotRows = 4;                 // up to here vectors run along head_dim instead of along rows
@@ -51,7 +51,7 @@ struct Scratch {
         take(column, p.num_keys);
         take(needed, blocks);
         if (!p.lse) {
-            const int64_t head = p.num_keys * lanes;
+            const int64_t head = round_up(p.num_keys, kTile) * lanes;
             const int64_t all = head * p.num_kv_heads, budget = kStoreBytes / 4;
             take(stored, all < budget ? all : larger(head, budget));
             take(factor, p.num_kv_heads * blocks * lanes);
@@ -93,14 +93,14 @@ inline void multiply(const float* keys, const float* query, int64_t d, Vec (&log
     }
 }
 
-// Logits of `count` keys with all rows; sink(key, vector of rows, logits) receives each vector once.
+// Logits of `count` keys with all rows. sink(key, vector of rows, logits) receives arrays [keys][vectors]; keys past the
+// end repeat the last one, so that a sink needs no tail.
 template <class T, class Sink>
 void lanes_block(const T* key, int64_t stride, int64_t count, const float* query, int64_t lanes, int64_t d, Sink sink) {
     alignas(64) float tile[kTile * kTileStride];
     for (int64_t first = 0; first < count; first += kTile) {
-        const int valid = static_cast<int>(count - first < kTile ? count - first : kTile);
-        for (int k = 0; k < kTile; ++k) {  // past the end the last key is repeated, its results are dropped
-            const T* from = key + (first + (k < valid ? k : valid - 1)) * stride;
+        for (int64_t k = 0; k < kTile; ++k) {
+            const T* from = key + (first + k < count ? first + k : count - 1) * stride;
             float* to = tile + k * kTileStride;
             int64_t i = 0;
             for (; i + kLanes <= d; i += kLanes) store(to + i, load_vec(from + i));
@@ -108,18 +108,15 @@ void lanes_block(const T* key, int64_t stride, int64_t count, const float* query
         }
         int64_t lane = 0;
         for (; lane + 2 * kLanes <= lanes; lane += 2 * kLanes)
-            for (int sub = 0; sub < valid; sub += kSubTile) {
+            for (int sub = 0; sub < kTile; sub += kSubTile) {
                 Vec logit[kSubTile][2];
                 multiply(tile + sub * kTileStride, query + lane * d, d, logit);
-                for (int k = 0; k < kSubTile && sub + k < valid; ++k) {
-                    sink(first + sub + k, lane / kLanes, logit[k][0]);
-                    sink(first + sub + k, lane / kLanes + 1, logit[k][1]);
-                }
+                sink(first + sub, lane / kLanes, logit);
             }
         if (lane < lanes) {
             Vec logit[kTile][1];
             multiply(tile, query + lane * d, d, logit);
-            for (int k = 0; k < valid; ++k) sink(first + k, lane / kLanes, logit[k][0]);
+            sink(first, lane / kLanes, logit);
         }
     }
 }
@@ -147,10 +144,20 @@ void dot_block(const T* key, int64_t stride, int64_t count, const float* query, 
                 for (int64_t j = i; j < d; ++j) a[j - i] = load_one(from + j);
             for (int r = 0; r < kRows; ++r) total[r] += a * load<Vec>(query + r * padded + i);
         }
-        Vec logit[(kRows + kLanes - 1) / kLanes] = {};
-        for (int r = 0; r < kRows; ++r) logit[r / kLanes][r % kLanes] = sum(total[r] + more[r]);
-        for (int v = 0; v * kLanes < kRows; ++v) sink(k, v, logit[v]);
+        Vec logit[1][1] = {};
+        for (int r = 0; r < kRows; ++r) logit[0][0][r] = sum(total[r] + more[r]);
+        sink(k, 0, logit);
     }
+}
+
+template <int kKeys, int kVecs, class F>
+inline void each(Vec (&logit)[kKeys][kVecs], F f) {
+    for (int i = 0; i < kKeys; ++i)
+        for (int j = 0; j < kVecs; ++j) f(i, j, logit[i][j]);
+}
+template <int kVecs, class F>
+inline void each(Vec (&logit)[kVecs], F f) {
+    for (int j = 0; j < kVecs; ++j) f(j, logit[j]);
 }
 
 struct Sample {
@@ -194,12 +201,14 @@ struct Kernel {
         for (int64_t k = 0; k < count; ++k) share[k] = Vec{};
         for (int64_t kv = 0; kv < p.num_kv_heads; ++kv) {
             const float* lse = at.lse + kv * s.lanes;
-            logits(kv, first, count, [&](int64_t k, int64_t v, Vec logit) {
-                Vec e = exp(logit - load<Vec>(lse + v * kLanes));
-                e = bits<Vec>(bits<IVec>(e) | (logit == kInf));  // a +inf logit gives NaN
-                // Lanes past the last row end at key 0 and are never visible.
-                if (masked || v == vecs - 1) e = keep_where(visible(first + k, v), e);
-                share[k] += e;
+            logits(kv, first, count, [&](int64_t k, int64_t v, auto& logit) {
+                each(logit, [&](int i, int j, Vec& x) {
+                    const Vec e = exp(x - load<Vec>(lse + (v + j) * kLanes));
+                    x = bits<Vec>(bits<IVec>(e) | (x == kInf));  // a +inf logit gives NaN
+                    // Lanes past the last row end at key 0 and are never visible.
+                    if (masked || v + j == vecs - 1) x = keep_where(visible(first + k + i, v + j), x);
+                    share[k + i] += x;
+                });
             });
         }
         for (int64_t k = 0; k < count; ++k) at.column[first + k] = sum(share[k]);
@@ -209,14 +218,17 @@ struct Kernel {
     void exponentials(int64_t kv, int64_t slot, int64_t block) const {
         const int64_t first = first_key(block), count = num_keys(block), vecs = s.lanes / kLanes;
         const bool masked = !all_visible(block);
-        float* stored = at.stored + (slot * (s.stop - s.start) + block * kBlock) * s.lanes;
+        float* stored = at.stored + (slot * round_up(s.stop - s.start, kTile) + block * kBlock) * s.lanes;
         float* top = at.factor + (slot * s.blocks + block) * s.lanes;
         float* total = at.sum + (slot * s.blocks + block) * s.lanes;
         for (int64_t v = 0; v < vecs; ++v) store(top + v * kLanes, splat(-kInf));
-        logits(kv, first, count, [&](int64_t k, int64_t v, Vec logit) {
-            if (masked) logit = visible(first + k, v) ? logit : splat(-kInf);
-            store(stored + k * s.lanes + v * kLanes, logit);
-            store(top + v * kLanes, max(load<Vec>(top + v * kLanes), logit));
+        logits(kv, first, count, [&](int64_t k, int64_t v, auto& logit) {
+            if (masked)
+                each(logit, [&](int i, int j, Vec& x) { x = visible(first + k + i, v + j) ? x : splat(-kInf); });
+            float* to = stored + k * s.lanes + v * kLanes;
+            each(logit, [&](int i, int j, Vec& x) { store(to + i * s.lanes + j * kLanes, x); });
+            each(logit, [&](int i, int j, Vec& x) { logit[0][j] = i ? max(logit[0][j], x) : x; });
+            each(logit[0], [&](int j, Vec& x) { store(top + (v + j) * kLanes, max(load<Vec>(top + (v + j) * kLanes), x)); });
         });
         for (int64_t v = 0; v < vecs; ++v) {
             const Vec shift = finite(load<Vec>(top + v * kLanes));
@@ -268,7 +280,7 @@ struct Kernel {
             Vec share = Vec{};
             for (int64_t slot = 0; slot < heads; ++slot) {
                 const float* stored =
-                    at.stored + (slot * (s.stop - s.start) + block * kBlock + k) * s.lanes;
+                    at.stored + (slot * round_up(s.stop - s.start, kTile) + block * kBlock + k) * s.lanes;
                 const float* factor = at.factor + (slot * s.blocks + block) * s.lanes;
                 for (int64_t v = 0; v < vecs; ++v) {
                     const Vec e = load<Vec>(stored + v * kLanes) * load<Vec>(factor + v * kLanes);
@@ -325,7 +337,7 @@ void sample_mass(const AttentionMassParams& p, int64_t b, Scratch& at, int threa
         };
         parallel_for(threads, s.blocks, body);
     } else {
-        const int64_t head = larger(1, (s.stop - s.start) * s.lanes);
+        const int64_t head = larger(1, round_up(s.stop - s.start, kTile) * s.lanes);
         const int64_t width = clamp(kStoreBytes / 4 / head, 1, p.num_kv_heads);
         for (int64_t kv = 0; kv < p.num_kv_heads; kv += width) {
             const int64_t heads = p.num_kv_heads - kv < width ? p.num_kv_heads - kv : width;

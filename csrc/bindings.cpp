@@ -10,14 +10,15 @@
 
 // setup.py defines CROP_HAVE_CUDA (0 or 1), CROP_CUDA_ARCHS (e.g. "80 90 90+PTX") and CROP_NVCC (its release).
 #if CROP_HAVE_CUDA
-#define CROP_ON_CUDA(launcher) launcher
+#define CROP_ON_CUDA(launcher) {launcher}
 #else
-#define CROP_ON_CUDA(launcher) nullptr
+#define CROP_ON_CUDA(launcher) {}
 #endif
 
 namespace py = pybind11;
 using namespace py::literals;
 
+namespace bind {
 namespace {
 
 using crop::fail;
@@ -41,13 +42,19 @@ int cuda_result(int code) {
     return code;
 }
 
+template <class Params>
+struct CudaLauncher {
+    int (*function)(const Params*, void*) = nullptr;
+};
+
 // Runs the launcher of the device without the interpreter lock. `target`: CUDA stream handle, or number of CPU threads.
 template <class Params>
 int launch(bool cuda, int64_t target, const Params& params, int (*on_cpu)(const Params&, int),
-           int (*on_cuda)(const Params*, void*)) {
+           CudaLauncher<Params> on_cuda) {
     py::gil_scoped_release release;
     if (!cuda) return on_cpu(params, static_cast<int>(target));
-    return on_cuda ? cuda_result(on_cuda(&params, to<void>(target))) : fail("crop was built without CUDA kernels");
+    if (!on_cuda.function) return fail("crop was built without CUDA kernels");
+    return cuda_result(on_cuda.function(&params, to<void>(target)));
 }
 
 // batch, num_heads, num_kv_heads, num_rows, num_keys, head_dim, num_images, num_tokens
@@ -169,17 +176,18 @@ py::dict build_info() {
 }
 
 }  // namespace
+}  // namespace bind
 
 PYBIND11_MODULE(_C, m) {
     m.attr("has_cuda") = bool(CROP_HAVE_CUDA);
-    m.def("build_info", &build_info);
+    m.def("build_info", &bind::build_info);
     m.def("set_isa", &crop::set_isa, "name"_a);
     m.def("last_error", &crop::last_error);
-    m.def("attention_mass_scratch", &attention_mass_scratch);
-    m.def("attention_mass", &attention_mass);
-    m.def("select_scratch", &select_scratch);
-    m.def("select", &select);
-    m.def("compact", &compact);
-    m.def("adaptive_pool", &adaptive_pool);
-    m.def("adaptive_pool_backward", &adaptive_pool_backward);
+    m.def("attention_mass_scratch", &bind::attention_mass_scratch);
+    m.def("attention_mass", &bind::attention_mass);
+    m.def("select_scratch", &bind::select_scratch);
+    m.def("select", &bind::select);
+    m.def("compact", &bind::compact);
+    m.def("adaptive_pool", &bind::adaptive_pool);
+    m.def("adaptive_pool_backward", &bind::adaptive_pool_backward);
 }

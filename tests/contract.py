@@ -49,7 +49,7 @@ def _resize() -> Any:
     return image_processor("resize")
 
 
-def patched(model: Any, method: Any, regions: Any, **more: Any) -> Any:
+def patched(model: Any, method: Any, regions: Any = None, **more: Any) -> Any:
     """`crop.patch` with the processor that LLaVA's geometry needs."""
     if model.config.model_type == "llava":
         more.setdefault("processor", _resize())

@@ -27,7 +27,7 @@ from crop.localizers import (
 )
 from crop.patch import patch
 from crop.region import Region, VisionLayout
-from crop.tap import tap
+from crop.tap import shared_vision, tap
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -235,6 +235,28 @@ def test_tap_reads_without_changing_and_nests(get_model):
     heads, length = 4, inputs["input_ids"].shape[1]
     assert seen == [(1, heads, length, 8), "outer", "outer"]
     assert attention.config is config and names() == registered
+
+
+@families
+def test_shared_vision_runs_the_tower_once_for_equal_pixels(family, get_model):
+    model, ran = get_model(family, "sdpa"), []
+    base, processor = model.model, Processor(family)
+    inputs = processor.batch.inputs
+    plain = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    tower = base.visual if family == "qwen2_5_vl" else base.vision_tower
+    hook = tower.register_forward_pre_hook(lambda *_: ran.append(1))
+    try:
+        with shared_vision(base):
+            AttentionLocalizer(model, processor, prompt=str)(PICTURE, "?")
+            assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), plain)
+            assert len(ran) == 1
+            other = {**inputs, "pixel_values": inputs["pixel_values"] + 1.0}
+            changed = model(**other).logits
+            assert len(ran) == 2
+        assert torch.equal(model(**other).logits, changed) and len(ran) == 3
+    finally:
+        hook.remove()
+    assert "get_image_features" not in vars(base)
 
 
 @families

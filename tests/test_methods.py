@@ -23,9 +23,8 @@ from crop.methods import (
     PreLLMCompression,
     Selection,
     by_name,
-    fit_strides,
 )
-from crop.plan import PoolPlan, build_plan, count_cells
+from crop.plan import PoolPlan, build_plan, count_cells, fit_strides
 from crop.region import NEWLINE, PADDING, PATCH, Region, VisionLayout
 
 DATA = Path(os.environ.get("CROP_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))

@@ -22,6 +22,7 @@ from crop.methods import InnerLLMPruning
 from tiny_models import (
     ATTENTIONS,
     FAMILIES,
+    IMAGE,
     LLAVA_GRID,
     make_batch,
     make_sample,
@@ -52,6 +53,15 @@ def continue_text(model, sequences, batch, cache, question=QUESTION, **more):
     )  # fmt: skip
 
 
+def chunk_positions(oracle, samples, size):
+    """Position ids of the last `size` tokens. Qwen's forward cannot take a chunk and a mask of the full
+    length without them; LLaVA's needs none."""
+    if oracle.model.config.model_type != "qwen2_5_vl":
+        return {}
+    rows = [oracle.positions(sample)[..., -size:] for sample in samples]
+    return {"position_ids": torch.stack(rows, 1)}
+
+
 def assert_turn(out, prompt, oracle, samples, decisions):
     """Three greedy steps after `samples`, the earlier decisions still in force."""
     for row, (sample, decision) in enumerate(zip(samples, decisions, strict=True)):
@@ -61,17 +71,16 @@ def assert_turn(out, prompt, oracle, samples, decisions):
         assert out.sequences[row, prompt:].tolist() == steps.tokens
 
 
-@pytest.mark.parametrize("second_block", [False, True])
+@pytest.mark.parametrize(
+    "attention,second_block",
+    [("sdpa", False), ("eager", False), ("flash_attention_2", True), ("sdpa", True)],
+)
 @methods_
-@pytest.mark.parametrize("padding", ["single", "left"])
-@attentions
 @families
-def test_second_question(
-    family, attention, padding, name, second_block, get_model, get_oracle
-):
+def test_second_question(family, attention, name, second_block, get_model, get_oracle):
     """Text turns on a pruned cache; also when the first block was left and another one entered."""
     model, oracle = get_model(family, attention), get_oracle(family)
-    batch = standard_batch(family, padding, 2 if second_block else 1)
+    batch = standard_batch(family, "left", 2) if second_block else standard_batch(family, "single", 1)
     wanted = expected(get_oracle, batch, name)
     with patched(model, METHODS[name], regions_of(batch)):
         first = greedy(model, batch)
@@ -107,21 +116,25 @@ def test_chunk_by_forward(family, attention, name, get_model, get_oracle):
     wanted = expected(get_oracle, batch, name)
     mask = batch.inputs["attention_mask"]
     with patched(model, METHODS[name], regions_of(batch)):
-        cache = model(**batch.inputs).past_key_values
+        cache, samples = model(**batch.inputs).past_key_values, batch.samples
         for size in (4, 1, 3):
             mask = torch.cat([mask, mask.new_ones(len(mask), size)], 1)
-            ids = torch.tensor([text_tokens(size, size)] * len(mask))
-            logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+            added = text_tokens(size, size)
+            samples = [sample.extended(added) for sample in samples]
+            logits = model(
+                input_ids=torch.tensor([added] * len(mask)), attention_mask=mask,
+                past_key_values=cache, **chunk_positions(oracle, samples, size),
+            ).logits  # fmt: skip
             assert logits.shape[1] == size
-    added = text_tokens(4, 4) + text_tokens(1, 1) + text_tokens(3, 3)
     for row, expect in enumerate(wanted):
-        reference = oracle.forward(expect.sample.extended(added), expect.decision)[0][-3:]
+        reference = oracle.forward(samples[row], expect.decision)[0][-3:]
         torch.testing.assert_close(logits[row], reference, atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("second_block", [False, True])
+@pytest.mark.parametrize(
+    "attention,second_block", [("sdpa", False), ("eager", True), ("flash_attention_2", True)]
+)
 @methods_
-@attentions
 def test_second_image(attention, name, second_block, get_model, get_oracle):
     """LLaVA: the second turn brings a new image into the pruned cache."""
     model, oracle = get_model("llava", attention), get_oracle("llava")
@@ -158,7 +171,7 @@ def test_second_image(attention, name, second_block, get_model, get_oracle):
 
 
 @methods_
-@attentions
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 def test_image_after_a_text_turn(attention, name, get_model, get_oracle):
     """LLaVA: the cache already holds a text-only turn when the first image comes."""
     model, oracle = get_model("llava", attention), get_oracle("llava")
@@ -192,9 +205,12 @@ def test_copied_cache(family, padding, name, get_model, get_oracle):
         for question in questions:
             cache = copy.deepcopy(prefix)
             ids = torch.tensor([question] * len(batch.samples))
-            logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1]
+            samples = [sample.extended(question) for sample in batch.samples]
+            more = chunk_positions(oracle, samples, 5)
+            logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache, **more).logits
+            logits = logits[:, -1]
             for row, expect in enumerate(wanted):
-                reference = oracle.forward(expect.sample.extended(question), expect.decision)[0][-1]
+                reference = oracle.forward(samples[row], expect.decision)[0][-1]
                 torch.testing.assert_close(logits[row], reference, atol=ATOL, rtol=0)
 
 
@@ -213,41 +229,97 @@ def test_own_cache_object(family, name, get_model, get_oracle):
 
 
 @methods_
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 @families
-def test_beams(family, name, get_model):
-    """Beam search: reordering a pruned cache gives what no cache gives (one decision for all)."""
-    model = get_model(family, "sdpa")
+def test_a_placeholder_among_the_answers(family, attention, name, get_model, get_oracle):
+    """An image token that comes without pixels after the prompt is a token like any other."""
+    model, oracle = get_model(family, attention), get_oracle(family)
     batch = standard_batch(family, "single", 1)
-    method = METHODS[name]
-    if name in ("ilp_budget", "compose"):  # without a cache each step decides anew, unless by rows
-        method = InnerLLMPruning(mode="strict", layer=2)
-    results = []
-    for use_cache in (True, False):
-        with patched(model, method):
-            unpruned = model.generate(**batch.inputs, num_beams=3, max_new_tokens=3, do_sample=False,
-                                      use_cache=use_cache)  # fmt: skip
-        with patched(model, method, [REGIONS[0][0]] * 3):
-            results.append(
-                model.generate(**batch.inputs, num_beams=3, max_new_tokens=4, do_sample=False,
-                               use_cache=use_cache, return_dict_in_generate=True, output_scores=True)
-            )  # fmt: skip
-        if method.plan(layouts_of(batch.samples[0])[0], REGIONS[0][0]) is None:
-            plain = model.generate(**batch.inputs, num_beams=3, max_new_tokens=3, do_sample=False)
-            assert torch.equal(unpruned, plain)
-    assert torch.equal(results[0].sequences, results[1].sequences)
-    torch.testing.assert_close(results[0].sequences_scores, results[1].sequences_scores, atol=ATOL, rtol=0)
+    (expect,) = expected(get_oracle, batch, name)
+    sample = batch.samples[0]
+    with patched(model, METHODS[name], regions_of(batch)):
+        cache = model(**batch.inputs).past_key_values
+        for chunk in ([IMAGE], [5, IMAGE, 7]):
+            sample = sample.extended(chunk)
+            logits = model(
+                input_ids=torch.tensor([chunk]), attention_mask=torch.ones(1, len(sample.ids)).long(),
+                past_key_values=cache, **chunk_positions(oracle, [sample], len(chunk)),
+            ).logits[0, -1]  # fmt: skip
+            reference = oracle.forward(sample, expect.decision)[0][-1]
+            torch.testing.assert_close(logits, reference, atol=ATOL, rtol=0)
 
 
+def search(model, batch, **more):
+    return model.generate(
+        **batch.inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True,
+        output_scores=True, **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", ["single", "left"])
 @families
-def test_sampling_is_reproducible(family, get_model):
-    """num_return_sequences expands the batch; equal seeds give equal draws."""
+def test_beams_of_a_patch_that_keeps_all(family, padding, get_model):
     model = get_model(family, "sdpa")
-    batch = standard_batch(family, "single", 1)
+    batch = standard_batch(family, padding, 1)
+    plain = search(model, batch, num_beams=2)
+    with patched(model, InnerLLMPruning(keep=1.0), regions_of(batch)):
+        out = search(model, batch, num_beams=2)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert torch.equal(out.sequences_scores, plain.sequences_scores)
+
+
+@pytest.mark.parametrize("name", ["plc", "ilp_strict"])
+@pytest.mark.parametrize("padding", ["single", "left"])
+@families
+def test_beams(family, padding, name, get_model):
+    """Reordering a pruned cache gives what no cache gives (these decide alike at every step)."""
+    model = get_model(family, "sdpa")
+    batch = standard_batch(family, padding, 1)
+    with patched(model, METHODS[name], regions_of(batch)):
+        cached = search(model, batch, num_beams=3)
+        fresh = search(model, batch, num_beams=3, use_cache=False)
+    assert torch.equal(cached.sequences, fresh.sequences)
+    torch.testing.assert_close(cached.sequences_scores, fresh.sequences_scores, atol=ATOL, rtol=0)
+
+
+@methods_
+@pytest.mark.parametrize("padding", ["single", "left"])
+@families
+def test_beams_contain_the_oracles_scores(family, padding, name, get_model, get_oracle):
+    """The score of each returned beam, recomputed by the oracle along its tokens."""
+    model, oracle = get_model(family, "sdpa"), get_oracle(family)
+    batch = standard_batch(family, padding, 1)
+    wanted = expected(get_oracle, batch, name)
+    prompt = batch.inputs["input_ids"].shape[1]
+    with patched(model, METHODS[name], regions_of(batch)):
+        out = search(model, batch, num_beams=3, num_return_sequences=2)
+    for row, score in enumerate(out.sequences_scores.tolist()):
+        expect, total = wanted[row // 2], 0.0
+        tokens = out.sequences[row, prompt:].tolist()
+        for number, token in enumerate(tokens):
+            sample = expect.sample.extended(tokens[:number])
+            total += float(oracle.forward(sample, expect.decision)[0][-1].log_softmax(-1)[token])
+        assert abs(total / len(tokens) - score) < ATOL  # length penalty 1
+
+
+@pytest.mark.parametrize("name", ["ilp_budget", "compose"])
+@families
+def test_several_draws(family, name, get_model, get_oracle):
+    """num_return_sequences repeats the samples, and the regions with them."""
+    model = get_model(family, "sdpa")
+    batch = standard_batch(family, "left", 1)
+    wanted = expected(get_oracle, batch, name)
     draws = []
     for _ in range(2):
         torch.manual_seed(3)
-        with patched(model, METHODS["ilp_budget"]) as stats:
-            draws.append(model.generate(**batch.inputs, do_sample=True, max_new_tokens=4,
-                                        num_return_sequences=2))  # fmt: skip
-    assert torch.equal(draws[0], draws[1])
-    assert [len(k) for k in stats.kept] == list(stats.tokens_after_ilp)
+        with patched(model, METHODS[name], regions_of(batch)) as stats:
+            draws.append(
+                model.generate(**batch.inputs, do_sample=True, top_k=10, max_new_tokens=4,
+                               num_return_sequences=2, output_logits=True,
+                               return_dict_in_generate=True)
+            )  # fmt: skip
+    assert torch.equal(draws[0].sequences, draws[1].sequences)
+    for row in range(4):  # the first step sees the prompt only
+        first = wanted[row // 2]
+        torch.testing.assert_close(draws[0].logits[0][row], first.steps.logits[0], atol=ATOL, rtol=0)
+        assert stats.kept[row].tolist() == first.decision.kept_original(0)

@@ -115,6 +115,7 @@ def build_model(family: str, attention: str = "sdpa", seed: int = 0) -> Any:
             layer.self_attn.q_proj.weight.mul_(SHARP)
             layer.self_attn.k_proj.weight.mul_(SHARP)
         model.get_input_embeddings().weight.mul_(3.0)  # text and vision rows of similar size
+        model.lm_head.weight[LAST_TEXT:] = 0.0  # never the most likely: no placeholder is generated
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     set_attention(model, attention)

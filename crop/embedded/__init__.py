@@ -25,7 +25,10 @@ __all__ = ["WEIGHTS", "Question", "Scene", "answer", "load", "prompt", "scene", 
 
 
 def load(
-    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, directory: str | Path = WEIGHTS
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    directory: str | Path = WEIGHTS,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The model in evaluation mode and its processor, from files on disk alone.
 
@@ -36,10 +39,14 @@ def load(
         FileNotFoundError: the directory holds no weights.
     """
     if not (Path(directory) / "config.json").is_file():
-        raise FileNotFoundError(f"load: directory must hold exported weights, got {str(directory)!r}")
+        raise FileNotFoundError(
+            f"load: directory must hold exported weights, got {str(directory)!r}"
+        )
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    model = LlavaForConditionalGeneration.from_pretrained(
+        directory, dtype=dtype, local_files_only=True
+    )
     return model.to(device).eval(), AutoProcessor.from_pretrained(directory, local_files_only=True)
 
 
@@ -61,7 +68,10 @@ def tidy(text: str) -> str:
 
 @torch.no_grad()
 def answer(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: Sequence[Image], questions: Sequence[str]
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    images: Sequence[Image],
+    questions: Sequence[str],
 ) -> list[str]:
     """Greedy answers, one per (image, question) pair; the batch is padded on the left.
 
@@ -73,9 +83,13 @@ def answer(
         ValueError: as many images as questions are needed.
     """
     if len(images) != len(questions):
-        raise ValueError(f"answer: images must be one per question ({len(questions)}), got {len(images)}")
+        raise ValueError(
+            f"answer: images must be one per question ({len(questions)}), got {len(images)}"
+        )
     texts = [prompt(question) for question in questions]
-    inputs = processor(images=list(images), text=texts, padding=True, return_tensors="pt").to(model.device)
+    inputs = processor(images=list(images), text=texts, padding=True, return_tensors="pt").to(
+        model.device
+    )
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     new = output[:, inputs["input_ids"].shape[1] :]

@@ -1,0 +1,5 @@
+"""``python -m crop``."""
+
+from crop.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,201 @@
+"""Ask a model about a picture and time every stage: what the command line and the demo are made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import nn
+
+from crop.localizers import Localizer, encode
+from crop.methods import Method
+from crop.models import ADAPTERS, adapter_for
+from crop.patch import patch
+from crop.plan import PoolPlan
+from crop.region import Region, VisionLayout
+from crop.stats import elapsed, mark
+from crop.tap import shared_vision
+
+EMBEDDED = "embedded"
+STAGES = ("localizer", "preprocess", "plan", "vision", "prefill", "decode", "other", "total")
+
+
+class UsageError(Exception):
+    """Something the user can put right: a wrong path, a family that is not supported."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Vision tokens of the one image.
+
+    Args:
+        before, after_plc, after_ilp, layer_average: see ``PruneStats``.
+    """
+
+    before: int
+    after_plc: int
+    after_ilp: int
+    layer_average: float
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """One answer and what it took.
+
+    Args:
+        text: decoded, without special tokens.
+        region: what the localizer returned.
+        tokens: counts.
+        layout, plan, kept: for ``visualize.overlay``.
+        seconds: time of each stage in ``STAGES``. "vision" is nearly zero where the localizer has run the tower already;
+            "prefill" is the language model's, pooling and scoring included; "other" what generate() does around them.
+    """
+
+    text: str
+    region: Region
+    tokens: Tokens
+    layout: VisionLayout
+    plan: PoolPlan | None
+    kept: torch.Tensor
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Asker:
+    """A model that is ready to be asked.
+
+    Args:
+        model: in evaluation mode, on its device.
+        processor: its processor.
+        prompt: question -> full text; None: the processor's chat template.
+        tidy: decoded text -> answer.
+    """
+
+    model: nn.Module
+    processor: Any
+    prompt: Callable[[str], str] | None = None
+    tidy: Callable[[str], str] = str.strip
+
+    @torch.no_grad()
+    def ask(
+        self,
+        image: Image,
+        question: str,
+        *,
+        method: Method | None,
+        localizer: Localizer,
+        max_new_tokens: int = 32,
+    ) -> Answer:
+        """Localize, prune, answer greedily.
+
+        Args:
+            image: RGB.
+            question: plain text.
+            method: what to prune; None prunes nothing.
+            localizer: its time is part of the total.
+            max_new_tokens: length of the answer at most.
+        Returns:
+            Answer.
+        """
+        model, device = self.model, self.model.device
+        adapter = adapter_for(model)
+        base, language_model = adapter.base(model), adapter.language_model(model)
+        marks: dict[str, Any] = {}
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                marks.setdefault(name, mark(device))
+
+            return hook
+
+        with ExitStack() as stack:
+            stack.enter_context(shared_vision(base))
+            started = time.perf_counter()
+            region = localizer(image, question)
+            localized = time.perf_counter()
+            inputs = encode(self.processor, image, question, self.prompt)
+            inputs = inputs.to(device, dtype=model.dtype)
+            encoded = time.perf_counter()
+            for hook in (
+                base.register_forward_pre_hook(note("base")),
+                language_model.register_forward_pre_hook(note("enter")),
+                language_model.register_forward_hook(note("leave")),
+            ):
+                stack.callback(hook.remove)
+            stats = stack.enter_context(
+                patch(model, method, region, processor=self.processor, image_size=image.size)
+            )
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            stop = mark(device)
+            new = output[0, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
+        ended = time.perf_counter()
+        seconds = {
+            "localizer": localized - started,
+            "preprocess": encoded - localized,
+            "plan": stats.seconds.get("plan", 0.0),
+            "vision": elapsed(marks["base"], marks["enter"]) - stats.seconds.get("plan", 0.0),
+            "prefill": elapsed(marks["enter"], marks["leave"]),
+            "decode": elapsed(marks["leave"], stop),
+        }
+        seconds["other"] = ended - started - sum(seconds.values())
+        seconds["total"] = ended - started
+        return Answer(
+            text=self.tidy(self.processor.decode(new, skip_special_tokens=True)),
+            region=region,
+            tokens=Tokens(
+                stats.tokens_before[0],
+                stats.tokens_after_plc[0],
+                stats.tokens_after_ilp[0],
+                stats.layer_average[0],
+            ),
+            layout=stats._chunk.images[0].layout,
+            plan=stats.plans[0],
+            kept=stats.kept[0],
+            seconds=seconds,
+        )
+
+
+def load(name: str, device: str, dtype: str) -> Asker:
+    """A model by name.
+
+    Args:
+        name: "embedded", a folder, or the name of a model on the Hugging Face hub (downloaded by transformers if it
+            is not in its cache).
+        device: e.g. "cpu", "cuda".
+        dtype: "auto" (float32 for the embedded model, else as stored), "float32", "bfloat16" or "float16".
+    Returns:
+        Asker.
+    Raises:
+        UsageError: nothing to load there, or a family without an adapter.
+    """
+    if name == EMBEDDED:
+        from crop import embedded
+
+        precision = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        try:
+            model, processor = embedded.load(device, precision)
+        except FileNotFoundError as error:
+            raise UsageError(f"the embedded model is not installed: {error}") from error
+        return Asker(model, processor, embedded.prompt, embedded.tidy)
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        family = AutoConfig.from_pretrained(name).model_type
+        if family not in ADAPTERS:
+            known = ", ".join(sorted(ADAPTERS))
+            raise UsageError(f"model {name!r} must be of a family among {known}, got {family!r}")
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        )
+        processor = AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f"model {name!r} cannot be loaded: {lines[0]}") from error
+    if not getattr(processor, "chat_template", None):
+        raise UsageError(f"model {name!r} must come with a chat template, got a processor without")
+    return Asker(model.to(device).eval(), processor)

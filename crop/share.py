@@ -1,0 +1,65 @@
+"""One vision pass for the localizer and the answer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .models import adapter_for
+
+
+@contextmanager
+def share_vision(model: nn.Module) -> Iterator[None]:
+    """Run the vision tower once for equal images inside the block.
+
+    A localizer that reads the model's own attention needs the image features that ``generate`` needs again::
+
+        with crop.share_vision(model):
+            region = localizer(image, question)
+            with crop.patch(model, method, region, processor=processor, image_size=image.size):
+                model.generate(**inputs)
+
+    The last output is kept and handed out again when every tensor argument is equal, bit for bit. Calls that record
+    gradients are never shared.
+
+    Args:
+        model: unmodified Hugging Face vision-language model of a supported family.
+    Raises:
+        TypeError, ValueError: as ``patch`` for an unknown model. RuntimeError: the block is nested for one model.
+    """
+    adapter = adapter_for(model)
+    tower = adapter.vision_tower(adapter.base(model))
+    if "forward" in vars(tower):
+        raise RuntimeError("share_vision: the vision tower's forward must not be replaced already, got a nested block")
+    forward = tower.forward
+    last: list[tuple[tuple, dict, Any]] = []
+
+    def shared(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if not last or not (_same(last[0][0], args) and _same(last[0][1], kwargs)):
+            last[:] = [(args, kwargs, forward(*args, **kwargs))]
+        # Models write into the output object they get; the tensors in it stay as they are.
+        return copy.copy(last[0][2])
+
+    tower.forward = shared
+    try:
+        yield
+    finally:
+        del tower.forward
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+        return one is other or (alike and torch.equal(one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other) and one == other

@@ -1,0 +1,68 @@
+"""share_vision: the tower runs once for equal images, the answers do not change, nothing stays behind."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, build_model, standard_batch
+
+import crop
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def count_calls(model):
+    """Calls of the tower's first encoder weights, below the forward that is shared."""
+    calls = []
+    tower = model.model.visual if hasattr(model.model, "visual") else model.model.vision_tower
+    first = next(module for module in tower.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)))
+    return calls, first.register_forward_hook(lambda *_: calls.append(1))
+
+
+@families
+def test_equal_images_run_once_and_answers_stay(family):
+    model = build_model(family)
+    inputs = standard_batch(family, "left", 2).inputs
+    other = standard_batch(family, "single", 1).inputs
+    with torch.no_grad():
+        want, want_other = model(**inputs).logits, model(**other).logits
+        calls, handle = count_calls(model)
+        with crop.share_vision(model):
+            copies = {name: value.clone() for name, value in inputs.items()}
+            got = [model(**inputs).logits, model(**copies).logits]
+            assert len(calls) == 1
+            assert torch.equal(model(**other).logits, want_other)
+            assert len(calls) == 2
+        handle.remove()
+        assert all(torch.equal(logits, want) for logits in got)
+        again, handle = count_calls(model)
+        model(**inputs)
+        model(**inputs)
+        handle.remove()
+    assert len(again) == 2
+
+
+@families
+def test_gradients_are_not_shared(family):
+    model = build_model(family).requires_grad_(True)
+    inputs = standard_batch(family, "single", 1).inputs
+    calls, handle = count_calls(model)
+    with crop.share_vision(model):
+        for _ in range(2):
+            model(**inputs).logits.sum().backward()
+    handle.remove()
+    assert len(calls) == 2
+
+
+def test_restored_after_an_exception_and_refused_twice():
+    model = build_model("llava")
+    tower = model.model.vision_tower
+    before = set(vars(tower))
+    with pytest.raises(KeyError):
+        with crop.share_vision(model):
+            with pytest.raises(RuntimeError, match="nested"):
+                with crop.share_vision(model):
+                    pass
+            raise KeyError
+    assert set(vars(tower)) == before
+    with pytest.raises(TypeError, match="vision-language model"):
+        with crop.share_vision(torch.nn.Linear(1, 1)):
+            pass
