@@ -1,10 +1,11 @@
 """Builds `crop._C`, the compiled kernels. Needs setuptools and pybind11; never torch, a GPU, the network or git.
 
-    nvcc and a C++ compiler   CPU and CUDA kernels    CROP_BUILD=cuda    insist on CUDA: an error instead of a smaller build
-    a C++ compiler only       CPU kernels             CROP_BUILD=cpu     leave CUDA out
+    nvcc and a C++ compiler   CPU and CUDA kernels    CROP_BUILD=cuda    insist on CUDA: an error instead of a smaller
+    build a C++ compiler only       CPU kernels             CROP_BUILD=cpu     leave CUDA out
     neither                   pure Python on torch    CROP_BUILD=python  leave all kernels out
 
-CROP_CUDA_ARCHS="80 90" chooses the GPU architectures, CUDA_HOME the toolkit, CXX the compiler, MAX_JOBS the parallel jobs.
+CROP_CUDA_ARCHS="80 90" chooses the GPU architectures, CUDA_HOME the toolkit, CXX the compiler, MAX_JOBS the parallel
+jobs.
 """
 
 import os
@@ -90,7 +91,9 @@ class BuildKernels(build_ext):
             else:
                 extra = [*include, *defines] if source.stem == "bindings" else []
                 steps.append((build / f"{source.stem}.o", source, [*cxx, *CXX_FLAGS, *extra]))
-        steps = [(out, source, [*cmd, "-MMD", "-MF", f"{out}.d", "-c", source, "-o", out]) for out, source, cmd in steps]
+        steps = [
+            (out, source, [*cmd, "-MMD", "-MF", f"{out}.d", "-c", source, "-o", out]) for out, source, cmd in steps
+        ]
         self.compile(steps, build)
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -131,8 +134,11 @@ class BuildKernels(build_ext):
 
 
 CHOICE = choose()
-SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir()
-                 if path.suffix == ".cpp" or (path.suffix == ".cu" and CHOICE == "cuda"))
+SOURCES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "csrc").iterdir()
+    if path.suffix == ".cpp" or (path.suffix == ".cu" and CHOICE == "cuda")
+)
 README = ROOT / "README.md"
 
 setup(
@@ -144,7 +150,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["crop", "crop.*"]),
-    package_data={"crop": ["py.typed", *(f"embedded/**/*.{end}" for end in ("safetensors", "json", "md", "jinja", "txt"))]},
+    package_data={
+        "crop": ["py.typed", *(f"embedded/**/*.{end}" for end in ("safetensors", "json", "md", "jinja", "txt"))]
+    },
     ext_modules=[] if CHOICE == "python" else [Extension("crop._C", SOURCES)],
     cmdclass={"build_ext": BuildKernels},
     setup_requires=[] if CHOICE == "python" else ["pybind11>=2.12"],

@@ -11,7 +11,6 @@ counts are the ones asked for. Contenders run interleaved, one round after anoth
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from typing import Any
 import torch
 
 import crop
-from bench.common import header, interleave, table
-from crop.localizers import AttentionLocalizer
+from bench.common import header, interleave, save, table
 from crop.tap import tap
 
 LAYERS, WIDTH, HEADS, FFN, TEXT, IMAGE_TOKEN = 24, 1024, 16, 2816, 60, 999
@@ -165,7 +163,7 @@ def main() -> None:
         rows += measure(model, tokens // 576, options.rounds)
     print(table(rows))
     if options.json:
-        options.json.write_text(json.dumps({"header": header(), "rows": rows}, indent=1))
+        save(options.json, rows)
 
 
 if __name__ == "__main__":

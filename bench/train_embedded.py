@@ -3,16 +3,17 @@
 Stages (each with a budget in minutes, so that a run fits the time there is):
   tower    the vision tower alone; every patch names the thing it belongs to (kind, colour, word, digits, place, ...)
   decoder  tower frozen; several questions per picture, packed block-diagonally behind the picture's tokens
-  joint    everything, at a low learning rate, all 256 vision tokens
+  joint    everything, at a lower learning rate
 
-    python bench/train_embedded.py --out RUN --minutes 20 35 40 --export crop/embedded/weights
-    python bench/train_embedded.py --out RUN --minutes 20 35 80 --export ...      # resumes and goes on
-    touch RUN/stop                                                              # ends it at the next exchange; remove to resume
+    python bench/train_embedded.py --out RUN --minutes 20 12 60 --export crop/embedded/weights
+    python bench/train_embedded.py --out RUN --minutes 20 12 90 --export ...   # resumes and goes on
+    touch RUN/stop                                                             # ends it with a checkpoint
     python bench/train_embedded.py --evaluate crop/embedded/weights --scenes 400
 
-Aids, all absent from the exported model, which is a stock LlavaForConditionalGeneration: dense patch labels, random dropping of background tokens
-while learning, a loss on the attention mass of the answer's region (two heads of decoder layers 1 and 3), and a
-penalty that keeps vision values unread in decoder layers 0 and 1, so that vision is read from layer 2 on.
+Aids, all absent from the exported model, which is a stock LlavaForConditionalGeneration: dense patch labels, random
+dropping of background tokens while learning, a loss on the attention mass of the answer's region (two heads of decoder
+layers 1 and 3), and a penalty that keeps vision values unread in decoder layers 0 and 1, so that vision is read from
+layer 2 on.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from crop.embedded import scenes
 
 NUM_PATCHES = scenes.GRID**2
-MAX_QUESTIONS, MAX_LENGTH = 32, 11
+MAX_QUESTIONS, MAX_LENGTH = 32, 10
 HELD_OUT = 10_000_000  # first seed of the held-out range; training seeds stay below
 SIZES = {  # tower width, tower layers, decoder width, decoder layers, decoder feed-forward
     "small": (128, 5, 128, 8, 320),
@@ -50,8 +51,9 @@ WHERE = [f"{v} {h}" for v in ("top", "middle", "bottom") for h in ("left", "cent
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 KINDS = ("shape", "sign", "shop", "date", "item", "total")
 HEADS = {  # classes per patch label; class 0 is "none" everywhere
-    "kind": len(KINDS) + 1, "color": len(scenes.COLORS) + 1, "shape": len(scenes.SHAPES) + 1, "word": len(scenes.DRAWN_WORDS) + 1,
-    "tens": 11, "ones": 11, "where": 10, "character": len(CHARACTERS) + 1, "same_color": 7, "same_shape": 7, "things": 7,
+    "kind": len(KINDS) + 1, "color": len(scenes.COLORS) + 1, "shape": len(scenes.SHAPES) + 1,
+    "word": len(scenes.DRAWN_WORDS) + 1, "tens": 11, "ones": 11, "where": 10, "character": len(CHARACTERS) + 1,
+    "same_color": 7, "same_shape": 7, "things": 7,
 }  # fmt: skip
 
 
@@ -148,9 +150,9 @@ class Reservoir:
 
     def add(self, count: int, features: object = None) -> None:
         fresh = []
-        for _ in range(count):
-            item = encode(scenes.scene(self.seed, hardness=self.hardness), self.encoder)
-            fresh.append({k: torch.from_numpy(v) for k, v in item.items()})
+        for picture in self.rng.choices(scenes.PICTURES, (4, 3, 3), k=count):
+            drawn = scenes.scene(self.seed, picture=picture, hardness=self.hardness)
+            fresh.append({k: torch.from_numpy(v) for k, v in encode(drawn, self.encoder).items()})
             self.seed += self.stride
         if features is not None:
             for item, feature in zip(fresh, features(torch.stack([f["patches"] for f in fresh])), strict=True):
@@ -187,8 +189,8 @@ def build(size: str, vocabulary: dict[str, int]):
         image_size=scenes.SIZE, patch_size=scenes.PATCH, vision_use_head=False,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True,
+        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True,
         bos_token_id=vocabulary["<s>"], eos_token_id=vocabulary["</s>"], pad_token_id=vocabulary["<pad>"],
     )  # fmt: skip
     config = LlavaConfig(
@@ -491,7 +493,7 @@ class Trainer:
                 losses["patch"] = self.patch_loss(features, take("labels").long())
             else:  # the tower is cheap: it sees every patch even while the decoder does not
                 features = tower_features(self.model, take("patches", True), None)
-                losses["patch"] = 0.2 * self.patch_loss(features, take("labels", True).long())
+                losses["patch"] = 0.3 * self.patch_loss(features, take("labels", True).long())
                 features = features[torch.arange(len(items))[:, None], keep]
             if stage != "tower":
                 losses |= self.answer_losses(items, features, keep)
@@ -537,9 +539,9 @@ class Trainer:
         return out | {f"mass{layer}": self.args.mass * loss for layer, loss in AIDS.mass.items()}
 
     def synchronise(self, parameters: list[nn.Parameter], elapsed: float) -> None:
-        """Local SGD: every few seconds the weights become the mean over the processes, weighted by the steps each has made.
+        """Local SGD: every few seconds the weights become the mean over the processes, weighted by their steps.
 
-        No process waits for a slower one in between, which is what counts on a machine that is shared. The clock is rank 0's.
+        No process waits for a slower one in between, which is what counts on a shared machine. The clock is rank 0's.
         """
         asked = (self.checkpoint.parent / "stop").exists() and self.rank == 0
         if self.args.processes == 1:
@@ -648,7 +650,8 @@ def build_processor():
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", words["<s>"])])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-        additional_special_tokens=["<image>"], padding_side="left", clean_up_tokenization_spaces=False, model_max_length=1024,
+        additional_special_tokens=["<image>"], padding_side="left", clean_up_tokenization_spaces=False,
+        model_max_length=1024,
     )  # fmt: skip
     images = SiglipImageProcessorPil(
         size={"height": scenes.SIZE, "width": scenes.SIZE},

@@ -102,7 +102,7 @@ def plan_chunk(
         real: (batch, seq_len) bool, False for padding.
     """
     pool_plans = [
-        method.plan(layout, region) for (_, layout), region in zip(images, regions, strict=True)
+        _checked_plan(method.plan(layout, region), layout) for (_, layout), region in zip(images, regions, strict=True)
     ]
     pool = None
     slots = real
@@ -111,30 +111,48 @@ def plan_chunk(
         pool = _pool_step(images, pool_plans, real)
         slots = pool.leader >= 0
         pooled = [
-            layout.pool(
-                plan or PoolPlan.identity(len(layout)), _leader_slots(pool, sample, layout, plan)
-            )
+            layout.pool(plan or PoolPlan.identity(len(layout)), _leader_slots(pool, sample, layout, plan))
             for (sample, layout), plan in zip(images, pool_plans, strict=True)
         ]
     plans = [
-        ImagePlan(sample, layout, plan, after, method.select(after, region))
-        for (sample, layout), plan, after, region in zip(
-            images, pool_plans, pooled, regions, strict=True
-        )
+        ImagePlan(sample, layout, plan, after, _checked_selection(method.select(after, region), after))
+        for (sample, layout), plan, after, region in zip(images, pool_plans, pooled, regions, strict=True)
     ]
     return ChunkPlan(plans, real, pool, _select_step(method, plans, slots))
 
 
-def _leader_slots(
-    pool: PoolStep, sample: int, layout: VisionLayout, plan: PoolPlan | None
-) -> Tensor:
+def _checked_plan(plan: PoolPlan | None, layout: VisionLayout) -> PoolPlan | None:
+    if plan is not None and not isinstance(plan, PoolPlan):
+        raise TypeError(f"patch: plan() of a method must return a PoolPlan or None, got {type(plan).__name__}")
+    if plan is not None and plan.num_tokens != len(layout):
+        raise ValueError(f"patch: plan() must cover the image's {len(layout)} tokens, got {plan.num_tokens}")
+    return plan
+
+
+def _checked_selection(selection: Selection | None, layout: VisionLayout) -> Selection | None:
+    if selection is None:
+        return None
+    if not isinstance(selection, Selection):
+        raise TypeError(f"patch: select() of a method must return a Selection or None, got {type(selection).__name__}")
+    for name in ("priority", "weight"):
+        value = getattr(selection, name)
+        if value is not None and value.shape != (len(layout),):
+            raise ValueError(f"patch: {name} of a Selection must have shape ({len(layout)},), got {tuple(value.shape)}")
+    candidates = int((selection.priority >= 0).sum())
+    if not 0 <= selection.num_keep <= candidates:
+        raise ValueError(
+            f"patch: num_keep of a Selection must be in [0, {candidates}] (tokens of priority >= 0), "
+            f"got {selection.num_keep}"
+        )
+    return selection
+
+
+def _leader_slots(pool: PoolStep, sample: int, layout: VisionLayout, plan: PoolPlan | None) -> Tensor:
     leaders = layout.position if plan is None else layout.position[plan.leader.long()]
     return pool.slot[sample, leaders]
 
 
-def _pool_step(
-    images: Sequence[tuple[int, VisionLayout]], plans: Sequence[PoolPlan | None], real: Tensor
-) -> PoolStep:
+def _pool_step(images: Sequence[tuple[int, VisionLayout]], plans: Sequence[PoolPlan | None], real: Tensor) -> PoolStep:
     batch, seq_len = real.shape
     # Every token is labelled with the flat position of the token that leads its cell; equal labels are one cell.
     label = torch.arange(batch * seq_len).view(batch, seq_len).masked_fill(~real, -1)
@@ -147,9 +165,7 @@ def _pool_step(
     label = label.flatten()
     members = torch.argsort(label, stable=True)
     members = members[int((label < 0).sum()) :]
-    leaders, cell, counts = torch.unique_consecutive(
-        label[members], return_inverse=True, return_counts=True
-    )
+    leaders, cell, counts = torch.unique_consecutive(label[members], return_inverse=True, return_counts=True)
     plan = PoolPlan(
         members=members.int(),
         offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
@@ -228,8 +244,5 @@ def _scoring_rows(kind: str, images: Sequence[ImagePlan], slots: Tensor) -> Tens
     after = torch.zeros(slots.shape[0], dtype=torch.int64)
     for image in images:
         after[image.sample] = max(int(after[image.sample]), int(image.pooled.position[-1]) + 1)
-    rows = [
-        torch.nonzero(row[begin:]).flatten() + begin
-        for row, begin in zip(slots, after.tolist(), strict=True)
-    ]
+    rows = [torch.nonzero(row[begin:]).flatten() + begin for row, begin in zip(slots, after.tolist(), strict=True)]
     return _stack([row[-1:] if kind == "last" else row for row in rows], -1)

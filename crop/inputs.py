@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .methods import Method
 from .region import Region
 
 
@@ -26,40 +30,45 @@ def as_sizes(
 ) -> list[tuple[int, int]] | None:
     if image_size is None:
         return None
-    sizes = [image_size] if isinstance(image_size[0], int) else list(image_size)
-    for size in sizes:
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"patch: image_size must be (width, height) in pixels, got {size}")
-    return [(int(width), int(height)) for width, height in sizes]
+    wanted = "patch: image_size must be (width, height) in whole pixels, or one such pair per image"
+    if not isinstance(image_size, Sequence):
+        raise TypeError(f"{wanted}, got {image_size!r}")
+    pairs = image_size if len(image_size) and isinstance(image_size[0], Sequence) else [image_size]
+    for pair in pairs:
+        whole = isinstance(pair, Sequence) and all(isinstance(side, Integral) for side in pair)
+        if not whole or len(pair) != 2 or min(pair) < 1:
+            raise ValueError(f"{wanted}, got {pair!r}")
+    return [(int(width), int(height)) for width, height in pairs]
 
 
-def one_per_image(name: str, given: list, owners: list[int], ids: Tensor) -> list:
-    """Match what the caller gave per image to the images of a chunk (``owners``: the sample of each).
+def check_method(method: Method, num_layers: int) -> None:
+    """What a method says of itself; a method of the user's own may say anything."""
+    layer = method.layer
+    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, Integral)):
+        raise TypeError(f"patch: layer of a method must be an int or None, got {layer!r}")
+    if layer is not None and not 1 <= layer < num_layers:
+        raise ValueError(f"patch: layer must be in [1, num_layers={num_layers} - 1], got {layer}")
+    for name, choices in (("rows", ("text", "last")), ("pool_mode", ("mean", "max"))):
+        if getattr(method, name) not in choices:
+            raise ValueError(f"patch: {name} of a method must be one of {choices}, got {getattr(method, name)!r}")
 
-    generate() repeats every sample for beams and several returned sequences; the entries are repeated with them.
+
+def one_per_image(name: str, given: list, owners: list[int], copies: int) -> list:
+    """Match what the caller gave per image to the images of a chunk.
+
+    Args:
+        owners: the sample of each image. copies: how often generate() repeated every sample, for beams and return
+            sequences; the entries are repeated with them.
     """
     count = len(owners)
     if len(given) == count:
         return given
-    if len(given) == 1 and (
-        given[0] is None or (isinstance(given[0], Region) and given[0].is_whole)
-    ):
+    if len(given) == 1 and (given[0] is None or (isinstance(given[0], Region) and given[0].is_whole)):
         return given * count
-    copies = count // max(len(given), 1)
-    if copies * len(given) == count and repeats(ids, copies):
+    if len(given) * copies == count:
         first = [sample // copies for sample in owners if sample % copies == 0]
         return repeat_entries(given, first, copies)
-    raise ValueError(
-        f"patch: {name} must be given once per image, got {len(given)} for {count} images"
-    )
-
-
-def repeats(ids: Tensor, copies: int) -> bool:
-    """Whether each run of ``copies`` samples is one sample repeated."""
-    if ids.shape[0] % copies:
-        return False
-    groups = ids.view(-1, copies, ids.shape[1])
-    return bool((groups == groups[:, :1]).all())
+    raise ValueError(f"patch: {name} must be given once per image, got {len(given)} for {count} images")
 
 
 def repeat_entries(entries: list, owners: list[int], copies: int) -> list:
@@ -80,30 +89,64 @@ def refuse_sliding_window(config: Any) -> None:
         )
 
 
-def refuse_unsupported(arguments: Mapping[str, Any], language_model: nn.Module) -> None:
+def refuse_attention(config: Any) -> None:
+    name = config._attn_implementation or "eager"
+    if name not in ("eager", "sdpa") and "flash" not in name:
+        raise ValueError(f"patch: the attention implementation must be eager, sdpa or flash_attention_*, got {name!r}")
+
+
+def refuse_generation(default: Any, kwargs: Mapping[str, Any]) -> None:
+    """Options of generate() that pruning would get wrong."""
+    config = kwargs.get("generation_config") or default
+
+    def option(name: str) -> Any:
+        return kwargs[name] if name in kwargs else getattr(config, name, None)
+
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+        if option(name) is not None:
+            raise ValueError(
+                f"patch: generate() must not use assisted generation, got {name}={option(name)!r}: its draft tokens "
+                "would take part in the scoring; use plain decoding"
+            )
+    if option("prefill_chunk_size") is not None:
+        raise ValueError(
+            "patch: generate() must prefill in one piece, got "
+            f"prefill_chunk_size={option('prefill_chunk_size')}: the question would not be seen yet"
+        )
+    if option("cache_implementation") not in (None, "dynamic"):
+        raise ValueError(
+            f"patch: cache_implementation must be None or 'dynamic', got {option('cache_implementation')!r}"
+        )
+
+
+def refuse_unsupported(arguments: Mapping[str, Any], ids: Tensor, language_model: nn.Module) -> None:
     """Arguments of a chunk with images that this patch would get wrong."""
     from transformers import DynamicCache
 
-    mask = arguments.get("attention_mask")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"patch: attention_mask must be (batch, seq_len) or None, got {shape}")
     cache = arguments.get("past_key_values")
     if cache is not None and not isinstance(cache, DynamicCache):
-        raise ValueError(
-            f"patch: past_key_values must be a DynamicCache, got {type(cache).__name__}"
-        )
+        raise ValueError(f"patch: past_key_values must be a DynamicCache, got {type(cache).__name__}")
+    mask = arguments.get("attention_mask")
+    if mask is not None:
+        wanted = (ids.shape[0], ids.shape[1] + (0 if cache is None else cache.get_seq_length()))
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        if got != wanted:
+            raise ValueError(
+                f"patch: attention_mask must be None or of shape (batch, past + seq_len) = {wanted}, got {got}"
+            )
     if language_model.training and getattr(language_model, "gradient_checkpointing", False):
-        raise ValueError(
-            "patch: gradient checkpointing must be off, got a model in training mode with it on"
-        )
+        raise ValueError("patch: gradient checkpointing must be off, got a model in training mode with it on")
+
+
+def brings_images(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call carries image data; without any, an image token in it is a token like others."""
+    encoded = arguments.get("mm_encoder_outputs") or {}
+    return arguments.get("pixel_values") is not None or encoded.get("image") is not None
 
 
 def wants_cache(language_model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     use_cache = kwargs.get("use_cache")
-    return bool(
-        getattr(language_model.config, "use_cache", False) if use_cache is None else use_cache
-    )
+    return bool(getattr(language_model.config, "use_cache", False) if use_cache is None else use_cache)
 
 
 def real_tokens(arguments: Mapping[str, Any], ids: Tensor) -> Tensor:
@@ -112,3 +155,22 @@ def real_tokens(arguments: Mapping[str, Any], ids: Tensor) -> Tensor:
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
     return mask[:, mask.shape[1] - ids.shape[1] :].cpu().to(torch.bool)
+
+
+def replace_method(owner: Any, name: str, around: Callable[..., Any], undo: ExitStack) -> None:
+    """Let ``around(original, *args, **kwargs)`` stand for a method of one object until ``undo`` runs."""
+    had = name in vars(owner)
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    def restore() -> None:
+        if had:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+    setattr(owner, name, replacement)
+    undo.callback(restore)

@@ -232,7 +232,8 @@ class InnerLLMPruning(Method):
     ``budget`` keeps exactly ``keep`` tokens: those of the region, then of the ring, then a thin
     uniform floor (one token per ``floor`` x ``floor`` cell outside, which guards against a wrong
     box), then the rest, by attention score within each tier; processor padding comes last.
-    ``strict`` keeps exactly the tokens of the region, without scores.
+    ``soft`` keeps exactly ``keep`` tokens by score alone, multiplied inside the region: a prior, not
+    a promise. ``strict`` keeps exactly the tokens of the region, without scores.
 
     FastV (arXiv 2403.06764) is ``InnerLLMPruning(keep, layer=2, rows="last")`` with the whole image
     as region: one tier, ranked by the attention of the last row.
@@ -240,13 +241,12 @@ class InnerLLMPruning(Method):
     Args:
         keep: float in (0, 1] = fraction of the image's original tokens, int >= 1 = token count;
             tokens already pooled away count as pruned. Not used by "strict".
-        mode: "budget" or "strict".
+        mode: "budget", "soft" or "strict".
         layer: decoder layer at whose input tokens leave, >= 1.
         rows: scoring queries, "text" (all after the image) or "last".
-        ring: width of the ring in tokens.
-        floor: side of a floor cell in tokens, 0 for no floor.
-        region_weight: factor of the scores inside the region. The tiers rank the region first
-            anyway, so it tells only where a caller replaces the priorities.
+        ring: width of the ring in tokens ("budget").
+        floor: side of a floor cell in tokens, 0 for no floor ("budget").
+        region_weight: factor of the scores inside the region ("soft").
     Raises:
         ValueError, TypeError: an argument out of its range.
     Source: CROP (arXiv 2505.21233) for "strict"; layer, budget rule, ring and floor are our choice,
@@ -254,17 +254,17 @@ class InnerLLMPruning(Method):
     """
 
     keep: float | int = 0.11
-    mode: Literal["budget", "strict"] = "budget"
+    mode: Literal["budget", "soft", "strict"] = "budget"
     layer: int = 2
     rows: Literal["text", "last"] = "text"
     ring: int = 1
     floor: int = 4
-    region_weight: float = 1.0
+    region_weight: float = 4.0
 
     def __post_init__(self) -> None:
         op = "InnerLLMPruning"
         _check_keep(op, self.keep)
-        _check_choice(op, "mode", self.mode, ("budget", "strict"))
+        _check_choice(op, "mode", self.mode, ("budget", "soft", "strict"))
         _check_count(op, "layer", self.layer, 1)
         _check_choice(op, "rows", self.rows, ("text", "last"))
         _check_count(op, "ring", self.ring, 0)
@@ -283,7 +283,7 @@ class InnerLLMPruning(Method):
         Returns:
             Selection, or None if every token stays. Priorities in "budget" mode: 3 region, 2 ring,
             1 floor, 0 rest, -1 padding; all one higher where even padding is needed to fill the
-            budget. In "strict" mode: 1 region, -1 all others.
+            budget; "soft" has one tier for all but padding. In "strict" mode: 1 region, -1 all others.
         Raises:
             ValueError: ``keep`` is a token count larger than the image had.
         """
@@ -296,18 +296,19 @@ class InnerLLMPruning(Method):
         num_keep = _budget("InnerLLMPruning", self.keep, layout)
         if num_keep == len(layout):
             return None
-        level = layout.levels(region, self.ring)
+        weight = None
+        if self.mode == "soft":
+            priority = np.zeros(len(layout), dtype=np.int8)
+            weight = torch.where(layout.inside(region), self.region_weight, 1.0).float()
+        else:
+            level = layout.levels(region, self.ring)
+            priority = np.array((3, 2, 0), dtype=np.int8)[level.numpy()]
+            if self.floor:
+                priority[self._floor(layout, level)] = 1
         kind = layout.kind.numpy()
-        priority = np.array((3, 2, 0), dtype=np.int8)[level.numpy()]
-        if self.floor:
-            priority[self._floor(layout, level)] = 1
         priority[kind == PADDING] = -1
         if num_keep > np.count_nonzero(kind != PADDING):
             priority += 1
-        weight = None
-        if self.region_weight != 1:
-            factor = np.where(level.numpy() == 0, self.region_weight, 1.0)
-            weight = torch.from_numpy(factor.astype(np.float32))
         return Selection(num_keep, torch.from_numpy(priority), weight)
 
     def _floor(self, layout: VisionLayout, level: Tensor) -> np.ndarray:

@@ -69,6 +69,10 @@ def split_images(is_image: Tensor, grids: Sequence[Grid]) -> list[tuple[int, Ten
                 )
             found.append((sample, position[: rows * columns]))
             position = position[rows * columns :]
+    if len(found) != len(grids):
+        raise ValueError(
+            f"patch: the prompt must hold whole images of the grids {list(grids)}, got tokens for {len(found)}"
+        )
     return found
 
 
@@ -162,9 +166,7 @@ def adapter_for(model: Any) -> Adapter:
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if not isinstance(model, nn.Module) or model_type is None:
-        raise TypeError(
-            f"patch: model must be a Hugging Face vision-language model, got {type(model).__name__}"
-        )
+        raise TypeError(f"patch: model must be a Hugging Face vision-language model, got {type(model).__name__}")
     known = ", ".join(sorted(ADAPTERS))
     if model_type in ADAPTERS:
         return ADAPTERS[model_type]

@@ -28,12 +28,16 @@ from .chunk import ChunkPlan, PoolStep, plan_chunk
 from .inputs import (
     as_regions,
     as_sizes,
+    brings_images,
+    check_method,
     one_per_image,
     real_tokens,
+    refuse_attention,
+    refuse_generation,
     refuse_sliding_window,
     refuse_unsupported,
     repeat_entries,
-    repeats,
+    replace_method,
     wants_cache,
 )
 from .methods import Method
@@ -77,9 +81,7 @@ def patch(
     """
     active = _Patch(model, method, region, processor, image_size)
     if active.language_model in _patched:
-        raise RuntimeError(
-            "patch: model must not be patched already, got a nested patch of the same model"
-        )
+        raise RuntimeError("patch: model must not be patched already, got a nested patch of the same model")
     with ExitStack() as undo:
         _patched.add(active.language_model)
         undo.callback(_patched.discard, active.language_model)
@@ -98,9 +100,7 @@ class _Patch:
     ) -> None:
         self.adapter: Adapter = adapter_for(model)
         if method is not None and not isinstance(method, Method):
-            raise TypeError(
-                f"patch: method must be a crop Method or None, got {type(method).__name__}"
-            )
+            raise TypeError(f"patch: method must be a crop Method or None, got {type(method).__name__}")
         self.method = method or Method()
         self.regions = as_regions(region)
         self.image_processor = getattr(processor, "image_processor", processor)
@@ -109,28 +109,29 @@ class _Patch:
         self.base = self.adapter.base(model)
         self.language_model = self.adapter.language_model(model)
         self.layers = list(self.language_model.layers)
+        self.model = model
         refuse_sliding_window(self.language_model.config)
-        layer = self.method.layer
-        if layer is not None and not 1 <= layer < len(self.layers):
-            raise ValueError(
-                f"patch: layer must be in [1, num_layers={len(self.layers)} - 1], got {layer}"
-            )
+        refuse_attention(self.language_model.config)
+        check_method(self.method, len(self.layers))
         whole = self.regions is None or all(entry.is_whole for entry in self.regions)
         if self.adapter.view is not None and self.image_processor is None and not whole:
             raise ValueError(
                 f"patch: processor must be given for {self.adapter.model_type!r} with a region, because it decides "
                 "which part of the image the tokens show, got None"
             )
-        if (
-            self.adapter.view is not None
-            and self.image_processor is not None
-            and self.image_sizes is None
-        ):
-            self.adapter.view(self.image_processor, None)
+        if self.adapter.view is not None and self.image_processor is not None:
+            if not hasattr(self.image_processor, "do_resize"):
+                raise TypeError(
+                    "patch: processor must be the model's processor or image processor, got "
+                    f"{type(self.image_processor).__name__} without do_resize"
+                )
+            if self.image_sizes is None:
+                self.adapter.view(self.image_processor, None)  # refuses now if it needs the size
         self.stats = PruneStats()
         self.run: Run | None = None
         self.grid_thw: Tensor | None = None
         self.vision_span: list[Any] = []
+        self.copies = 1
 
     def install(self, undo: ExitStack) -> None:
         """Register every hook, and its removal with ``undo``."""
@@ -138,6 +139,9 @@ class _Patch:
         def door(handle: RemovableHandle) -> None:
             undo.callback(handle.remove)
 
+        if hasattr(self.model, "generate"):
+            replace_method(self.model, "generate", self._generate, undo)
+            replace_method(self.model, "_expand_inputs_for_generation", self._expand, undo)
         tower, language_model = self.adapter.vision_tower(self.base), self.language_model
         door(tower.register_forward_pre_hook(self._enter_vision_tower, with_kwargs=True))
         door(tower.register_forward_hook(self._leave_vision_tower))
@@ -152,6 +156,19 @@ class _Patch:
         if self.method.layer is not None:
             scoring = self.layers[self.method.layer - 1].self_attn
             undo.enter_context(tap(scoring, self._read_scores, when=self._needs_scores))
+
+    # generate(): refuse what cannot be right, note how often every sample is repeated
+
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        refuse_generation(self.model.generation_config, kwargs)
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            self.copies = 1
+
+    def _expand(self, expand: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.copies = args[0] if args else kwargs.get("expand_size", 1)
+        return expand(*args, **kwargs)
 
     # The vision tower, which generate() may run before the multimodal model: note its grid and its time
 
@@ -172,9 +189,7 @@ class _Patch:
         input_ids = arguments.get("input_ids")
         if input_ids is None:
             if arguments.get("pixel_values") is not None:
-                raise ValueError(
-                    "patch: input_ids must be given with pixel_values, got inputs_embeds alone"
-                )
+                raise ValueError("patch: input_ids must be given with pixel_values, got inputs_embeds alone")
             return
         start = mark(input_ids.device)
         chunk = self._plan(input_ids, arguments)
@@ -190,7 +205,7 @@ class _Patch:
         self.run = None
 
     def _plan(self, input_ids: Tensor, arguments: Mapping[str, Any]) -> ChunkPlan | None:
-        if input_ids.shape[1] == 1:  # decode: no image is one token
+        if not brings_images(arguments):
             return None
         ids = input_ids.cpu()
         video_token = getattr(self.config, "video_token_id", None)
@@ -205,28 +220,26 @@ class _Patch:
             grid_thw = self.grid_thw
         self.grid_thw = None
         grids = self.adapter.grids(self.config, grid_thw, count)
-        # generate() repeats whole samples for beams and return sequences; grid sizes may come unrepeated.
-        copies = count // sum(rows * columns for rows, columns in grids)
-        if copies > 1 and repeats(ids, copies):
-            owners = [sample for sample, _ in split_images(is_image[::copies], grids)]
-            grids = repeat_entries(grids, owners, copies)
+        if sum(rows * columns for rows, columns in grids) * self.copies == count:
+            # The tower ran before generate() repeated the samples.
+            owners = [sample for sample, _ in split_images(is_image[:: self.copies], grids)]
+            grids = repeat_entries(grids, owners, self.copies)
         found = split_images(is_image, grids)
         owners = [sample for sample, _ in found]
-        regions = one_per_image("region", self.regions or [Region.whole()], owners, ids)
+        regions = [Region.whole()] if self.regions is None else self.regions
+        regions = one_per_image("region", regions, owners, self.copies)
         images = [
             (sample, VisionLayout.grid(*grid, box=view, position=position))
-            for (sample, position), grid, view in zip(
-                found, grids, self._views(owners, ids), strict=True
-            )
+            for (sample, position), grid, view in zip(found, grids, self._views(owners), strict=True)
         ]
-        refuse_unsupported(arguments, self.language_model)
+        refuse_unsupported(arguments, ids, self.language_model)
         return plan_chunk(self.method, images, regions, real_tokens(arguments, ids))
 
-    def _views(self, owners: list[int], ids: Tensor) -> list[Box]:
+    def _views(self, owners: list[int]) -> list[Box]:
         """Rectangle of the original image that each image's tokens show."""
         if self.adapter.view is None or self.image_processor is None:
             return [WHOLE] * len(owners)
-        sizes = one_per_image("image_size", self.image_sizes or [None], owners, ids)
+        sizes = one_per_image("image_size", self.image_sizes or [None], owners, self.copies)
         return [self.adapter.view(self.image_processor, size) for size in sizes]
 
     # Door 1: the language model
@@ -265,9 +278,7 @@ class _Patch:
             leader = pool.leader.to(embeds.device)
             run.slots = leader.shape[1]
             kwargs["position_ids"] = gather_positions(kwargs.get("position_ids"), leader, run.past)
-            run.pooled = Slots.extended(
-                state.pooled, run.past, leader, run.added, dense=pool.filled is None
-            )
+            run.pooled = Slots.extended(state.pooled, run.past, leader, run.added, dense=pool.filled is None)
         run.mask = slot_mask(logical_mask, state.pooled, run, pool)
         kwargs["attention_mask"] = run.mask
         if run.mask is None and cache is None:
@@ -280,9 +291,7 @@ class _Patch:
 
     def _pool(self, pool: PoolStep, embeds: Tensor) -> Tensor:
         batch, seq_len, dim = embeds.shape
-        pooled = ops.adaptive_pool(
-            embeds.reshape(batch * seq_len, dim), pool.plan, self.method.pool_mode
-        )
+        pooled = ops.adaptive_pool(embeds.reshape(batch * seq_len, dim), pool.plan, self.method.pool_mode)
         if pool.filled is not None:
             packed = pooled.new_zeros(pool.leader.numel(), dim)
             pooled = packed.index_copy(0, pool.filled.to(embeds.device), pooled)
@@ -291,9 +300,7 @@ class _Patch:
     def _cut_layer(self, state: CacheState) -> int | None:
         layer = self.method.layer
         if state.layer is not None and layer is not None and layer != state.layer:
-            raise ValueError(
-                f"patch: layer must be {state.layer}, where this cache was pruned before, got {layer}"
-            )
+            raise ValueError(f"patch: layer must be {state.layer}, where this cache was pruned before, got {layer}")
         return state.layer if layer is None else layer
 
     def _leave_language_model(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -342,9 +349,7 @@ class _Patch:
         stays = step.stays.to(device)
         # One spare slot at the end swallows the fillers of ``kept``.
         flags = torch.cat([stays.flatten(), stays.new_zeros(1)])
-        flat = torch.where(
-            kept >= 0, kept + step.sample.to(device).unsqueeze(1) * stays.shape[1], -1
-        )
+        flat = torch.where(kept >= 0, kept + step.sample.to(device).unsqueeze(1) * stays.shape[1], -1)
         flags[flat.flatten()] = True
         run.keep, run.keep_slot = left_fill(flags[:-1].view_as(stays), step.width)
         run.pruned = Slots.extended(run.pruned, run.past_slots, run.keep, run.slots, step.dense)
@@ -395,9 +400,7 @@ class _Patch:
         run.adapt(
             kwargs,
             "position_embeddings",
-            lambda tables: tuple(
-                ops.compact([table.expand(batch, -1, -1) for table in tables], run.keep)
-            ),
+            lambda tables: tuple(ops.compact([table.expand(batch, -1, -1) for table in tables], run.keep)),
         )
         if kwargs.get("position_ids") is not None:
             run.adapt(kwargs, "position_ids", lambda ids: gather_positions(ids, run.keep, 0))

@@ -1,8 +1,9 @@
 """The operators in plain torch: specification, oracle of the tests, and fallback where nothing was compiled.
 
-Every function has the name, the arguments and the result of its counterpart in :mod:`crop.ops`. Written for clarity: whole
-intermediate matrices are materialised, arithmetic is float32 (float64 stays float64, so the twins can be differentiated
-numerically). Letters: B samples, I images, N candidates, M scoring rows, T keys, d head_dim, K tokens kept, C pooled tokens.
+Every function has the name, the arguments and the result of its counterpart in :mod:`crop.ops`. Written for clarity:
+whole intermediate matrices are materialised, arithmetic is float32 (float64 stays float64, so the twins can be
+differentiated numerically). Letters: B samples, I images, N candidates, M scoring rows, T keys, d head_dim, K tokens
+kept, C pooled tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from crop.region import PoolPlan
+    from crop.plan import PoolPlan
 
 __all__ = ["adaptive_pool", "attention_mass", "compact", "region_topk", "select"]
 
@@ -34,13 +35,14 @@ def attention_mass(
 ) -> Tensor:  # (I, N)
     """Share of the softmax attention that each vision token receives from the scoring rows.
 
-    ``mass[i, n] = mean over counted rows r and query heads h of exp(scale * <query[b, h, r], key[b, h // g, j]> - lse[b, h, r])``
-    with ``b = sample[i]``, ``j = vision_index[i, n]`` and ``g = num_heads // num_kv_heads``; 0 where row r does not see key j.
+    ``mass[i, n] = mean over counted rows r and query heads h of exp(scale * <query[b, h, r], key[b, h // g, j]> -
+    lse[b, h, r])`` with ``b = sample[i]``, ``j = vision_index[i, n]`` and ``g = num_heads // num_kv_heads``; 0 where
+    row r does not see key j.
 
-    Row r of sample b sees the keys ``visible_start[b] <= j < visible_len[b, r]``; a row that sees none is padding and is not
-    counted. Without a counted row the mass is 0. A row whose lse is infinite contributes 0 to every finite logit; a NaN or
-    +inf logit makes the mass of its key NaN, and a NaN logit makes a computed lse NaN as well. The masses of all keys of a
-    sample sum to 1 (to less where the given lse includes a sink).
+    Row r of sample b sees the keys ``visible_start[b] <= j < visible_len[b, r]``; a row that sees none is padding and
+    is not counted. Without a counted row the mass is 0. A row whose lse is infinite contributes 0 to every finite
+    logit; a NaN or +inf logit makes the mass of its key NaN, and a NaN logit makes a computed lse NaN as well. The
+    masses of all keys of a sample sum to 1 (to less where the given lse includes a sink).
 
     Args:
         query: (B, num_heads, M, d) float32, bfloat16 or float16 scoring rows; unit last stride, any other strides.
@@ -55,7 +57,8 @@ def attention_mass(
         (I, N) float32, no gradient. float32 arithmetic; a sample's result does not depend on its batch neighbours.
     Raises:
         ValueError: device, rank, shape, stride or an index out of range. TypeError: unsupported or differing dtype.
-    Source: the attention score of Inner-LLM Pruning; mean over heads and rows is our own choice, the paper leaves it open.
+    Source: the attention score of Inner-LLM Pruning; mean over heads and rows is our own choice, the paper leaves it
+    open.
     """
     batch, num_heads, _, head_dim = query.shape
     num_kv_heads, num_keys = key.shape[1], key.shape[2]
@@ -100,17 +103,19 @@ def select(
 ) -> Tensor:  # (I, K)
     """Exact top-k under a total order, returned in reading order.
 
-    Best first: priority descending, ``score * weight`` descending (-0 equals +0, NaN ranks as -inf), position ascending.
+    Best first: priority descending, ``score * weight`` descending (-0 equals +0, NaN ranks as -inf), position
+    ascending.
 
     Args:
         score: (I, N) float32.
         num_keep: tokens to keep, one host int for all images or one per image, each in [0, N].
         weight: (I, N) float32 factor of the score, e.g. the region weight; default 1.
         priority: (I, N) int8; a higher one wins whatever the score, a negative one is never selected; default 0.
-        index: (I, N) int32 or int64; an entry below 0 is filler and never selected, and the result holds ``index[i, n]``
-            instead of ``n``.
+        index: (I, N) int32 or int64; an entry below 0 is filler and never selected, and the result holds ``index[i,
+            n]`` instead of ``n``.
     Returns:
-        (I, K) int64 with K = max(num_keep): the selected ``n`` in ascending order, then -1 where an image keeps fewer than K.
+        (I, K) int64 with K = max(num_keep): the selected ``n`` in ascending order, then -1 where an image keeps fewer
+        than K.
     Raises:
         ValueError: device, rank, shape or num_keep out of range. TypeError: unsupported dtype.
     Source: own choice; budget rule of Inner-LLM Pruning with a strict region priority.
@@ -156,20 +161,29 @@ def region_topk(
 ) -> Tensor | tuple[Tensor, Tensor]:  # (I, K) [, (I, N)]
     """Sequence positions of the vision tokens to keep: :func:`attention_mass`, then :func:`select`.
 
-    ``kept = select(attention_mass(query, key, vision_index, ...), num_keep, weight=..., priority=..., index=vision_index)``
+    ``kept = select(attention_mass(query, key, vision_index, ...), num_keep, weight=..., priority=...,
+    index=vision_index)``
 
     Args:
         query, key, vision_index, sample, lse, scale, visible_start, visible_len: see :func:`attention_mass`.
         num_keep, weight, priority: see :func:`select`.
         return_scores: also return the mass.
     Returns:
-        (I, K) int64 positions, ascending where ``vision_index`` is, -1 tail; with ``return_scores`` also the (I, N) mass.
+        (I, K) int64 positions, ascending where ``vision_index`` is, -1 tail; with ``return_scores`` also the (I, N)
+        mass.
     Raises:
         ValueError, TypeError: as the two halves.
     Source: Inner-LLM Pruning (the cut), with our budget rule.
     """
     mass = attention_mass(
-        query, key, vision_index, sample=sample, lse=lse, scale=scale, visible_start=visible_start, visible_len=visible_len
+        query,
+        key,
+        vision_index,
+        sample=sample,
+        lse=lse,
+        scale=scale,
+        visible_start=visible_start,
+        visible_len=visible_len,
     )
     kept = select(mass, num_keep, weight=weight, priority=priority, index=vision_index)
     return (kept, mass) if return_scores else kept
@@ -183,12 +197,14 @@ def compact(
 ) -> list[Tensor]:
     """Gather the kept tokens of several tensors at once.
 
-    ``out[t][b, ..., k, ...] = tensors[t][b, ..., index[b, k], ...]`` with the token axis at ``token_dim``; bitwise copies.
+    ``out[t][b, ..., k, ...] = tensors[t][b, ..., index[b, k], ...]`` with the token axis at ``token_dim``; bitwise
+    copies.
 
     Args:
         tensors: each with batch axis 0 and a token axis; element type of any kind. The axes after the token axis form a
             row and must be contiguous among themselves; the axes between batch and token axis must merge into one.
-        index: (B, K) int32 or int64 token numbers, strictly ascending where not negative; a negative one gives a zero row.
+        index: (B, K) int32 or int64 token numbers, strictly ascending where not negative; a negative one gives a zero
+            row.
         token_dim: the token axis, one for all tensors or one per tensor; at least 1.
     Returns:
         Contiguous tensors with the token axis shortened to K. Gradients flow back to the kept rows, dropped rows get 0.
@@ -227,12 +243,12 @@ def adaptive_pool(
     """Merge groups of vision tokens into one token each.
 
     With ``cell = members[offsets[i] : offsets[i + 1]]``, accumulated in float32 in stored order and rounded once:
-    mean ``sum(x) / count``; weighted ``sum(w * x) / sum(w)``, the plain mean where ``sum(w) == 0``; max: the largest member
-    per channel, a NaN wins, the first of equals wins. A cell of one member is copied bit for bit in every mode, whatever its
-    weight; a cell without members gives zeros.
+    mean ``sum(x) / count``; weighted ``sum(w * x) / sum(w)``, the plain mean where ``sum(w) == 0``; max: the largest
+    member per channel, a NaN wins, the first of equals wins. A cell of one member is copied bit for bit in every mode,
+    whatever its weight; a cell without members gives zeros.
 
-    Gradients: mean ``gx = gy / count``; weighted ``gx = gy * w / sum(w)`` and ``gw = <gy, x - y> / sum(w)`` (mean rule and 0
-    where ``sum(w) == 0``, and 0 for single members); max: to the member that won. Tokens in no cell get 0.
+    Gradients: mean ``gx = gy / count``; weighted ``gx = gy * w / sum(w)`` and ``gw = <gy, x - y> / sum(w)`` (mean rule
+    and 0 where ``sum(w) == 0``, and 0 for single members); max: to the member that won. Tokens in no cell get 0.
 
     Args:
         tokens: (num_tokens, D) float32, bfloat16 or float16; unit last stride, any row stride.
@@ -258,7 +274,8 @@ def pool(
     """:func:`adaptive_pool` on the arrays of a plan.
 
     Returns:
-        The pooled tokens, and what the backward pass needs: the sums of weights (C,) for "weighted", the winning token of
+        The pooled tokens, and what the backward pass needs: the sums of weights (C,) for "weighted", the winning token
+            of
         each channel (C, D) int32 for "max" (-1 in a cell without members), empty for "mean".
     """
     real = torch.promote_types(tokens.dtype, torch.float32)
@@ -305,7 +322,7 @@ def pool_backward(
     weight: Tensor | None,  # (num_tokens,)
     mode: str,
 ) -> tuple[Tensor, Tensor]:  # (num_tokens, D), (num_tokens,) or empty
-    """Gradients of :func:`pool` by the rules of :func:`adaptive_pool`: every token reads the gradient of its own cell."""
+    """Gradients of :func:`pool` by the rules of :func:`adaptive_pool`: a token reads the gradient of its own cell."""
     real = torch.promote_types(grad.dtype, torch.float32)
     num_tokens = len(inverse)
     grad_weight = torch.zeros(num_tokens if mode == "weighted" else 0, dtype=real, device=grad.device)

@@ -55,9 +55,7 @@ def gather_positions(position_ids: Tensor | None, index: Tensor, past: int) -> T
     return full.gather(-1, index.expand(*leading, -1, -1))
 
 
-def slot_mask(
-    logical: Tensor | None, before: Slots | None, run: Run, pool: PoolStep | None
-) -> Tensor | None:
+def slot_mask(logical: Tensor | None, before: Slots | None, run: Run, pool: PoolStep | None) -> Tensor | None:
     """Mask over the slots below the cut, (batch, past_slots + slots) bool, from the caller's; None: all are real."""
     past = None
     if before is not None:
@@ -103,9 +101,7 @@ def score(run: Run, query: Tensor, key: Tensor, scale: float | None) -> Tensor:
         key = ops.compact([key], keys, token_dim=2)[0]
         start = run.mask.shape[1] - run.mask.sum(1)
         row_key = torch.where(rows >= 0, slot.gather(1, row_key.clamp(min=0)), -1)
-        candidate_key = torch.where(
-            index >= 0, slot[sample].gather(1, candidate_key.clamp(min=0)), -1
-        )
+        candidate_key = torch.where(index >= 0, slot[sample].gather(1, candidate_key.clamp(min=0)), -1)
     return ops.attention_mass(
         ops.compact([query], rows, token_dim=2)[0],
         key,
@@ -119,9 +115,7 @@ def score(run: Run, query: Tensor, key: Tensor, scale: float | None) -> Tensor:
 
 def pruned_mask(mask: Any, run: Run, hidden: Tensor, flash: bool) -> Tensor | None:
     """Fit the mask of the layers before the cut to the slots after it."""
-    columns = (
-        run.pruned.columns(run.past_slots + run.slots) if run.keep is None else run.pruned.index
-    )
+    columns = run.pruned.columns(run.past_slots + run.slots) if run.keep is None else run.pruned.index
     queries, total = hidden.shape[1], columns.shape[1]
     if mask is None:
         if run.pruned.dense:

@@ -51,7 +51,7 @@ struct Scratch {
         take(column, p.num_keys);
         take(needed, blocks);
         if (!p.lse) {
-            const int64_t head = round_up(p.num_keys, kTile) * lanes;
+            const int64_t head = blocks * kBlock * lanes;
             const int64_t all = head * p.num_kv_heads, budget = kStoreBytes / 4;
             take(stored, all < budget ? all : larger(head, budget));
             take(factor, p.num_kv_heads * blocks * lanes);
@@ -121,9 +121,10 @@ void lanes_block(const T* key, int64_t stride, int64_t count, const float* query
     }
 }
 
-// The same for few rows, with vectors along head_dim: reads each key once, at the speed of memory.
-template <int kRows, class T, class Sink>
-void dot_block(const T* key, int64_t stride, int64_t count, const float* query, int64_t d, Sink sink) {
+// The same for few rows: vectors run along head_dim, which reads each key once at the speed of memory, and the result
+// is transposed, logit[row][key], so that what follows can run along the keys.
+template <int kRows, class T>
+void dot_block(const T* key, int64_t stride, int64_t count, const float* query, int64_t d, float (*logit)[kBlock]) {
     const int64_t padded = round_up(d, kLanes), whole = d / kLanes * kLanes;
     for (int64_t k = 0; k < count; ++k) {
         const T* from = key + k * stride;
@@ -144,9 +145,7 @@ void dot_block(const T* key, int64_t stride, int64_t count, const float* query, 
                 for (int64_t j = i; j < d; ++j) a[j - i] = load_one(from + j);
             for (int r = 0; r < kRows; ++r) total[r] += a * load<Vec>(query + r * padded + i);
         }
-        Vec logit[1][1] = {};
-        for (int r = 0; r < kRows; ++r) logit[0][0][r] = sum(total[r] + more[r]);
-        sink(k, 0, logit);
+        for (int r = 0; r < kRows; ++r) logit[r][k] = sum(total[r] + more[r]);
     }
 }
 
@@ -171,18 +170,34 @@ struct Kernel {
     const Sample& s;
     Scratch& at;
 
+    const T* key(int64_t kv, int64_t first) const {
+        return static_cast<const T*>(p.key) + s.b * p.key_stride[0] + kv * p.key_stride[1] + first * p.key_stride[2];
+    }
+    const float* query(int64_t kv) const { return at.query + kv * s.lanes * round_up(p.head_dim, kLanes); }
+    float* stored(int64_t slot, int64_t block) const {
+        return at.stored + (slot * s.blocks + block) * kBlock * s.lanes;
+    }
+    float* top(int64_t slot, int64_t block) const { return at.factor + (slot * s.blocks + block) * s.lanes; }
+    float* total(int64_t slot, int64_t block) const { return at.sum + (slot * s.blocks + block) * s.lanes; }
+    bool few() const { return s.count <= kDotRows; }
+
     template <class Sink>
     void logits(int64_t kv, int64_t first, int64_t count, Sink sink) const {
-        const T* key = static_cast<const T*>(p.key) + s.b * p.key_stride[0] + kv * p.key_stride[1] +
-                       first * p.key_stride[2];
-        const float* query = at.query + kv * s.lanes * round_up(p.head_dim, kLanes);
+        lanes_block(key(kv, first), p.key_stride[2], count, query(kv), s.lanes, p.head_dim, sink);
+    }
+
+    // logit[row][key] of a block for few rows; -inf where the row does not see the key, and past the end.
+    void few_logits(int64_t kv, int64_t block, float (*logit)[kBlock]) const {
+        const int64_t first = first_key(block), count = num_keys(block);
+        const T* from = key(kv, first);
         switch (s.count) {
-            case 1: return dot_block<1>(key, p.key_stride[2], count, query, p.head_dim, sink);
-            case 2: return dot_block<2>(key, p.key_stride[2], count, query, p.head_dim, sink);
-            case 3: return dot_block<3>(key, p.key_stride[2], count, query, p.head_dim, sink);
-            case 4: return dot_block<4>(key, p.key_stride[2], count, query, p.head_dim, sink);
+            case 1: dot_block<1>(from, p.key_stride[2], count, query(kv), p.head_dim, logit); break;
+            case 2: dot_block<2>(from, p.key_stride[2], count, query(kv), p.head_dim, logit); break;
+            case 3: dot_block<3>(from, p.key_stride[2], count, query(kv), p.head_dim, logit); break;
+            case 4: dot_block<4>(from, p.key_stride[2], count, query(kv), p.head_dim, logit); break;
         }
-        lanes_block(key, p.key_stride[2], count, query, s.lanes, p.head_dim, sink);
+        for (int64_t r = 0; r < s.count; ++r)
+            for (int64_t k = clamp(at.end[r] - first, 0, count); k < kBlock; ++k) logit[r][k] = -kInf;
     }
 
     int64_t first_key(int64_t block) const { return s.start + block * kBlock; }
@@ -197,8 +212,9 @@ struct Kernel {
     void shares(int64_t block) const {
         const int64_t first = first_key(block), count = num_keys(block), vecs = s.lanes / kLanes;
         const bool masked = !all_visible(block);
+        if (few()) return few_shares(block);
         Vec share[kBlock];
-        for (int64_t k = 0; k < count; ++k) share[k] = Vec{};
+        for (Vec& v : share) v = Vec{};
         for (int64_t kv = 0; kv < p.num_kv_heads; ++kv) {
             const float* lse = at.lse + kv * s.lanes;
             logits(kv, first, count, [&](int64_t k, int64_t v, auto& logit) {
@@ -218,9 +234,8 @@ struct Kernel {
     void exponentials(int64_t kv, int64_t slot, int64_t block) const {
         const int64_t first = first_key(block), count = num_keys(block), vecs = s.lanes / kLanes;
         const bool masked = !all_visible(block);
-        float* stored = at.stored + (slot * round_up(s.stop - s.start, kTile) + block * kBlock) * s.lanes;
-        float* top = at.factor + (slot * s.blocks + block) * s.lanes;
-        float* total = at.sum + (slot * s.blocks + block) * s.lanes;
+        float *stored = this->stored(slot, block), *top = this->top(slot, block), *total = this->total(slot, block);
+        if (few()) return few_exponentials(kv, block, stored, top, total);
         for (int64_t v = 0; v < vecs; ++v) store(top + v * kLanes, splat(-kInf));
         logits(kv, first, count, [&](int64_t k, int64_t v, auto& logit) {
             if (masked)
@@ -275,13 +290,12 @@ struct Kernel {
     // Pass 3: column[key] of a block gains the heads of the group.
     void gather(int64_t heads, int64_t block) const {
         const int64_t first = first_key(block), count = num_keys(block), vecs = s.lanes / kLanes;
+        if (few()) return few_gather(heads, block);
         const IVec last = visible(0, vecs - 1);  // drops the lanes past the last row
         for (int64_t k = 0; k < count; ++k) {
             Vec share = Vec{};
             for (int64_t slot = 0; slot < heads; ++slot) {
-                const float* stored =
-                    at.stored + (slot * round_up(s.stop - s.start, kTile) + block * kBlock + k) * s.lanes;
-                const float* factor = at.factor + (slot * s.blocks + block) * s.lanes;
+                const float *stored = this->stored(slot, block) + k * s.lanes, *factor = top(slot, block);
                 for (int64_t v = 0; v < vecs; ++v) {
                     const Vec e = load<Vec>(stored + v * kLanes) * load<Vec>(factor + v * kLanes);
                     share += v == vecs - 1 ? keep_where(last, e) : e;
@@ -289,6 +303,47 @@ struct Kernel {
             }
             at.column[first + k] += sum(share);
         }
+    }
+
+    // The three steps above for few rows, along the keys of a block.
+    void few_shares(int64_t block) const {
+        float logit[kDotRows][kBlock];
+        Vec share[kBlock / kLanes] = {};
+        for (int64_t kv = 0; kv < p.num_kv_heads; ++kv) {
+            few_logits(kv, block, logit);
+            for (int64_t r = 0; r < s.count; ++r)
+                for (int64_t v = 0; v < kBlock / kLanes; ++v) {
+                    const Vec x = load<Vec>(logit[r] + v * kLanes);
+                    const Vec e = exp(x - at.lse[kv * s.lanes + r]);
+                    share[v] += bits<Vec>(bits<IVec>(e) | (x == kInf));
+                }
+        }
+        __builtin_memcpy(at.column + first_key(block), share, sizeof(float) * num_keys(block));
+    }
+    void few_exponentials(int64_t kv, int64_t block, float* stored, float* top, float* total) const {
+        float(*e)[kBlock] = reinterpret_cast<float(*)[kBlock]>(stored);
+        few_logits(kv, block, e);
+        for (int64_t r = 0; r < s.lanes; ++r) top[r] = -kInf, total[r] = 0;
+        for (int64_t r = 0; r < s.count; ++r) {
+            for (int64_t k = 0; k < kBlock; ++k) top[r] = e[r][k] > top[r] ? e[r][k] : top[r];
+            const Vec shift = finite(splat(top[r]));
+            Vec add = Vec{};
+            for (int64_t k = 0; k < kBlock; k += kLanes) {
+                const Vec x = exp(load<Vec>(e[r] + k) - shift);
+                store(e[r] + k, x);
+                add += x;
+            }
+            total[r] = sum(add);
+        }
+    }
+    void few_gather(int64_t heads, int64_t block) const {
+        Vec share[kBlock / kLanes] = {};
+        for (int64_t slot = 0; slot < heads; ++slot)
+            for (int64_t r = 0; r < s.count; ++r)
+                for (int64_t v = 0; v < kBlock / kLanes; ++v)
+                    share[v] += load<Vec>(stored(slot, block) + r * kBlock + v * kLanes) * top(slot, block)[r];
+        const float* sum = reinterpret_cast<const float*>(share);
+        for (int64_t k = 0; k < num_keys(block); ++k) at.column[first_key(block) + k] += sum[k];
     }
 };
 
@@ -337,7 +392,7 @@ void sample_mass(const AttentionMassParams& p, int64_t b, Scratch& at, int threa
         };
         parallel_for(threads, s.blocks, body);
     } else {
-        const int64_t head = larger(1, round_up(s.stop - s.start, kTile) * s.lanes);
+        const int64_t head = larger(1, s.blocks * kBlock * s.lanes);
         const int64_t width = clamp(kStoreBytes / 4 / head, 1, p.num_kv_heads);
         for (int64_t kv = 0; kv < p.num_kv_heads; kv += width) {
             const int64_t heads = p.num_kv_heads - kv < width ? p.num_kv_heads - kv : width;
@@ -351,11 +406,12 @@ void sample_mass(const AttentionMassParams& p, int64_t b, Scratch& at, int threa
     }
 
     const float divisor = static_cast<float>(larger(1, s.rows * p.num_heads));
+    for (int64_t j = s.start; j < s.stop; ++j) at.column[j] /= divisor;
     for (int64_t i = 0; i < p.num_images; ++i)
         if ((p.sample ? p.sample[i] : i) == b)
             for (int64_t n = 0; n < p.num_tokens; ++n) {
                 const int64_t j = p.vision_index[i * p.num_tokens + n];
-                p.mass[i * p.num_tokens + n] = j < 0 ? 0.0f : at.column[j] / divisor;
+                p.mass[i * p.num_tokens + n] = j < 0 ? 0.0f : at.column[j];
             }
 }
 

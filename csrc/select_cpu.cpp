@@ -13,10 +13,26 @@ constexpr uint32_t kAlways = 0xffffffffu, kNever = 0;
 constexpr int kDigitBits = 11;
 
 // Order-preserving: unsigned comparison of keys = comparison of floats; -0 as +0, NaN as -inf.
-inline uint32_t order_key(float x) {
-    x = x == x ? x : -__builtin_inff();
-    const int32_t raw = bits<int32_t>(x + 0.0f);
-    return bits<uint32_t>(raw ^ (raw >> 31 | INT32_MIN));
+UVec order_key(Vec x) {
+    x = x == x ? x : splat(-__builtin_inff());
+    const IVec raw = bits<IVec>(x + 0.0f);
+    return bits<UVec>(raw ^ (raw >> 31 | INT32_MIN));
+}
+
+int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// Keys of an image, padded with kNever.
+void make_keys(const float* score, const float* weight, int64_t count, uint32_t* key) {
+    int64_t n = 0;
+    for (; n + kLanes <= count; n += kLanes) {
+        const Vec x = load<Vec>(score + n);
+        store(key + n, order_key(weight ? x * load<Vec>(weight + n) : x));
+    }
+    if (n == count) return;
+    Vec x = Vec{};
+    for (int64_t i = n; i < count; ++i) x[i - n] = weight ? score[i] * weight[i] : score[i];
+    store(key + n, order_key(x));
+    for (int64_t i = count; i < n + kLanes; ++i) key[i] = kNever;
 }
 
 struct Threshold {
@@ -25,31 +41,45 @@ struct Threshold {
 };
 
 Threshold find_threshold(const uint32_t* key, int64_t count, int64_t need) {
-    // Range of the competing keys; unsigned wrap-around of key - 1 puts both sentinels above every other key.
+    if (need <= 0) return {kAlways - 1, 0};
+    // Range and number of the competing keys.
+    UVec lows = ~UVec{}, highs = UVec{}, numbers = UVec{};
+    for (int64_t n = 0; n < count; n += kLanes) {
+        const UVec k = load<UVec>(key + n);
+        const UVec competes = bits<UVec>((k != kNever) & (k != kAlways));
+        const UVec low = k | ~competes, high = k & competes;
+        lows = low < lows ? low : lows;
+        highs = high > highs ? high : highs;
+        numbers -= competes;
+    }
     uint32_t low = kAlways, high = 0;
     int64_t competing = 0;
-    for (int64_t n = 0; n < count; ++n) {
-        const bool competes = key[n] - 1u < kAlways - 1u;
-        const uint32_t k = key[n];
-        low = competes && k < low ? k : low;
-        high = competes && k > high ? k : high;
-        competing += competes;
+    for (int i = 0; i < kLanes; ++i) {
+        low = lows[i] < low ? lows[i] : low;
+        high = highs[i] > high ? highs[i] : high;
+        competing += numbers[i];
     }
-    if (need <= 0) return {kAlways - 1, 0};
     if (need >= competing) return {kNever, 0};
     uint32_t range = high - low;
     for (;;) {
         const int width = range ? 32 - __builtin_clz(range) : 0;
         const int shift = width > kDigitBits ? width - kDigitBits : 0;
-        uint32_t histogram[1 << kDigitBits] = {};
-        for (int64_t n = 0; n < count; ++n) {
-            const uint32_t offset = key[n] - low;
-            if (offset <= range && key[n] != kAlways && key[n] != kNever) ++histogram[offset >> shift];
+        // Even and odd lanes count apart: an increment need not wait for the one just before it.
+        uint32_t histogram[1 << kDigitBits] = {}, odd[1 << kDigitBits] = {};
+        for (int64_t n = 0; n < count; n += kLanes) {
+            const UVec offset = load<UVec>(key + n) - low;  // wraps beyond the range for both sentinels
+            if (!any(offset <= range)) continue;            // the rule, from the second round on
+            for (int i = 0; i < kLanes; i += 2) {
+                const uint32_t a = key[n + i] - low, b = key[n + i + 1] - low;
+                if (a <= range) ++histogram[a >> shift];
+                if (b <= range) ++odd[b >> shift];
+            }
         }
+        for (int digit = 0; digit < 1 << kDigitBits; ++digit) histogram[digit] += odd[digit];
         int digit = (1 << kDigitBits) - 1;
         for (; histogram[digit] < need; --digit) need -= histogram[digit];
         low += static_cast<uint32_t>(digit) << shift;
-        if (histogram[digit] == need) return {low - 1, 0};  // low - 1 >= kNever: no competing key is 0
+        if (histogram[digit] == need) return {low - 1, 0};  // no competing key is 0
         if (shift == 0) return {low, need};
         range = (1u << shift) - 1;
     }
@@ -57,13 +87,9 @@ Threshold find_threshold(const uint32_t* key, int64_t count, int64_t need) {
 
 void select_image(const SelectParams& p, int64_t image) {
     const int64_t count = p.num_tokens, at = image * count;
-    const float* score = p.score + at;
-    uint32_t* key = static_cast<uint32_t*>(p.scratch) + at;
+    uint32_t* key = static_cast<uint32_t*>(p.scratch) + image * padded(count);
     int64_t need = p.budget[image], taken = 0;
-    if (p.weight)
-        for (int64_t n = 0; n < count; ++n) key[n] = order_key(score[n] * p.weight[at + n]);
-    else
-        for (int64_t n = 0; n < count; ++n) key[n] = order_key(score[n]);
+    make_keys(p.score + at, p.weight ? p.weight + at : nullptr, count, key);
     if (p.index)
         for (int64_t n = 0; n < count; ++n) key[n] = p.index[at + n] < 0 ? kNever : key[n];
     if (p.priority) {

@@ -49,31 +49,47 @@ inline Vec splat(float x) { return x - Vec{}; }  // minus keeps -0
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec keep_where(IVec mask, Vec v) { return bits<Vec>(bits<IVec>(v) & mask); }
 
-inline float sum(Vec v) {  // pairwise, in a fixed order
-    float part[kLanes];
-    store(part, v);
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) part[i] += part[i + width];
-    return part[0];
+// Sum of the lanes, pairwise in a fixed order.
+#if defined(__AVX2__)
+inline float sum(__m128 v) {
+    v += _mm_movehl_ps(v, v);
+    return v[0] + v[1];
 }
+inline float sum(__m256 v) { return sum(_mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1)); }
+#endif
+#if defined(__AVX512F__)
+inline float sum(__m512 v) { return sum(_mm512_castps512_ps256(v) + _mm512_extractf32x8_ps(v, 1)); }
+#elif !defined(__AVX2__)
+inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+#endif
 
-// exp by 2^n * polynomial; relative error about 1e-7, denormal results included, overflow gives inf, NaN stays NaN.
+#if defined(__AVX512F__)
+inline bool any(IVec mask) { return _mm512_test_epi32_mask(bits<__m512i>(mask), bits<__m512i>(mask)); }
+#elif defined(__AVX2__)
+inline bool any(IVec mask) { return !_mm256_testz_si256(bits<__m256i>(mask), bits<__m256i>(mask)); }
+#else
+inline bool any(IVec mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
+#endif
+
+// exp(x) as 2^n * polynomial; relative error about 1e-7. Results below 2^-125 are 0, overflow gives inf, NaN stays NaN.
 inline Vec exp(Vec x) {
-    x = x < -104.0f ? splat(-104.0f) : x;
+    const IVec tiny = x < -86.6f;
     x = x > 89.0f ? splat(89.0f) : x;
-    const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const Vec n = (x * 1.44269504088896341f + shift) - shift;
+    // Adding 1.5 * 2^23 rounds to an integer; the extra 126 makes the low bits the exponent of 2^(n - 1).
+    const Vec shift = splat(12582912.0f + 126.0f);
+    const Vec shifted = x * 1.44269504088896341f + shift;
+    const Vec n = shifted - shift;
     Vec r = x - n * 0.693359375f;
     r = r - n * -2.12194440e-4f;
-    Vec y = splat(1.9875691500e-4f);
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * (r * r) + r + 1.0f;
-    const IVec whole = __builtin_convertvector(n, IVec), half = whole >> 1;
-    return y * bits<Vec>((half + 127) << 23) * bits<Vec>((whole - half + 127) << 23);
+    Vec y = splat(2 * 1.9875691500e-4f);  // coefficients of 2 * exp(r), which makes up for 2^(n - 1)
+    y = y * r + 2 * 1.3981999507e-3f;
+    y = y * r + 2 * 8.3334519073e-3f;
+    y = y * r + 2 * 4.1665795894e-2f;
+    y = y * r + 2 * 1.6666665459e-1f;
+    y = y * r + 2 * 5.0000001201e-1f;
+    y = y * r + 2.0f;
+    y = y * r + 2.0f;
+    return keep_where(~tiny, y * bits<Vec>(bits<IVec>(shifted) << 23));
 }
 
 // Storage types. load_as<T> and store_as<T> convert kLanes elements; round to nearest even.

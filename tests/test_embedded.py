@@ -38,11 +38,7 @@ def test_scene_is_a_function_of_its_seed(picture):
         scenes.scene(7, picture=picture),
         scenes.scene(8, picture=picture),
     )
-    assert (
-        one.image.tobytes() == two.image.tobytes()
-        and one.questions == two.questions
-        and one.picture == picture
-    )
+    assert one.image.tobytes() == two.image.tobytes() and one.questions == two.questions and one.picture == picture
     assert one.image.tobytes() != other.image.tobytes() and one.image.size == (
         scenes.SIZE,
         scenes.SIZE,
@@ -81,8 +77,7 @@ def test_things_are_drawn_where_their_boxes_say():
     for seed in range(12):
         drawn = scenes.scene(seed, picture="shapes")
         full, less = (
-            drawing.draw(things, "shapes", random.Random(3), 0.0)
-            for things in (drawn.things, drawn.things[1:])
+            drawing.draw(things, "shapes", random.Random(3), 0.0) for things in (drawn.things, drawn.things[1:])
         )
         change = (np.asarray(full, int) != np.asarray(less, int)).any(2)
         x0, y0, x1, y1 = (round(scenes.SIZE * c) for c in drawn.things[0].box)
@@ -104,9 +99,9 @@ def test_files_are_small_and_the_model_is_the_stock_class(carried):
     assert type(model) is LlavaForConditionalGeneration and not model.training
     assert sum(f.stat().st_size for f in embedded.WEIGHTS.iterdir()) <= 16e6
     assert model.config.text_config.num_hidden_layers >= 8
-    ids = processor(
-        images=scenes.scene(0).image, text=embedded.prompt("what is the total"), return_tensors="pt"
-    )["input_ids"]
+    ids = processor(images=scenes.scene(0).image, text=embedded.prompt("what is the total"), return_tensors="pt")[
+        "input_ids"
+    ]
     assert (ids == model.config.image_token_id).sum() >= 256
 
 
@@ -117,9 +112,7 @@ def test_load_without_weights_raises(tmp_path):
 
 def test_tokenizer_knows_every_word(carried):
     tokenizer = carried[1].tokenizer
-    assert tokenizer("12 May?")["input_ids"][1:] == tokenizer.convert_tokens_to_ids(
-        ["1", "2", "may", "?"]
-    )
+    assert tokenizer("12 May?")["input_ids"][1:] == tokenizer.convert_tokens_to_ids(["1", "2", "may", "?"])
     assert tokenizer.unk_token_id not in tokenizer.convert_tokens_to_ids(list(scenes.vocabulary()))
     assert tokenizer("submarine")["input_ids"][-1] == tokenizer.unk_token_id
 
@@ -138,9 +131,7 @@ def test_left_padding_does_not_change_the_answer(carried):
     with torch.no_grad():
         padded = model(**both).logits[:, -1]
         for row, scene, text in zip(padded, drawn, texts, strict=True):
-            alone = model(**processor(images=scene.image, text=text, return_tensors="pt")).logits[
-                0, -1
-            ]
+            alone = model(**processor(images=scene.image, text=text, return_tensors="pt")).logits[0, -1]
             torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-4)
 
 
@@ -154,9 +145,7 @@ def exact(
     """Exact answers when each question sees the vision tokens keep(inside its region) alone; masking, plain calls."""
     model, processor = carried
     texts = [f"{embedded.prompt(q.text)} {q.answer}</s>" for q in questions]
-    batch = processor(
-        images=[scene.image] * len(texts), text=texts, padding=True, return_tensors="pt"
-    )
+    batch = processor(images=[scene.image] * len(texts), text=texts, padding=True, return_tensors="pt")
     ids, mask = batch["input_ids"], batch["attention_mask"]
     batch["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
     centre = (torch.arange(scenes.GRID) + 0.5) / scenes.GRID
@@ -197,9 +186,7 @@ def test_held_out_answers_are_right(carried, sample):
     everything = [ok for kind in right.values() for ok in kind]
     assert set(right) == set(scenes.LOCAL_KINDS)
     assert np.mean(everything) >= FLOOR, {k: np.mean(v) for k, v in right.items()}
-    assert min(np.mean(v) for v in right.values()) >= KIND_FLOOR, {
-        k: np.mean(v) for k, v in right.items()
-    }
+    assert min(np.mean(v) for v in right.values()) >= KIND_FLOOR, {k: np.mean(v) for k, v in right.items()}
 
 
 def test_answers_live_in_their_regions(carried, sample):
@@ -208,9 +195,7 @@ def test_answers_live_in_their_regions(carried, sample):
     def without_as_many_others(inside: torch.Tensor) -> torch.Tensor:
         others = (~inside).nonzero().flatten()
         seen = torch.ones_like(inside)
-        picked = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[
-            : int(inside.sum())
-        ]
+        picked = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[: int(inside.sum())]
         seen[others[picked]] = False
         return seen
 
@@ -221,13 +206,7 @@ def test_answers_live_in_their_regions(carried, sample):
         "without as many others": without_as_many_others,
         "region alone": lambda inside: inside,
     }.items():
-        rates[name] = np.mean(
-            [
-                ok
-                for scene, questions in sample[:24]
-                for ok in exact(carried, scene, questions, keep)
-            ]
-        )
+        rates[name] = np.mean([ok for scene, questions in sample[:24] for ok in exact(carried, scene, questions, keep)])
     assert rates["without region"] < 0.25, rates
     assert rates["without as many others"] > rates["all"] - 0.05, rates
     assert rates["region alone"] > rates["all"] - 0.1, rates

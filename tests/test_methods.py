@@ -303,7 +303,7 @@ def test_plans_are_cached_by_value():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"mode": "soft"}, ValueError, "mode must be one of"),
+        ({"mode": "hard"}, ValueError, "mode must be one of"),
         ({"layer": 0}, ValueError, "layer must be >= 1, got 0"),
         ({"layer": 2.0}, TypeError, "layer must be an integer"),
         ({"layer": True}, TypeError, "layer must be an integer"),
@@ -379,8 +379,10 @@ def test_ilp_strict_keeps_exactly_the_region():
 
 def test_ilp_region_weight():
     layout, region = VisionLayout.grid(2, 2), Region.box(0.0, 0.0, 0.5, 0.5)
-    weight = InnerLLMPruning(2, region_weight=1.5).select(layout, region).weight
-    assert weight.tolist() == [1.5, 1.0, 1.0, 1.0] and weight.dtype == torch.float32
+    soft = InnerLLMPruning(2, mode="soft", region_weight=1.5).select(layout, region)
+    assert soft.weight.tolist() == [1.5, 1.0, 1.0, 1.0] and soft.weight.dtype == torch.float32
+    assert soft.num_keep == 2 and soft.priority.tolist() == [0, 0, 0, 0] and soft.needs_scores
+    assert InnerLLMPruning(2, region_weight=1.5).select(layout, region).weight is None
 
 
 @given(layouts, regions, st.data())

@@ -202,7 +202,7 @@ VARIANTS = {
     "rows_last": InnerLLMPruning(keep=0.2, rows="last"),
     "fastv": InnerLLMPruning(keep=9, rows="last", floor=0),
     "one_token": InnerLLMPruning(keep=1),
-    "weight": InnerLLMPruning(keep=0.3, region_weight=0.25, ring=0, floor=2),
+    "soft": InnerLLMPruning(keep=0.3, mode="soft", region_weight=4.0),
     "max_pool": PreLLMCompression(1, 2, 4, ring=1, mode="max"),
     "plc_budget": PreLLMCompression(keep=0.3),
     "plc_tiny": PreLLMCompression(keep=2),

@@ -275,7 +275,8 @@ def test_beams(family, padding, name, get_model):
     """Reordering a pruned cache gives what no cache gives (these decide alike at every step)."""
     model = get_model(family, "sdpa")
     batch = standard_batch(family, padding, 1)
-    with patched(model, METHODS[name], regions_of(batch)):
+    regions = [region for region in regions_of(batch) for _ in range(3)]
+    with patched(model, METHODS[name], regions):
         cached = search(model, batch, num_beams=3)
         fresh = search(model, batch, num_beams=3, use_cache=False)
     assert torch.equal(cached.sequences, fresh.sequences)

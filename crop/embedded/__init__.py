@@ -1,7 +1,8 @@
 """A small vision-language model that comes with the package, so that pruning can be tried and tested offline.
 
-An unmodified ``LlavaForConditionalGeneration`` (SigLIP-style tower, Llama decoder), trained from nothing on the rendered pictures of
-``crop.embedded.scenes``: 256 vision tokens on a 16 x 16 grid, 8 decoder layers. See ``MODEL_CARD.md`` beside this file.
+An unmodified ``LlavaForConditionalGeneration`` (SigLIP-style tower, Llama decoder), trained from nothing on the
+rendered pictures of ``crop.embedded.scenes``: 256 vision tokens on a 16 x 16 grid, 8 decoder layers. See
+``MODEL_CARD.md`` beside this file.
 """
 
 from __future__ import annotations
@@ -39,14 +40,10 @@ def load(
         FileNotFoundError: the directory holds no weights.
     """
     if not (Path(directory) / "config.json").is_file():
-        raise FileNotFoundError(
-            f"load: directory must hold exported weights, got {str(directory)!r}"
-        )
+        raise FileNotFoundError(f"load: directory must hold exported weights, got {str(directory)!r}")
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(
-        directory, dtype=dtype, local_files_only=True
-    )
+    model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=dtype, local_files_only=True)
     return model.to(device).eval(), AutoProcessor.from_pretrained(directory, local_files_only=True)
 
 
@@ -83,13 +80,9 @@ def answer(
         ValueError: as many images as questions are needed.
     """
     if len(images) != len(questions):
-        raise ValueError(
-            f"answer: images must be one per question ({len(questions)}), got {len(images)}"
-        )
+        raise ValueError(f"answer: images must be one per question ({len(questions)}), got {len(images)}")
     texts = [prompt(question) for question in questions]
-    inputs = processor(images=list(images), text=texts, padding=True, return_tensors="pt").to(
-        model.device
-    )
+    inputs = processor(images=list(images), text=texts, padding=True, return_tensors="pt").to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     new = output[:, inputs["input_ids"].shape[1] :]

@@ -40,22 +40,14 @@ def _outline(shape: str, x: float, y: float, size: float) -> list[tuple[float, f
         unit = [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)]
     else:
         turns = [(i, 0.5 if i % 2 == 0 else 0.24) for i in range(10)]
-        unit = [
-            (0.5 + r * math.sin(i * math.pi / 5), 0.5 - r * math.cos(i * math.pi / 5))
-            for i, r in turns
-        ]
+        unit = [(0.5 + r * math.sin(i * math.pi / 5), 0.5 - r * math.cos(i * math.pi / 5)) for i, r in turns]
     return [(x + size * u, y + size * v) for u, v in unit]
 
 
-def draw(
-    things: tuple[Thing, ...], picture: str, rng: random.Random, hardness: float
-) -> Image.Image:
+def draw(things: tuple[Thing, ...], picture: str, rng: random.Random, hardness: float) -> Image.Image:
     noise = np.random.default_rng(rng.getrandbits(32))
     tint = np.array([rng.randint(150, 235) for _ in range(3)], np.float32)
-    slope = (
-        np.array([[rng.uniform(-20, 20) for _ in range(3)] for _ in range(2)], np.float32)
-        * hardness
-    )
+    slope = np.array([[rng.uniform(-20, 20) for _ in range(3)] for _ in range(2)], np.float32) * hardness
     ramp = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
     ground = tint + ramp[:, None, None] * slope[0] + ramp[None, :, None] * slope[1]
     image = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
@@ -91,15 +83,10 @@ def _draw_thing(
     width, height = (PATCH * (thing.cells[i + 2] - thing.cells[i]) for i in (0, 1))
     ink, rim = (30, 30, 40), None
     if thing.color is not None:
-        shade = tuple(
-            max(0, min(255, c + round(rng.randint(-14, 14) * hardness)))
-            for c in COLORS[thing.color]
-        )
+        shade = tuple(max(0, min(255, c + round(rng.randint(-14, 14) * hardness))) for c in COLORS[thing.color])
         ink, rim = (255, 255, 255), (0, 0, 0)
         if thing.kind == "sign":
-            draw.rounded_rectangle(
-                (x + 2, y + 2, x + width - 3, y + height - 3), 8, shade, (60, 60, 60), 2
-            )
+            draw.rounded_rectangle((x + 2, y + 2, x + width - 3, y + height - 3), 8, shade, (60, 60, 60), 2)
         elif thing.shape == "circle":
             draw.ellipse((x, y, x + width - 1, y + height - 1), shade, (60, 60, 60))
         else:
@@ -108,9 +95,7 @@ def _draw_thing(
     for column, row, character in thing.text:
         left, top = PATCH * column + thing.offset[0] - 2, PATCH * row + thing.offset[1] - 2
         mask = _glyph(character, size, thing.color is not None)
-        if (
-            rim is not None
-        ):  # white on a dark rim reads on every colour, and beyond the edge of a star
+        if rim is not None:  # white on a dark rim reads on every colour, and beyond the edge of a star
             for shift in ((-1, 0), (1, 0), (0, -1), (0, 1)):
                 image.paste(rim, (left + shift[0], top + shift[1]), mask)
         image.paste(ink, (left, top), mask)

@@ -1,8 +1,8 @@
 """Rendered pictures with questions, answers and the region each answer lives in.
 
-Three kinds of picture, 256 x 256 pixels, drawn with Pillow alone and a pure function of an integer seed: coloured shapes that carry a
-digit or a short word, sign boards, and shop receipts. Things sit on the 16-pixel patch grid with a few pixels of jitter and
-text is set in cells of 16 pixels, which is what lets a model of a few megabytes learn to read it.
+Three kinds of picture, 256 x 256 pixels, drawn with Pillow alone and a pure function of an integer seed: coloured
+shapes that carry a digit or a short word, sign boards, and shop receipts. Things sit on the 16-pixel patch grid with a
+few pixels of jitter and text is set in cells of 16 pixels, which is what lets a model of a few megabytes learn to read.
 """
 
 from __future__ import annotations
@@ -135,9 +135,7 @@ def scene(seed: int, *, picture: str | None = None, hardness: float = 1.0) -> Sc
 def _questions(things: tuple[Thing, ...], picture: str, rng: random.Random) -> Iterator[Question]:
     whole = ((0.0, 0.0, 1.0, 1.0),)
     yield Question("picture", "what kind of picture is this", picture, whole, False)
-    yield Question(
-        "receipt", "is this a receipt", "yes" if picture == "receipt" else "no", whole, False
-    )
+    yield Question("receipt", "is this a receipt", "yes" if picture == "receipt" else "no", whole, False)
     if picture == "shapes":
         yield Question("shapes", "how many shapes are there", str(len(things)), whole, False)
         yield from _shape_questions(things, rng)
@@ -156,9 +154,7 @@ def _shape_questions(things: tuple[Thing, ...], rng: random.Random) -> Iterator[
         if colors.count(thing.color) == 1:
             names.append(f"{thing.color} shape")
         kind = "digit" if thing.value else "word"
-        yield Question(
-            kind, f"what {kind} is on the {rng.choice(names)}", str(thing.label), (thing.box,), True
-        )
+        yield Question(kind, f"what {kind} is on the {rng.choice(names)}", str(thing.label), (thing.box,), True)
         clue = f"the shape with the {thing.label}"
         if shapes.count(thing.shape) == 1 and rng.random() < 0.4:
             clue = f"the {thing.shape}"
@@ -192,26 +188,18 @@ def _sign_questions(things: tuple[Thing, ...]) -> Iterator[Question]:
             True,
         )
         if thing.where is not None:
-            yield Question(
-                "where", f"where is the {thing.color} sign", thing.where, (thing.box,), True
-            )
+            yield Question("where", f"where is the {thing.color} sign", thing.where, (thing.box,), True)
 
 
 def _receipt_questions(things: tuple[Thing, ...]) -> Iterator[Question]:
     prices = [t.value for t in things if t.kind == "item"]
     for thing in things:
         if thing.kind == "item":
-            yield Question(
-                "price", f"what is the price of {thing.word}", str(thing.value), (thing.box,), True
-            )
+            yield Question("price", f"what is the price of {thing.word}", str(thing.value), (thing.box,), True)
             if prices.count(thing.value) == 1:
-                yield Question(
-                    "item", f"which item costs {thing.value}", str(thing.word), (thing.box,), True
-                )
+                yield Question("item", f"which item costs {thing.value}", str(thing.word), (thing.box,), True)
         elif thing.kind == "date":
-            yield Question(
-                "date", "what is the date", f"{thing.value} {thing.word}", (thing.box,), True
-            )
+            yield Question("date", "what is the date", f"{thing.value} {thing.word}", (thing.box,), True)
         elif thing.kind == "total":
             yield Question("total", "what is the total", str(thing.value), (thing.box,), True)
         else:
@@ -221,9 +209,10 @@ def _receipt_questions(things: tuple[Thing, ...]) -> Iterator[Question]:
 def vocabulary() -> tuple[str, ...]:
     """Every word of every question and answer, sorted; digits one by one."""
     words = set(DRAWN_WORDS) | set(COLORS) | set(SHAPES) | set(PICTURES) | set("0123456789?")
-    words |= set(["top", "middle", "bottom", "left", "center", "right", "yes", "no", "shapes", "sign", "receipt"])
+    words |= set("top middle bottom left center right yes no shapes sign receipt".split())
     words |= {f"{shape}s" for shape in SHAPES}
     words |= set(
-        ["what", "kind", "of", "picture", "is", "this", "a", "how", "many", "are", "there", "digit", "word", "on", "the", "color", "shape", "with", "has", "where", "does", "say", "price", "which", "item", "costs", "date", "shop", "an", "it", "in"]
+        "what kind of picture is this a how many are there digit word on the color shape with has where does "
+        "say price which item costs date shop an it in".split()
     )
     return tuple(sorted(words))

@@ -15,15 +15,14 @@ COLORS = {
     "orange": (244, 130, 24), "purple": (140, 50, 170), "black": (28, 28, 28), "cyan": (40, 190, 200),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "diamond", "star")
-SHAPE_WORDS = tuple(["cat", "dog", "sun", "cup", "hat", "bus", "key", "egg", "fox", "owl", "pie", "jar", "map", "net", "box", "zip"])
+SHAPE_WORDS = tuple("cat dog sun cup hat bus key egg fox owl pie jar map net box zip".split())
 SIGN_WORDS = tuple(
-    ["stop", "exit", "open", "taxi", "bank", "park", "hotel", "cafe", "pizza", "music", "police", "school", "market", "museum", "garden", "bridge", "slow", "push", "pull", "danger", "ticket", "coffee", "beach", "zoo"]
+    "stop exit open taxi bank park hotel cafe pizza music police school market museum garden bridge slow "
+    "push pull danger ticket coffee beach zoo".split()
 )
-ITEMS = tuple(
-    ["milk", "bread", "eggs", "tea", "rice", "fish", "soap", "apple", "juice", "cheese", "pasta", "salt", "honey", "lemon", "butter", "onion"]
-)
-SHOPS = tuple(["alma", "nova", "metro", "daily", "sunny", "corner", "bonus", "royal"])
-MONTHS = tuple(["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"])
+ITEMS = tuple("milk bread eggs tea rice fish soap apple juice cheese pasta salt honey lemon butter onion".split())
+SHOPS = tuple("alma nova metro daily sunny corner bonus royal".split())
+MONTHS = tuple("jan feb mar apr may jun jul aug sep oct nov dec".split())
 DRAWN_WORDS = (*SHAPE_WORDS, *SIGN_WORDS, *ITEMS, *SHOPS, *MONTHS, "total")
 
 PICTURES = ("shapes", "sign", "receipt")
@@ -82,9 +81,7 @@ def _jitter(rng: random.Random, hardness: float) -> tuple[int, int]:
     return rng.randint(-reach, reach), rng.randint(-reach, reach)
 
 
-def _place(
-    rng: random.Random, width: int, height: int, taken: list[tuple[int, int, int, int]]
-) -> tuple | None:
+def _place(rng: random.Random, width: int, height: int, taken: list[tuple[int, int, int, int]]) -> tuple | None:
     """A free place with at least one patch to every other thing, None if a few tries find none."""
     for _ in range(60):
         x, y = rng.randint(0, GRID - width), rng.randint(0, GRID - height)
@@ -103,9 +100,7 @@ def build_shapes(rng: random.Random, hardness: float) -> tuple[Thing, ...]:
     # Few colours or few kinds of shape in some pictures, else the answer to a counting question is nearly always one.
     palette = rng.sample(sorted(COLORS), rng.choice((2, 3, 8)))
     outlines = rng.sample(SHAPES, rng.choice((2, 5, 5)))
-    pairs = rng.sample(
-        [(c, s) for c in palette for s in outlines], min(count, len(palette) * len(outlines))
-    )
+    pairs = rng.sample([(c, s) for c in palette for s in outlines], min(count, len(palette) * len(outlines)))
     digits, words = rng.sample(range(10), len(pairs)), rng.sample(SHAPE_WORDS, len(pairs))
     taken: list[tuple[int, int, int, int]] = []
     things = []
@@ -118,9 +113,7 @@ def build_shapes(rng: random.Random, hardness: float) -> tuple[Thing, ...]:
             label = {"value": str(digit), "text": _letters(str(digit), x + 1, y)}
         else:
             label = {"word": word, "text": _letters(word, x, y)}
-        things.append(
-            Thing("shape", cells, _jitter(rng, hardness), color=color, shape=shape, **label)
-        )
+        things.append(Thing("shape", cells, _jitter(rng, hardness), color=color, shape=shape, **label))
     return tuple(things)
 
 
@@ -128,15 +121,11 @@ def build_signs(rng: random.Random, hardness: float) -> tuple[Thing, ...]:
     count = rng.choice((1, 2, 2))
     taken: list[tuple[int, int, int, int]] = []
     things = []
-    for color, word in zip(
-        rng.sample(sorted(COLORS), count), rng.sample(SIGN_WORDS, count), strict=True
-    ):
+    for color, word in zip(rng.sample(sorted(COLORS), count), rng.sample(SIGN_WORDS, count), strict=True):
         cells = _place(rng, len(word) + 2, 3, taken)
         if cells is not None:
             text = _letters(word, cells[0] + 1, cells[1] + 1)
-            things.append(
-                Thing("sign", cells, _jitter(rng, hardness), text, color=color, word=word)
-            )
+            things.append(Thing("sign", cells, _jitter(rng, hardness), text, color=color, word=word))
     return tuple(things)
 
 
@@ -151,19 +140,14 @@ def build_receipt(rng: random.Random, hardness: float) -> tuple[Thing, ...]:
 
     def line(kind: str, row: int, word: str, value: str | None, text: str, start: int) -> Thing:
         cells = (x, y + row, x + width, y + row + 1)
-        return Thing(
-            kind, cells, offset, _letters(text, x + start, y + row), word=word, value=value
-        )
+        return Thing(kind, cells, offset, _letters(text, x + start, y + row), word=word, value=value)
 
     shop, month, day = rng.choice(SHOPS), rng.choice(MONTHS), str(rng.randint(1, 28))
     things = [
         line("shop", 0, shop, None, shop, 1),
         line("date", 1, month, day, f"{day:>2} {month}", 1),
     ]
-    body = [
-        ("item", word, str(price))
-        for word, price in zip(rng.sample(ITEMS, rows), prices, strict=True)
-    ]
+    body = [("item", word, str(price)) for word, price in zip(rng.sample(ITEMS, rows), prices, strict=True)]
     for i, (kind, word, price) in enumerate([*body, ("total", "total", str(sum(prices)))]):
         # Row 2 and the row above the total stay blank: dashed rules are drawn there.
         things.append(line(kind, 3 + i + (kind == "total"), word, price, f"{word:<7}{price:>2}", 1))

@@ -1,8 +1,8 @@
-"""The operators: checks, `torch.library` registration and the calls into the compiled kernels.
+"""Registration with `torch.library` and the calls into the compiled kernels.
 
-One order for every operator: checks -> allocation with torch -> launcher of `crop._C` with raw pointers and the current
-stream -> an exception on an error code. The kernels know nothing of torch, so one build serves every torch version.
-`reference.py` holds the specification of each operator under the same name.
+One order for every operator: allocate with torch -> launcher of `crop._C` with raw pointers and the current stream ->
+an exception on an error code. The kernels know nothing of torch, so one build serves every torch version. The public
+functions in `crop.ops` check the arguments; the launchers repeat what protects memory.
 """
 
 from __future__ import annotations
@@ -10,29 +10,21 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crop import reference
 
-if TYPE_CHECKING:
-    from crop.region import PoolPlan
-
-__all__ = ["adaptive_pool", "attention_mass", "compact", "region_topk", "select", "use_backend"]
-
 # None where no kernel was compiled. Any other import failure is a broken installation and must be seen.
 native: Any = importlib.import_module("crop._C") if importlib.util.find_spec("crop._C") else None
 
 _backend: ContextVar[str] = ContextVar("crop_backend", default="auto")
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_INTS = (torch.int64, torch.int32)
-_MODE = {"mean": 0, "weighted": 1, "max": 2}
-_MAX_HEAD_DIM = 256
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MODES = {"mean": 0, "weighted": 1, "max": 2}
 
 
 @contextlib.contextmanager
@@ -40,8 +32,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Choose the implementation of the operators inside a `with` block (per thread and per asyncio task).
 
     Args:
-        name: "auto": compiled kernels; plain torch for CPU tensors where nothing was compiled. "native": compiled kernels
-            or RuntimeError. "twin": plain torch (`crop.reference`).
+        name: "auto": compiled kernels; plain torch for CPU tensors where nothing was compiled. "native": compiled
+            kernels or RuntimeError. "twin": plain torch (`crop.reference`).
     Raises:
         ValueError: unknown name.
     """
@@ -54,210 +46,33 @@ def use_backend(name: str) -> Iterator[None]:
         _backend.reset(token)
 
 
-# --- checks, in the order users err: device, dtype, rank, shape, stride ---------------------------------------------
-
-
-def _check(
-    op: str,
-    name: str,
-    tensor: Tensor,
-    dtypes: Sequence[torch.dtype],
-    shape: tuple[int | None, ...],  # None: any size
-    device: torch.device | None = None,
-    unit_stride: bool = False,
-) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
-    if tensor.dtype not in dtypes:
-        allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{op}: {name} must be {allowed}, got {tensor.dtype}")
-    got = tensor.shape
-    if len(got) != len(shape):
-        raise ValueError(f"{op}: {name} must have {len(shape)} dimensions, got shape {tuple(got)}")
-    for size, want in zip(got, shape, strict=True):
-        if want is not None and size != want:
-            expected = tuple("any" if want is None else want for want in shape)
-            raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(got)}".replace("'", ""))
-    if unit_stride and tensor.stride(-1) != 1 and got[-1] > 1:
-        raise ValueError(f"{op}: {name} must have a last stride of 1, got strides {tensor.stride()}")
-
-
-def attention_mass(
-    query: Tensor,  # (B, num_heads, M, d)
-    key: Tensor,  # (B, num_kv_heads, T, d)
-    vision_index: Tensor,  # (I, N)
-    *,
-    sample: Tensor | None = None,  # (I,)
-    lse: Tensor | None = None,  # (B, num_heads, M)
-    scale: float | None = None,
-    visible_start: Tensor | None = None,  # (B,)
-    visible_len: Tensor | None = None,  # (B, M)
-) -> Tensor:  # (I, N)
-    op, device = "attention_mass", query.device
-    _check(op, "query", query, tuple(_DTYPE), (None, None, None, None), unit_stride=True)
-    batch, heads, rows, dim = query.shape
-    _check(op, "key", key, (query.dtype,), (batch, None, None, dim), device, unit_stride=True)
-    if not 1 <= dim <= _MAX_HEAD_DIM:
-        raise ValueError(f"{op}: head_dim must be in [1, {_MAX_HEAD_DIM}], got {dim}")
-    if key.shape[1] == 0 or heads % key.shape[1]:
-        raise ValueError(f"{op}: num_heads must be a multiple of num_kv_heads={key.shape[1]}, got {heads}")
-    _check(op, "vision_index", vision_index, _INTS, (None, None), device)
-    if sample is not None:
-        _check(op, "sample", sample, _INTS, (vision_index.shape[0],), device)
-    elif vision_index.shape[0] != batch:
-        raise ValueError(f"{op}: sample must be given unless images={vision_index.shape[0]} equals batch={batch}, got None")
-    if lse is not None:
-        _check(op, "lse", lse, (torch.float32,), (batch, heads, rows), device)
-    if visible_start is not None:
-        _check(op, "visible_start", visible_start, _INTS, (batch,), device)
-    if visible_len is not None:
-        _check(op, "visible_len", visible_len, _INTS, (batch, rows), device)
-    scale = dim**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"{op}: scale must be finite, got {scale}")
-    return torch.ops.crop.attention_mass(query, key, vision_index, sample, lse, scale, visible_start, visible_len)
-
-
-def select(
-    score: Tensor,  # (I, N)
-    num_keep: int | Sequence[int],
-    *,
-    weight: Tensor | None = None,  # (I, N)
-    priority: Tensor | None = None,  # (I, N)
-    index: Tensor | None = None,  # (I, N)
-) -> Tensor:  # (I, K)
-    op, device = "select", score.device
-    _check(op, "score", score, (torch.float32,), (None, None))
-    images, tokens = score.shape
-    budget = _budget(op, num_keep, images, tokens)
-    for name, tensor, dtypes in (
-        ("weight", weight, (torch.float32,)),
-        ("priority", priority, (torch.int8,)),
-        ("index", index, _INTS),
-    ):
-        if tensor is not None:
-            _check(op, name, tensor, dtypes, (images, tokens), device)
-    return torch.ops.crop.select(score, budget, weight, priority, index)
-
-
-def _budget(op: str, num_keep: int | Sequence[int], images: int, tokens: int) -> list[int]:
-    if isinstance(num_keep, Tensor):
-        raise TypeError(f"{op}: num_keep must be an int or a list of ints on the host, got a Tensor")
-    budget = list(num_keep) if isinstance(num_keep, Sequence) else [num_keep] * images
-    if len(budget) != images:
-        raise ValueError(f"{op}: num_keep must have one entry per image ({images}), got {len(budget)}")
-    for image, keep in enumerate(budget):
-        if isinstance(keep, (bool, float)):
-            raise TypeError(f"{op}: num_keep[{image}] must be an int, got {keep!r}")
-        if not 0 <= keep <= tokens:
-            raise ValueError(f"{op}: num_keep[{image}] must be in [0, num_vision={tokens}], got {keep}")
-    return budget
-
-
-def region_topk(
-    query: Tensor,  # (B, num_heads, M, d)
-    key: Tensor,  # (B, num_kv_heads, T, d)
-    vision_index: Tensor,  # (I, N)
-    num_keep: int | Sequence[int],
-    *,
-    weight: Tensor | None = None,  # (I, N)
-    priority: Tensor | None = None,  # (I, N)
-    sample: Tensor | None = None,  # (I,)
-    lse: Tensor | None = None,  # (B, num_heads, M)
-    scale: float | None = None,
-    visible_start: Tensor | None = None,  # (B,)
-    visible_len: Tensor | None = None,  # (B, M)
-    return_scores: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:  # (I, K) [, (I, N)]
-    if isinstance(vision_index, Tensor) and vision_index.dim() == 2:
-        _budget("region_topk", num_keep, *vision_index.shape)  # refuse before the expensive half
-    mass = attention_mass(
-        query,
-        key,
-        vision_index,
-        sample=sample,
-        lse=lse,
-        scale=scale,
-        visible_start=visible_start,
-        visible_len=visible_len,
-    )
-    kept = select(mass, num_keep, weight=weight, priority=priority, index=vision_index)
-    return (kept, mass) if return_scores else kept
-
-
-def compact(
-    tensors: Sequence[Tensor],
-    index: Tensor,  # (B, K)
-    *,
-    token_dim: int | Sequence[int] = 1,
-) -> list[Tensor]:
-    op = "compact"
-    if isinstance(tensors, Tensor) or len(tensors) == 0:
-        raise ValueError(f"{op}: tensors must be a non-empty sequence of tensors, got {type(tensors).__name__}")
-    tensors = list(tensors)
-    dims = [token_dim] * len(tensors) if isinstance(token_dim, int) else list(token_dim)
-    if len(dims) != len(tensors):
-        raise ValueError(f"{op}: token_dim must have one entry per tensor ({len(tensors)}), got {len(dims)}")
-    _check(op, "index", index, _INTS, (None, None))
-    for i, tensor in enumerate(tensors):
-        if tensor.device != index.device:
-            raise ValueError(f"{op}: tensors[{i}] must be on {index.device}, got {tensor.device}")
-        dims[i] = dims[i] + tensor.dim() if dims[i] < 0 else dims[i]
-        if not 1 <= dims[i] < tensor.dim():
-            raise ValueError(f"{op}: token_dim[{i}] must be in [1, {tensor.dim()}), got {dims[i]}")
-        if tensor.shape[0] != index.shape[0]:
-            raise ValueError(f"{op}: tensors[{i}] must have batch size {index.shape[0]}, got shape {tuple(tensor.shape)}")
-        _outer(tensor, dims[i], i)
-        _row(tensor, dims[i], i)
-    return torch.ops.crop.compact(tensors, index, dims)
-
-
-def _outer(tensor: Tensor, dim: int, i: int) -> tuple[int, int]:
+def outer_axis(tensor: Tensor, dim: int, i: int) -> tuple[int, int]:
     """Size and stride in elements of the axes between batch and token axis, merged into one."""
-    if dim == 1:
-        return 1, 0
-    size, stride = tensor.shape[dim - 1], tensor.stride(dim - 1)
-    for axis in range(dim - 2, 0, -1):
-        if tensor.shape[axis] != 1 and tensor.stride(axis) != size * stride:
-            raise ValueError(f"compact: tensors[{i}] must have axes 1..{dim - 1} that merge into one, got strides {tensor.stride()}")
+    size, stride = 1, 0
+    for axis in range(dim - 1, 0, -1):
+        if tensor.shape[axis] == 1:
+            continue
+        if size == 1:
+            stride = tensor.stride(axis)
+        elif tensor.stride(axis) != size * stride:
+            raise ValueError(
+                f"compact: tensors[{i}] must have axes 1..{dim - 1} that merge into one, got strides {tensor.stride()}"
+            )
         size *= tensor.shape[axis]
     return size, stride
 
 
-def _row(tensor: Tensor, dim: int, i: int) -> int:
+def row_size(tensor: Tensor, dim: int, i: int) -> int:
     """Number of elements of a row: the axes after the token axis, contiguous among themselves."""
     size = 1
     for axis in range(tensor.dim() - 1, dim, -1):
         if tensor.shape[axis] != 1 and tensor.stride(axis) != size:
-            raise ValueError(f"compact: tensors[{i}] must be contiguous after axis {dim}, got strides {tensor.stride()}")
+            raise ValueError(
+                f"compact: tensors[{i}] must be contiguous after axis {dim}, got strides {tensor.stride()}"
+            )
         size *= tensor.shape[axis]
     return size
 
-
-def adaptive_pool(
-    tokens: Tensor,  # (num_tokens, D)
-    plan: PoolPlan,
-    mode: str = "mean",
-    weight: Tensor | None = None,  # (num_tokens,)
-) -> Tensor:  # (C, D)
-    op = "adaptive_pool"
-    if mode not in _MODE:
-        raise ValueError(f"{op}: mode must be one of {', '.join(_MODE)}, got {mode!r}")
-    if (weight is not None) != (mode == "weighted"):
-        got = "None" if weight is None else "a tensor"
-        raise ValueError(f'{op}: weight must be given if and only if mode is "weighted", got {got} with mode {mode!r}')
-    _check(op, "tokens", tokens, tuple(_DTYPE), (plan.num_tokens, None), unit_stride=True)
-    if weight is not None:
-        _check(op, "weight", weight, (torch.float32,), (plan.num_tokens,), tokens.device)
-    plan = plan.to(tokens.device)
-    grad = torch.is_grad_enabled() and (tokens.requires_grad or (weight is not None and weight.requires_grad))
-    inverse = plan.inverse if grad else None
-    return torch.ops.crop.adaptive_pool(tokens, plan.members, plan.offsets, inverse, weight, mode)[0]
-
-
-# --- registration ------------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("crop", "DEF")
 
@@ -265,8 +80,8 @@ _library = torch.library.Library("crop", "DEF")
 def _register(name: str, schema: str, twin: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register an operator; the decorated function launches the compiled kernel.
 
-    It receives the arguments of the schema, whether the tensors are on a CUDA device, and the stream (CUDA) or the number
-    of threads (CPU).
+    It receives the arguments of the schema, whether the tensors are on a CUDA device, and the stream (CUDA) or the
+    number of threads (CPU).
     """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"crop::{name}", fake, lib=_library)
@@ -277,14 +92,18 @@ def _register(name: str, schema: str, twin: Callable[..., Any], fake: Callable[.
             if backend == "twin" or (native is None and backend == "auto"):
                 return twin(*args)
             if native is None:
-                raise RuntimeError(f"{name}: use_backend must be \"auto\" or \"twin\" without compiled kernels, {_REINSTALL}")
+                raise RuntimeError(
+                    f'{name}: use_backend must be "auto" or "twin" without compiled kernels, {_REINSTALL}'
+                )
             return launch(*args, False, torch.get_num_threads())
 
         def cuda(*args: Any) -> Any:
             if _backend.get() == "twin":
                 return twin(*args)
             if native is None or not native.has_cuda:
-                raise RuntimeError(f'{name}: the tensors are on a GPU but crop was built without CUDA kernels, {_REINSTALL}')
+                raise RuntimeError(
+                    f"{name}: the tensors are on a GPU but crop was built without CUDA kernels, {_REINSTALL}"
+                )
             first = args[0] if isinstance(args[0], Tensor) else args[0][0]
             with torch.cuda.device(first.device):
                 return launch(*args, True, torch.cuda.current_stream().cuda_stream)
@@ -364,7 +183,7 @@ def _attention_mass(
             query.stride()[:3],
             key.stride()[:3],
             scale,
-            _DTYPE[query.dtype],
+            DTYPES[query.dtype],
         )
     )
     return mass
@@ -443,9 +262,9 @@ def _compact(tensors: list[Tensor], index: Tensor, token_dim: list[int], cuda: b
         outs.append(out)
         if out.numel():
             size = tensor.element_size()
-            outer, outer_stride = _outer(tensor, dim, i)
+            outer, outer_stride = outer_axis(tensor, dim, i)
             strides = (tensor.stride(0) * size, outer_stride * size, tensor.stride(dim) * size)
-            row = _row(tensor, dim, i) * size
+            row = row_size(tensor, dim, i) * size
             table.append((tensor.data_ptr(), out.data_ptr(), outer, tensor.shape[dim], row, *strides))
     _raise(native.compact(cuda, target, table, index.data_ptr(), *index.shape))
     return outs
@@ -504,8 +323,8 @@ def _adaptive_pool(
                 members.shape[0],
                 out.shape[0],
                 tokens.stride(0),
-                _DTYPE[tokens.dtype],
-                _MODE[mode],
+                DTYPES[tokens.dtype],
+                MODES[mode],
             )
         )
     return out, saved
@@ -558,8 +377,8 @@ def _adaptive_pool_backward(
                 *grad_tokens.shape,
                 grad.shape[0],
                 0 if tokens is None else tokens.stride(0),
-                _DTYPE[grad.dtype],
-                _MODE[mode],
+                DTYPES[grad.dtype],
+                MODES[mode],
             )
         )
     else:
@@ -608,6 +427,3 @@ def _pool_grad(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, No
 
 torch.library.register_autograd("crop::compact", _compact_grad, setup_context=_compact_save, lib=_library)
 torch.library.register_autograd("crop::adaptive_pool", _pool_grad, setup_context=_pool_save, lib=_library)
-
-for _name in ("adaptive_pool", "attention_mass", "compact", "region_topk", "select"):
-    globals()[_name].__doc__ = getattr(reference, _name).__doc__

@@ -1,0 +1,29 @@
+// Launcher of select: one launch for up to kBudgets images.
+#include "select.cuh"
+
+namespace crop {
+
+extern "C" int launch_select(const SelectParams* params, void* stream) {
+    const SelectParams& p = *params;
+    if (p.num_tokens > kMaxGrid) return fail("select: num_tokens must be below 2^31, got %lld", (long long)p.num_tokens);
+    for (int64_t i = 0; i < p.num_images; ++i)
+        if (p.budget[i] < 0 || p.budget[i] > p.num_tokens || p.budget[i] > p.width)
+            return fail("select: num_keep[%lld] must be in [0, num_vision=%lld], got %lld", (long long)i,
+                        (long long)p.num_tokens, (long long)p.budget[i]);
+    if (p.width == 0) return 0;
+    for (int64_t first = 0; first < p.num_images; first += kBudgets) {
+        const int64_t count = p.num_images - first < kBudgets ? p.num_images - first : kBudgets;
+        Budgets budgets = {};
+        for (int64_t i = 0; i < count; ++i) budgets.keep[i] = static_cast<int>(p.budget[first + i]);
+        int error = 0;
+        if (p.num_tokens <= 4 * kSelectThreads)
+            error = LAUNCH(count, kSelectThreads, stream, (select_kernel<4, true>), p, first, budgets);
+        else if (p.num_tokens <= 16 * kSelectThreads)
+            error = LAUNCH(count, kSelectThreads, stream, (select_kernel<16, true>), p, first, budgets);
+        else error = LAUNCH(count, kSelectThreads, stream, (select_kernel<8, false>), p, first, budgets);
+        if (error) return error;
+    }
+    return 0;
+}
+
+}  // namespace crop
