@@ -32,9 +32,11 @@ ARCHS = "80 86 89 90 100 120"
 
 
 def find_nvcc() -> str | None:
-    # The nvcc on PATH may be a wrapper outside the toolkit, hence last. nvcc also links: it knows its own libraries.
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    return next((nvcc for home in homes if home and (nvcc := shutil.which(f"{home}/bin/nvcc"))), shutil.which("nvcc"))
+    # CUDA_HOME decides where it is set. The nvcc on PATH may be a wrapper outside the toolkit, so the default folder comes
+    # first; nvcc also links, since it knows its own libraries.
+    if os.environ.get("CUDA_HOME"):
+        return shutil.which(Path(os.environ["CUDA_HOME"], "bin", "nvcc"))
+    return shutil.which("/usr/local/cuda/bin/nvcc") or shutil.which("nvcc")
 
 
 def find_cxx() -> list[str] | None:
@@ -64,7 +66,8 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11  # a build requirement, installed only by now
 
-        cuda, cxx, nvcc = CHOICE == "cuda", find_cxx(), find_nvcc()
+        cuda, nvcc = CHOICE == "cuda", find_nvcc()
+        cxx = [*find_cxx(), *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         defines = [f"-DCROP_HAVE_CUDA={int(cuda)}", '-DCROP_CUDA_ARCHS=""', '-DCROP_NVCC=""']
@@ -86,11 +89,11 @@ class BuildKernels(build_ext):
                 steps.append((build / f"{source.stem}.cu.o", source, [nvcc, *host, *device]))
             elif source.stem.endswith("_cpu"):
                 for isa, flags in ISAS.items():
-                    command = [*cxx, *CXX_FLAGS, *flags, f"-DCROP_ISA={isa}"]
+                    command = [*cxx, *flags, f"-DCROP_ISA={isa}"]
                     steps.append((build / f"{source.stem}.{isa}.o", source, command))
             else:
                 extra = [*include, *defines] if source.stem == "bindings" else []
-                steps.append((build / f"{source.stem}.o", source, [*cxx, *CXX_FLAGS, *extra]))
+                steps.append((build / f"{source.stem}.o", source, [*cxx, *extra]))
         steps = [
             (out, source, [*cmd, "-MMD", "-MF", f"{out}.d", "-c", source, "-o", out]) for out, source, cmd in steps
         ]

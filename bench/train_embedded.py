@@ -47,6 +47,7 @@ SIZES = {  # tower width, tower layers, decoder width, decoder layers, decoder f
     "medium": (192, 6, 192, 8, 512),
     "large": (224, 6, 256, 8, 512),
 }
+EMPHASIS = {"count": 2.0, "total": 2.0, "date": 1.5, "shapes": 1.5, "picture": 0.2, "receipt": 0.2}
 WHERE = [f"{v} {h}" for v in ("top", "middle", "bottom") for h in ("left", "center", "right")]
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 KINDS = ("shape", "sign", "shop", "date", "item", "total")
@@ -55,6 +56,7 @@ HEADS = {  # classes per patch label; class 0 is "none" everywhere
     "word": len(scenes.DRAWN_WORDS) + 1, "tens": 11, "ones": 11, "where": 10, "character": len(CHARACTERS) + 1,
     "same_color": 7, "same_shape": 7, "things": 7,
 }  # fmt: skip
+COUNTS = ("same_color", "same_shape", "things")  # slow to learn, weighted double
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -125,11 +127,11 @@ def encode(scene: scenes.Scene, encoder: Encoder) -> dict[str, np.ndarray]:
         out["ids"][i, : len(line)] = line
         out["target"][i, len(text) - 1 : len(line)] = answer
         out["region"][i], out["local"][i] = region_mask(question), question.local
-        # Every kind equally likely, except that the two trivial ones (and one-object counts) are asked less.
-        weight = 1.0 if question.local or question.kind == "shapes" else 0.2
-        out["weight"][i] = (
-            weight / count[question.kind] * (0.5 if question.kind == "count" and question.answer == "1" else 1)
-        )
+        if question.kind == "shapes":  # a global question for the user; attention is led to the shapes all the same
+            out["region"][i], out["local"][i] = out["labels"][:, 0] > 0, True
+        # Every kind equally likely, except that hard ones are asked more, trivial ones and counts of one less.
+        weight = EMPHASIS.get(question.kind, 1.0) / count[question.kind]
+        out["weight"][i] = weight * (0.4 if question.kind == "count" and question.answer == "1" else 1)
     return out
 
 
@@ -420,7 +422,7 @@ class Trainer:
                 data.add(16, features)
                 state["pictures"] += 16
                 fresh -= 16
-            full = fraction > {"tower": 0.7, "decoder": 0.92, "joint": 0.6}[stage]
+            full = fraction > {"tower": 0.7, "decoder": 0.92, "joint": 0.8}[stage]
             losses = self.losses(stage, data.draw(batch), full)
             for p in (p for _, p in named):
                 p.grad = None if p.grad is None else p.grad.zero_()
@@ -504,8 +506,8 @@ class Trainer:
         labels = labels.flatten(0, 1)
         weight = 0.1 + 0.9 * (labels[:, 0] > 0)
         loss = sum(
-            F.cross_entropy(part, labels[:, i], reduction="none")
-            for i, part in enumerate(logits.split(list(HEADS.values()), 1))
+            F.cross_entropy(part, labels[:, i], reduction="none") * (2.0 if name in COUNTS else 1.0)
+            for i, (name, part) in enumerate(zip(HEADS, logits.split(list(HEADS.values()), 1), strict=True))
         )
         return (loss * weight).sum() / weight.sum()
 

@@ -1,6 +1,6 @@
 """crop: region-guided pruning of vision tokens for Hugging Face vision-language models, training-free."""
 
-# BUILD
+from .build import build_info
 from .methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection, by_name
 from .ops import adaptive_pool, attention_mass, compact, region_topk, select, use_backend
 from .patch import patch
@@ -23,6 +23,7 @@ __all__ = [
     "VisionLayout",
     "adaptive_pool",
     "attention_mass",
+    "build_info",
     "by_name",
     "compact",
     "patch",

@@ -8,6 +8,7 @@ survive ``copy.deepcopy`` and a later patch of the same conversation finds them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,8 +84,8 @@ class CacheState:
     layer: int | None = None
 
 
-class _LogicalLength:
-    """Cache mixin: callers see the unpruned length, masks are sized by the slots that exist."""
+class _PrunedCache:
+    """Cache mixin: the maps follow the batch; callers see the unpruned length, masks are sized by what exists."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         length = super().get_seq_length(layer_idx)
@@ -94,14 +95,35 @@ class _LogicalLength:
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return super().get_seq_length(layer_idx)
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        _take_samples(self, lambda index: index.index_select(0, beam_idx.to(index.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        _take_samples(self, lambda index: index.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        _take_samples(self, lambda index: index[indices.to(index.device)])
+
     def crop(self, *_args: Any, **_kwargs: Any) -> None:
         raise NotImplementedError(
-            "crop: a cache with pooled vision tokens cannot be shortened (assisted generation); "
-            "use InnerLLMPruning alone or plain generation"
+            "crop: a cache of pruned vision tokens cannot be shortened (assisted generation); use plain generation"
         )
 
 
-_logical_classes: dict[type, type] = {}
+def _take_samples(cache: Any, take: Callable[[Tensor], Tensor]) -> None:
+    state = cache_state(cache)
+    changes = {
+        name: replace(slots, index=take(slots.index))
+        for name, slots in (("pooled", state.pooled), ("pruned", state.pruned))
+        if slots is not None
+    }
+    setattr(cache, _STATE, replace(state, **changes))
+
+
+_pruned_classes: dict[type, type] = {}
 
 
 def cache_state(cache: Any) -> CacheState:
@@ -119,11 +141,10 @@ def num_slots(cache: Any) -> int:
 
 
 def store_state(cache: Any, **changes: Any) -> None:
-    """Update the thinnings of a cache; a pooled one reports its logical length from now on."""
-    state = replace(cache_state(cache), **changes)
-    setattr(cache, _STATE, state)
+    """Update the thinnings of a cache, which is from now on a pruned variant of its class."""
+    setattr(cache, _STATE, replace(cache_state(cache), **changes))
     kind = type(cache)
-    if state.pooled is not None and not issubclass(kind, _LogicalLength):
-        if kind not in _logical_classes:
-            _logical_classes[kind] = type(f"Pooled{kind.__name__}", (_LogicalLength, kind), {})
-        cache.__class__ = _logical_classes[kind]
+    if not issubclass(kind, _PrunedCache):
+        if kind not in _pruned_classes:
+            _pruned_classes[kind] = type(f"Pruned{kind.__name__}", (_PrunedCache, kind), {})
+        cache.__class__ = _pruned_classes[kind]

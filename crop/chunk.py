@@ -191,8 +191,9 @@ def _select_step(method: Method, images: Sequence[ImagePlan], slots: Tensor) -> 
     if not pruned:
         return None
     stays = slots.clone()
+    after = _ends(images, slots)
     for image in pruned:
-        if not slots[image.sample, image.pooled.position[-1] + 1 :].any():
+        if not slots[image.sample, after[image.sample] :].any():
             # Nothing would ask, and the token that predicts the answer could itself be dropped.
             raise ValueError(
                 f"patch: text must follow the last image of a prompt to prune inside the decoder, "
@@ -222,7 +223,7 @@ def _select_step(method: Method, images: Sequence[ImagePlan], slots: Tensor) -> 
         priority=_stack([image.selection.priority for image in pruned], -1),
         weight=weight,
         num_keep=[image.num_keep for image in pruned],
-        rows=_scoring_rows(method.rows, images, slots)
+        rows=_scoring_rows(method.rows, after, slots)
         if any(image.selection.needs_scores for image in pruned)
         else None,
         first=_first_if_contiguous(slots),
@@ -239,10 +240,15 @@ def _stack(rows: Sequence[Tensor], fill: float) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill)
 
 
-def _scoring_rows(kind: str, images: Sequence[ImagePlan], slots: Tensor) -> Tensor:
-    """Rows whose attention decides: the text after a sample's last image, or its last token alone."""
-    after = torch.zeros(slots.shape[0], dtype=torch.int64)
+def _ends(images: Sequence[ImagePlan], slots: Tensor) -> list[int]:
+    """Position after the last image of every sample."""
+    after = [0] * slots.shape[0]
     for image in images:
-        after[image.sample] = max(int(after[image.sample]), int(image.pooled.position[-1]) + 1)
-    rows = [torch.nonzero(row[begin:]).flatten() + begin for row, begin in zip(slots, after.tolist(), strict=True)]
+        after[image.sample] = max(after[image.sample], int(image.pooled.position[-1]) + 1)
+    return after
+
+
+def _scoring_rows(kind: str, after: Sequence[int], slots: Tensor) -> Tensor:
+    """Rows whose attention decides: the text after a sample's last image, or its last token alone."""
+    rows = [torch.nonzero(row[begin:]).flatten() + begin for row, begin in zip(slots, after, strict=True)]
     return _stack([row[-1:] if kind == "last" else row for row in rows], -1)

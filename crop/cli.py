@@ -7,7 +7,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,13 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--localizer", choices=LOCALIZERS,
                      help="who finds the region: attention (the model's own, early; default), box (--region), "
                      "whole (nobody: prune by attention alone)")  # fmt: skip
+    ask.add_argument("--layer", type=_natural, metavar="N",
+                     help="decoder layer whose attention finds the region (default: 3/8 of the depth; embedded model: 1)")  # fmt: skip
+    ask.add_argument("--min-confidence", type=_fraction, metavar="FRACTION",
+                     help="below it the whole image counts as region (default 0.5; embedded model: 0.8)")  # fmt: skip
     ask.add_argument("--method", choices=METHODS, default="crop",
                      help="plc: pool before the language model; ilp: drop inside it; crop: both (default)")  # fmt: skip
     ask.add_argument("--keep", type=_fraction, default=0.11, metavar="FRACTION",
                      help="vision tokens left in the end, above 0 and up to 1 (default 0.11)")  # fmt: skip
-    ask.add_argument(
-        "--overlay", metavar="OUT.png", help="write a picture of what was kept, pooled and dropped"
-    )
+    ask.add_argument("--overlay", metavar="OUT.png", help="write a picture of what was kept, pooled and dropped")
     ask.add_argument("--compare", action="store_true",
                      help="also answer without pruning (and warm up first, so that the times are fair)")  # fmt: skip
     ask.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -116,14 +118,10 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for the pictures (default crop-demo)",
     )
     demo.add_argument("--count", type=_count, default=6, metavar="N", help="pictures (default 6)")
-    demo.add_argument(
-        "--seed", type=_seed, default=0, metavar="N", help="other pictures (default 0)"
-    )
+    demo.add_argument("--seed", type=_natural, default=0, metavar="N", help="other pictures (default 0)")
     demo.set_defaults(run=_demo, parser=demo)
 
-    info = commands.add_parser(
-        "info", help="what was built", description="Print what was built, and versions."
-    )
+    info = commands.add_parser("info", help="what was built", description="Print what was built, and versions.")
     info.set_defaults(run=_info, parser=info)
     return parser
 
@@ -145,7 +143,7 @@ def _number(kind: type, low: float, high: float, what: str) -> Callable[[str], f
 
 _fraction = _number(float, sys.float_info.min, 1.0, "a number above 0 and at most 1")
 _count = _number(int, 1, sys.maxsize, "a whole number of at least 1")
-_seed = _number(int, 0, sys.maxsize, "a whole number of at least 0")
+_natural = _number(int, 0, sys.maxsize, "a whole number of at least 0")
 
 
 # crop info
@@ -154,8 +152,7 @@ _seed = _number(int, 0, sys.maxsize, "a whole number of at least 0")
 def _info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     import crop
 
-    built = crop.build_info()
-    for name, value in (asdict(built) if is_dataclass(built) else dict(built)).items():
+    for name, value in crop.build_info().items():
         print(f"{name:<14} {value}")
     return 0
 
@@ -187,35 +184,28 @@ def _need(parser: argparse.ArgumentParser, command: str) -> None:
 def _ask(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     _need(parser, "ask")
     region = _region(options, parser)
-    name = options.localizer or (
-        "box" if region else "whole" if options.method == "none" else "attention"
-    )
+    name = options.localizer or ("box" if region else "whole" if options.method == "none" else "attention")
     image = _open(options.image, parser)
     if options.overlay and not Path(options.overlay).resolve().parent.is_dir():
         parser.error(f"--overlay must be in an existing folder, got {options.overlay}")
     from rich.console import Console
 
     from crop.ask import UsageError, load
-    from crop.localizers import get_localizer
 
     status = Console(stderr=True)
     try:
         with status.status(f"loading {options.model}"):
             asker = load(options.model, _device(options.device, parser), options.dtype)
-        localizer = get_localizer(
-            name, region=region, model=asker.model, processor=asker.processor, prompt=asker.prompt
-        )
+        localizer = _tuned(asker, options).localizer(name, region)
         with status.status("asking"):
             pruned, plain = _answers(options, asker, image, localizer)
-    except UsageError as error:
+    except (UsageError, ValueError) as error:  # ValueError: what the package refuses
         parser.error(str(error))
     if options.overlay:
         from crop.visualize import overlay
 
         try:
-            overlay(image, pruned.layout, pruned.plan, pruned.kept, pruned.region).save(
-                options.overlay
-            )
+            overlay(image, pruned.layout, pruned.plan, pruned.kept, pruned.region).save(options.overlay)
         except (OSError, ValueError) as error:  # ValueError: Pillow on an unknown ending
             parser.error(f"--overlay {options.overlay} cannot be written: {error}")
     if options.json:
@@ -223,6 +213,13 @@ def _ask(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     else:
         _print(options, name, pruned, plain)
     return 0
+
+
+def _tuned(asker: Asker, options: argparse.Namespace) -> Asker:
+    """With the settings of the localizer that were given."""
+    names = ("layer", "min_confidence")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return replace(asker, **given)
 
 
 def _answers(
@@ -234,24 +231,19 @@ def _answers(
     length = options.max_new_tokens
     if options.compare:
         for warm_up in (method, None):
-            asker.ask(
-                image, options.question, method=warm_up, localizer=localizer, max_new_tokens=1
-            )
-    pruned = asker.ask(
-        image, options.question, method=method, localizer=localizer, max_new_tokens=length
-    )
+            asker.ask(image, options.question, method=warm_up, localizer=localizer, max_new_tokens=1)
+    pruned = asker.ask(image, options.question, method=method, localizer=localizer, max_new_tokens=length)
     if options.compare:
-        plain = asker.ask(
-            image, options.question, method=None, localizer=WholeLocalizer(), max_new_tokens=length
-        )
+        plain = asker.ask(image, options.question, method=None, localizer=WholeLocalizer(), max_new_tokens=length)
     return pruned, plain
 
 
 def _region(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Region | None:
+    given = options.layer is not None or options.min_confidence is not None
+    if given and (options.region or options.localizer not in (None, "attention")):
+        parser.error("--layer and --min-confidence must come with --localizer attention")
     if options.region and options.localizer not in (None, "box"):
-        parser.error(
-            f"--region must come without --localizer {options.localizer}: the box is given already"
-        )
+        parser.error(f"--region must come without --localizer {options.localizer}: the box is given already")
     if not options.region:
         if options.localizer == "box":
             parser.error("--localizer box must come with --region X0,Y0,X1,Y1")
@@ -328,9 +320,7 @@ def _as_json(
     }
 
 
-def _print(
-    options: argparse.Namespace, localizer: str, pruned: Answer, plain: Answer | None
-) -> None:
+def _print(options: argparse.Namespace, localizer: str, pruned: Answer, plain: Answer | None) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -342,11 +332,7 @@ def _print(
     if plain is not None:
         facts.add_row("unpruned", Text(plain.text, "bold"))
     region, tokens = pruned.region, pruned.tokens
-    boxes = (
-        "whole image"
-        if region.is_whole
-        else "  ".join(",".join(f"{v:.3f}" for v in box) for box in region.boxes)
-    )
+    boxes = "whole image" if region.is_whole else "  ".join(",".join(f"{v:.3f}" for v in box) for box in region.boxes)
     facts.add_row(
         "region",
         f"{boxes}  (confidence {region.confidence:.2f}, {region.area:.0%} of the image, by {localizer})",
@@ -357,17 +343,13 @@ def _print(
         f"layer average {tokens.layer_average:.1f}",
     )
     times = Table(box=None, padding=(0, 2, 0, 0))
-    columns = [("pruned" if options.method != "none" else "time", pruned)] + (
-        [("unpruned", plain)] if plain else []
-    )
+    columns = [("pruned" if options.method != "none" else "time", pruned)] + ([("unpruned", plain)] if plain else [])
     times.add_column("stage")
     for title, _ in columns:
         times.add_column(f"{title} ms", justify="right")
     for stage in STAGES:
         style = "bold" if stage == "total" else None
-        times.add_row(
-            stage, *(f"{1000 * answer.seconds[stage]:.1f}" for _, answer in columns), style=style
-        )
+        times.add_row(stage, *(f"{1000 * answer.seconds[stage]:.1f}" for _, answer in columns), style=style)
     console = Console(highlight=False)
     console.print(facts)
     console.print()
@@ -376,7 +358,7 @@ def _print(
         ratio = plain.seconds["total"] / pruned.seconds["total"]
         console.print(f"\n{ratio:.2f} times the speed of the unpruned run, localizer included")
     if options.overlay:
-        console.print(f"overlay written to {options.overlay}")
+        console.print(f"overlay written to {options.overlay}", soft_wrap=True)
 
 
 if __name__ == "__main__":

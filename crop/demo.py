@@ -12,7 +12,7 @@ from rich.text import Text
 
 from crop.ask import EMBEDDED, Answer, load
 from crop.embedded import scenes
-from crop.localizers import WholeLocalizer, get_localizer
+from crop.localizers import WholeLocalizer
 from crop.methods import by_name
 from crop.visualize import contact_sheet, outlined, overlay
 
@@ -35,27 +35,19 @@ def demo(out: Path, *, count: int = 6, seed: int = 0) -> None:
     console = Console(highlight=False)
     with console.status("loading the embedded model"):
         asker = load(EMBEDDED, "cpu", "auto")
-        find = get_localizer(
-            "attention", model=asker.model, processor=asker.processor, prompt=asker.prompt
-        )
+        find = asker.localizer("attention")
         method, whole = by_name("crop", KEEP), WholeLocalizer()
         first, question = next(_examples(seed, 1))
         for each, localizer in (
             (method, find),
             (None, whole),
         ):  # warm up, so that the times are fair
-            asker.ask(
-                first.image, question.text, method=each, localizer=localizer, max_new_tokens=LONGEST
-            )
+            asker.ask(first.image, question.text, method=each, localizer=localizer, max_new_tokens=LONGEST)
     rows, sheet = [], []
     examples = track(_examples(seed, count), "asking", total=count, console=console, transient=True)
     for number, (scene, question) in enumerate(examples):
-        plain = asker.ask(
-            scene.image, question.text, method=None, localizer=whole, max_new_tokens=LONGEST
-        )
-        pruned = asker.ask(
-            scene.image, question.text, method=method, localizer=find, max_new_tokens=LONGEST
-        )
+        plain = asker.ask(scene.image, question.text, method=None, localizer=whole, max_new_tokens=LONGEST)
+        pruned = asker.ask(scene.image, question.text, method=method, localizer=find, max_new_tokens=LONGEST)
         seen = overlay(scene.image, pruned.layout, pruned.plan, pruned.kept, pruned.region)
         seen.save(out / f"{number:02d}-{scene.picture}.png")
         rows.append((question, plain, pruned))
@@ -63,7 +55,7 @@ def demo(out: Path, *, count: int = 6, seed: int = 0) -> None:
         sheet.append(((outlined(scene.image, pruned.region), seen), f"{question.text}?", line))
     contact_sheet(sheet).save(out / "contact_sheet.png")
     _print(console, rows)
-    console.print(f"Pictures: {out / 'contact_sheet.png'} and one for each question beside it.")
+    console.print(f"Pictures: {out / 'contact_sheet.png'}, and beside it one for each question.", soft_wrap=True)
 
 
 def _examples(seed: int, count: int) -> Iterator[tuple[scenes.Scene, scenes.Question]]:

@@ -18,7 +18,7 @@ from .region import Region
 def as_regions(region: Region | Sequence[Region] | None) -> list[Region] | None:
     if region is None:
         return None
-    regions = [region] if isinstance(region, Region) else list(region)
+    regions = [region] if isinstance(region, Region) or not isinstance(region, Sequence) else list(region)
     for entry in regions:
         if not isinstance(entry, Region):
             raise TypeError(f"patch: region must hold Region objects, got {type(entry).__name__}")
@@ -95,9 +95,8 @@ def refuse_attention(config: Any) -> None:
         raise ValueError(f"patch: the attention implementation must be eager, sdpa or flash_attention_*, got {name!r}")
 
 
-def refuse_generation(default: Any, kwargs: Mapping[str, Any]) -> None:
+def refuse_generation(config: Any, kwargs: Mapping[str, Any]) -> None:
     """Options of generate() that pruning would get wrong."""
-    config = kwargs.get("generation_config") or default
 
     def option(name: str) -> Any:
         return kwargs[name] if name in kwargs else getattr(config, name, None)
@@ -141,6 +140,8 @@ def refuse_unsupported(arguments: Mapping[str, Any], ids: Tensor, language_model
 def brings_images(arguments: Mapping[str, Any]) -> bool:
     """Whether a call carries image data; without any, an image token in it is a token like others."""
     encoded = arguments.get("mm_encoder_outputs") or {}
+    if arguments.get("pixel_values_videos") is not None or encoded.get("video") is not None:
+        raise ValueError("patch: the prompt must hold images only, got video")
     return arguments.get("pixel_values") is not None or encoded.get("image") is not None
 
 

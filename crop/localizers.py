@@ -5,6 +5,7 @@ A localizer that is unsure returns the whole image with a low confidence, never 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -54,9 +55,7 @@ class WholeLocalizer:
         return Region.whole()
 
 
-def encode(
-    processor: Any, image: Image, question: str, prompt: Callable[[str], str] | None = None
-) -> Any:
+def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], str] | None = None) -> Any:
     """Model inputs for one image and one question.
 
     Args:
@@ -74,13 +73,9 @@ def encode(
         text = prompt(question)
     elif getattr(processor, "chat_template", None):
         turn = [{"type": "image"}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": turn}], add_generation_prompt=True
-        )
+        text = processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
     else:
-        raise ValueError(
-            "encode: prompt must be given for a processor without a chat template, got None"
-        )
+        raise ValueError("encode: prompt must be given for a processor without a chat template, got None")
     return processor(images=image, text=text, return_tensors="pt")
 
 
@@ -90,9 +85,9 @@ class Attention:
 
     Args:
         layout: where the N tokens are.
-        question: (num_heads, N) float32, mean over the rows of the question.
-        prior: (num_heads, N) float32, the first text row after the image, which cannot know the
-            question yet: habits of the model, such as sinks and a preference for late positions.
+        question: (num_heads, N) float32, mean over the scoring rows.
+        prior: (num_heads, N) float32, of the first text row after the image, which cannot know the
+            question yet: habits of the model, such as sinks and a liking for late positions.
     """
 
     layout: VisionLayout
@@ -108,33 +103,37 @@ class _Stop(Exception):
 class AttentionLocalizer:
     """The model's own attention from the question to the image ("attention"): no second model.
 
-    One prefill that stops inside decoder layer ``layer``. The attention of the question's rows,
-    less that of the first text row, is smoothed on the token grid, cut at a fraction of its peak
-    and boxed.
+    One prefill that stops inside decoder layer ``layer``; see ``score_tokens`` and ``find_region``
+    for what becomes of the attention.
 
     Args:
         model: Hugging Face vision-language model of a supported family.
         processor: its processor.
         layer: decoder layer whose attention is read, 0 = first. None: 3/8 of the depth.
         prompt: as in ``encode``.
-        threshold: fraction of the smoothed peak at which the boxes are cut, in (0, 1).
+        rows: the last text rows whose attention is averaged; they have read the whole question.
+        threshold: fraction of the peak from which tokens belong to the region, in (0, 1).
+        gap: boxes that share rows are joined over this many tokens, as words in a line.
         max_boxes: boxes kept, the heaviest first.
         dilate: tokens that every box grows on each side.
         min_confidence: below it the whole image is returned.
     Raises:
         ValueError, TypeError: an argument out of its range; a family without an adapter.
-    Source: own choice. Attention as a localizer: arXiv 2502.17422, which divides by the attention
-        of a second, generic question; the reference row needs no second pass.
+    Source: attention relative to a question-free reference as in arXiv 2502.17422, which takes layer
+        14 of 32 and a second, generic question; our reference row needs no second pass. The rest is
+        our choice, tuned on the embedded model.
     """
 
     model: nn.Module
     processor: Any
     layer: int | None = None
     prompt: Callable[[str], str] | None = None
-    threshold: float = 0.35
+    rows: int = 2
+    threshold: float = 0.03
+    gap: int = 3
     max_boxes: int = 3
-    dilate: int = 1
-    min_confidence: float = 0.3
+    dilate: int = 0
+    min_confidence: float = 0.5
 
     def __post_init__(self) -> None:
         op = "AttentionLocalizer"
@@ -144,7 +143,7 @@ class AttentionLocalizer:
         for name in ("threshold", "min_confidence"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{op}: {name} must be in (0, 1), got {getattr(self, name)}")
-        for name, low in (("max_boxes", 1), ("dilate", 0)):
+        for name, low in (("rows", 1), ("gap", 0), ("max_boxes", 1), ("dilate", 0)):
             if not getattr(self, name) >= low:
                 raise ValueError(f"{op}: {name} must be >= {low}, got {getattr(self, name)}")
 
@@ -154,6 +153,7 @@ class AttentionLocalizer:
             attention.layout,
             score_tokens(attention),
             threshold=self.threshold,
+            gap=self.gap,
             max_boxes=self.max_boxes,
             dilate=self.dilate,
             min_confidence=self.min_confidence,
@@ -179,7 +179,7 @@ class AttentionLocalizer:
         found: list[Attention] = []
 
         def read(query: Tensor, key: Tensor, scale: float | None) -> None:
-            found.append(_attention(stats._chunk.images, query, key, scale))
+            found.append(_attention(stats.layouts, query, key, scale, self.rows))
             raise _Stop
 
         # Position offsets and the like that a forward pass leaves on the module.
@@ -196,54 +196,69 @@ class AttentionLocalizer:
         return found[0]
 
 
-def _attention(images: list[Any], query: Tensor, key: Tensor, scale: float | None) -> Attention:
+def _attention(layouts: list[VisionLayout], query: Tensor, key: Tensor, scale: float | None, count: int) -> Attention:
     """Attention of the text after the only image, per head."""
-    if len(images) != 1:
-        raise ValueError(f"attend: prompt must hold one image, got {len(images)}")
-    layout = images[0].layout
-    first = int(layout.position[-1]) + 1
+    if len(layouts) != 1:
+        raise ValueError(f"attend: prompt must hold one image, got {len(layouts)}")
+    first = int(layouts[0].position[-1]) + 1
     num_rows, heads = query.shape[2] - first, query.shape[1]
     if num_rows < 2:
         raise ValueError(f"attend: prompt must have text after the image, got {num_rows} tokens")
-    # One sample per head, because the operator averages over heads; and the reference row apart.
+    # One sample per head, because the operator averages over heads.
     query = query[0, :, None, first:]
     key = key[0].repeat_interleave(heads // key.shape[1], 0).unsqueeze(1)
-    index = layout.position.to(query.device).expand(heads, -1)
+    index = layouts[0].position.to(query.device).expand(heads, -1)
     visible = torch.arange(first, first + num_rows, device=query.device) + 1
     visible = visible.expand(heads, -1)
     prior, asked = (
         ops.attention_mass(query[:, :, rows], key, index, scale=scale, visible_len=visible[:, rows])
-        for rows in (slice(0, 1), slice(1, None))
+        for rows in (slice(0, 1), slice(max(1, num_rows - count), None))
     )
-    return Attention(layout, asked.cpu(), prior.cpu())
+    return Attention(layouts[0], asked.cpu(), prior.cpu())
 
 
 def score_tokens(attention: Attention) -> Tensor:
-    """How much more the question looks at each token than the reference row does.
+    """How much the question, rather than habit, makes the model look at each token.
+
+    ``question / (prior + 4 / N)`` per head, cut off at its largest 2 % against sinks and brought to
+    sum 1; heads are averaged with weights ``sum(score ** 2)``, because a head that looks at a few
+    tokens says where, and one that looks everywhere says nothing.
 
     Args:
-        attention: of one image.
+        attention: of one image, N tokens.
     Returns:
         (N,) float32 >= 0.
+    Source: own choice.
     """
-    return (attention.question - attention.prior).clamp(min=0).mean(0)
+    count = attention.question.shape[1]
+    score = torch.nan_to_num(attention.question / (attention.prior + 4 / count))
+    score[:, attention.layout.kind != PATCH] = 0
+    top = min(count, max(3, math.ceil(0.02 * count)))
+    score = torch.minimum(score, score.topk(top, 1).values[:, -1:])
+    score = score / score.sum(1, keepdim=True).clamp(min=1e-12)
+    weight = (score**2).sum(1, keepdim=True)
+    return (weight * score).sum(0) / weight.sum().clamp(min=1e-12)
 
 
 def find_region(
     layout: VisionLayout,
     score: Tensor,
     *,
-    threshold: float = 0.35,
+    threshold: float = 0.03,
+    gap: int = 3,
     max_boxes: int = 3,
-    dilate: int = 1,
-    min_confidence: float = 0.3,
+    dilate: int = 0,
+    min_confidence: float = 0.5,
 ) -> Region:
     """Boxes around the peaks of a score.
+
+    Tokens belong to a peak where the smoothed score reaches ``threshold`` of its maximum and their
+    own at least half the average; touching tokens make one box, and so do those in one line.
 
     Args:
         layout: N tokens of one view.
         score: (N,) float32 >= 0.
-        threshold, max_boxes, dilate, min_confidence: see ``AttentionLocalizer``.
+        threshold, gap, max_boxes, dilate, min_confidence: see ``AttentionLocalizer``.
     Returns:
         Region; its confidence is the share of the score in the boxes, corrected for chance:
         ``(share - area) / (1 - area)``. The whole image where that is below ``min_confidence``.
@@ -255,22 +270,19 @@ def find_region(
     if views != 1:
         raise ValueError(f"find_region: layout must have one view, got {views}")
     row, col = layout.row.numpy(), layout.col.numpy()
-    patch_ = (layout.kind == PATCH).numpy()
-    values = np.where(patch_, score.numpy().astype(np.float64), 0.0)
-    if len(values) > 2:
-        # A lone sink must not set the scale: nothing counts for more than the third largest.
-        values = np.minimum(values, np.partition(values, -3)[-3])
+    is_patch = (layout.kind == PATCH).numpy()
+    values = np.where(is_patch, score.numpy().astype(np.float64), 0.0)
     if not values.sum() > 0:  # also NaN
         return Region.whole(0.0)
     grid, valid = np.zeros((height, width)), np.zeros((height, width), dtype=bool)
-    grid[row, col], valid[row, col] = values / values.sum(), patch_
-    smooth = np.where(valid, _smooth(grid), 0.0)
-    pieces = _components(smooth >= threshold * smooth.max())
-    pieces.sort(key=lambda piece: -sum(grid[at] for at in piece))
-    boxes = [_grow(_bounds(piece), dilate, height, width) for piece in pieces[:max_boxes]]
-    boxes = _merge(boxes)
     cell = np.empty((height, width, 4))
+    grid[row, col], valid[row, col] = values / values.sum(), is_patch
     cell[row, col] = cell_boxes(layout)
+    smooth = np.where(grid >= 0.5 / valid.sum(), _smooth(grid), 0.0)
+    pieces = _components(smooth >= threshold * smooth.max())
+    boxes = _merge([_grow(_bounds(piece), dilate, height, width) for piece in pieces], gap)
+    boxes.sort(key=lambda box: -grid[box[1] : box[3], box[0] : box[2]].sum())
+    boxes = boxes[:max_boxes]
     inside = np.zeros_like(valid)
     for left, top, right, bottom in boxes:
         inside[top:bottom, left:right] = True
@@ -321,12 +333,12 @@ def _grow(box: TokenBox, by: int, height: int, width: int) -> TokenBox:
     return max(left - by, 0), max(top - by, 0), min(right + by, width), min(bottom + by, height)
 
 
-def _merge(boxes: list[TokenBox]) -> list[TokenBox]:
-    """Replace boxes that overlap by their common bounds until none do."""
+def _merge(boxes: list[TokenBox], gap: int) -> list[TokenBox]:
+    """Join boxes that overlap or stand within ``gap`` tokens on shared rows, until none do."""
     for a, b in combinations(boxes, 2):
-        if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]:
+        if a[0] <= b[2] + gap and b[0] <= a[2] + gap and a[1] < b[3] and b[1] < a[3]:
             common = (*map(min, a[:2], b[:2]), *map(max, a[2:], b[2:]))
-            return _merge([common, *(box for box in boxes if box not in (a, b))])
+            return _merge([common, *(box for box in boxes if box not in (a, b))], gap)
     return boxes
 
 
@@ -358,6 +370,8 @@ def get_localizer(
     model: nn.Module | None = None,
     processor: Any = None,
     prompt: Callable[[str], str] | None = None,
+    layer: int | None = None,
+    min_confidence: float = 0.5,
 ) -> Localizer:
     """A localizer by its name, with default settings.
 
@@ -365,7 +379,7 @@ def get_localizer(
         name: one of ``LOCALIZERS``.
         region: for "box".
         model, processor: for "attention".
-        prompt: for "attention", as in ``encode``.
+        prompt, layer, min_confidence: for "attention", see ``AttentionLocalizer``.
     Raises:
         ValueError: unknown name, or something it needs is missing.
     """
@@ -381,7 +395,7 @@ def get_localizer(
         return WholeLocalizer()
     if name == "attention":
         model, processor = needs("model", model), needs("processor", processor)
-        return AttentionLocalizer(model, processor, prompt=prompt)
+        return AttentionLocalizer(model, processor, layer, prompt, min_confidence=min_confidence)
     raise ValueError(f"get_localizer: name must be one of {', '.join(LOCALIZERS)}, got {name!r}")
 
 

@@ -160,11 +160,12 @@ class _Patch:
     # generate(): refuse what cannot be right, note how often every sample is repeated
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        refuse_generation(self.model.generation_config, kwargs)
+        config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        refuse_generation(config or self.model.generation_config, kwargs)
         try:
             return generate(*args, **kwargs)
         finally:
-            self.copies = 1
+            self.copies, self.grid_thw = 1, None
 
     def _expand(self, expand: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.copies = args[0] if args else kwargs.get("expand_size", 1)
@@ -208,9 +209,6 @@ class _Patch:
         if not brings_images(arguments):
             return None
         ids = input_ids.cpu()
-        video_token = getattr(self.config, "video_token_id", None)
-        if video_token is not None and bool((ids == video_token).any()):
-            raise ValueError("patch: the prompt must hold images only, got video tokens")
         is_image = ids == self.config.image_token_id
         count = int(is_image.sum())
         if count == 0:
@@ -218,7 +216,6 @@ class _Patch:
         grid_thw = arguments.get("image_grid_thw")
         if grid_thw is None:
             grid_thw = self.grid_thw
-        self.grid_thw = None
         grids = self.adapter.grids(self.config, grid_thw, count)
         if sum(rows * columns for rows, columns in grids) * self.copies == count:
             # The tower ran before generate() repeated the samples.

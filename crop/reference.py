@@ -302,14 +302,14 @@ def pool(
             best = best.index_copy(0, cell, torch.where(wins, new, old))
             number = row.to(torch.int32)[:, None]
             winner = winner.index_copy(0, cell, torch.where(wins, number, winner[cell]))
-    if mode == "max":
-        return best.to(tokens.dtype), winner
+    single = (count == 1)[:, None]
     mean = total / count.clamp(min=1)[:, None]
-    if mode == "mean":
-        return mean.to(tokens.dtype), zeros.new_empty(0)
-    plain = (weights == 0) | (count == 1)[:, None]
-    out = torch.where(plain, mean, weighted / torch.where(plain, 1, weights))
-    return out.to(tokens.dtype), weights[:, 0]
+    plain = (weights == 0) | single
+    out = {"mean": mean, "max": best, "weighted": torch.where(plain, mean, weighted / torch.where(plain, 1, weights))}[mode]
+    out = out.to(tokens.dtype)
+    if bool(single.any()):  # the very bits: conversions may change those of a NaN
+        out = torch.where(single, tokens[members[offsets[:-1].long().clamp(max=len(members) - 1)].long()], out)
+    return out, {"mean": zeros.new_empty(0), "max": winner, "weighted": weights[:, 0]}[mode]
 
 
 def pool_backward(

@@ -1,4 +1,4 @@
-"""Doors into a model that leave what it computes as it is: read an attention call, keep vision features."""
+"""Read the query and key of an attention call without changing what the model computes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 _numbers = itertools.count()
@@ -54,9 +53,7 @@ def tap(
         if untapped is not None:
             module.config, untapped = untapped, None
 
-    def attend(
-        called: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-    ) -> Any:
+    def attend(called: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         leave()
         read(query, key, kwargs.get("scaling"))
         eager = getattr(sys.modules[type(called).__module__], "eager_attention_forward", None)
@@ -75,40 +72,3 @@ def tap(
             handle.remove()
         leave()
         del ALL_ATTENTION_FUNCTIONS[name]
-
-
-@contextmanager
-def shared_vision(base: nn.Module) -> Iterator[None]:
-    """Run the vision tower once for calls on the same pixels inside the block.
-
-    A localizer that looks through the model itself and the answer that follows see the same image; the second call
-    gets the features of the first. Only the last features are held, and only to the end of the block.
-
-    Args:
-        base: multimodal model below the head; has ``get_image_features``, as all of transformers' do.
-    Source: own choice.
-    """
-    compute = base.get_image_features
-    held: list[Any] = []  # arguments and features of the last call
-
-    def get_image_features(*args: Any, **kwargs: Any) -> Any:
-        if not held or not _same(held[0], (args, kwargs)):
-            held[:] = (args, kwargs), compute(*args, **kwargs)
-        return held[1]
-
-    base.get_image_features = get_image_features
-    try:
-        yield
-    finally:
-        del base.get_image_features
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal arguments; tensors by value."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (tuple, list)) and type(a) is type(b):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return type(a) is type(b) and a == b

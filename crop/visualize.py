@@ -136,9 +136,7 @@ def outlined(image: Image.Image, region: Region) -> Image.Image:
     return picture
 
 
-def contact_sheet(
-    rows: Sequence[tuple[Sequence[Image.Image], str, str]], *, columns: int = 2
-) -> Image.Image:
+def contact_sheet(rows: Sequence[tuple[Sequence[Image.Image], str, str]], *, columns: int = 2) -> Image.Image:
     """Several examples on one sheet.
 
     Args:
@@ -217,9 +215,7 @@ def _paint(pixels: np.ndarray, owner: np.ndarray, fate: Cells) -> np.ndarray:
     pooled = cell >= 0
     total = np.bincount(cell[pooled], minlength=1)
     for channel in range(3):
-        mean = np.bincount(cell[pooled], pixels[..., channel][pooled], minlength=1) / np.maximum(
-            total, 1
-        )
+        mean = np.bincount(cell[pooled], pixels[..., channel][pooled], minlength=1) / np.maximum(total, 1)
         out[..., channel][pooled] = mean[cell[pooled]]
 
     dropped = state == DROPPED
@@ -256,9 +252,7 @@ def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def _with_legend(
-    picture: Image.Image, fate: Cells, region: Region | None, ring: int
-) -> Image.Image:
+def _with_legend(picture: Image.Image, fate: Cells, region: Region | None, ring: int) -> Image.Image:
     counts = fate.counts
     entries = [("whole", f"{counts['whole']} tokens kept whole")]
     if counts["pooled"]:

@@ -92,6 +92,13 @@ inline void over_channels(int64_t dim, F f) {
     for (; at < dim; ++at) f(Scalar{}, Count<1>{}, at);
 }
 
+template <class F>
+inline void over_vectors(int64_t dim, F f) {
+    over_channels(dim, [&](auto s, auto n, int64_t at) {
+        for (int v = 0; v < n.value; ++v) f(s, at + v * s.kWidth);
+    });
+}
+
 template <class T>
 void pool_cell(const PoolParams& p, int64_t c) {
     T* out = static_cast<T*>(p.out) + c * p.dim;
@@ -138,7 +145,7 @@ void pool_token_backward(const PoolBackwardParams& p, int64_t token) {
     const float count = static_cast<float>(p.offsets[c + 1] - p.offsets[c]);
     if (p.mode == kMax) {
         const int32_t* winner = static_cast<const int32_t*>(p.saved) + c * p.dim;
-        over_channels(p.dim, [&](auto s, auto, int64_t at) {
+        over_vectors(p.dim, [&](auto s, int64_t at) {
             using S = decltype(s);
             const auto mine = load<typename S::Number>(winner + at) == static_cast<int32_t>(token);
             S::put(gx + at, mine ? S::get(gy + at) : S::all(0));
@@ -147,7 +154,7 @@ void pool_token_backward(const PoolBackwardParams& p, int64_t token) {
     }
     const float sum = p.mode == kWeighted ? static_cast<const float*>(p.saved)[c] : 0;
     if (count == 1 || sum == 0) {  // mean rule
-        over_channels(p.dim, [&](auto s, auto, int64_t at) {
+        over_vectors(p.dim, [&](auto s, int64_t at) {
             using S = decltype(s);
             S::put(gx + at, S::get(gy + at) / count);
         });
@@ -158,7 +165,7 @@ void pool_token_backward(const PoolBackwardParams& p, int64_t token) {
     const T* y = static_cast<const T*>(p.out) + c * p.dim;
     Vec dot = Vec{};
     float rest = 0;
-    over_channels(p.dim, [&](auto s, auto, int64_t at) {
+    over_vectors(p.dim, [&](auto s, int64_t at) {
         using S = decltype(s);
         const auto g = S::get(gy + at);
         S::put(gx + at, g * w / sum);

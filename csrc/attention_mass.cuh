@@ -12,7 +12,10 @@ namespace {
 
 constexpr int kMassThreads = 128;
 constexpr int kTileKeys = 32;    // keys of a tile
-constexpr int kSplitKeys = 256;  // keys whose (maximum, sum) the log-sum-exp pass keeps; part of the result's definition
+// The log-sum-exp pass sums keys in this order, whatever the shape of the tiles: within a split of 256 keys chain j takes
+// the keys j, j + 8, ... of each tile of 32, tile by tile; then come the chains and then the splits in ascending order.
+constexpr int kSplitKeys = 256;
+constexpr int kChains = 8, kChainKeys = kTileKeys / kChains;
 constexpr float kHuge = 3.402823466e38f;
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -21,10 +24,10 @@ DEV float exp_fast(float x) { return exp2f(__fmul_rn(x, kLog2E)); }
 // How the threads share a tile of 32 keys and kColumns columns: kX threads along columns and kY along keys, each with every
 // kX-th column and every kY-th key; kLaneX of a warp's lanes lie along columns. kChunkBytes of a row are staged at a time.
 struct ManyColumns {
-    static constexpr int kX = 16, kY = 8, kLaneX = 8, kColumns = 64, kChunkBytes = 128;
+    static constexpr int kX = 16, kY = 8, kLaneX = 8, kColumns = 64, kChunkBytes = 128, kBlocks = 3;
 };
 struct FewColumns {  // a warp shares its columns, a lane owns a key: bound by reading K
-    static constexpr int kX = 4, kY = 32, kLaneX = 1, kColumns = 8, kChunkBytes = 256;
+    static constexpr int kX = 4, kY = 32, kLaneX = 1, kColumns = 8, kChunkBytes = 256, kBlocks = 4;
 };
 
 // Rows [first, first + count) of a sample hold all its counted rows, which see keys of [start, stop).
@@ -153,6 +156,12 @@ struct Tile {
                                         piece.get(i + 3) * scale);
     }
 
+    // Logit of key chain + k * kChains of the tile. Where a lane owns one key, lanes with equal y % kChains share the work.
+    DEV float chain_logit(int chain, int k, int c) const {
+        if constexpr (Shape::kY == kChains) return logit[k][c];
+        else return __shfl_sync(kWarp, logit[0][c], chain + k * kChains);
+    }
+
     DEV void clear() {
         UNROLL
         for (int k = 0; k < kKeysPer; ++k) {
@@ -200,7 +209,7 @@ struct Tile {
 // Bytes read: the block's keys once per 8 or 64 columns (again from cache), the queries of the sample (from L2).
 // Deterministic: one writer per result and a fixed order of every sum.
 template <class T, class Shape>
-GLOBAL(kMassThreads)
+GLOBAL(kMassThreads, Shape::kBlocks)
 mass_kernel(AttentionMassParams p, bool aligned) {
     using Tile = Tile<T, Shape>;
     constexpr int kShareStride = Tile::kColumns + 1;
@@ -289,17 +298,17 @@ DEV Partial merge(Partial a, Partial b) {
 // sample's first visible key.
 //
 // A block owns (sample, KV head, split): for each tile of columns it walks the keys 32 at a time with the tiles above. A
-// thread keeps running partials of its columns over its keys; thread c then merges those of column c in fixed order.
+// thread keeps the running partials of one chain of keys; thread c then merges the chains of column c.
 // Bytes read: the split's keys of one head once per 8 or 64 columns (again from cache), the queries of the head.
 // Deterministic: one writer per partial, and an order that depends on the position in the split alone.
 template <class T, class Shape>
-GLOBAL(kMassThreads)
+GLOBAL(kMassThreads, Shape::kBlocks)
 lse_partial_kernel(AttentionMassParams p, bool aligned, Partial* partial, int splits) {
     using Tile = Tile<T, Shape>;
     SHARED(float, keys, [Tile::kKeyFloats]);
     SHARED(float, queries, [Tile::kColumnFloats]);
-    SHARED(float, high, [Shape::kY * Tile::kColumns]);
-    SHARED(float, sum, [Shape::kY * Tile::kColumns]);
+    SHARED(float, high, [kChains * Tile::kColumns]);
+    SHARED(float, sum, [kChains * Tile::kColumns]);
     SHARED(float, lse, [Tile::kColumns]);
     SHARED(int, end, [Tile::kColumns]);
     SHARED(int, found, [4]);
@@ -317,6 +326,7 @@ lse_partial_kernel(AttentionMassParams p, bool aligned, Partial* partial, int sp
     partial += (static_cast<int64_t>(head) * splits + split) * p.num_rows * tile.group + rows.first * tile.group;
     int column0 = 0, key0 = 0, channel = 0;
     auto key_at = [&](int k) { return key0 + k < count ? static_cast<int>(first) + key0 + k : -1; };
+    const int chain = tile.y() % kChains;
     Partial running[Tile::kColumnsPer];
     tile.fetch(kv, column0, channel, key_at);
     while (column0 < tile.columns) {
@@ -334,28 +344,27 @@ lse_partial_kernel(AttentionMassParams p, bool aligned, Partial* partial, int sp
         tile.multiply(column0_now, channel_now);
         UNROLL
         for (int c = 0; complete && c < Tile::kColumnsPer; ++c) {
-            Partial sofar = {-kInf, 0.0f};
-            if (key0_now > 0) sofar = running[c];
             const int last = end[tile.column_of(c)];
+            float x[kChainKeys], tile_high = -kInf, tile_sum = 0;
             UNROLL
-            for (int k = 0; k < Tile::kKeysPer; ++k) {
-                const int64_t key = first + key0_now + tile.key_of(k);
-                const float x = tile.logit[k][c];
-                // The maximum skips NaN, the sum does not.
-                if (key < last) sofar = merge(sofar, {fmaxf(x, -kInf), x == x ? 1.0f : x});
+            for (int k = 0; k < kChainKeys; ++k) {
+                const int64_t key = first + key0_now + chain + k * kChains;
+                const float logit = tile.chain_logit(chain, k, c);  // a shuffle: no lane may skip it
+                x[k] = key < last ? logit : -kInf;
+                tile_high = fmaxf(tile_high, x[k]);  // skips NaN, the sum does not
             }
-            running[c] = sofar;
-            if (finished) {
-                const int at = tile.y() * Tile::kColumns + tile.column_of(c);
-                high[at] = sofar.high, sum[at] = sofar.sum;
-            }
+            UNROLL
+            for (int k = 0; k < kChainKeys; ++k) tile_sum = __fadd_rn(tile_sum, exp_fast(x[k] - finite(tile_high)));
+            running[c] = merge(key0_now > 0 ? running[c] : Partial{-kInf, 0.0f}, {tile_high, tile_sum});
+            const int at = chain * Tile::kColumns + tile.column_of(c);
+            if (finished && tile.y() < kChains) high[at] = running[c].high, sum[at] = running[c].sum;
         }
         __syncthreads();  // partials are complete, and the staged chunk may be replaced
         const int column = column0_now + threadIdx.x;
         if (finished && threadIdx.x < Tile::kColumns && column < tile.columns) {
             Partial all = {high[threadIdx.x], sum[threadIdx.x]};
-            for (int y = 1; y < Shape::kY; ++y) {
-                const int at = y * Tile::kColumns + threadIdx.x;
+            for (int other = 1; other < kChains; ++other) {
+                const int at = other * Tile::kColumns + threadIdx.x;
                 all = merge(all, {high[at], sum[at]});
             }
             partial[column] = all;
@@ -365,7 +374,7 @@ lse_partial_kernel(AttentionMassParams p, bool aligned, Partial* partial, int sp
 
 // lse[b, h, r] = log of the merged partials of the row's splits in ascending order; +inf for a padding row. A thread owns
 // one column. Splits behind the row's last visible key are not read, so the result does not depend on num_keys.
-GLOBAL(kMassThreads)
+GLOBAL(kMassThreads, 8)
 lse_combine_kernel(AttentionMassParams p, const Partial* partial, int splits, float* lse) {
     const int64_t group = p.num_heads / p.num_kv_heads, columns = p.num_rows * group;
     const int64_t item = static_cast<int64_t>(blockIdx.x) * kMassThreads + threadIdx.x;

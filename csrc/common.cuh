@@ -27,12 +27,14 @@ int for_dtype(const char* op, int dtype, F f) {
 DEV float to_float(float x) { return x; }
 DEV float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 DEV float to_float(__half x) { return __half2float(x); }
+DEV uint32_t raw_bits(int x) { return static_cast<uint32_t>(x); }
 DEV uint32_t raw_bits(float x) { return __float_as_uint(x); }
 DEV uint32_t raw_bits(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
 DEV uint32_t raw_bits(__half x) { return __half_as_ushort(x); }
 DEV void from_float(float x, float& out) { out = x; }
 DEV void from_float(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
 DEV void from_float(float x, __half& out) { out = __float2half_rn(x); }
+DEV void from_bits(uint32_t bits, int& out) { out = static_cast<int>(bits); }
 DEV void from_bits(uint32_t bits, float& out) { out = __uint_as_float(bits); }
 DEV void from_bits(uint32_t bits, __nv_bfloat16& out) { out = __ushort_as_bfloat16(static_cast<unsigned short>(bits)); }
 DEV void from_bits(uint32_t bits, __half& out) { out = __ushort_as_half(static_cast<unsigned short>(bits)); }

@@ -51,7 +51,7 @@ DEV void copy_block(const CopyJob& job, int64_t num_rows, int64_t row0, int64_t 
 // A block owns a run of output rows, or a part of one. Its threads first turn the rows into source addresses (kept in
 // shared memory), then copy units in lane order, so neighbours touch neighbouring bytes.
 // Bytes: every kept row is read once and written once. Deterministic: one writer per byte.
-GLOBAL(kCopyThreads)
+GLOBAL(kCopyThreads, 5)
 compact_kernel(CopyTable table, const int64_t* index, int64_t batch, int64_t num_kept) {
     SHARED(int64_t, offset, [kBlockUnits]);  // of a row's source in bytes; -1 = zeros
     int t = 0;

@@ -1,7 +1,7 @@
 // The only file of the CUDA kernels that compilers see differently. nvcc gets the definitions below; any other compiler
 // is an emulator of the CUDA execution model and supplies the same names ahead of this file (g++ -include).
 //
-//   GLOBAL(threads)            a kernel of at most so many threads per block
+//   GLOBAL(threads, blocks)    a kernel of at most so many threads per block, registers for so many blocks on an SM
 //   DEV                        an inlined device function
 //   SHARED(type, name, [n])    16-byte aligned static shared memory of one kernel; pass it to functions as a pointer
 //   UNROLL                     unroll the loop that follows: its counter indexes registers
@@ -15,7 +15,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#define GLOBAL(threads) __global__ void __launch_bounds__(threads)
+#define GLOBAL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define DEV __device__ __forceinline__
 #define SHARED(type, name, extent) __shared__ __align__(16) type name extent
 #define UNROLL _Pragma("unroll")

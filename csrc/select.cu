@@ -5,7 +5,7 @@ namespace crop {
 
 extern "C" int launch_select(const SelectParams* params, void* stream) {
     const SelectParams& p = *params;
-    if (p.num_tokens > kMaxGrid) return fail("select: num_tokens must be below 2^31, got %lld", (long long)p.num_tokens);
+    if (p.num_tokens > kMaxTokens) return fail("select: num_tokens must be below 2^31 - 2^16, got %lld", (long long)p.num_tokens);
     for (int64_t i = 0; i < p.num_images; ++i)
         if (p.budget[i] < 0 || p.budget[i] > p.num_tokens || p.budget[i] > p.width)
             return fail("select: num_keep[%lld] must be in [0, num_vision=%lld], got %lld", (long long)i,

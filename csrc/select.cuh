@@ -15,6 +15,7 @@ constexpr int kWarps = kSelectThreads / 32;
 constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits;
 constexpr int kClasses = 128;                       // priorities 0..127
 constexpr uint32_t kAlways = 0xffffffffu, kNever = 0;
+constexpr int kMaxTokens = 0x7fff0000;              // so that the end of a slab is an int
 constexpr int kBudgets = 512;                       // images of a launch: their budgets are a kernel parameter
 
 struct Budgets {
@@ -36,29 +37,29 @@ struct Candidates {
     const float *score, *weight;
     const int8_t* priority;
     const int64_t* index;
-    int64_t count;
+    int count;
     int boundary;  // the class that competes
     uint32_t key[kItems];
 
-    DEV bool is_filler(int64_t n) const { return index && index[n] < 0; }
+    DEV bool is_filler(int n) const { return index && index[n] < 0; }
 
-    DEV uint32_t make(int64_t n) const {
+    DEV uint32_t make(int n) const {
         if (is_filler(n)) return kNever;
         const int rank = priority ? priority[n] : 0;
         if (rank != boundary) return rank > boundary ? kAlways : kNever;
         return order_key(weight ? __fmul_rn(score[n], weight[n]) : score[n]);
     }
-    DEV void load(int64_t slab) {
+    DEV void load(int slab) {
         UNROLL
         for (int i = 0; i < kItems; ++i) {
-            const int64_t n = slab + i * kSelectThreads + threadIdx.x;
+            const int n = slab + i * kSelectThreads + static_cast<int>(threadIdx.x);
             key[i] = n < count ? make(n) : kNever;
         }
     }
     // f(key) for every token and then for padding (kNever); all threads make the same number of calls.
     template <class F>
     DEV void each(F f) {
-        for (int64_t slab = 0; slab < count; slab += kSlab) {
+        for (int slab = 0; slab < count; slab += kSlab) {
             if (!kResident) load(slab);
             UNROLL
             for (int i = 0; i < kItems; ++i) f(key[i]);
@@ -85,7 +86,7 @@ struct Threshold {
 // competing class, up to three histograms, one to write; short rows are read from memory once or twice.
 // Deterministic: counts are integers, and positions follow from ordered scans, not from atomics.
 template <int kItems, bool kResident>
-GLOBAL(kSelectThreads)
+GLOBAL(kSelectThreads, 1)
 select_kernel(SelectParams p, int64_t first_image, Budgets budgets) {
     SHARED(int, histogram, [kDigits]);
     SHARED(uint32_t, warp_count, [kItems * kWarps]);  // (item, warp): taken in the low half, equal in the high half
@@ -100,7 +101,7 @@ select_kernel(SelectParams p, int64_t first_image, Budgets budgets) {
     Candidates<kItems, kResident> row;
     row.score = p.score + at, row.weight = p.weight ? p.weight + at : nullptr;
     row.priority = p.priority ? p.priority + at : nullptr, row.index = p.index ? p.index + at : nullptr;
-    row.count = p.num_tokens, row.boundary = 0;
+    row.count = static_cast<int>(p.num_tokens), row.boundary = 0;
     const int budget = budgets.keep[blockIdx.x];
     int need = budget;
 
@@ -108,8 +109,8 @@ select_kernel(SelectParams p, int64_t first_image, Budgets budgets) {
     if (p.priority) {
         if (thread < kClasses) histogram[thread] = 0;
         __syncthreads();
-        for (int64_t n0 = 0; n0 < row.count; n0 += kSelectThreads) {
-            const int64_t n = n0 + thread;
+        for (int n0 = 0; n0 < row.count; n0 += kSelectThreads) {
+            const int n = n0 + thread;
             count_digit(histogram, n < row.count && !row.is_filler(n) ? max(static_cast<int>(row.priority[n]), -1) : -1);
         }
         __syncthreads();
@@ -186,7 +187,7 @@ select_kernel(SelectParams p, int64_t first_image, Budgets budgets) {
     // Ordered compaction: n ascends with (slab, item, warp, lane).
     int64_t* kept = p.kept + image * p.width;
     int taken = 0, equal = 0;  // before this slab
-    for (int64_t slab = 0; slab < row.count; slab += row.kSlab) {
+    for (int slab = 0; slab < row.count; slab += row.kSlab) {
         if (!kResident) row.load(slab);
         UNROLL
         for (int i = 0; i < kItems; ++i) {
@@ -207,7 +208,7 @@ select_kernel(SelectParams p, int64_t first_image, Budgets budgets) {
             const bool greater = row.key[i] > limit.key, same = limit.equal > 0 && row.key[i] == limit.key;
             const int more = taken + static_cast<int>(prefix & 0xffffu) + __popc(__ballot_sync(kWarp, greater) & below);
             const int ties = equal + static_cast<int>(prefix >> 16) + __popc(__ballot_sync(kWarp, same) & below);
-            const int64_t n = slab + i * kSelectThreads + thread;
+            const int n = slab + i * kSelectThreads + thread;
             const int slot = more + min(ties, limit.equal);
             // The bound holds by construction unless somebody changes the scores meanwhile.
             if ((greater || (same && ties < limit.equal)) && slot < budget) kept[slot] = row.index ? row.index[n] : n;

@@ -14,7 +14,10 @@ from oracle import Oracle
 
 @functools.cache
 def _model(family: str, attention: str) -> Any:
-    return tiny_models.build_model(family, attention)
+    model = tiny_models.build_model(family, attention)
+    with tiny_models.flash_on_cpu():  # the first forward installs transformers' own recording hooks
+        model(**tiny_models.standard_batch(family, "single", 1).inputs)
+    return model
 
 
 @functools.cache

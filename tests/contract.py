@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 import transformers
+from oracle import Decision, Oracle, Steps
+from tiny_models import NUM_LAYERS, Batch, Sample, image_processor
+
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression
 from crop.patch import patch
 from crop.region import Region, VisionLayout
-from oracle import Decision, Oracle, Steps
-from tiny_models import NUM_LAYERS, Batch, Sample, image_processor
 
 ATOL = 1e-5  # patched against oracle; the pruning itself moves the logits by tenths
 STEPS = 5
@@ -59,9 +60,7 @@ def patched(model: Any, method: Any, regions: Any = None, **more: Any) -> Any:
 def greedy(model: Any, batch: Batch, **more: Any) -> Any:
     """Greedy generation with logits; HF's defaults otherwise."""
     more.setdefault("max_new_tokens", STEPS)
-    return model.generate(
-        **batch.inputs, do_sample=False, output_logits=True, return_dict_in_generate=True, **more
-    )
+    return model.generate(**batch.inputs, do_sample=False, output_logits=True, return_dict_in_generate=True, **more)
 
 
 class Expected:
@@ -141,11 +140,9 @@ def assert_stats(stats: Any, wanted: list[Expected]) -> None:
     for (decision, image), kept in zip(decisions, stats.kept, strict=True):
         assert kept.dtype == torch.int64 and kept.device.type == "cpu"
         assert kept.tolist() == decision.kept_original(image)
-    for (before, pooled, dropped), plan in zip(counts, stats.plans, strict=True):
+    for (before, pooled, _), plan in zip(counts, stats.plans, strict=True):
         assert (plan is None) == (before == pooled) or plan.num_out == pooled
-    for (decision, _), (_, pooled, dropped), average in zip(
-        decisions, counts, stats.layer_average, strict=True
-    ):
+    for (decision, _), (_, pooled, dropped), average in zip(decisions, counts, stats.layer_average, strict=True):
         layer = NUM_LAYERS if decision.layer is None else decision.layer
         wanted_average = (layer * pooled + (NUM_LAYERS - layer) * dropped) / NUM_LAYERS
         assert abs(average - wanted_average) < 1e-9
@@ -192,9 +189,7 @@ def snapshot(model: Any) -> dict[str, Any]:
     for name, module in model.named_modules():
         state[f"hooks {name}"] = {h: list(getattr(module, h, {}).items()) for h in _HOOKS}
         state[f"attributes {name}"] = {
-            key: id(value)
-            for key, value in vars(module).items()
-            if key not in _HOOKS and key not in _RUN_STATE
+            key: id(value) for key, value in vars(module).items() if key not in _HOOKS and key not in _RUN_STATE
         }
         state[f"class {name}"] = type(module)
         if hasattr(module, "config"):

@@ -78,9 +78,7 @@ class Oracle:
     def embed(self, sample: Sample) -> Tensor:
         """Input embeddings of the whole sequence, (tokens, hidden): text rows and vision rows."""
         rows = self.model.get_input_embeddings()(torch.tensor(sample.ids)).clone()
-        for span, pixels, (height, width) in zip(
-            sample.spans(), sample.pixels, sample.grids, strict=True
-        ):
+        for span, pixels, (height, width) in zip(sample.spans(), sample.pixels, sample.grids, strict=True):
             key = (height, width, pixels.numpy().tobytes())
             if key not in self._features:
                 extra = {}
@@ -101,9 +99,7 @@ class Oracle:
         grids = [[1, 2 * height, 2 * width] for height, width in sample.grids]
         if not grids:
             return torch.arange(len(sample.ids)).expand(3, -1)
-        found, _ = self.model.model.get_rope_index(
-            ids, types, image_grid_thw=torch.tensor(grids)
-        )
+        found, _ = self.model.model.get_rope_index(ids, types, image_grid_thw=torch.tensor(grids))
         return found[:, 0]
 
     # ------------------------------------------------------------------------------ one forward
@@ -249,9 +245,7 @@ class Oracle:
                 continue
             edges, members = plan.offsets.tolist(), plan.members.tolist()
             leaders = plan.leader.tolist()
-            cells.append(
-                tuple((tuple(members[edges[c] : edges[c + 1]]), leaders[c]) for c in range(len(leaders)))
-            )
+            cells.append(tuple((tuple(members[edges[c] : edges[c + 1]]), leaders[c]) for c in range(len(leaders))))
             pooled_layouts.append(layout.pool(plan, torch.arange(len(leaders))))
         decision = Decision(
             layer=None,
@@ -274,9 +268,7 @@ class Oracle:
             if selection is not None:
                 kept[number], tie = self._choose(mass, selection)
                 near = near or tie
-        return replace(
-            decision, kept=tuple(kept), scores=past.scores + tuple(masses), near_tie=near
-        )
+        return replace(decision, kept=tuple(kept), scores=past.scores + tuple(masses), near_tie=near)
 
     def _masses(
         self, sample: Sample, decision: Decision, method: Any, fresh: list[int], first: int, stop: int

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from contract import METHODS, REGIONS, assert_unchanged, greedy, regions_of, snapshot
+from tiny_models import FAMILIES, TEXT, build_model, image_processor, make_batch, make_sample, standard_batch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, StaticCache
+
 from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
 from crop.patch import patch
 from crop.plan import PoolPlan
 from crop.region import Region
-from tiny_models import FAMILIES, TEXT, build_model, image_processor, make_batch, make_sample, standard_batch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,8 +26,9 @@ NAN = float("nan")
 class Custom(Method):
     """A method of a user, right or wrong."""
 
-    def __init__(self, *, plan: Any = None, selection: Any = None, layer: Any = 2, rows: Any = "text",
-                 pool_mode: Any = "mean") -> None:
+    def __init__(
+        self, *, plan: Any = None, selection: Any = None, layer: Any = 2, rows: Any = "text", pool_mode: Any = "mean"
+    ) -> None:
         self.fixed_plan, self.selection = plan, selection
         self.layer, self.rows, self.pool_mode = layer, rows, pool_mode
 
@@ -61,21 +64,21 @@ ENTRY = {
     ),
     "layer 0": (ValueError, r"layer must be in \[1, .*got 0", dict(method=Custom(selection=keep(3), layer=0))),
     "layer negative": (ValueError, r"layer must be in \[1, .*got -1", dict(method=Custom(selection=keep(3), layer=-1))),
-    "layer no integer": (TypeError, "layer must be .*got 1.5", dict(method=Custom(selection=keep(3), layer=1.5))),
-    "rows unknown": (ValueError, "rows must be .*got 'all'", dict(method=Custom(selection=keep(3), rows="all"))),
-    "pool_mode unknown": (ValueError, "mode must be .*got 'sum'", dict(method=Custom(pool_mode="sum"))),
+    "layer no integer": (TypeError, r"layer .*must be .*got 1\.5", dict(method=Custom(selection=keep(3), layer=1.5))),
+    "rows unknown": (ValueError, "rows .*must be .*got 'all'", dict(method=Custom(selection=keep(3), rows="all"))),
+    "pool_mode unknown": (ValueError, "pool_mode .*must be .*got 'sum'", dict(method=Custom(pool_mode="sum"))),
     "region a box": (TypeError, "region must .*got float", dict(region=(0.1, 0.1, 0.5, 0.5))),
     "region boxes": (TypeError, "region must .*got tuple", dict(region=[(0.1, 0.1, 0.5, 0.5)])),
     "region a string": (TypeError, "region must .*got str", dict(region="left")),
     "region a number": (TypeError, "region must .*got int", dict(region=3)),
     "image_size a number": (TypeError, "image_size must be .*got 10", dict(image_size=10)),
-    "image_size a string": (TypeError, "image_size must be .*got", dict(image_size="ab")),
+    "image_size a string": (ValueError, "image_size must be .*got", dict(image_size="ab")),
     "image_size zero": (ValueError, r"image_size must be .*got \(0, 10\)", dict(image_size=(0, 10))),
     "image_size negative": (ValueError, r"image_size must be .*got \(-5, 10\)", dict(image_size=(-5, 10))),
     "image_size short": (ValueError, r"image_size must be .*got \(10,\)", dict(image_size=(10,))),
     "image_size long": (ValueError, r"image_size must be .*got \(10, 10, 3\)", dict(image_size=(10, 10, 3))),
-    "image_size a fraction": (TypeError, r"image_size must be .*got .*10\.5", dict(image_size=(10.5, 20))),
-    "image_size NaN": ((TypeError, ValueError), "image_size must be .*got .*nan", dict(image_size=(NAN, 3))),
+    "image_size a fraction": (ValueError, r"image_size must be .*got .*10\.5", dict(image_size=(10.5, 20))),
+    "image_size NaN": (ValueError, "image_size must be .*got .*nan", dict(image_size=(NAN, 3))),
     "processor a name": (TypeError, "processor must be .*got str", dict(processor="clip", region=BOX)),
     "processor an object": (TypeError, "processor must be .*got object", dict(processor=object(), region=BOX)),
 }  # fmt: skip
@@ -105,7 +108,7 @@ def test_other_families(get_model):
         assert set(vars(model)) == before
     unknown = build_model("llava")
     unknown.config.model_type = "paligemma"
-    with pytest.raises(ValueError, match=r"patch: model.*paligemma.*llava, .*qwen2_5_vl"):
+    with pytest.raises(ValueError, match=r"patch: model_type must be one of llava, qwen2_5_vl.*got 'paligemma'"):
         patch(unknown, ILP).__enter__()
     for thing in (None, "llava", torch.nn.Linear(2, 2)):
         with pytest.raises(TypeError, match=rf"patch: model must be .*got {type(thing).__name__}"):
@@ -167,7 +170,7 @@ def plan_of(size: int) -> PoolPlan:
 
 FORWARD = {
     "no region": (ValueError, "region must be given once per image, got 0 for 1", dict(region=[])),
-    "two regions": (ValueError, "region must be given once per image, got 2 for 1", dict(region=[BOX, BOX])),
+    "two regions": (ValueError, "region must be given once per image, got 2 for 1", dict(region=[BOX, BOX], processor=image_processor("resize"))),
     "two sizes": (
         ValueError, "image_size must be given once per image, got 2 for 1",
         dict(region=BOX, image_size=[(3, 4), (4, 5)], processor=image_processor("crop")),
@@ -184,9 +187,13 @@ FORWARD = {
     "plan no plan": (TypeError, "plan.* must .*got int", dict(method=Custom(plan=7))),
     "plan of another image": (ValueError, "plan.* must .*64.*got 10", dict(method=Custom(plan=plan_of(10)))),
     "selection no selection": (TypeError, "select.* must .*got int", dict(method=Custom(selection=3))),
-    "priority of another image": (ValueError, "priority must .*64.*got .*10", dict(method=Custom(selection=keep(3, 10)))),
+    "priority of another image": (ValueError, "priority .*must .*64.*got .*10", dict(method=Custom(selection=keep(3, 10)))),
     "weight of another image": (
-        ValueError, "weight must .*64.*got .*10", dict(method=Custom(selection=keep(3, weight=torch.ones(10)))),
+        ValueError, "weight .*must .*64.*got .*10", dict(method=Custom(selection=keep(3, weight=torch.ones(10)))),
+    ),
+    "keeps more than it allows": (
+        ValueError, r"num_keep .*must be in \[0, 3\].*got 5",
+        dict(method=Custom(selection=Selection(5, torch.tensor([-1] * 60 + [0, 1, -1, 0], dtype=torch.int8)))),
     ),
     "keeps more than there are": (ValueError, "num_keep.* must .*64.*got 100", dict(method=Custom(selection=keep(100)))),
 }  # fmt: skip
@@ -247,30 +254,45 @@ def test_inputs_that_cannot_be_pruned(case, get_model):
 
 
 GENERATION = {
-    "static cache": (ValueError, "past_key_values must be a DynamicCache", dict(cache_implementation="static")),
-    "chunked prefill": (ValueError, "prefill_chunk_size|image tokens|whole images", dict(prefill_chunk_size=10)),
-    "assisted, pooled": (NotImplementedError, "pooled.*cannot be shortened", dict(prompt_lookup_num_tokens=2)),
+    "static cache": ("cache_implementation must be .*got 'static'", dict(cache_implementation="static")),
+    "chunked prefill": ("must prefill in one piece, got prefill_chunk_size=10", dict(prefill_chunk_size=10)),
+    "prompt lookup": ("assisted generation, got prompt_lookup_num_tokens=2", dict(prompt_lookup_num_tokens=2)),
+    "assistant": ("assisted generation, got assistant_model", dict(assistant_model="another")),
 }
 
 
 @pytest.mark.parametrize("case", list(GENERATION))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_that_is_not_supported(family, case, get_model):
-    error, message, arguments = GENERATION[case]
+    """Refused before the prompt is encoded, whether named in the call or in a configuration."""
+    message, arguments = GENERATION[case]
+    arguments = {k: build_model(family) if v == "another" else v for k, v in arguments.items()}
     model, batch = get_model(family, "sdpa"), standard_batch(family, "single", 1)
     before = snapshot(model)
-    with pytest.raises(error, match=message):
-        with patch(model, PreLLMCompression(2, 2, 2)):
+    with patch(model, ILP):
+        with pytest.raises(ValueError, match=f"patch: .*{message}"):
             greedy(model, batch, **arguments)
+        if case != "assistant":
+            config = copy.deepcopy(model.generation_config)
+            config.update(**arguments)
+            with pytest.raises(ValueError, match=f"patch: .*{message}"):
+                greedy(model, batch, generation_config=config)
+            with pytest.raises(ValueError, match=f"patch: .*{message}"):
+                model.generate(batch.inputs["input_ids"], config, pixel_values=batch.inputs["pixel_values"])
     assert_unchanged(before, model)
+
+
+def test_static_cache_object(get_model):
+    model, batch = get_model("llava", "sdpa"), standard_batch("llava", "single", 1)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
+    refused(model, {**batch.inputs, "past_key_values": cache}, ValueError, "past_key_values must be .*StaticCache", ILP)
 
 
 def test_flex_attention():
     model = build_model("llava", "flex_attention")
     before = snapshot(model)
-    with pytest.raises(ValueError, match="flex_attention"):
-        with patch(model, ILP):
-            model(**standard_batch("llava", "single", 1).inputs)
+    with pytest.raises(ValueError, match="patch: the attention implementation must be .*got 'flex_attention'"):
+        patch(model, ILP).__enter__()
     assert_unchanged(before, model)
 
 
@@ -320,19 +342,6 @@ def test_whole_regions_need_no_processor(get_model):
         with patch(model, ILP, region):
             results.append(model(**batch.inputs).logits)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
-def test_fewer_candidates_than_asked_for(get_model):
-    """A method that allows 3 tokens and asks for 5 gets 3: nothing is filled up with others."""
-    model, batch = get_model("llava", "sdpa"), standard_batch("llava", "single", 1)
-    priority = torch.tensor([-1] * 60 + [0, 1, -1, 0], dtype=torch.int8)
-    results = []
-    for count in (3, 5):
-        with patch(model, Custom(selection=Selection(count, priority))) as stats:
-            results.append(model(**batch.inputs).logits)
-        assert stats.kept[0].tolist() == [60, 61, 63]
-        assert list(stats.tokens_after_ilp) == [3]
-    assert torch.equal(results[0], results[1])
 
 
 def test_everything_may_leave(get_model):

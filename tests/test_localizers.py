@@ -19,15 +19,18 @@ from transformers import BatchFeature
 
 import crop.localizers as localizers
 from crop.localizers import (
+    Attention,
     AttentionLocalizer,
     BoxLocalizer,
     WholeLocalizer,
     find_region,
     get_localizer,
+    score_tokens,
 )
 from crop.patch import patch
 from crop.region import Region, VisionLayout
-from crop.tap import shared_vision, tap
+from crop.share import share_vision
+from crop.tap import tap
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -43,9 +46,7 @@ class Processor:
     def __init__(self, family: str, after: int = 7) -> None:
         self.image_processor = image_processor("resize")
         grid = LLAVA_GRID if family == "llava" else (6, 9)
-        self.batch = make_batch(
-            family, [make_sample(family, [4, grid, after][: 2 + (after > 0)])], "none"
-        )
+        self.batch = make_batch(family, [make_sample(family, [4, grid, after][: 2 + (after > 0)])], "none")
 
     def __call__(self, images, text, return_tensors):
         return BatchFeature(dict(self.batch.inputs))
@@ -84,33 +85,51 @@ def bump(layout, *boxes, floor=0.0):
     """Score 1 in boxes of tokens (left, top, right, bottom), `floor` elsewhere."""
     score = torch.full((len(layout),), floor)
     for left, top, right, bottom in boxes:
-        inside = (
-            (layout.col >= left)
-            & (layout.col < right)
-            & (layout.row >= top)
-            & (layout.row < bottom)
-        )
+        inside = (layout.col >= left) & (layout.col < right) & (layout.row >= top) & (layout.row < bottom)
         score[inside] = 1.0
     return score
 
 
-def test_one_bump_becomes_one_box_grown_by_a_token():
+def test_one_bump_becomes_its_box_and_grows_on_request():
     layout = VisionLayout.grid(12, 16)
-    region = find_region(layout, bump(layout, (4, 3, 8, 6)), threshold=0.6)
-    assert_boxes(region, (3 / 16, 2 / 12, 9 / 16, 7 / 12))
+    score = bump(layout, (4, 3, 8, 6))
+    region = find_region(layout, score)
+    assert_boxes(region, (4 / 16, 3 / 12, 8 / 16, 6 / 12))
     assert region.confidence == pytest.approx(1.0)
-    sharp = find_region(layout, bump(layout, (4, 3, 8, 6)), threshold=0.6, dilate=0)
-    assert_boxes(sharp, (4 / 16, 3 / 12, 8 / 16, 6 / 12))
+    assert_boxes(find_region(layout, score, dilate=1), (3 / 16, 2 / 12, 9 / 16, 7 / 12))
+    corner = bump(layout, (13, 0, 16, 3))
+    assert_boxes(find_region(layout, corner, dilate=2), (11 / 16, 0, 1, 5 / 12))
 
 
-def test_two_bumps_become_two_boxes_heaviest_first_and_touching_boxes_merge():
+def test_confidence_is_the_share_of_the_score_corrected_for_chance():
+    layout = VisionLayout.grid(10, 10)
+    score = bump(layout, (2, 2, 6, 7), floor=0.05)  # 20 tokens of 1, 80 of 0.05
+    region = find_region(layout, score, threshold=0.5)
+    assert region.confidence == pytest.approx((20 / 24 - 0.2) / 0.8)
+
+
+def test_two_bumps_become_two_boxes_heaviest_first_and_overlapping_boxes_merge():
     layout = VisionLayout.grid(16, 16)
     score = bump(layout, (1, 1, 4, 4), (9, 9, 14, 14))
-    two = find_region(layout, score, threshold=0.6)
-    assert_boxes(two, (8 / 16, 8 / 16, 15 / 16, 15 / 16), (0, 0, 5 / 16, 5 / 16))
-    assert len(find_region(layout, score, threshold=0.6, max_boxes=1).boxes) == 1
-    near = find_region(layout, bump(layout, (2, 2, 5, 5), (7, 2, 10, 5)), threshold=0.6, dilate=2)
+    two = find_region(layout, score)
+    assert_boxes(two, (9 / 16, 9 / 16, 14 / 16, 14 / 16), (1 / 16, 1 / 16, 4 / 16, 4 / 16))
+    assert_boxes(find_region(layout, score, max_boxes=1), (9 / 16, 9 / 16, 14 / 16, 14 / 16))
+    near = find_region(layout, bump(layout, (2, 2, 5, 5), (7, 2, 10, 5)), dilate=2, gap=0)
     assert_boxes(near, (0.0, 0.0, 12 / 16, 7 / 16))
+
+
+def test_boxes_in_one_line_are_joined_over_a_gap_but_lines_are_not():
+    layout = VisionLayout.grid(16, 16)
+    line = bump(layout, (1, 4, 4, 5), (7, 4, 10, 5))  # three tokens apart
+    assert_boxes(find_region(layout, line), (1 / 16, 4 / 16, 10 / 16, 5 / 16))
+    assert len(find_region(layout, line, gap=2).boxes) == 2
+    assert len(find_region(layout, bump(layout, (4, 1, 5, 4), (4, 5, 5, 8))).boxes) == 2
+
+
+def test_a_token_below_half_the_average_joins_no_box_however_bright_its_neighbours():
+    layout = VisionLayout.grid(16, 16)
+    score = bump(layout, (4, 4, 7, 7))
+    assert_boxes(find_region(layout, score, threshold=1e-6), (4 / 16, 4 / 16, 7 / 16, 7 / 16))
 
 
 @pytest.mark.parametrize("score", [
@@ -118,24 +137,55 @@ def test_two_bumps_become_two_boxes_heaviest_first_and_touching_boxes_merge():
 ])  # fmt: skip
 def test_a_score_without_a_peak_means_the_whole_image(score):
     region = find_region(VisionLayout.grid(12, 12), score)
-    assert region.is_whole and region.confidence < 0.3
+    assert region.is_whole and region.confidence < 0.7
+
+
+# ------------------------------------------------------------------------- from attention to scores
+def attention_of(layout, *heads, prior=None):
+    question = torch.stack([head / head.sum() for head in heads])
+    prior = torch.full_like(question, 1 / len(layout)) if prior is None else prior
+    return Attention(layout, question, prior)
 
 
 def test_a_lone_sink_neither_hides_the_region_nor_becomes_one():
     layout = VisionLayout.grid(16, 16)
-    score = bump(layout, (10, 10, 13, 13), floor=0.02)
+    score = bump(layout, (10, 10, 13, 13), floor=0.01)
     score[0] = 1000.0
-    region = find_region(layout, score, threshold=0.6)
-    assert len(region.boxes) == 1 and region.boxes[0][:2] == (9 / 16, 9 / 16)
+    region = find_region(layout, score_tokens(attention_of(layout, score)), max_boxes=1)
+    assert_boxes(region, (10 / 16, 10 / 16, 13 / 16, 13 / 16))
+
+
+def test_what_every_row_looks_at_counts_less():
+    layout = VisionLayout.grid(16, 16)
+    habit = bump(layout, (0, 13, 16, 16))
+    score = bump(layout, (3, 3, 6, 6), (0, 13, 16, 16), floor=0.01)
+    prior = (habit / habit.sum())[None]
+    found = score_tokens(attention_of(layout, score, prior=prior))
+    inside = layout.inside(Region.box(3 / 16, 3 / 16, 6 / 16, 6 / 16))
+    ratio = float(found[inside].mean() / found[habit.bool()].mean())
+    assert ratio == pytest.approx(1 + (1 / 48) / (4 / 256))  # equal without the prior
+    assert float(found.sum()) == pytest.approx(1.0)
+
+
+def test_a_head_that_looks_everywhere_is_outvoted():
+    layout = VisionLayout.grid(16, 16)
+    sharp, blunt = bump(layout, (3, 3, 6, 6)), torch.ones(256)
+    region = find_region(layout, score_tokens(attention_of(layout, blunt, sharp, blunt, blunt)))
+    assert_boxes(region, (3 / 16, 3 / 16, 6 / 16, 6 / 16))
+
+
+def test_attention_without_numbers_means_the_whole_image():
+    layout = VisionLayout.grid(16, 16)
+    found = score_tokens(Attention(layout, torch.full((2, 256), torch.nan), torch.zeros(2, 256)))
+    assert not found.any() and find_region(layout, found).is_whole
 
 
 def test_padding_takes_no_part():
-    layout = VisionLayout.grid(
-        8, 8, box=(0.0, -0.5, 1.0, 1.5)
-    )  # two rows above and below are padding
+    layout = VisionLayout.grid(8, 8, box=(0.0, -0.5, 1.0, 1.5))  # two rows above and below are padding
     score = torch.where(layout.kind == 0, bump(layout, (2, 3, 4, 5)), 5.0)
-    region = find_region(layout, score, threshold=0.6, dilate=0)
-    assert_boxes(region, (0.25, 0.25, 0.5, 0.75))
+    assert_boxes(find_region(layout, score), (0.25, 0.25, 0.5, 0.75))
+    inside = score_tokens(attention_of(layout, score))
+    assert not inside[layout.kind != 0].any()
 
 
 def test_layout_of_several_views_is_refused():
@@ -147,9 +197,7 @@ def test_layout_of_several_views_is_refused():
 
 
 def test_cell_boxes_tile_what_the_processor_shows():
-    cells = torch.from_numpy(
-        localizers.cell_boxes(VisionLayout.grid(2, 4, box=(0.1, 0.0, 0.9, 1.0)))
-    )
+    cells = torch.from_numpy(localizers.cell_boxes(VisionLayout.grid(2, 4, box=(0.1, 0.0, 0.9, 1.0))))
     assert torch.allclose(cells[0], torch.tensor([0.1, 0.0, 0.3, 0.5]).double(), atol=1e-6)
     assert torch.allclose(cells[-1], torch.tensor([0.7, 0.5, 0.9, 1.0]).double(), atol=1e-6)
     one = localizers.cell_boxes(VisionLayout.grid(1, 2))
@@ -168,7 +216,10 @@ def test_attention_equals_the_models_own(family, attention, layer, get_model):
     assert torch.equal(found.layout.position, vision)
     rows = weights[:, int(vision[-1]) + 1 :][..., vision]
     torch.testing.assert_close(found.prior, rows[:, 0], atol=2e-6, rtol=1e-4)
-    torch.testing.assert_close(found.question, rows[:, 1:].mean(1), atol=2e-6, rtol=1e-4)
+    torch.testing.assert_close(found.question, rows[:, -2:].mean(1), atol=2e-6, rtol=1e-4)
+    every = localizer(get_model(family, attention), family, layer=layer, rows=99)
+    every = every.attend(PICTURE, "?").question
+    torch.testing.assert_close(every, rows[:, 1:].mean(1), atol=2e-6, rtol=1e-4)
 
 
 @families
@@ -238,35 +289,28 @@ def test_tap_reads_without_changing_and_nests(get_model):
 
 
 @families
-def test_shared_vision_runs_the_tower_once_for_equal_pixels(family, get_model):
-    model, ran = get_model(family, "sdpa"), []
-    base, processor = model.model, Processor(family)
-    inputs = processor.batch.inputs
-    plain = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    tower = base.visual if family == "qwen2_5_vl" else base.vision_tower
-    hook = tower.register_forward_pre_hook(lambda *_: ran.append(1))
+def test_localizer_and_answer_share_one_vision_pass(family, get_model):
+    model, processor, ran = get_model(family, "sdpa"), Processor(family), []
+    base = model.model
+    embed = base.visual.patch_embed if family == "qwen2_5_vl" else base.vision_tower.embeddings
+    generate = dict(processor.batch.inputs, max_new_tokens=4, do_sample=False)
+    plain = model.generate(**generate)
+    hook = embed.register_forward_hook(lambda *_: ran.append(1))
     try:
-        with shared_vision(base):
+        with share_vision(model), torch.no_grad():
             AttentionLocalizer(model, processor, prompt=str)(PICTURE, "?")
-            assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), plain)
-            assert len(ran) == 1
-            other = {**inputs, "pixel_values": inputs["pixel_values"] + 1.0}
-            changed = model(**other).logits
-            assert len(ran) == 2
-        assert torch.equal(model(**other).logits, changed) and len(ran) == 3
+            assert torch.equal(model.generate(**generate), plain)
+        assert len(ran) == 1
     finally:
         hook.remove()
-    assert "get_image_features" not in vars(base)
 
 
 @families
 def test_low_confidence_means_the_whole_image(family, get_model):
-    narrow = {"threshold": 0.9, "dilate": 0}
+    narrow = {"threshold": 0.9}
     sure = localizer(get_model(family, "sdpa"), family, min_confidence=1e-6, **narrow)(PICTURE, "?")
     assert not sure.is_whole and 0 < sure.confidence < 0.999
-    unsure = localizer(
-        get_model(family, "sdpa"), family, min_confidence=sure.confidence + 1e-3, **narrow
-    )
+    unsure = localizer(get_model(family, "sdpa"), family, min_confidence=sure.confidence + 1e-3, **narrow)
     region = unsure(PICTURE, "?")
     assert region.is_whole and region.confidence == sure.confidence
 
@@ -304,7 +348,7 @@ def test_prompt_or_chat_template_is_needed(get_model):
 @pytest.mark.parametrize("change, message", [
     ({"layer": NUM_LAYERS}, "layer must be in"), ({"layer": -1}, "layer must be in"),
     ({"threshold": 0.0}, "threshold must be in"), ({"min_confidence": 1.0}, "min_confidence must be in"),
-    ({"max_boxes": 0}, "max_boxes must be >= 1"), ({"dilate": -1}, "dilate must be >= 0"),
+    ({"rows": 0}, "rows must be >= 1"), ({"gap": -1}, "gap must be >= 0"), ({"max_boxes": 0}, "max_boxes must be >= 1"), ({"dilate": -1}, "dilate must be >= 0"),
 ])  # fmt: skip
 def test_bad_arguments(change, message, get_model):
     with pytest.raises(ValueError, match=message):
@@ -322,9 +366,7 @@ def test_get_localizer(get_model):
     region = Region.box(0, 0, 0.5, 0.5)
     assert get_localizer("box", region=region)(PICTURE, "?") == region
     assert isinstance(get_localizer("whole"), WholeLocalizer)
-    attention = get_localizer(
-        "attention", model=get_model("llava", "sdpa"), processor=Processor("llava")
-    )
+    attention = get_localizer("attention", model=get_model("llava", "sdpa"), processor=Processor("llava"))
     assert isinstance(attention, AttentionLocalizer)
     with pytest.raises(ValueError, match="one of attention, box, whole, got 'oracle'"):
         get_localizer("oracle")

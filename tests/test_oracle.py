@@ -18,15 +18,22 @@ EXACT = 3e-6
 class Fixed:
     """A method that says what it is told: cells by hand, a priority and a number to keep."""
 
-    def __init__(self, num_keep: int, *, layer: int | None = 2, rows: str = "text", stride: int = 0,
-                 priority: list[int] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        num_keep: int,
+        *,
+        layer: int | None = 2,
+        rows: str = "text",
+        stride: int = 0,
+        priority: list[int] | None = None,
+    ) -> None:
         self.num_keep, self.layer, self.rows, self.stride = num_keep, layer, rows, stride
         self.priority, self.pool_mode = priority, "mean"
 
     def plan(self, layout: Any, region: Any) -> Any:
         if not self.stride:
             return None
-        cells = [list(range(n, min(n + self.stride, layout.size))) for n in range(0, layout.size, self.stride)]  # fmt: skip
+        cells = [list(range(n, min(n + self.stride, layout.size))) for n in range(0, layout.size, self.stride)]
         offsets = torch.tensor([0] + [len(c) for c in cells]).cumsum(0)
         members = torch.tensor([m for c in cells for m in c])
         return SimpleNamespace(members=members, offsets=offsets, leader=members[offsets[:-1]])
@@ -68,8 +75,9 @@ def test_nothing_dropped_is_the_plain_model(family, images, get_model, get_oracl
 def test_greedy_is_generate(family, get_model, get_oracle):
     model, oracle = get_model(family, "eager"), get_oracle(family)
     batch = standard_batch(family, "left", 2)
-    out = model.generate(**batch.inputs, max_new_tokens=4, do_sample=False, output_logits=True,
-                         return_dict_in_generate=True)  # fmt: skip
+    out = model.generate(
+        **batch.inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
     for row, sample in enumerate(batch.samples):
         steps = oracle.greedy(sample, oracle.keep_all(sample), 4)
         assert out.sequences[row, batch.inputs["input_ids"].shape[1] :].tolist() == steps.tokens
@@ -173,9 +181,7 @@ def test_the_oracle_tells_decisions_apart(family, get_oracle):
 def test_near_ties_are_reported(get_oracle):
     oracle = get_oracle("llava")
     choose = oracle._choose
-    selection = SimpleNamespace(
-        num_keep=2, priority=torch.zeros(4, dtype=torch.int8), weight=None
-    )
+    selection = SimpleNamespace(num_keep=2, priority=torch.zeros(4, dtype=torch.int8), weight=None)
     assert choose((0.5, 0.2, 0.1, 0.4), selection) == ((0, 3), False)
     assert choose((0.5, 0.2, 0.1, 0.2 + 1e-7), selection) == ((0, 3), True)
     assert choose((0.5, 0.2, 0.1, 0.2), selection) == ((0, 1), False)  # exact: the index decides

@@ -12,7 +12,6 @@ from contract import (
     assert_logits,
     assert_stats,
     assert_steps,
-    assert_unchanged,
     cache_lengths,
     expected,
     expected_lengths,
@@ -20,20 +19,17 @@ from contract import (
     layouts_of,
     patched,
     regions_of,
-    snapshot,
 )
-from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression
-from crop.region import Region, VisionLayout
-from oracle import Oracle, Steps
+from oracle import Oracle
 from tiny_models import (
     ATTENTIONS,
     FAMILIES,
-    LLAVA_GRID,
-    image_processor,
-    make_batch,
-    make_sample,
     standard_batch,
 )
+
+from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
+from crop.plan import PoolPlan
+from crop.region import Region, VisionLayout
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
@@ -121,27 +117,6 @@ def test_generate_is_the_oracle(family, attention, images, padding, name, get_mo
 
 
 @methods_
-@attentions
-@families
-def test_generate_without_a_cache(family, attention, name, get_model, get_oracle):
-    """Each step is a prefill of its own, so the decision is taken anew: text rows have been added."""
-    model, oracle = get_model(family, attention), get_oracle(family)
-    batch = standard_batch(family, "left", 2)
-    with patched(model, METHODS[name], regions_of(batch)):
-        out = greedy(model, batch, use_cache=False, max_new_tokens=3)
-    steps = []
-    for row, sample in enumerate(batch.samples):
-        steps.append(Steps())
-        for _ in range(3):
-            decision = oracle.decide(sample, METHODS[name], list(REGIONS[row]), layouts_of(sample))
-            assert not decision.near_tie
-            steps[row].logits.append(oracle.forward(sample, decision)[0][-1])
-            steps[row].tokens.append(int(steps[row].logits[-1].argmax()))
-            sample = sample.extended(steps[row].tokens[-1:])
-    assert_steps(out, batch, steps)
-
-
-@methods_
 @matrix("padding", ["none", "left", "right"])
 @families
 def test_batched_is_single(family, padding, name, get_model):
@@ -162,22 +137,6 @@ def test_batched_is_single(family, padding, name, get_model):
 
 
 @methods_
-@matrix("padding,use_cache", [("single", True), ("single", False), ("none", False)])
-@matrix("attention", ["sdpa", "flash_attention_2"])
-@families
-def test_no_attention_mask(family, attention, use_cache, padding, name, get_model, get_oracle):
-    """Gaps in the position ids must not be taken for packed sequences."""
-    model = get_model(family, attention)
-    batch = standard_batch(family, padding, 1)
-    wanted = expected(get_oracle, batch, name)
-    inputs = {k: v for k, v in batch.inputs.items() if k != "attention_mask"}
-    with patched(model, METHODS[name], regions_of(batch)) as stats:
-        logits = model(**inputs, use_cache=use_cache).logits
-    assert_stats(stats, wanted)
-    assert_logits(logits, batch, wanted, kept=name.startswith("ilp"))
-
-
-@methods_
 @matrix("images", [1, 2])
 @families
 def test_flash_stays_dense(family, images, name, get_model, flash):
@@ -191,7 +150,7 @@ def test_flash_stays_dense(family, images, name, get_model, flash):
     lengths = [n - 2 for n in cache_lengths(out.past_key_values)]
     assert {kernel for kernel, _, _ in calls} == {"dense"}
     assert [(q, k) for _, q, k in calls[: len(lengths)]] == [(n, n) for n in lengths]
-    assert [(q, k) for _, q, k in calls[len(lengths) : 2 * len(lengths)]] == [(1, n + 1) for n in lengths]  # fmt: skip
+    assert [(q, k) for _, q, k in calls[len(lengths) : 2 * len(lengths)]] == [(1, n + 1) for n in lengths]
     assert len(calls) == 3 * len(lengths)
     assert sum(stats.tokens_after_ilp) < sum(stats.tokens_before)
 
@@ -208,7 +167,7 @@ VARIANTS = {
     "plc_tiny": PreLLMCompression(keep=2),
     "compose_strict": Compose(PreLLMCompression(2, 2, 3), InnerLLMPruning(mode="strict", layer=4)),
     "compose_max": Compose(PreLLMCompression(1, 3, 3, mode="max"), InnerLLMPruning(keep=0.1, rows="last")),
-}  # fmt: skip
+}
 
 
 @matrix("variant", list(VARIANTS))
@@ -227,7 +186,46 @@ def test_variants(family, variant, get_model, get_oracle):
         steps = oracle.greedy(sample, decision, 3)
         torch.testing.assert_close(logits[row], steps.logits[0], atol=ATOL, rtol=0)
         for number in range(3):
-            torch.testing.assert_close(generated.logits[number][row], steps.logits[number], atol=ATOL, rtol=0)  # fmt: skip
+            torch.testing.assert_close(generated.logits[number][row], steps.logits[number], atol=ATOL, rtol=0)
+
+
+class Anything(Method):
+    """A method without geometry: random cells (some tokens in none), priorities and weights."""
+
+    def __init__(self, seed: int, *, layer: int, rows: str, pool_mode: str) -> None:
+        self.seed, self.layer, self.rows, self.pool_mode = seed, layer, rows, pool_mode
+
+    def draw(self, region: Region, salt: int) -> torch.Generator:
+        return torch.Generator().manual_seed(100 * round(1e4 * region.area) + 10 * self.seed + salt)
+
+    def plan(self, layout: VisionLayout, region: Region) -> PoolPlan:
+        label = torch.randint(-len(layout) // 6, len(layout) // 2, (len(layout),), generator=self.draw(region, 0))
+        return PoolPlan.from_labels(label, layout.row, layout.col, torch.zeros(len(layout), dtype=torch.uint8))
+
+    def select(self, layout: VisionLayout, region: Region) -> Selection:
+        priority = torch.randint(-1, 3, (len(layout),), generator=self.draw(region, 1), dtype=torch.int8)
+        weight = torch.rand(len(layout), generator=self.draw(region, 2)) + 0.1
+        return Selection(int((priority >= 0).sum()) // 2, priority, weight)
+
+
+@matrix("seed", range(4))
+@families
+def test_any_method(family, seed, get_model, get_oracle):
+    """What a method may say is not limited to what the package's own methods say."""
+    model, oracle = get_model(family, "sdpa"), get_oracle(family)
+    method = Anything(seed, layer=seed + 1, rows=("text", "last")[seed % 2], pool_mode=("mean", "max")[seed // 2])
+    batch = standard_batch(family, "left", 2)
+    with patched(model, method, regions_of(batch)) as stats:
+        out = greedy(model, batch, max_new_tokens=3)
+    kept = iter(stats.kept)
+    for row, sample in enumerate(batch.samples):
+        decision = oracle.decide(sample, method, list(REGIONS[row]), layouts_of(sample))
+        assert not decision.near_tie
+        assert decision.counts()[0][0] < sample.grids[0][0] * sample.grids[0][1]  # some are in no cell
+        assert [next(kept).tolist() for _ in range(2)] == [decision.kept_original(image) for image in range(2)]
+        steps = oracle.greedy(sample, decision, 3)
+        for number in range(3):
+            torch.testing.assert_close(out.logits[number][row], steps.logits[number], atol=ATOL, rtol=0)
 
 
 @matrix("wrong", ["region", "order", "layer", "rows", "image"])
@@ -266,9 +264,7 @@ def test_positions_are_original(family, get_model, get_oracle):
     with patched(model, METHODS["plc"], regions_of(batch)):
         logits = model(**batch.inputs).logits[0, -1]
     closed = Oracle(oracle.model)
-    closed.positions = lambda sample: torch.arange(len(sample.ids)).expand(
-        oracle.positions(sample).shape
-    ) // 2
+    closed.positions = lambda sample: torch.arange(len(sample.ids)).expand(oracle.positions(sample).shape) // 2
     renumbered = closed.forward(expect.sample, expect.decision)[0][-1]
     assert (renumbered - logits).abs().max() > 1e-3
     torch.testing.assert_close(logits, expect.steps.logits[0], atol=ATOL, rtol=0)
@@ -291,100 +287,5 @@ def test_outputs_keep_their_shape(family, name, get_model):
     torch.testing.assert_close(as_tuple[0], full.logits, atol=0, rtol=0)
     shifted = torch.nn.functional.cross_entropy(
         full.logits[:, :-1].reshape(-1, full.logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100
-    )  # fmt: skip
+    )
     torch.testing.assert_close(full.loss, shifted)
-
-
-@matrix("kind", ["resize", "crop", "pad"])
-@matrix("size", [(50, 40), (40, 60)])
-def test_llava_processors(kind, size, get_model, get_oracle):
-    """Regions live in the original image, whatever the processor does to it."""
-    model, oracle = get_model("llava", "sdpa"), get_oracle("llava")
-    batch = standard_batch("llava", "single", 1)
-    (sample,) = batch.samples
-    width, height = size
-    seen = {"resize": (width, height), "crop": (min(size),) * 2, "pad": (max(size),) * 2}[kind]
-    half_x, half_y = seen[0] / width / 2, seen[1] / height / 2  # of what the model sees
-    box = (0.5 - half_x, 0.5 - half_y, 0.5 + half_x, 0.5 + half_y)
-    layout = VisionLayout.grid(8, 8, box=box, start=sample.starts[0])
-    region = Region.box(0.2, 0.2, 0.6, 0.7)
-    method = InnerLLMPruning(mode="strict")
-    decision = oracle.decide(sample, method, [region], [layout])
-    with patched(model, method, region, processor=image_processor(kind), image_size=size) as stats:
-        logits = model(**batch.inputs).logits[0, -1]
-    assert stats.kept[0].tolist() == decision.kept_original(0)
-    wanted = oracle.forward(sample, decision)[0][-1]
-    torch.testing.assert_close(logits, wanted, atol=ATOL, rtol=0)
-
-
-@attentions
-def test_adjacent_images(attention, get_model, get_oracle):
-    """Two LLaVA images without a token between them are still two images."""
-    model, oracle = get_model("llava", attention), get_oracle("llava")
-    sample = make_sample("llava", [3, LLAVA_GRID, LLAVA_GRID, 5], seed=5)
-    batch = make_batch("llava", [sample], "none")
-    for name, method in METHODS.items():
-        decision = oracle.decide(sample, method, list(REGIONS[1]), layouts_of(sample))
-        with patched(model, method, list(REGIONS[1])) as stats:
-            logits = model(**batch.inputs).logits[0, -1]
-        assert [k.tolist() for k in stats.kept] == [decision.kept_original(i) for i in range(2)], name
-        wanted = oracle.forward(sample, decision)[0][-1]
-        torch.testing.assert_close(logits, wanted, atol=ATOL, rtol=0)
-
-
-@matrix("attention,padding", [("sdpa", "right"), ("eager", "left"), ("flash_attention_2", "left")])
-@methods_
-@families
-def test_image_counts_may_differ(family, attention, name, padding, get_model, get_oracle):
-    """No image, two images, one image in one batch."""
-    model, oracle = get_model(family, attention), get_oracle(family)
-    grid = (8, 8) if family == "llava" else (5, 7)
-    samples = [
-        make_sample(family, [23], seed=7),
-        make_sample(family, [2, grid, 1, grid, 9], seed=8),
-        make_sample(family, [grid, 6], seed=9),
-    ]
-    batch = make_batch(family, samples, padding)
-    regions = [[], list(REGIONS[0]), [REGIONS[1][1]]]
-    method = METHODS[name]
-    with patched(model, method, [r for rs in regions for r in rs]) as stats:
-        logits = model(**batch.inputs).logits
-    kept = iter(stats.kept)
-    for row, sample in enumerate(samples):
-        if sample.grids:
-            decision = oracle.decide(sample, method, regions[row], layouts_of(sample))
-        else:
-            decision = oracle.keep_all(sample)
-        for image in range(len(sample.grids)):
-            assert next(kept).tolist() == decision.kept_original(image)
-        wanted = oracle.forward(sample, decision)[0][-1]
-        last = batch.offsets[row] + len(sample.ids) - 1
-        torch.testing.assert_close(logits[row, last], wanted, atol=ATOL, rtol=0)
-
-
-@methods_
-@families
-def test_prompt_that_ends_with_the_image(family, name, get_model, get_oracle):
-    """The row that predicts the next token must not be a token that may leave: dropping refuses it.
-
-    Qwen closes an image with a marker, which is text; pooling drops nothing.
-    """
-    model, oracle = get_model(family, "sdpa"), get_oracle(family)
-    sample = make_sample(family, [6, (8, 8) if family == "llava" else (5, 7)], seed=3)
-    batch, other = make_batch(family, [sample], "none"), standard_batch(family, "single", 1)
-    method, regions = METHODS[name], [REGIONS[0][0]]
-    if family == "llava" and name != "plc":
-        before = snapshot(model)
-        with patched(model, method, regions):
-            with pytest.raises(ValueError, match="text must follow the last image of a prompt"):
-                model(**batch.inputs)
-            after = model(**other.inputs).logits
-        assert_unchanged(before, model)
-        (expect,) = expected(get_oracle, other, name)
-        assert_logits(after, other, [expect], kept=False)
-        return
-    decision = oracle.decide(sample, method, regions, layouts_of(sample))
-    with patched(model, method, regions) as stats:
-        out = greedy(model, batch, max_new_tokens=2)
-    assert stats.kept[0].tolist() == decision.kept_original(0)
-    assert_steps(out, batch, [oracle.greedy(sample, decision, 2)])

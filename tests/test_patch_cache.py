@@ -18,18 +18,18 @@ from contract import (
     patched,
     regions_of,
 )
-from crop.methods import InnerLLMPruning
 from tiny_models import (
     ATTENTIONS,
     FAMILIES,
     IMAGE,
     LLAVA_GRID,
-    make_batch,
     make_sample,
     standard_batch,
     text_tokens,
 )
 from transformers import DynamicCache
+
+from crop.methods import InnerLLMPruning
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
@@ -43,14 +43,22 @@ def continue_text(model, sequences, batch, cache, question=QUESTION, **more):
     """Next turn on the same cache: the full ids, no pixels."""
     extra = torch.tensor([question] * sequences.shape[0])
     ids = torch.cat([sequences, extra], 1)
-    mask = torch.cat([batch.inputs["attention_mask"],
-                      torch.ones(len(ids), ids.shape[1] - batch.inputs["attention_mask"].shape[1],
-                                 dtype=torch.long)], 1)  # fmt: skip
+    mask = torch.cat(
+        [
+            batch.inputs["attention_mask"],
+            torch.ones(len(ids), ids.shape[1] - batch.inputs["attention_mask"].shape[1], dtype=torch.long),
+        ],
+        1,
+    )
     inputs = {"input_ids": ids, "attention_mask": mask, **more}
     return model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=3, do_sample=False, output_logits=True,
+        **inputs,
+        past_key_values=cache,
+        max_new_tokens=3,
+        do_sample=False,
+        output_logits=True,
         return_dict_in_generate=True,
-    )  # fmt: skip
+    )
 
 
 def chunk_positions(oracle, samples, size):
@@ -96,14 +104,42 @@ def test_second_question(family, attention, name, second_block, get_model, get_o
     samples = [e.sample.extended(e.steps.tokens + QUESTION) for e in wanted]
     decisions = [e.decision for e in wanted]
     assert_turn(out, first.sequences.shape[1] + len(QUESTION), oracle, samples, decisions)
-    samples = [
-        sample.extended(out.sequences[row, -3:].tolist() + QUESTION[:2])
-        for row, sample in enumerate(samples)
-    ]
+    samples = [sample.extended(out.sequences[row, -3:].tolist() + QUESTION[:2]) for row, sample in enumerate(samples)]
     assert_turn(third, out.sequences.shape[1] + 2, oracle, samples, decisions)
     # after turn 1 one token is not in the cache; 6 + 3 and 2 + 3 more follow, one short again
     assert cache_lengths(third.past_key_values) == [n + 14 for n in lengths]
     assert third.past_key_values.get_seq_length() == third.sequences.shape[1] - 1
+
+
+@pytest.mark.parametrize("attention,padding", [("sdpa", "left"), ("eager", "right"), ("flash_attention_2", "left")])
+@methods_
+@families
+def test_pads_in_the_middle(family, attention, padding, name, get_model, get_oracle):
+    """The samples' second questions differ in length: padding comes to lie behind a pruned prompt."""
+    model, oracle = get_model(family, attention), get_oracle(family)
+    batch = standard_batch(family, padding, 1)
+    wanted = expected(get_oracle, batch, name)
+    questions = [text_tokens(3, 51), text_tokens(6, 52)]
+    samples = [sample.extended(question) for sample, question in zip(batch.samples, questions, strict=True)]
+    ids, mask = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
+    positions = torch.zeros((3, 2, 6) if family == "qwen2_5_vl" else (2, 6), dtype=torch.long)
+    for row, question in enumerate(questions):
+        ids[row, -len(question) :] = torch.tensor(question)
+        mask[row, -len(question) :] = 1
+        positions[..., row, -len(question) :] = oracle.positions(samples[row])[..., -len(question) :]
+    start = torch.tensor(batch.offsets)[:, None] if family == "llava" else 0  # its forward counts the padding
+    with patched(model, METHODS[name], regions_of(batch)):
+        cache = model(**batch.inputs).past_key_values
+        logits = model(
+            input_ids=ids,
+            attention_mask=torch.cat([batch.inputs["attention_mask"], mask], 1),
+            position_ids=positions + start,
+            past_key_values=cache,
+        ).logits
+    for row, expect in enumerate(wanted):
+        count = len(questions[row])
+        reference = oracle.forward(samples[row], expect.decision)[0][-count:]
+        torch.testing.assert_close(logits[row, -count:], reference, atol=ATOL, rtol=0)
 
 
 @methods_
@@ -122,18 +158,18 @@ def test_chunk_by_forward(family, attention, name, get_model, get_oracle):
             added = text_tokens(size, size)
             samples = [sample.extended(added) for sample in samples]
             logits = model(
-                input_ids=torch.tensor([added] * len(mask)), attention_mask=mask,
-                past_key_values=cache, **chunk_positions(oracle, samples, size),
-            ).logits  # fmt: skip
+                input_ids=torch.tensor([added] * len(mask)),
+                attention_mask=mask,
+                past_key_values=cache,
+                **chunk_positions(oracle, samples, size),
+            ).logits
             assert logits.shape[1] == size
     for row, expect in enumerate(wanted):
         reference = oracle.forward(samples[row], expect.decision)[0][-3:]
         torch.testing.assert_close(logits[row], reference, atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "attention,second_block", [("sdpa", False), ("eager", True), ("flash_attention_2", True)]
-)
+@pytest.mark.parametrize("attention,second_block", [("sdpa", False), ("eager", True), ("flash_attention_2", True)])
 @methods_
 def test_second_image(attention, name, second_block, get_model, get_oracle):
     """LLaVA: the second turn brings a new image into the pruned cache."""
@@ -147,10 +183,15 @@ def test_second_image(attention, name, second_block, get_model, get_oracle):
     def second(first):
         ids = torch.cat([first.sequences, torch.tensor([turn.ids])], 1)
         out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=turn.pixels[0],
-            past_key_values=first.past_key_values, max_new_tokens=3, do_sample=False,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=turn.pixels[0],
+            past_key_values=first.past_key_values,
+            max_new_tokens=3,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         return ids.shape[1], out
 
     with patched(model, method, [regions[0]]) as stats:
@@ -163,8 +204,7 @@ def test_second_image(attention, name, second_block, get_model, get_oracle):
 
     sample = batch.samples[0].extended(expect.steps.tokens).joined(turn)
     chunk = (len(batch.samples[0].ids) + 4, len(sample.ids))  # one generated token is not cached yet
-    decision = oracle.decide(sample, method, [regions[1]], layouts_of(turn), chunk=chunk,
-                             previous=expect.decision)  # fmt: skip
+    decision = oracle.decide(sample, method, [regions[1]], layouts_of(turn), chunk=chunk, previous=expect.decision)
     assert not decision.near_tie
     assert stats.kept[-1].tolist() == decision.kept_original(1)
     assert_turn(out, prompt, oracle, [sample], [decision])
@@ -179,12 +219,9 @@ def test_image_after_a_text_turn(attention, name, get_model, get_oracle):
     turn = make_sample("llava", [2, LLAVA_GRID, 5], seed=22)
     with patched(model, METHODS[name], [REGIONS[0][0]]) as stats:
         cache = model(torch.tensor([text.ids])).past_key_values
-        logits = model(
-            torch.tensor([turn.ids]), pixel_values=turn.pixels[0], past_key_values=cache
-        ).logits
+        logits = model(torch.tensor([turn.ids]), pixel_values=turn.pixels[0], past_key_values=cache).logits
     sample = text.joined(turn)
-    decision = oracle.decide(sample, METHODS[name], [REGIONS[0][0]], layouts_of(turn),
-                             chunk=(9, len(sample.ids)))  # fmt: skip
+    decision = oracle.decide(sample, METHODS[name], [REGIONS[0][0]], layouts_of(turn), chunk=(9, len(sample.ids)))
     assert stats.kept[0].tolist() == decision.kept_original(0)
     reference = oracle.forward(sample, decision)[0][-5:]
     torch.testing.assert_close(logits[0, -5:], reference, atol=ATOL, rtol=0)
@@ -216,6 +253,54 @@ def test_copied_cache(family, padding, name, get_model, get_oracle):
 
 @methods_
 @families
+def test_repeated_cache(family, name, get_model, get_oracle):
+    """One prefix answers several questions at once: the cache's own batch operations carry the pruning along."""
+    model, oracle = get_model(family, "sdpa"), get_oracle(family)
+    batch = standard_batch(family, "left", 1)
+    wanted = expected(get_oracle, batch, name)
+    question = text_tokens(5, 43)
+    with patched(model, METHODS[name], regions_of(batch)):
+        cache = model(**batch.inputs).past_key_values
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0, 1]))  # second sample, first, first
+        order = [1, 0, 0]
+        samples = [batch.samples[row].extended(question) for row in order]
+        mask = torch.cat([batch.inputs["attention_mask"][order], torch.ones(3, 5).long()], 1)
+        if family == "qwen2_5_vl":
+            model.model.rope_deltas = None
+        logits = model(
+            input_ids=torch.tensor([question] * 3),
+            attention_mask=mask,
+            past_key_values=cache,
+            **chunk_positions(oracle, samples, 5),
+        ).logits[:, -1]
+    for row, sample in enumerate(samples):
+        reference = oracle.forward(sample, wanted[order[row]].decision)[0][-1]
+        torch.testing.assert_close(logits[row], reference, atol=ATOL, rtol=0)
+
+
+@methods_
+@families
+def test_another_method_for_the_second_question(family, name, get_model, get_oracle):
+    """A pruned cache goes on under no method or a pooling one; another cut is refused."""
+    model, oracle = get_model(family, "sdpa"), get_oracle(family)
+    batch = standard_batch(family, "single", 1)
+    (expect,) = expected(get_oracle, batch, name)
+    for method in (None, METHODS["plc"]):
+        with patched(model, METHODS[name], regions_of(batch)):
+            first = greedy(model, batch)
+        with patched(model, method):
+            out = continue_text(model, first.sequences, batch, first.past_key_values)
+        sample = expect.sample.extended(expect.steps.tokens + QUESTION)
+        assert_turn(out, first.sequences.shape[1] + len(QUESTION), oracle, [sample], [expect.decision])
+    if METHODS[name].layer is not None:
+        other = InnerLLMPruning(keep=0.5, layer=METHODS[name].layer + 1)
+        with patched(model, other), pytest.raises(ValueError, match="layer must be .* pruned before, got"):
+            continue_text(model, out.sequences, batch, out.past_key_values)
+
+
+@methods_
+@families
 def test_own_cache_object(family, name, get_model, get_oracle):
     """An empty cache passed in by the caller is filled like the model's own."""
     model = get_model(family, "sdpa")
@@ -242,85 +327,10 @@ def test_a_placeholder_among_the_answers(family, attention, name, get_model, get
         for chunk in ([IMAGE], [5, IMAGE, 7]):
             sample = sample.extended(chunk)
             logits = model(
-                input_ids=torch.tensor([chunk]), attention_mask=torch.ones(1, len(sample.ids)).long(),
-                past_key_values=cache, **chunk_positions(oracle, [sample], len(chunk)),
-            ).logits[0, -1]  # fmt: skip
+                input_ids=torch.tensor([chunk]),
+                attention_mask=torch.ones(1, len(sample.ids)).long(),
+                past_key_values=cache,
+                **chunk_positions(oracle, [sample], len(chunk)),
+            ).logits[0, -1]
             reference = oracle.forward(sample, expect.decision)[0][-1]
             torch.testing.assert_close(logits, reference, atol=ATOL, rtol=0)
-
-
-def search(model, batch, **more):
-    return model.generate(
-        **batch.inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True,
-        output_scores=True, **more,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("padding", ["single", "left"])
-@families
-def test_beams_of_a_patch_that_keeps_all(family, padding, get_model):
-    model = get_model(family, "sdpa")
-    batch = standard_batch(family, padding, 1)
-    plain = search(model, batch, num_beams=2)
-    with patched(model, InnerLLMPruning(keep=1.0), regions_of(batch)):
-        out = search(model, batch, num_beams=2)
-    assert torch.equal(out.sequences, plain.sequences)
-    assert torch.equal(out.sequences_scores, plain.sequences_scores)
-
-
-@pytest.mark.parametrize("name", ["plc", "ilp_strict"])
-@pytest.mark.parametrize("padding", ["single", "left"])
-@families
-def test_beams(family, padding, name, get_model):
-    """Reordering a pruned cache gives what no cache gives (these decide alike at every step)."""
-    model = get_model(family, "sdpa")
-    batch = standard_batch(family, padding, 1)
-    regions = [region for region in regions_of(batch) for _ in range(3)]
-    with patched(model, METHODS[name], regions):
-        cached = search(model, batch, num_beams=3)
-        fresh = search(model, batch, num_beams=3, use_cache=False)
-    assert torch.equal(cached.sequences, fresh.sequences)
-    torch.testing.assert_close(cached.sequences_scores, fresh.sequences_scores, atol=ATOL, rtol=0)
-
-
-@methods_
-@pytest.mark.parametrize("padding", ["single", "left"])
-@families
-def test_beams_contain_the_oracles_scores(family, padding, name, get_model, get_oracle):
-    """The score of each returned beam, recomputed by the oracle along its tokens."""
-    model, oracle = get_model(family, "sdpa"), get_oracle(family)
-    batch = standard_batch(family, padding, 1)
-    wanted = expected(get_oracle, batch, name)
-    prompt = batch.inputs["input_ids"].shape[1]
-    with patched(model, METHODS[name], regions_of(batch)):
-        out = search(model, batch, num_beams=3, num_return_sequences=2)
-    for row, score in enumerate(out.sequences_scores.tolist()):
-        expect, total = wanted[row // 2], 0.0
-        tokens = out.sequences[row, prompt:].tolist()
-        for number, token in enumerate(tokens):
-            sample = expect.sample.extended(tokens[:number])
-            total += float(oracle.forward(sample, expect.decision)[0][-1].log_softmax(-1)[token])
-        assert abs(total / len(tokens) - score) < ATOL  # length penalty 1
-
-
-@pytest.mark.parametrize("name", ["ilp_budget", "compose"])
-@families
-def test_several_draws(family, name, get_model, get_oracle):
-    """num_return_sequences repeats the samples, and the regions with them."""
-    model = get_model(family, "sdpa")
-    batch = standard_batch(family, "left", 1)
-    wanted = expected(get_oracle, batch, name)
-    draws = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        with patched(model, METHODS[name], regions_of(batch)) as stats:
-            draws.append(
-                model.generate(**batch.inputs, do_sample=True, top_k=10, max_new_tokens=4,
-                               num_return_sequences=2, output_logits=True,
-                               return_dict_in_generate=True)
-            )  # fmt: skip
-    assert torch.equal(draws[0].sequences, draws[1].sequences)
-    for row in range(4):  # the first step sees the prompt only
-        first = wanted[row // 2]
-        torch.testing.assert_close(draws[0].logits[0][row], first.steps.logits[0], atol=ATOL, rtol=0)
-        assert stats.kept[row].tolist() == first.decision.kept_original(0)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 
-import crop
 import pytest
 import torch
 from contract import METHODS, assert_unchanged, greedy, patched, regions_of, snapshot
-from crop.patch import patch
 from tiny_models import FAMILIES, standard_batch
+
+import crop
+from crop.patch import patch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 

@@ -265,7 +265,7 @@ def standard_batch(family: str, padding: str, images: int) -> Batch:
         grids = [(LLAVA_GRID,) * images, (LLAVA_GRID,) * images]
     else:  # non-square, and different from sample to sample
         grids = [((6, 8), (4, 6))[:images], ((4, 10), (7, 5))[:images]]
-    before, after = [5, 3], [9, 7]
+    before, after = [5, 3], [22, 6]  # much padding, so that scores which see it go wrong
     samples = []
     for row in range(2):
         pieces: list[int | tuple[int, int]] = [before[row]]

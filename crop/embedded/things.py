@@ -132,7 +132,7 @@ def build_signs(rng: random.Random, hardness: float) -> tuple[Thing, ...]:
 def build_receipt(rng: random.Random, hardness: float) -> tuple[Thing, ...]:
     rows = rng.randint(3 if hardness > 0.5 else 2, round(3 + 2 * hardness))
     while True:
-        prices = [rng.choice((rng.randint(1, 9), rng.randint(10, 39))) for _ in range(rows)]
+        prices = [rng.choice((rng.randint(1, 9), rng.randint(10, 79))) for _ in range(rows)]
         if sum(prices) <= 99:
             break
     width, x, y = 11, rng.randint(0, GRID - 11), rng.randint(0, GRID - rows - 5)

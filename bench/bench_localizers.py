@@ -1,0 +1,133 @@
+"""How well a localizer finds the region: coverage, tightness, time - and what the model then answers.
+
+    python bench/bench_localizers.py --scenes 200
+    python bench/bench_localizers.py --scenes 200 --first 10500000 --layer 3      # development seeds
+
+Controls: the true region (oracle), the whole image, a box in the centre and a random box, the last two of the size and shape
+of the oracle's bounds. Settings of the localizer were chosen on seeds from 10 500 000 on; the default seeds are others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean, median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import crop
+from crop.ask import EMBEDDED, Answer, Asker, load
+from crop.embedded import scenes
+from crop.localizers import BoxLocalizer, Localizer
+from crop.methods import by_name
+from crop.region import Region, VisionLayout
+
+GRID = VisionLayout.grid(scenes.GRID, scenes.GRID)
+COLUMNS = ("localizer", "covered", "all of it", "area", "IoU", "whole", "answers", "localizer ms", "total ms")
+
+
+@dataclass
+class Row:
+    """Sums of one localizer over the questions."""
+
+    covered: list[float] = field(default_factory=list)
+    area: list[float] = field(default_factory=list)
+    iou: list[float] = field(default_factory=list)
+    whole: list[bool] = field(default_factory=list)
+    right: list[bool] = field(default_factory=list)
+    localizer: list[float] = field(default_factory=list)
+    total: list[float] = field(default_factory=list)
+
+    def add(self, answer: Answer, question: scenes.Question) -> None:
+        inside, wanted = GRID.inside(answer.region), GRID.inside(question.region)
+        both = (inside & wanted).sum().item()
+        self.covered.append(both / wanted.sum().item())
+        self.area.append(inside.sum().item() / len(GRID))
+        self.iou.append(both / (inside | wanted).sum().item())
+        self.whole.append(answer.region.is_whole)
+        self.right.append(answer.text == question.answer)
+        self.localizer.append(1000 * answer.seconds["localizer"])
+        self.total.append(1000 * answer.seconds["total"])
+
+    def cells(self) -> list[str]:
+        complete = [value > 0.999 for value in self.covered]
+        shares = map(mean, (self.covered, complete, self.area, self.iou, self.whole, self.right))
+        return [*(f"{share:.3f}" for share in shares), *(f"{median(t):.1f}" for t in (self.localizer, self.total))]
+
+
+def moved(true: Region, rng: random.Random | None) -> Region:
+    """A box of the size of the region's bounds: in the centre, or anywhere."""
+    low_x, low_y = (min(box[axis] for box in true.boxes) for axis in (0, 1))
+    width, height = (max(box[axis + 2] for box in true.boxes) - low for axis, low in enumerate((low_x, low_y)))
+    x = rng.uniform(0, 1 - width) if rng else (1 - width) / 2
+    y = rng.uniform(0, 1 - height) if rng else (1 - height) / 2
+    return Region.box(x, y, x + width, y + height)
+
+
+def localizers(asker: Asker, layer: int | None) -> dict[str, Callable[[scenes.Question, random.Random], Localizer]]:
+    """What is compared: question and random numbers -> localizer."""
+    attention = (asker if layer is None else replace(asker, layer=layer)).localizer("attention")
+    return {
+        "unpruned": lambda question, rng: BoxLocalizer(Region.whole()),
+        "attention": lambda question, rng: attention,
+        "oracle": lambda question, rng: BoxLocalizer(question.region),
+        "whole": lambda question, rng: BoxLocalizer(Region.whole()),
+        "centre": lambda question, rng: BoxLocalizer(moved(question.region, None)),
+        "random": lambda question, rng: BoxLocalizer(moved(question.region, rng)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=100)
+    parser.add_argument("--questions", type=int, default=2, help="per scene")
+    parser.add_argument("--first", type=int, default=10_800_000, help="first seed")
+    parser.add_argument("--layer", type=int, help="where the attention is read (default: that of the command line)")
+    parser.add_argument("--method", choices=("crop", "plc", "ilp"), default="ilp")
+    parser.add_argument("--keep", type=float, default=0.11)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    asker = load(EMBEDDED, "cpu", "auto")
+    method = by_name(options.method, options.keep)
+    compared = localizers(asker, options.layer)
+    rows: dict[str, Row] = defaultdict(Row)
+    kinds: dict[str, Row] = defaultdict(Row)
+    for seed in tqdm(range(options.first, options.first + options.scenes), "scenes", disable=None):
+        scene, rng = scenes.scene(seed), random.Random(seed)
+        local = [question for question in scene.questions if question.local]
+        for question in rng.sample(local, min(options.questions, len(local))):
+            for name, make in compared.items():
+                answer = asker.ask(
+                    scene.image,
+                    question.text,
+                    method=None if name == "unpruned" else method,
+                    localizer=make(question, rng),
+                    max_new_tokens=5,
+                )
+                for row in (rows[name], *([kinds[question.kind]] if name == "attention" else [])):
+                    row.add(answer, question)
+    print(f"# {platform.processor() or platform.machine()}, {options.threads} thread(s), torch {torch.__version__}, "
+          f"transformers {transformers.__version__}, crop {crop.__version__}")  # fmt: skip
+    print(f"# seeds {options.first}..{options.first + options.scenes - 1}, {len(rows['oracle'].area)} local questions, "
+          f"method {options.method}, keep {options.keep}; ms: medians; the vision tower runs once")  # fmt: skip
+    table = [list(COLUMNS)] + [[name, *row.cells()] for name, row in rows.items()]
+    table += [["attention by kind:", *[""] * (len(COLUMNS) - 1)]]
+    table += [[f"  {name} (n={len(row.area)})", *row.cells()] for name, row in sorted(kinds.items())]
+    width = max(len(line[0]) for line in table)
+    for line in table:
+        print(line[0].ljust(width) + "".join(cell.rjust(13) for cell in line[1:]))
+
+
+if __name__ == "__main__":
+    main()

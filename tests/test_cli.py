@@ -1,0 +1,225 @@
+"""The command line, in this process."""
+
+from __future__ import annotations
+
+import functools
+import json
+import runpy
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import crop
+import crop.ask
+from crop import cli
+from crop.ask import STAGES
+from crop.embedded import scenes
+from crop.region import Region
+
+pytestmark = pytest.mark.usefixtures("one_thread", "loaded_once")
+SCENE = scenes.scene(10_000_005, picture="shapes")
+QUESTION = next(question for question in SCENE.questions if question.kind in ("digit", "word"))
+
+
+@pytest.fixture(scope="module")
+def loaded_once():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(crop.ask, "load", functools.cache(crop.ask.load))
+        yield
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("pictures") / "scene.png"
+    SCENE.image.save(path)
+    return str(path)
+
+
+def run(capsys, *words: str) -> tuple[str, str]:
+    assert cli.main(list(words)) == 0
+    return capsys.readouterr()
+
+
+def box(region: Region) -> str:
+    return ",".join(str(value) for value in region.boxes[0])
+
+
+def shape(value):
+    """A JSON value with every leaf replaced by its type."""
+    if isinstance(value, dict):
+        return {key: shape(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [shape(part) for part in value[:1]]
+    return type(value).__name__
+
+
+TOKENS = dict(before="int", after_plc="int", after_ilp="int", layer_average="float")
+SECONDS = dict.fromkeys(STAGES, "float")
+SCHEMA = {
+    "question": "str", "answer": "str", "model": "str", "device": "str", "dtype": "str", "method": "str",
+    "keep": "float", "localizer": "str", "region": {"boxes": [["float"]], "confidence": "float", "area": "float"},
+    "tokens": TOKENS, "seconds": SECONDS, "overlay": "str",
+    "compare": {"answer": "str", "tokens": TOKENS, "seconds": SECONDS, "speedup": "float"},
+}  # fmt: skip
+
+
+def test_json_schema_counts_and_times(capsys, image, tmp_path):
+    out = tmp_path / "seen.png"
+    words = ["ask", image, QUESTION.text, "--json", "--compare", "--overlay", str(out), "--keep", "0.2"]
+    found = json.loads(run(capsys, *words)[0])
+    assert shape(found) == SCHEMA
+    assert found["localizer"] == "attention" and found["device"] == "cpu" and found["dtype"] == "float32"
+    tokens = found["tokens"]
+    assert tokens["before"] == 256 and tokens["after_ilp"] == round(0.2 * 256)
+    assert tokens["after_ilp"] <= tokens["after_plc"] < 256
+    assert found["compare"]["tokens"]["after_ilp"] == 256
+    seconds = found["seconds"]
+    assert sum(seconds[stage] for stage in STAGES[:-1]) == pytest.approx(seconds["total"])
+    assert seconds["localizer"] > 0 and seconds["decode"] > 0 and found["compare"]["seconds"]["prefill"] > 0
+    assert Image.open(out).width == 448
+
+
+@pytest.mark.parametrize("method, after_plc, after_ilp", [("plc", 64, 64), ("ilp", 256, 64), ("none", 256, 256)])
+def test_methods(capsys, image, method, after_plc, after_ilp):
+    words = ["ask", image, QUESTION.text, "--json", "--method", method, "--keep", "0.25"]
+    found = json.loads(run(capsys, *words, "--region", box(QUESTION.region))[0])
+    assert (found["tokens"]["after_plc"], found["tokens"]["after_ilp"]) == (after_plc, after_ilp)
+    assert found["localizer"] == "box" and found["overlay"] is None and found["compare"] is None
+
+
+def test_given_regions(capsys, image):
+    two = ["--region", "0.1,0.2,0.3,0.4", "--region", "0.5,0.5,1.2,0.9"]
+    found = json.loads(run(capsys, "ask", image, QUESTION.text, "--json", *two)[0])
+    assert found["region"]["boxes"] == [[0.1, 0.2, 0.3, 0.4], [0.5, 0.5, 1.0, 0.9]]
+    assert found["region"]["confidence"] == 1.0
+    whole = json.loads(run(capsys, "ask", image, "hi", "--json", "--localizer", "whole")[0])
+    assert whole["region"]["boxes"] == [[0.0, 0.0, 1.0, 1.0]]
+
+
+def test_settings_of_the_attention_localizer(capsys, image):
+    words = ["ask", image, QUESTION.text, "--json"]
+    found = json.loads(run(capsys, *words, "--min-confidence", "0.1", "--layer", "3")[0])["region"]
+    assert found["area"] < 0.5
+    found = json.loads(run(capsys, *words, "--min-confidence", "0.999")[0])["region"]
+    assert found["area"] == 1.0 and 0 < found["confidence"] < 0.999
+
+
+def test_the_region_decides_the_answer(capsys, image):
+    """The model reads the label where the region is, and cannot where it is not."""
+    words = ["ask", image, QUESTION.text, "--json", "--method", "ilp"]
+    found = json.loads(run(capsys, *words, "--region", box(QUESTION.region))[0])
+    assert found["answer"] == QUESTION.answer
+
+
+def test_text_output(capsys, image):
+    out, _ = run(capsys, "ask", image, QUESTION.text, "--compare", "--region", box(QUESTION.region))
+    for part in (QUESTION.answer, "unpruned", "confidence 1.00", "28 after ILP", "layer average", *STAGES):
+        assert part in out
+    assert "localizer included" in out
+
+
+def test_rotated_photos_are_turned_upright(capsys, tmp_path):
+    from PIL.Image import Exif
+
+    exif = Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.jpg"
+    Image.new("RGB", (40, 20), "red").save(path, exif=exif)
+    out = tmp_path / "seen.png"
+    run(capsys, "ask", str(path), "hi", "--json", "--localizer", "whole", "--method", "none", "--overlay", str(out))
+    seen = Image.open(out)
+    assert seen.height > 448  # the longer side and the legend
+
+
+ERRORS = {
+    "missing file": (["ask", "{tmp}/no.png", "hi"], "must be an existing file"),
+    "folder": (["ask", "{tmp}", "hi"], "cannot be read"),
+    "no picture": (["ask", __file__, "hi"], "must be a picture"),
+    "three numbers": (["ask", "{image}", "hi", "--region", "0,0,1"], "four numbers X0,Y0,X1,Y1, got '0,0,1'"),
+    "words": (["ask", "{image}", "hi", "--region", "a,b,c,d"], "four numbers"),
+    "inverted box": (["ask", "{image}", "hi", "--region", "0.5,0,0.2,1"], "x0 < x1"),
+    "NaN box": (["ask", "{image}", "hi", "--region", "nan,0,1,1"], "finite"),
+    "box outside": (["ask", "{image}", "hi", "--region", "2,2,3,3"], "must overlap the image"),
+    "region and localizer": (
+        ["ask", "{image}", "hi", "--region", "0,0,1,1", "--localizer", "attention"], "without --localizer attention"),
+    "layer and box": (["ask", "{image}", "hi", "--region", "0,0,1,1", "--layer", "1"], "with --localizer attention"),
+    "layer too deep": (["ask", "{image}", "hi", "--layer", "8"], "layer must be in [0, num_layers=8), got 8"),
+    "box without region": (["ask", "{image}", "hi", "--localizer", "box"], "must come with --region"),
+    "keep of zero": (["ask", "{image}", "hi", "--keep", "0"], "above 0 and at most 1, got 0"),
+    "keep above one": (["ask", "{image}", "hi", "--keep", "1.5"], "above 0 and at most 1, got 1.5"),
+    "keep of NaN": (["ask", "{image}", "hi", "--keep", "nan"], "above 0 and at most 1, got nan"),
+    "keep of words": (["ask", "{image}", "hi", "--keep", "few"], "above 0 and at most 1, got few"),
+    "no new tokens": (["ask", "{image}", "hi", "--max-new-tokens", "0"], "at least 1, got 0"),
+    "unknown method": (["ask", "{image}", "hi", "--method", "magic"], "invalid choice"),
+    "unknown localizer": (["ask", "{image}", "hi", "--localizer", "oracle"], "invalid choice"),
+    "unknown device": (["ask", "{image}", "hi", "--device", "abacus"], "--device abacus cannot be used"),
+    "no model": (["ask", "{image}", "hi", "--model", "{tmp}/nothing"], "must be an existing folder"),
+    "no model in folder": (["ask", "{image}", "hi", "--model", "{tmp}"], "cannot be loaded"),
+    "unknown family": (["ask", "{image}", "hi", "--model", "{bert}"], "among llava, qwen2_5_vl, got 'bert'"),
+    "overlay folder": (["ask", "{image}", "hi", "--overlay", "{tmp}/no/o.png"], "existing folder"),
+    "overlay ending": (["ask", "{image}", "hi", "--localizer", "whole", "--overlay", "{tmp}/o.what"], "cannot be written"),
+    "demo of none": (["demo", "--count", "0"], "at least 1, got 0"),
+    "demo folder": (["demo", "--out", "{image}"], "File exists"),
+    "no command": ([], "required: COMMAND"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words, message", ERRORS.values(), ids=ERRORS)
+def test_wrong_use_ends_with_one_clear_line(words, message, capsys, image, tmp_path, bert):
+    words = [word.format(tmp=tmp_path, image=image, bert=bert) for word in words]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and out == ""
+    assert "Traceback" not in err and err.startswith("usage: crop")
+    assert message in err.splitlines()[-1] and ": error: " in err.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("bert")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    return str(folder)
+
+
+def test_missing_packages_are_named_with_the_extra(capsys, image, monkeypatch):
+    monkeypatch.setitem(cli.NEEDED, "no_such_module", "no-such-package")
+    for words in (["ask", image, "hi"], ["demo"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == 2
+        assert f'crop {words[0]} needs no-such-package: pip install "crop-vlm[demo]"' in capsys.readouterr().err
+
+
+def test_demo_writes_its_pictures_and_prints_a_table(capsys, tmp_path):
+    out, _ = run(capsys, "demo", "--out", str(tmp_path / "new" / "folder"), "--count", "3", "--seed", "2")
+    names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
+    assert names == ["00-shapes.png", "01-sign.png", "02-receipt.png", "contact_sheet.png"]
+    sheet = Image.open(tmp_path / "new" / "folder" / "contact_sheet.png")
+    assert min(sheet.size) > 600 and np.asarray(sheet).std() > 20
+    for part in ("question", "truth", "unpruned", "pruned", "of 3 right with 28 of 256", "contact_sheet.png"):
+        assert part in " ".join(out.split())
+
+
+def test_info_prints_what_was_built(capsys):
+    out, _ = run(capsys, "info")
+    assert "torch" in out and "native" in out
+
+
+def test_version_and_help_teach(capsys):
+    for words in (["--version"], ["--help"], ["ask", "--help"], ["demo", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert f"crop {crop.__version__}" in out
+    assert out.count("examples:") == 2 and "--region 0.1,0.6,0.9,0.8" in out
+
+
+def test_module_runs_as_a_program(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["crop", "info"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("crop", run_name="__main__")
+    assert ended.value.code == 0 and "torch" in capsys.readouterr().out
