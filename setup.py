@@ -80,7 +80,7 @@ class BuildKernels(build_ext):
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             host = ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            device = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-warn-spills,-Werror", *codes]
+            device = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-warn-spills", *codes]
 
         include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         steps = []  # (object, source, command)
@@ -161,9 +161,9 @@ setup(
     setup_requires=[] if CHOICE == "python" else ["pybind11>=2.12"],
     install_requires=["torch>=2.6", "numpy", "transformers>=5.17"],
     extras_require={
-        "test": ["pytest", "hypothesis"],
-        "demo": ["pillow", "rich", "tqdm", "matplotlib"],
-        "bench": ["rich", "matplotlib", "tqdm"],
+        "test": ["pytest", "hypothesis", "pillow", "rich", "pybind11>=2.12", "setuptools"],
+        "demo": ["pillow", "rich"],
+        "bench": ["pillow", "tqdm"],
         "flash": ["flash-attn"],
     },
     entry_points={"console_scripts": ["crop = crop.cli:main"]},

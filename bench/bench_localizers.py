@@ -33,7 +33,7 @@ from crop.methods import by_name
 from crop.region import Region, VisionLayout
 
 GRID = VisionLayout.grid(scenes.GRID, scenes.GRID)
-COLUMNS = ("localizer", "covered", "all of it", "area", "IoU", "whole", "answers", "localizer ms", "total ms")
+COLUMNS = ("covered", "all of it", "area", "IoU", "whole", "answers", "localizer ms", "total ms")
 
 
 @dataclass
@@ -67,6 +67,8 @@ class Row:
 
 def moved(true: Region, rng: random.Random | None) -> Region:
     """A box of the size of the region's bounds: in the centre, or anywhere."""
+    if true.is_whole:
+        true = Region.box(0.0, 0.0, 0.25, 0.25)
     low_x, low_y = (min(box[axis] for box in true.boxes) for axis in (0, 1))
     width, height = (max(box[axis + 2] for box in true.boxes) - low for axis, low in enumerate((low_x, low_y)))
     x = rng.uniform(0, 1 - width) if rng else (1 - width) / 2
@@ -101,13 +103,15 @@ def main() -> None:
     asker = load(EMBEDDED, "cpu", "auto")
     method = by_name(options.method, options.keep)
     compared = localizers(asker, options.layer)
-    rows: dict[str, Row] = defaultdict(Row)
-    kinds: dict[str, Row] = defaultdict(Row)
+    tables: dict[str, dict[str, Row]] = defaultdict(lambda: defaultdict(Row))
     for seed in tqdm(range(options.first, options.first + options.scenes), "scenes", disable=None):
         scene, rng = scenes.scene(seed), random.Random(seed)
         local = [question for question in scene.questions if question.local]
-        for question in rng.sample(local, min(options.questions, len(local))):
+        whole = [question for question in scene.questions if not question.local]
+        for question in (*rng.sample(local, min(options.questions, len(local))), rng.choice(whole)):
             for name, make in compared.items():
+                if not question.local and name in ("oracle", "centre"):
+                    continue  # the same as "whole"
                 answer = asker.ask(
                     scene.image,
                     question.text,
@@ -115,18 +119,17 @@ def main() -> None:
                     localizer=make(question, rng),
                     max_new_tokens=5,
                 )
-                for row in (rows[name], *([kinds[question.kind]] if name == "attention" else [])):
-                    row.add(answer, question)
+                tables["a part answers" if question.local else "only the whole answers"][name].add(answer, question)
+                if question.local and name == "attention":
+                    tables["attention, by kind"][question.kind].add(answer, question)
     print(f"# {platform.processor() or platform.machine()}, {options.threads} thread(s), torch {torch.__version__}, "
           f"transformers {transformers.__version__}, crop {crop.__version__}")  # fmt: skip
-    print(f"# seeds {options.first}..{options.first + options.scenes - 1}, {len(rows['oracle'].area)} local questions, "
-          f"method {options.method}, keep {options.keep}; ms: medians; the vision tower runs once")  # fmt: skip
-    table = [list(COLUMNS)] + [[name, *row.cells()] for name, row in rows.items()]
-    table += [["attention by kind:", *[""] * (len(COLUMNS) - 1)]]
-    table += [[f"  {name} (n={len(row.area)})", *row.cells()] for name, row in sorted(kinds.items())]
-    width = max(len(line[0]) for line in table)
-    for line in table:
-        print(line[0].ljust(width) + "".join(cell.rjust(13) for cell in line[1:]))
+    print(f"# seeds {options.first}..{options.first + options.scenes - 1}, method {options.method}, keep {options.keep}; "
+          "ms: medians, vision tower included once")  # fmt: skip
+    for title, rows in tables.items():
+        print(title.ljust(28) + "".join(cell.rjust(14) for cell in COLUMNS))
+        for name, row in rows.items():
+            print(f"  {name} (n={len(row.area)})".ljust(28) + "".join(cell.rjust(14) for cell in row.cells()))
 
 
 if __name__ == "__main__":

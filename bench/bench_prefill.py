@@ -1,6 +1,6 @@
 """Prefill of a mid-size random LLaVA: unpatched against ILP, PLC and both, with the theoretical FLOP ratio beside it.
 
-    python -m bench.bench_prefill [--tokens 576 2880] [--rounds 5] [--json out.json]
+    python bench/bench_prefill.py [--tokens 576 2880] [--rounds 5] [--json out.json]
 
 The decoder has about 300 M parameters (24 layers, width 1024, float32 on CPU, bfloat16 on CUDA); the vision tower is a
 stub of two narrow layers, so that the times are the language model's. Every image of 576 tokens (24 x 24) is pruned to
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import header, interleave, save, table
 
 import crop
-from bench.common import header, interleave, save, table
 from crop.tap import tap
 
 LAYERS, WIDTH, HEADS, FFN, TEXT, IMAGE_TOKEN = 24, 1024, 16, 2816, 60, 999
@@ -127,7 +127,7 @@ def measure(model: Any, images: int, rounds: int) -> list[dict[str, Any]]:
             contenders[name] = pruned(name, method)
     stages.clear()
     with torch.no_grad():
-        times = interleave(contenders, rounds=rounds)
+        times = interleave(contenders, rounds=rounds, warmup=1)
     full = times["unpatched"].median
     rows = []
     for name in contenders:

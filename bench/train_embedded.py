@@ -422,7 +422,8 @@ class Trainer:
                 data.add(16, features)
                 state["pictures"] += 16
                 fresh -= 16
-            full = fraction > {"tower": 0.7, "decoder": 0.92, "joint": 0.8}[stage]
+            full = fraction > {"tower": 0.7, "decoder": 0.92, "joint": 0.85}[stage]
+            full = full or (stage == "joint" and data.rng.random() < 0.6)
             losses = self.losses(stage, data.draw(batch), full)
             for p in (p for _, p in named):
                 p.grad = None if p.grad is None else p.grad.zero_()
@@ -464,11 +465,16 @@ class Trainer:
             return tower_features(self.model, patches, None).bfloat16().cpu()
 
     def losses(self, stage: str, items: list[dict[str, Tensor]], full: bool) -> dict[str, Tensor]:
-        """Receipts cover more patches than the rest, so both are run apart while background is dropped."""
+        """Joint: every picture keeps equally many tokens, and that number changes from step to step, else the share of
+        background among them would give away how many things there are. Before that receipts, which cover more
+        patches than the rest, are run apart.
+        """
         receipts = [i for i in items if i["picture"] == 2]
         others = [i for i in items if i["picture"] != 2]
-        counts = {"tower": (118, 74), "decoder": (96, 60), "joint": (112, 80)}[stage]
-        parts = [(items, NUM_PATCHES)] if full else list(zip((receipts, others), counts, strict=True))
+        if full or stage == "joint":
+            parts = [(items, NUM_PATCHES if full else int(torch.randint(96, 200, ())))]
+        else:
+            parts = list(zip((receipts, others), {"tower": (118, 74), "decoder": (96, 60)}[stage], strict=True))
         total: dict[str, Tensor] = collections.defaultdict(float)
         for part, count in parts:
             if part:

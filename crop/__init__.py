@@ -1,6 +1,7 @@
 """crop: region-guided pruning of vision tokens for Hugging Face vision-language models, training-free."""
 
 from .build import build_info
+from .localizers import AttentionLocalizer, BoxLocalizer, Localizer, WholeLocalizer, get_localizer
 from .methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection, by_name
 from .ops import adaptive_pool, attention_mass, compact, region_topk, select, use_backend
 from .patch import patch
@@ -12,8 +13,11 @@ from .stats import PruneStats
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionLocalizer",
+    "BoxLocalizer",
     "Compose",
     "InnerLLMPruning",
+    "Localizer",
     "Method",
     "PoolPlan",
     "PreLLMCompression",
@@ -21,11 +25,13 @@ __all__ = [
     "Region",
     "Selection",
     "VisionLayout",
+    "WholeLocalizer",
     "adaptive_pool",
     "attention_mass",
     "build_info",
     "by_name",
     "compact",
+    "get_localizer",
     "patch",
     "region_topk",
     "select",

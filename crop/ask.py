@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from torch import nn
 
 from crop.localizers import Localizer, encode, get_localizer
 from crop.methods import Method
-from crop.models import ADAPTERS, adapter_for
+from crop.models import ADAPTERS
 from crop.patch import patch
 from crop.plan import PoolPlan
 from crop.region import Region, VisionLayout
-from crop.stats import elapsed, mark
+from crop.share import share_vision
 
 EMBEDDED = "embedded"
-STAGES = ("localizer", "preprocess", "plan", "vision", "prefill", "decode", "other", "total")
+STAGES = ("localizer", "preprocess", "plan", "vision", "prefill", "decode", "total")
 
 
 class UsageError(Exception):
@@ -53,7 +53,7 @@ class Answer:
         tokens: counts.
         layout, plan, kept: for ``visualize.overlay``.
         seconds: time of each stage in ``STAGES``. "vision" is nearly zero where the localizer has run the tower already;
-            "prefill" is the language model's, pooling and scoring included; "other" what generate() does around them.
+            "prefill" is the language model's, pooling and scoring included; "decode" the rest of generate().
     """
 
     text: str
@@ -117,46 +117,28 @@ class Asker:
         Returns:
             Answer.
         """
-        model, device = self.model, self.model.device
-        adapter = adapter_for(model)
-        base, language_model = adapter.base(model), adapter.language_model(model)
-        marks: dict[str, Any] = {}
-
-        def note(name: str) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                marks.setdefault(name, mark(device))
-
-            return hook
-
-        with ExitStack() as stack:
-            stack.enter_context(share_vision(model))
-            started = time.perf_counter()
+        model = self.model
+        with share_vision(model):
+            times = [time.perf_counter()]
             region = localizer(image, question)
-            localized = time.perf_counter()
-            inputs = encode(self.processor, image, question, self.prompt)
-            inputs = inputs.to(device, dtype=model.dtype)
-            encoded = time.perf_counter()
-            for hook in (
-                base.register_forward_pre_hook(note("base")),
-                language_model.register_forward_pre_hook(note("enter")),
-                language_model.register_forward_hook(note("leave")),
-            ):
-                stack.callback(hook.remove)
-            stats = stack.enter_context(patch(model, method, region, processor=self.processor, image_size=image.size))
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            stop = mark(device)
+            times.append(time.perf_counter())
+            inputs = encode(self.processor, image, question, self.prompt).to(model.device, dtype=model.dtype)
+            times.append(time.perf_counter())
+            with patch(model, method, region, processor=self.processor, image_size=image.size) as stats:
+                output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             new = output[0, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
-        ended = time.perf_counter()
+            times.append(time.perf_counter())
+        localized, encoded, generated = (stop - start for start, stop in pairwise(times))
+        spent = stats.seconds
         seconds = {
-            "localizer": localized - started,
-            "preprocess": encoded - localized,
-            "plan": stats.seconds.get("plan", 0.0),
-            "vision": elapsed(marks["base"], marks["enter"]) - stats.seconds.get("plan", 0.0),
-            "prefill": elapsed(marks["enter"], marks["leave"]),
-            "decode": elapsed(marks["leave"], stop),
+            "localizer": localized,
+            "preprocess": encoded,
+            "plan": spent["plan"],
+            "vision": spent["vision"],
+            "prefill": spent["language_model"],
         }
-        seconds["other"] = ended - started - sum(seconds.values())
-        seconds["total"] = ended - started
+        seconds["decode"] = localized + encoded + generated - sum(seconds.values())
+        seconds["total"] = localized + encoded + generated
         return Answer(
             text=self.tidy(self.processor.decode(new, skip_special_tokens=True)),
             region=region,

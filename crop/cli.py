@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crop.localizers import LOCALIZERS, WholeLocalizer
 from crop.methods import by_name
 from crop.region import Region
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from crop.localizers import Localizer
 
 METHODS = ("crop", "plc", "ilp", "none")
-LOCALIZERS = ("attention", "box", "whole")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NEEDED = {"transformers": "transformers", "PIL": "pillow", "rich": "rich"}
 
@@ -225,8 +225,6 @@ def _tuned(asker: Asker, options: argparse.Namespace) -> Asker:
 def _answers(
     options: argparse.Namespace, asker: Asker, image: Image, localizer: Localizer
 ) -> tuple[Answer, Answer | None]:
-    from crop.localizers import WholeLocalizer
-
     method, plain = by_name(options.method, options.keep), None
     length = options.max_new_tokens
     if options.compare:

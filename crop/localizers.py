@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -191,7 +190,6 @@ class AttentionLocalizer:
         except _Stop:
             pass
         finally:
-            vars(base).clear()
             vars(base).update(before)
         return found[0]
 
@@ -277,7 +275,7 @@ def find_region(
     grid, valid = np.zeros((height, width)), np.zeros((height, width), dtype=bool)
     cell = np.empty((height, width, 4))
     grid[row, col], valid[row, col] = values / values.sum(), is_patch
-    cell[row, col] = cell_boxes(layout)
+    cell[row, col] = layout.cells
     smooth = np.where(grid >= 0.5 / valid.sum(), _smooth(grid), 0.0)
     pieces = _components(smooth >= threshold * smooth.max())
     boxes = _merge([_grow(_bounds(piece), dilate, height, width) for piece in pieces], gap)
@@ -335,32 +333,14 @@ def _grow(box: TokenBox, by: int, height: int, width: int) -> TokenBox:
 
 def _merge(boxes: list[TokenBox], gap: int) -> list[TokenBox]:
     """Join boxes that overlap or stand within ``gap`` tokens on shared rows, until none do."""
-    for a, b in combinations(boxes, 2):
-        if a[0] <= b[2] + gap and b[0] <= a[2] + gap and a[1] < b[3] and b[1] < a[3]:
-            common = (*map(min, a[:2], b[:2]), *map(max, a[2:], b[2:]))
-            return _merge([common, *(box for box in boxes if box not in (a, b))], gap)
-    return boxes
-
-
-def cell_boxes(layout: VisionLayout) -> np.ndarray:
-    """Rectangle of the original image that each token stands for.
-
-    Args:
-        layout: N tokens, none pooled.
-    Returns:
-        (N, 4) float64 x0, y0, x1, y1, normalised; neighbours share their border.
-    """
-    center = layout.center.numpy().astype(np.float64)
-    pitch = np.ones_like(center)
-    for view in range(layout.extent[0]):
-        here = (layout.view == view).numpy()
-        for axis, place in enumerate((layout.col, layout.row)):
-            place = place.numpy()[here]
-            if len(place) and place.max() > place.min():
-                span = np.ptp(center[here, axis])
-                pitch[here, axis] = span / (place.max() - place.min())
-    # Rounded, so that borders which should coincide do, whatever float32 made of the centres.
-    return np.concatenate([center - pitch / 2, center + pitch / 2], 1).round(6)
+    merged: list[TokenBox] = []
+    for a in boxes:
+        while near := [b for b in merged if a[0] <= b[2] + gap and b[0] <= a[2] + gap and a[1] < b[3] and b[1] < a[3]]:
+            for b in near:
+                merged.remove(b)
+                a = (*map(min, a[:2], b[:2]), *map(max, a[2:], b[2:]))
+        merged.append(a)
+    return merged
 
 
 def get_localizer(

@@ -69,9 +69,7 @@ class Region:
         return Region(((x0, y0, x1, y1),), confidence)
 
     @staticmethod
-    def from_blocks(
-        xmin: int, ymin: int, xmax: int, ymax: int, grid: int = 8, confidence: float = 1.0
-    ) -> Region:
+    def from_blocks(xmin: int, ymin: int, xmax: int, ymax: int, grid: int = 8, confidence: float = 1.0) -> Region:
         """The rectangle of whole blocks of a ``grid`` x ``grid`` division of the image.
 
         Args:
@@ -86,13 +84,8 @@ class Region:
         """
         blocks = (xmin, ymin, xmax, ymax)
         if not (0 <= xmin <= xmax < grid and 0 <= ymin <= ymax < grid):
-            raise ValueError(
-                f"Region.from_blocks: blocks must satisfy 0 <= min <= max < grid={grid}, "
-                f"got {blocks}"
-            )
-        return Region.box(
-            xmin / grid, ymin / grid, (xmax + 1) / grid, (ymax + 1) / grid, confidence
-        )
+            raise ValueError(f"Region.from_blocks: blocks must satisfy 0 <= min <= max < grid={grid}, got {blocks}")
+        return Region.box(xmin / grid, ymin / grid, (xmax + 1) / grid, (ymax + 1) / grid, confidence)
 
     @staticmethod
     def from_pixels(
@@ -116,9 +109,7 @@ class Region:
             raise ValueError(f"Region.from_pixels: size must be positive, got {tuple(size)}")
         table = np.atleast_2d(np.asarray(boxes, dtype=np.float64))
         if table.ndim != 2 or table.shape[1] != 4:
-            raise ValueError(
-                f"Region.from_pixels: boxes must have shape (4,) or (num_boxes, 4), got {boxes}"
-            )
+            raise ValueError(f"Region.from_pixels: boxes must have shape (4,) or (num_boxes, 4), got {boxes}")
         scaled = table / (width, height, width, height)
         return Region(tuple(tuple(box) for box in scaled.tolist()), confidence)
 
@@ -126,9 +117,7 @@ class Region:
         """Every box grown by ``margin`` (fraction of the image's side) on each side, clipped."""
         if not (math.isfinite(margin) and margin >= 0):
             raise ValueError(f"Region.dilate: margin must be finite and >= 0, got {margin}")
-        grown = tuple(
-            (x0 - margin, y0 - margin, x1 + margin, y1 + margin) for x0, y0, x1, y1 in self.boxes
-        )
+        grown = tuple((x0 - margin, y0 - margin, x1 + margin, y1 + margin) for x0, y0, x1, y1 in self.boxes)
         return replace(self, boxes=grown)
 
     def union(self, other: Region) -> Region:
@@ -142,10 +131,7 @@ class Region:
         return [
             (
                 (right - left) * (bottom - top),
-                any(
-                    b[0] <= left and right <= b[2] and b[1] <= top and bottom <= b[3]
-                    for b in self.boxes
-                ),
+                any(b[0] <= left and right <= b[2] and b[1] <= top and bottom <= b[3] for b in self.boxes),
             )
             for left, right in pairwise(xs)
             for top, bottom in pairwise(ys)
@@ -243,9 +229,7 @@ class VisionLayout:
                     f"got {tuple(array.shape)} on {array.device}"
                 )
         if self.num_original < count:
-            raise ValueError(
-                f"VisionLayout: num_original must be >= N={count}, got {self.num_original}"
-            )
+            raise ValueError(f"VisionLayout: num_original must be >= N={count}, got {self.num_original}")
         if count == 0:
             return
         if (np.diff(self.position.numpy()) <= 0).any():
@@ -321,6 +305,23 @@ class VisionLayout:
     def extent(self) -> tuple[int, int, int]:
         """Numbers of views, rows and columns that hold all tokens."""
         return tuple(int(axis.max(initial=-1)) + 1 for axis in self._index)
+
+    @cached_property
+    def cells(self) -> np.ndarray:
+        """(N, 4) float64 x0, y0, x1, y1: the rectangle of the original image that each token stands for.
+
+        Neighbours share their border. Only for a layout whose tokens are not pooled.
+        """
+        center = self.center.numpy().astype(np.float64)
+        pitch = np.ones_like(center)
+        view, row, col = self._index
+        for number in range(self.extent[0]):
+            here = view == number
+            for axis, place in enumerate((col[here], row[here])):
+                if len(place) and np.ptp(place):
+                    pitch[here, axis] = np.ptp(center[here, axis]) / np.ptp(place)
+        # Rounded, so that borders which should coincide do, whatever float32 made of the centres.
+        return np.concatenate([center - pitch / 2, center + pitch / 2], 1).round(6)
 
     @cached_property
     def _patch(self) -> np.ndarray:
@@ -415,9 +416,7 @@ class VisionLayout:
             ValueError: the plan is for another number of tokens.
         """
         if plan.num_tokens != len(self):
-            raise ValueError(
-                f"VisionLayout.pool: plan.num_tokens must be N={len(self)}, got {plan.num_tokens}"
-            )
+            raise ValueError(f"VisionLayout.pool: plan.num_tokens must be N={len(self)}, got {plan.num_tokens}")
         center = self.center.numpy().astype(np.float64)[plan.members.numpy()]
         mean = np.zeros((plan.num_out, 2))
         if plan.num_out:

@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from crop.localizers import cell_boxes
 from crop.plan import PoolPlan
 from crop.region import PADDING, Region, VisionLayout
 
@@ -177,7 +176,7 @@ def _owners(layout: VisionLayout, size: tuple[int, int]) -> np.ndarray:
     """(height, width) token that each pixel belongs to, -1 where there is none."""
     width, height = size
     owner = np.full((height, width), -1)
-    corners = (cell_boxes(layout) * (width, height, width, height)).round().astype(int).clip(0)
+    corners = (layout.cells * (width, height, width, height)).round().astype(int).clip(0)
     for token in np.flatnonzero((layout.kind != PADDING).numpy()):
         x0, y0, x1, y1 = corners[token]
         owner[y0:y1, x0:x1] = token

@@ -24,10 +24,10 @@ DEV float exp_fast(float x) { return exp2f(__fmul_rn(x, kLog2E)); }
 // How the threads share a tile of 32 keys and kColumns columns: kX threads along columns and kY along keys, each with every
 // kX-th column and every kY-th key; kLaneX of a warp's lanes lie along columns. kChunkBytes of a row are staged at a time.
 struct ManyColumns {
-    static constexpr int kX = 16, kY = 8, kLaneX = 8, kColumns = 64, kChunkBytes = 128, kBlocks = 3;
+    static constexpr int kX = 16, kY = 8, kLaneX = 8, kColumns = 64, kChunkBytes = 128;
 };
 struct FewColumns {  // a warp shares its columns, a lane owns a key: bound by reading K
-    static constexpr int kX = 4, kY = 32, kLaneX = 1, kColumns = 8, kChunkBytes = 256, kBlocks = 4;
+    static constexpr int kX = 4, kY = 32, kLaneX = 1, kColumns = 8, kChunkBytes = 256;
 };
 
 // Rows [first, first + count) of a sample hold all its counted rows, which see keys of [start, stop).
@@ -209,7 +209,7 @@ struct Tile {
 // Bytes read: the block's keys once per 8 or 64 columns (again from cache), the queries of the sample (from L2).
 // Deterministic: one writer per result and a fixed order of every sum.
 template <class T, class Shape>
-GLOBAL(kMassThreads, Shape::kBlocks)
+GLOBAL(kMassThreads, 3)
 mass_kernel(AttentionMassParams p, bool aligned) {
     using Tile = Tile<T, Shape>;
     constexpr int kShareStride = Tile::kColumns + 1;
@@ -302,7 +302,7 @@ DEV Partial merge(Partial a, Partial b) {
 // Bytes read: the split's keys of one head once per 8 or 64 columns (again from cache), the queries of the head.
 // Deterministic: one writer per partial, and an order that depends on the position in the split alone.
 template <class T, class Shape>
-GLOBAL(kMassThreads, Shape::kBlocks)
+GLOBAL(kMassThreads, 3)
 lse_partial_kernel(AttentionMassParams p, bool aligned, Partial* partial, int splits) {
     using Tile = Tile<T, Shape>;
     SHARED(float, keys, [Tile::kKeyFloats]);

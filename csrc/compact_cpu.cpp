@@ -6,6 +6,7 @@ namespace crop::CROP_ISA {
 namespace {
 
 constexpr int64_t kItemBytes = 1 << 16;
+constexpr int64_t kStreamBytes = 4 << 20;  // outputs from here on bypass the caches
 
 // Rows of a fixed small size, for position ids and masks.
 template <int kBytes>
@@ -15,7 +16,31 @@ void copy_small(char* to, const char* from, int64_t stride, const int64_t* index
         else __builtin_memcpy(to, from + index[k] * stride, kBytes);
 }
 
-void copy_rows(char* to, const char* from, int64_t stride, int64_t bytes, const int64_t* index, int64_t count) {
+void copy_cached(char* to, const char* from, int64_t bytes) { __builtin_memcpy(to, from, bytes); }
+
+// Past the caches: the output of a large call would only push out what is still needed.
+#if defined(__AVX2__)
+void copy_streaming(char* to, const char* from, int64_t bytes) {
+    constexpr int64_t kStep = 4 * sizeof(__m256i);
+    int64_t i = 0;
+    for (; i + kStep <= bytes; i += kStep) {
+        _mm_prefetch(from + i + 1024, _MM_HINT_T0);
+        _mm_prefetch(from + i + 1088, _MM_HINT_T0);
+        __m256i v[4];
+        for (int j = 0; j < 4; ++j) v[j] = load<__m256i>(from + i + j * sizeof(__m256i));
+        for (int j = 0; j < 4; ++j) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i) + j, v[j]);
+    }
+    __builtin_memcpy(to + i, from + i, bytes - i);
+    _mm_sfence();
+}
+#else
+void copy_streaming(char* to, const char* from, int64_t bytes) { __builtin_memcpy(to, from, bytes); }
+#endif
+
+void copy_rows(char* to, const char* from, int64_t stride, int64_t bytes, const int64_t* index, int64_t count,
+               bool large) {
+    const bool stream = large && (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(bytes)) % 32 == 0;
+    auto* copy = stream ? copy_streaming : copy_cached;
     switch (bytes) {
         case 1: return copy_small<1>(to, from, stride, index, count);
         case 2: return copy_small<2>(to, from, stride, index, count);
@@ -29,7 +54,7 @@ void copy_rows(char* to, const char* from, int64_t stride, int64_t bytes, const 
         } else {
             if (stride == bytes)
                 while (k + run < count && index[k + run] == index[k] + run) ++run;
-            __builtin_memcpy(to + k * bytes, from + index[k] * stride, run * bytes);
+            copy(to + k * bytes, from + index[k] * stride, run * bytes);
         }
         k += run;
     }
@@ -63,15 +88,15 @@ int compact(const CompactParams& p, int threads) {
         const CompactTensor& c = p.tensors[t];
         const int64_t rows = kItemBytes / c.row_bytes > 1 ? kItemBytes / c.row_bytes : 1;  // of an item
         const int64_t pieces = (p.num_kept + rows - 1) / rows;
+        const int64_t bytes = p.batch * c.outer * p.num_kept * c.row_bytes;
         auto body = [&](int64_t item) {
             const int64_t plane = item / pieces, first = item % pieces * rows;
             const int64_t b = plane / c.outer, outer = plane % c.outer;
             const int64_t count = p.num_kept - first < rows ? p.num_kept - first : rows;
             copy_rows(c.target + (plane * p.num_kept + first) * c.row_bytes,
                       c.source + b * c.batch_stride + outer * c.outer_stride, c.token_stride, c.row_bytes,
-                      p.index + b * p.num_kept + first, count);
+                      p.index + b * p.num_kept + first, count, bytes >= kStreamBytes);
         };
-        const int64_t bytes = p.batch * c.outer * p.num_kept * c.row_bytes;
         parallel_for(useful_threads(threads, bytes, 4 * kItemBytes), p.batch * c.outer * pieces, body);
     }
     return 0;

@@ -54,7 +54,15 @@ class Install:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("CROP_", "CUDA_HOME", "CXX"))}
         env |= {"CXXFLAGS": "-O0", "MAX_JOBS": "2", "PIP_NO_INDEX": "1"} | settings
         # pip of the running interpreter works on the other environment; --python would need a pip that knows it.
-        command = [sys.executable, "-m", "pip", f"--python={self.python}", "install", "--no-deps", "--no-build-isolation"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            f"--python={self.python}",
+            "install",
+            "--no-deps",
+            "--no-build-isolation",
+        ]
         done = subprocess.run([*command, "-v", str(source)], env=env, capture_output=True, text=True)
         self.ok, self.log = done.returncode == 0, done.stdout + done.stderr
 
@@ -101,7 +109,9 @@ def test_compiler_only(source: Path, build_tools: Path, tmp_path: Path) -> None:
     assert "crop: build=cpu" in install.log
     assert "cpu_isas" in install.alone(LOAD + "print(C.build_info())")
     assert install.alone(LOAD + SELECT.format(cuda=False, target=1)) == "0 [1, 2]"
-    assert install.alone(LOAD + SELECT.format(cuda=True, target=0)).startswith("-1 [-7, -7] crop was built without CUDA")
+    assert install.alone(LOAD + SELECT.format(cuda=True, target=0)).startswith(
+        "-1 [-7, -7] crop was built without CUDA"
+    )
     assert install.with_torch(USE) == f"{install.packages}/crop/__init__.py True False [[1, 2]]"
     for name in ("weights", "__init__.py"):
         assert (install.packages / "crop/embedded" / name).exists()
@@ -116,6 +126,7 @@ def test_nvcc(source: Path, build_tools: Path, tmp_path: Path) -> None:
     install = Install(source, build_tools, tmp_path / "v", CROP_CUDA_ARCHS="90", CROP_BUILD="cuda")
     assert install.ok, install.log
     assert "crop: build=cuda" in install.log
+    assert "spilled" not in install.log
     assert install.alone(LOAD + "print(C.has_cuda, C.build_info()['cuda_archs'])") == "True 90 90+PTX"
     assert install.alone(LOAD + SELECT.format(cuda=False, target=1)) == "0 [1, 2]"
     needed = subprocess.run(["ldd", *install.packages.glob("crop/_C.*.so")], capture_output=True, text=True).stdout
@@ -138,7 +149,9 @@ def test_neither(source: Path, build_tools: Path, tmp_path: Path) -> None:
 def test_cuda_without_nvcc(source: Path, build_tools: Path, tmp_path: Path) -> None:
     install = Install(source, build_tools, tmp_path / "v", CUDA_HOME=NOWHERE, CROP_BUILD="cuda", CXX=sys.executable)
     assert not install.ok
-    assert "CROP_BUILD=cuda: no nvcc found. Install the CUDA toolkit, set CUDA_HOME, or unset CROP_BUILD." in install.log
+    assert (
+        "CROP_BUILD=cuda: no nvcc found. Install the CUDA toolkit, set CUDA_HOME, or unset CROP_BUILD." in install.log
+    )
     assert not list(install.packages.glob("crop"))
 
 
@@ -165,7 +178,9 @@ def test_isolated_build_installs_its_requirements() -> None:
 
 def test_only_one_module_imports_the_kernels() -> None:
     users = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("crop/**/*.py") if "crop._C" in path.read_text()]
-    code = [name for name in users if re.search(r"^[^#\n]*(import|find_spec)\S*.*crop\._C", (ROOT / name).read_text(), re.M)]
+    code = [
+        name for name in users if re.search(r"^[^#\n]*(import|find_spec)\S*.*crop\._C", (ROOT / name).read_text(), re.M)
+    ]
     assert code == ["crop/ops/library.py"]
 
 

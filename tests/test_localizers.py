@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from PIL import Image
@@ -188,20 +190,20 @@ def test_padding_takes_no_part():
     assert not inside[layout.kind != 0].any()
 
 
+def test_noise_on_a_large_grid_is_boxed_quickly():
+    layout = VisionLayout.grid(64, 64)
+    score = torch.rand(4096, generator=torch.Generator().manual_seed(0)) ** 20
+    start = time.process_time()
+    assert find_region(layout, score).is_whole
+    assert time.process_time() - start < 1.0
+
+
 def test_layout_of_several_views_is_refused():
     grid = VisionLayout.grid(4, 4)
     two = VisionLayout(grid.position, grid.center, grid.row, grid.col,
                        torch.arange(16, dtype=torch.int32) // 8, grid.kind, 16)  # fmt: skip
     with pytest.raises(ValueError, match="one view, got 2"):
         find_region(two, torch.ones(16))
-
-
-def test_cell_boxes_tile_what_the_processor_shows():
-    cells = torch.from_numpy(localizers.cell_boxes(VisionLayout.grid(2, 4, box=(0.1, 0.0, 0.9, 1.0))))
-    assert torch.allclose(cells[0], torch.tensor([0.1, 0.0, 0.3, 0.5]).double(), atol=1e-6)
-    assert torch.allclose(cells[-1], torch.tensor([0.7, 0.5, 0.9, 1.0]).double(), atol=1e-6)
-    one = localizers.cell_boxes(VisionLayout.grid(1, 2))
-    assert one.tolist() == [[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]]
 
 
 # ------------------------------------------------------------------------------------- the attention
@@ -283,6 +285,12 @@ def test_tap_reads_without_changing_and_nests(get_model):
             assert attention.config is config
             wanted[0] = False
             model(**inputs)
+    with tap(attention, lambda *_: None):  # a call that fails before it attends
+        broken = attention.q_proj.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs)
+        broken.remove()
+        assert attention.config is config
     heads, length = 4, inputs["input_ids"].shape[1]
     assert seen == [(1, heads, length, 8), "outer", "outer"]
     assert attention.config is config and names() == registered

@@ -442,6 +442,12 @@ def test_compact_strides_and_sizes(backend: Backend) -> None:
         for view in (spread(tensor), spread(tensor.bfloat16(), gap=1)):
             assert torch.equal(backend(ops.compact, [view], index)[0], expected.to(view.dtype))
         assert torch.equal(backend(ops.compact, [tensor[:1].expand(2, -1, -1)], index)[0][0], expected[0])
+    large, kept = torch.randn(1, 1300, 1032), torch.arange(0, 1300, 1)[None, 100:]  # 5 MB: streaming stores
+    kept[0, 7] = -1
+    (out,) = backend(ops.compact, [large], kept)
+    assert (
+        torch.equal(out[0, 8:], large[0, 108:]) and not out[0, 7].any() and torch.equal(out[0, :7], large[0, 100:107])
+    )
     assert backend(ops.compact, [torch.randn(2, 9, 0)], index[:, :0])[0].shape == (2, 0, 0)
     assert backend(ops.compact, [torch.randn(2, 0, 3)], torch.full((2, 2), -1))[0].tolist() == [[[0.0] * 3] * 2] * 2
     assert backend(ops.compact, [torch.randn(0, 9, 3)], index[:0, :4])[0].shape == (0, 4, 3)

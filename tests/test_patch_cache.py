@@ -334,3 +334,17 @@ def test_a_placeholder_among_the_answers(family, attention, name, get_model, get
             ).logits[0, -1]
             reference = oracle.forward(sample, expect.decision)[0][-1]
             torch.testing.assert_close(logits, reference, atol=ATOL, rtol=0)
+
+
+@methods_
+@families
+def test_a_pruned_cache_is_not_cut(family, name, get_model):
+    """Shortening by logical positions cannot be right on layers of different lengths."""
+    model = get_model(family, "sdpa")
+    batch = standard_batch(family, "single", 1)
+    with patched(model, METHODS[name], regions_of(batch)):
+        cache = model(**batch.inputs).past_key_values
+    lengths = cache_lengths(cache)
+    with pytest.raises(NotImplementedError, match="cannot be shortened"):
+        cache.crop(-1)
+    assert cache_lengths(cache) == lengths

@@ -141,3 +141,12 @@ def test_no_attention_mask(family, attention, use_cache, padding, name, get_mode
         logits = model(**inputs, use_cache=use_cache).logits
     assert_stats(stats, wanted)
     assert_logits(logits, batch, wanted, kept=name.startswith("ilp"))
+
+
+def test_prompt_that_ends_with_a_whole_image(get_model):
+    """What counts is the text behind the sample's last image, also if only an earlier one is pruned."""
+    model = get_model("llava", "sdpa")
+    batch = make_batch("llava", [make_sample("llava", [4, LLAVA_GRID, 3, LLAVA_GRID], seed=6)], "none")
+    with patched(model, InnerLLMPruning(mode="strict"), [REGIONS[0][0], Region.whole()]):
+        with pytest.raises(ValueError, match="text must follow the last image of a prompt"):
+            model(**batch.inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,16 @@ def pairs(layout: VisionLayout) -> PoolPlan:
     label[1], label[2] = 0, -1
     level = torch.zeros(len(layout), dtype=torch.uint8)
     return PoolPlan.from_labels(label, layout.row, layout.col, level)
+
+
+def test_cells_tile_what_the_processor_shows():
+    cells = VisionLayout.grid(2, 4, box=(0.1, 0.0, 0.9, 1.0)).cells
+    assert cells[0].tolist() == pytest.approx([0.1, 0.0, 0.3, 0.5])
+    assert cells[-1].tolist() == pytest.approx([0.7, 0.5, 0.9, 1.0])
+    assert VisionLayout.grid(1, 2).cells.tolist() == [[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]]
+    grid = VisionLayout.grid(2, 2)
+    half = replace(grid, view=torch.tensor([0, 0, 1, 1], dtype=torch.int32))  # two views of one row each
+    assert half.cells[:, 2:].tolist() == [[0.5, 0.75], [1.0, 0.75], [0.5, 1.25], [1.0, 1.25]]
 
 
 def test_kept_cells_are_unchanged_and_dropped_ones_dark(picture):

@@ -44,10 +44,9 @@ def _check(
     got = tensor.shape
     if len(got) != len(shape):
         raise ValueError(f"{op}: {name} must have {len(shape)} dimensions, got shape {tuple(got)}")
-    for size, want in zip(got, shape, strict=True):
-        if want is not None and size != want:
-            expected = tuple("any" if want is None else want for want in shape)
-            raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(got)}".replace("'", ""))
+    if got != shape and any(want is not None and size != want for size, want in zip(got, shape, strict=True)):
+        expected = tuple("any" if want is None else want for want in shape)
+        raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(got)}".replace("'", ""))
     if unit_stride and tensor.stride(-1) != 1 and got[-1] > 1:
         raise ValueError(f"{op}: {name} must have a last stride of 1, got strides {tensor.stride()}")
 
@@ -87,7 +86,9 @@ def attention_mass(
     scale = dim**-0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite, got {scale}")
-    return torch.ops.crop.attention_mass(query, key, vision_index, sample, lse, scale, visible_start, visible_len)
+    return torch.ops.crop.attention_mass.default(
+        query, key, vision_index, sample, lse, scale, visible_start, visible_len
+    )
 
 
 def select(
@@ -109,10 +110,12 @@ def select(
     ):
         if tensor is not None:
             _check(op, name, tensor, dtypes, (images, tokens), device)
-    return torch.ops.crop.select(score, budget, weight, priority, index)
+    return torch.ops.crop.select.default(score, budget, weight, priority, index)
 
 
 def _budget(op: str, num_keep: int | Sequence[int], images: int, tokens: int) -> list[int]:
+    if type(num_keep) is int and 0 <= num_keep <= tokens:
+        return [num_keep] * images
     if isinstance(num_keep, Tensor):
         raise TypeError(f"{op}: num_keep must be an int or a list of ints on the host, got a Tensor")
     budget = list(num_keep) if isinstance(num_keep, Sequence) else [num_keep] * images
@@ -183,7 +186,7 @@ def compact(
             )
         outer_axis(tensor, dims[i], i)
         row_size(tensor, dims[i], i)
-    return torch.ops.crop.compact(tensors, index, dims)
+    return torch.ops.crop.compact.default(tensors, index, dims)
 
 
 def adaptive_pool(
@@ -204,7 +207,7 @@ def adaptive_pool(
     plan = plan.to(tokens.device)
     grad = torch.is_grad_enabled() and (tokens.requires_grad or (weight is not None and weight.requires_grad))
     inverse = plan.inverse if grad else None
-    return torch.ops.crop.adaptive_pool(tokens, plan.members, plan.offsets, inverse, weight, mode)[0]
+    return torch.ops.crop.adaptive_pool.default(tokens, plan.members, plan.offsets, inverse, weight, mode)[0]
 
 
 for _name in ("adaptive_pool", "attention_mass", "compact", "region_topk", "select"):

@@ -129,7 +129,9 @@ def _raise(code: int) -> None:
 
 def _int64(tensor: Tensor | None) -> Tensor | None:
     """Index tensors are small: one layout keeps the kernels simple, and it is the one the package itself produces."""
-    return None if tensor is None else tensor.to(torch.int64).contiguous()
+    if tensor is None or (tensor.dtype == torch.int64 and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(torch.int64).contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -406,7 +408,7 @@ def _compact_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, None, None
             continue
         inverse = torch.full((index.shape[0], size + 1), -1, dtype=torch.int64, device=index.device)
         inverse = inverse.scatter(1, torch.where(index < 0, size, index).long(), place)[:, :size]
-        result += torch.ops.crop.compact([grad.contiguous()], inverse, [dim])
+        result += torch.ops.crop.compact.default([grad.contiguous()], inverse, [dim])
     return result, None, None
 
 
@@ -421,7 +423,7 @@ def _pool_grad(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, No
     offsets, inverse, saved, tokens, weight, out = ctx.saved_tensors
     if grad is None:
         return None, None, None, None, None, None
-    gx, gw = torch.ops.crop.adaptive_pool_backward(grad, tokens, out, saved, offsets, inverse, weight, ctx.mode)
+    gx, gw = torch.ops.crop.adaptive_pool_backward.default(grad, tokens, out, saved, offsets, inverse, weight, ctx.mode)
     return gx, None, None, None, gw if ctx.mode == "weighted" else None, None
 
 
