@@ -10,6 +10,7 @@ of the oracle's bounds. Settings of the localizer were chosen on seeds from 10 5
 from __future__ import annotations
 
 import argparse
+import hashlib
 import platform
 import random
 import sys
@@ -26,6 +27,7 @@ import transformers
 from tqdm import tqdm
 
 import crop
+from crop import embedded
 from crop.ask import EMBEDDED, Answer, Asker, load
 from crop.embedded import scenes
 from crop.localizers import BoxLocalizer, Localizer
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    digest = hashlib.sha256((embedded.WEIGHTS / "model.safetensors").read_bytes()).hexdigest()[:12]
     asker = load(EMBEDDED, "cpu", "auto")
     method = by_name(options.method, options.keep)
     compared = localizers(asker, options.layer)
@@ -125,7 +128,7 @@ def main() -> None:
     print(f"# {platform.processor() or platform.machine()}, {options.threads} thread(s), torch {torch.__version__}, "
           f"transformers {transformers.__version__}, crop {crop.__version__}")  # fmt: skip
     print(f"# seeds {options.first}..{options.first + options.scenes - 1}, method {options.method}, keep {options.keep}; "
-          "ms: medians, vision tower included once")  # fmt: skip
+          f"ms: medians, vision tower included once; weights {digest}")  # fmt: skip
     for title, rows in tables.items():
         print(title.ljust(28) + "".join(cell.rjust(14) for cell in COLUMNS))
         for name, row in rows.items():

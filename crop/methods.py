@@ -47,10 +47,7 @@ def _budget(op: str, keep: float | int, layout: VisionLayout) -> int:
     """Tokens that ``keep`` allows for this image, in [1, len(layout)]."""
     if isinstance(keep, Integral):
         if keep > layout.num_original:
-            raise ValueError(
-                f"{op}: keep as a token count must be <= num_original={layout.num_original}, "
-                f"got {keep}"
-            )
+            raise ValueError(f"{op}: keep as a token count must be <= num_original={layout.num_original}, got {keep}")
         count = int(keep)
     else:
         count = round(keep * layout.num_original)
@@ -91,9 +88,7 @@ class Method:
 
 
 @lru_cache(maxsize=64)
-def plan_by_strides(
-    layout: VisionLayout, region: Region, ring: int, strides: tuple[int, int, int]
-) -> PoolPlan:
+def plan_by_strides(layout: VisionLayout, region: Region, ring: int, strides: tuple[int, int, int]) -> PoolPlan:
     """``build_plan`` for the levels of a region; cached by value, hence shared: do not modify.
 
     Args:
@@ -190,8 +185,7 @@ class PreLLMCompression(Method):
             _check_keep(op, self.keep)
             if self._strides != (1, 2, 4):
                 raise ValueError(
-                    f"{op}: strides must be left at their defaults when keep is given, "
-                    f"got {self._strides}"
+                    f"{op}: strides must be left at their defaults when keep is given, got {self._strides}"
                 )
 
     @property
@@ -270,9 +264,7 @@ class InnerLLMPruning(Method):
         _check_count(op, "ring", self.ring, 0)
         _check_count(op, "floor", self.floor, 0)
         if not (math.isfinite(self.region_weight) and self.region_weight > 0):
-            raise ValueError(
-                f"{op}: region_weight must be finite and > 0, got {self.region_weight}"
-            )
+            raise ValueError(f"{op}: region_weight must be finite and > 0, got {self.region_weight}")
 
     def select(self, layout: VisionLayout, region: Region) -> Selection | None:
         """Tiers of the tokens of one image.

@@ -56,10 +56,7 @@ class PoolPlan:
         for name in ("members", "offsets", "leader", "level"):
             array, dtype = getattr(self, name), torch.uint8 if name == "level" else torch.int32
             if array.dtype != dtype or array.dim() != 1:
-                raise TypeError(
-                    f"PoolPlan: {name} must be a 1-d {dtype} tensor, "
-                    f"got {array.dim()}-d {array.dtype}"
-                )
+                raise TypeError(f"PoolPlan: {name} must be a 1-d {dtype} tensor, got {array.dim()}-d {array.dtype}")
         if not len(self.leader) == len(self.level) == len(self.offsets) - 1:
             raise ValueError(
                 "PoolPlan: leader and level must have one entry per cell, len(offsets) - 1 = "
@@ -73,8 +70,7 @@ class PoolPlan:
         members, offsets, leader = (array.numpy() for array in arrays)
         if offsets[0] != 0 or offsets[-1] != len(members) or (np.diff(offsets) < 1).any():
             raise ValueError(
-                "PoolPlan: offsets must ascend strictly from 0 to num_members="
-                f"{len(members)}, got {offsets.tolist()}"
+                f"PoolPlan: offsets must ascend strictly from 0 to num_members={len(members)}, got {offsets.tolist()}"
             )
         if len(members) == 0:
             return
@@ -92,8 +88,7 @@ class PoolPlan:
             raise ValueError("PoolPlan: members must ascend in each cell, got an unsorted cell")
         if leader[0] < 0 or leader[-1] >= self.num_tokens or (leader[1:] <= leader[:-1]).any():
             raise ValueError(
-                f"PoolPlan: leader must ascend strictly in [0, num_tokens={self.num_tokens}), "
-                f"got {leader.tolist()}"
+                f"PoolPlan: leader must ascend strictly in [0, num_tokens={self.num_tokens}), got {leader.tolist()}"
             )
         if (inverse[leader] != np.arange(len(leader))).any():
             raise ValueError("PoolPlan: leader must be a member of its own cell, got another token")
@@ -223,9 +218,7 @@ class PoolPlan:
             tokens += plan.num_tokens
             entries += len(plan.members)
         level = torch.cat([plan.level for plan in plans])
-        return PoolPlan(
-            torch.cat(members), torch.cat(offsets), torch.cat(leader), level, tokens, check=False
-        )
+        return PoolPlan(torch.cat(members), torch.cat(offsets), torch.cat(leader), level, tokens, check=False)
 
 
 def check_strides(op: str, strides: tuple[int, int, int]) -> None:
@@ -234,10 +227,7 @@ def check_strides(op: str, strides: tuple[int, int, int]) -> None:
         raise TypeError(f"{op}: strides must be integers, got {strides}")
     inside, context, outside = strides
     if not 1 <= inside <= context <= outside <= MAX_STRIDE:
-        raise ValueError(
-            f"{op}: strides must satisfy 1 <= inside <= context <= outside <= {MAX_STRIDE}, "
-            f"got {strides}"
-        )
+        raise ValueError(f"{op}: strides must satisfy 1 <= inside <= context <= outside <= {MAX_STRIDE}, got {strides}")
 
 
 def build_plan(layout: VisionLayout, level: Tensor, strides: tuple[int, int, int]) -> PoolPlan:
@@ -362,19 +352,14 @@ def count_cells(
     """
     check_strides("count_cells", strides)
     if min(height, width, ring) < 0:
-        raise ValueError(
-            f"count_cells: height, width and ring must be >= 0, got {height}, {width}, {ring}"
-        )
+        raise ValueError(f"count_cells: height, width and ring must be >= 0, got {height}, {width}, {ring}")
     inside, context, outside = strides
     sizes = (width, height)
     grid = [(0, size) for size in sizes]
     core = [(max(0, box[axis]), min(sizes[axis], box[axis + 2])) for axis in (0, 1)]
     if any(low >= high for low, high in core):
         return _blocks(*grid[0], outside) * _blocks(*grid[1], outside)
-    halo = [
-        (max(0, low - ring), min(size, high + ring))
-        for (low, high), size in zip(core, sizes, strict=True)
-    ]
+    halo = [(max(0, low - ring), min(size, high + ring)) for (low, high), size in zip(core, sizes, strict=True)]
 
     def product(function, *axes) -> int:
         return function(*axes[0]) * function(*axes[1])

@@ -305,7 +305,9 @@ def pool(
     single = (count == 1)[:, None]
     mean = total / count.clamp(min=1)[:, None]
     plain = (weights == 0) | single
-    out = {"mean": mean, "max": best, "weighted": torch.where(plain, mean, weighted / torch.where(plain, 1, weights))}[mode]
+    out = {"mean": mean, "max": best, "weighted": torch.where(plain, mean, weighted / torch.where(plain, 1, weights))}[
+        mode
+    ]
     out = out.to(tokens.dtype)
     if bool(single.any()):  # the very bits: conversions may change those of a NaN
         out = torch.where(single, tokens[members[offsets[:-1].long().clamp(max=len(members) - 1)].long()], out)

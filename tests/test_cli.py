@@ -106,11 +106,12 @@ def test_settings_of_the_attention_localizer(capsys, image):
     assert found["area"] == 1.0 and 0 < found["confidence"] < 0.999
 
 
-def test_the_region_decides_the_answer(capsys, image):
-    """The model reads the label where the region is, and cannot where it is not."""
+def test_the_answer_is_right_with_few_tokens(capsys, image):
     words = ["ask", image, QUESTION.text, "--json", "--method", "ilp"]
     found = json.loads(run(capsys, *words, "--region", box(QUESTION.region))[0])
     assert found["answer"] == QUESTION.answer
+    found = json.loads(run(capsys, *words)[0])
+    assert found["localizer"] == "attention" and found["answer"] == QUESTION.answer
 
 
 def test_text_output(capsys, image):

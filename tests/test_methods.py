@@ -264,9 +264,7 @@ def test_fit_strides_is_the_first_that_fits(height, width, box, ring, budget):
     tokens = int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1
     span = range(1, 17)
     triples = ((i, c, o) for i, o, c in itertools.product(span, span, span) if i <= c <= o)
-    first = next(
-        (t for t in triples if count_cells(height, width, tokens, ring, t) <= budget), None
-    )
+    first = next((t for t in triples if count_cells(height, width, tokens, ring, t) <= budget), None)
     level = layout.levels(region, ring)
     found = fit_strides(layout, level, budget)
     if found is not None and not (level == 1).any():
@@ -367,11 +365,7 @@ def test_ilp_strict_keeps_exactly_the_region():
     region = Region.box(0.25, 0.25, 0.75, 0.5)
     selection = method.select(layout, region)
     assert not selection.needs_scores
-    assert (
-        kept_by(selection, [0.0] * 20)
-        == [6, 7, 9]
-        == layout.inside(region).nonzero()[:, 0].tolist()
-    )
+    assert kept_by(selection, [0.0] * 20) == [6, 7, 9] == layout.inside(region).nonzero()[:, 0].tolist()
     assert selection.num_keep == 3
     assert method.select(layout, Region.whole()) is None
     assert method.select(padded(3, 3), Region.whole()).num_keep == 6
@@ -424,9 +418,7 @@ def test_ilp_floor_has_one_token_per_cell_outside(layout, region, floor):
     outside = (layout.levels(region, 1) == 2) & (layout.kind == PATCH)
     cells = defaultdict(list)
     for n in outside.nonzero()[:, 0].tolist():
-        cells[int(layout.view[n]), int(layout.row[n]) // floor, int(layout.col[n]) // floor].append(
-            n
-        )
+        cells[int(layout.view[n]), int(layout.row[n]) // floor, int(layout.col[n]) // floor].append(n)
     marked = (selection.priority == 1).nonzero()[:, 0].tolist()
     assert len(marked) == len(cells)
     assert all(len(set(members) & set(marked)) == 1 for members in cells.values())
