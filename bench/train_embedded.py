@@ -5,7 +5,7 @@ Stages (each with a budget in minutes, so that a run fits the time there is):
   decoder  tower frozen; several questions per picture, packed block-diagonally behind the picture's tokens
   joint    everything, at a lower learning rate
 
-    python bench/train_embedded.py --out RUN --minutes 20 12 60 --export crop/embedded/weights
+    python bench/train_embedded.py --out RUN --minutes 20 12 70 --export crop/embedded/weights
     python bench/train_embedded.py --out RUN --minutes 20 12 90 --export ...   # resumes and goes on
     touch RUN/stop                                                             # ends it with a checkpoint
     python bench/train_embedded.py --evaluate crop/embedded/weights --scenes 400
@@ -627,7 +627,7 @@ def evaluate(directory: str, count: int) -> None:
 
     model, processor = embedded.load(directory=directory)
     scores = collections.defaultdict(list)
-    for seed in range(HELD_OUT, HELD_OUT + count):
+    for seed in range(HELD_OUT + 1000, HELD_OUT + 1000 + count):  # beyond the pictures watched while training
         scene = scenes.scene(seed)
         questions = random.Random(seed).sample(scene.questions, min(8, len(scene.questions)))
         answers = embedded.answer(model, processor, [scene.image] * len(questions), [q.text for q in questions])
@@ -717,13 +717,13 @@ def main() -> None:
     parser.add_argument("--exchange", type=float, default=4, help="seconds between two averages")
     parser.add_argument("--helper-nice", type=int, default=5, help="niceness of all processes but the first")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--minutes", type=float, nargs=3, default=(20, 35, 40), help="wall minutes per stage")
-    parser.add_argument("--batch", type=int, nargs=3, default=(32, 16, 8), help="pictures per step and process")
+    parser.add_argument("--minutes", type=float, nargs=3, default=(20, 12, 70), help="wall minutes per stage")
+    parser.add_argument("--batch", type=int, nargs=3, default=(24, 12, 12), help="pictures per step and process")
     parser.add_argument(
         "--lr",
         type=float,
         nargs=6,
-        default=(0.02, 2e-3, 0.02, 2e-3, 0.01, 1e-3),
+        default=(0.02, 2e-3, 0.02, 2e-3, 0.006, 7e-4),
         help="matrices, rest; per stage",
     )
     parser.add_argument("--questions", type=int, default=10, help="packed questions per picture")

@@ -128,9 +128,9 @@ class AttentionLocalizer:
     layer: int | None = None
     prompt: Callable[[str], str] | None = None
     rows: int = 2
-    threshold: float = 0.03
+    threshold: float = 0.02
     gap: int = 3
-    max_boxes: int = 3
+    max_boxes: int = 6
     dilate: int = 0
     min_confidence: float = 0.5
 
@@ -242,9 +242,9 @@ def find_region(
     layout: VisionLayout,
     score: Tensor,
     *,
-    threshold: float = 0.03,
+    threshold: float = 0.02,
     gap: int = 3,
-    max_boxes: int = 3,
+    max_boxes: int = 6,
     dilate: int = 0,
     min_confidence: float = 0.5,
 ) -> Region:

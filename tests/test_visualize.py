@@ -121,6 +121,12 @@ def test_trace_follows_plc_and_then_ilp():
     assert fate.counts["members"] + fate.counts["whole"] + fate.counts["dropped"] == 64
 
 
+def test_a_token_in_no_cell_is_dropped_even_if_it_is_named():
+    layout = VisionLayout.grid(8, 8)
+    fate = trace(layout, pairs(layout), torch.tensor([2, 3]))
+    assert fate.state[2] == DROPPED and fate.state[3] == WHOLE and fate.counts["dropped"] == 63
+
+
 def test_small_images_are_enlarged_and_the_legend_adds_a_strip():
     layout = VisionLayout.grid(8, 8)
     small = Image.new("L", (64, 32), 200)
