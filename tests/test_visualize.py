@@ -41,6 +41,8 @@ def test_cells_tile_what_the_processor_shows():
     assert cells[0].tolist() == pytest.approx([0.1, 0.0, 0.3, 0.5])
     assert cells[-1].tolist() == pytest.approx([0.7, 0.5, 0.9, 1.0])
     assert VisionLayout.grid(1, 2).cells.tolist() == [[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]]
+    borders = VisionLayout.grid(12, 7).cells
+    assert len(np.unique(borders[:, [0, 2]])) == 8 and len(np.unique(borders[:, [1, 3]])) == 13
     grid = VisionLayout.grid(2, 2)
     half = replace(grid, view=torch.tensor([0, 0, 1, 1], dtype=torch.int32))  # two views of one row each
     assert half.cells[:, 2:].tolist() == [[0.5, 0.75], [1.0, 0.75], [0.5, 1.25], [1.0, 1.25]]
@@ -54,7 +56,9 @@ def test_kept_cells_are_unchanged_and_dropped_ones_dark(picture):
         assert np.array_equal(cell(seen, row, col), cell(picture, row, col))
     for row, col in ((0, 0), (1, 3), (7, 6)):
         assert cell(seen, row, col).mean() < 0.5 * cell(picture, row, col).mean()
-        assert cell(seen, row, col).std() > 2  # hatched, and not blotted out
+        assert cell(seen, row, col).std() > 2  # not blotted out
+    plain = overlay(Image.new("RGB", (SIDE, SIDE), "gray"), layout, None, torch.tensor([9]), legend=False)
+    assert len(np.unique(cell(plain, 0, 0))) == 2  # hatched
 
 
 def test_pooled_cells_show_their_mean_colour_and_their_outline(picture):
