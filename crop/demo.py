@@ -49,13 +49,16 @@ def demo(out: Path, *, count: int = 6, seed: int = 0) -> None:
         plain = asker.ask(scene.image, question.text, method=None, localizer=whole, max_new_tokens=LONGEST)
         pruned = asker.ask(scene.image, question.text, method=method, localizer=find, max_new_tokens=LONGEST)
         seen = overlay(scene.image, pruned.layout, pruned.plan, pruned.kept, pruned.region)
-        seen.save(out / f"{number:02d}-{scene.picture}.png")
+        scene.image.save(out / f"{number:02d}-{scene.picture}.png")
+        seen.save(out / f"{number:02d}-{scene.picture}-seen.png")
         rows.append((question, plain, pruned))
         line = f"truth: {question.answer}    unpruned: {plain.text}    pruned: {pruned.text}"
         sheet.append(((outlined(scene.image, pruned.region), seen), f"{question.text}?", line))
     contact_sheet(sheet).save(out / "contact_sheet.png")
     _print(console, rows)
-    console.print(f"Pictures: {out / 'contact_sheet.png'}, and beside it one for each question.", soft_wrap=True)
+    console.print(
+        f"Pictures: {out / 'contact_sheet.png'}, and beside it each picture and what was seen of it.", soft_wrap=True
+    )
 
 
 def _examples(seed: int, count: int) -> Iterator[tuple[scenes.Scene, scenes.Question]]:

@@ -118,9 +118,8 @@ class AttentionLocalizer:
         min_confidence: below it the whole image is returned.
     Raises:
         ValueError, TypeError: an argument out of its range; a family without an adapter.
-    Source: attention relative to a question-free reference as in arXiv 2502.17422, which takes layer
-        14 of 32 and a second, generic question; our reference row needs no second pass. The rest is
-        our choice, tuned on the embedded model.
+    Source: own choice, tuned on the embedded model. The idea of reading the region off the model's attention, relative to
+        a question-free reference, is also that of arXiv 2502.17422 (known to us from digests only).
     """
 
     model: nn.Module

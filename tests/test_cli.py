@@ -198,7 +198,10 @@ def test_missing_packages_are_named_with_the_extra(capsys, image, monkeypatch):
 def test_demo_writes_its_pictures_and_prints_a_table(capsys, tmp_path):
     out, _ = run(capsys, "demo", "--out", str(tmp_path / "new" / "folder"), "--count", "3", "--seed", "2")
     names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
-    assert names == ["00-shapes.png", "01-sign.png", "02-receipt.png", "contact_sheet.png"]
+    assert names == [
+        *(f"{name}{part}.png" for name in ("00-shapes", "01-sign", "02-receipt") for part in ("-seen", "")),
+        "contact_sheet.png",
+    ]
     sheet = Image.open(tmp_path / "new" / "folder" / "contact_sheet.png")
     assert min(sheet.size) > 600 and np.asarray(sheet).std() > 20
     for part in ("question", "truth", "unpruned", "pruned", "of 3 right with 28 of 256", "contact_sheet.png"):
