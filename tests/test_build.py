@@ -74,6 +74,8 @@ class Install:
     def with_torch(self, script: str) -> str:
         """Output of a script in the running interpreter, which imports the installed copy."""
         env = os.environ | {"PYTHONPATH": str(self.packages)}
+        # An editable installation of this repository would lend its compiled module to the copy.
+        script = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)]\n" + script
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd="/")
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
