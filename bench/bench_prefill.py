@@ -78,6 +78,7 @@ def methods(keep: float) -> dict[str, crop.Method]:
     }
 
 
+@torch.no_grad()
 def measure(model: Any, images: int, rounds: int) -> list[dict[str, Any]]:
     """All contenders on one prompt, interleaved."""
     inputs = prompt(model, images)
@@ -99,7 +100,7 @@ def measure(model: Any, images: int, rounds: int) -> list[dict[str, Any]]:
 
     def localize() -> None:
         # What AttentionLocalizer costs on this prompt: one pass that stops inside layer 1.
-        with crop.patch(model, None), tap(model.model.language_model.layers[1].self_attn, stop), torch.no_grad():
+        with crop.patch(model, None), tap(model.model.language_model.layers[1].self_attn, stop):
             try:
                 model.model(**inputs, use_cache=False)
             except StopIteration:
@@ -126,8 +127,8 @@ def measure(model: Any, images: int, rounds: int) -> list[dict[str, Any]]:
             lengths[name] = [TEXT + early] * layer + [TEXT + late] * (LAYERS - layer)
             contenders[name] = pruned(name, method)
     stages.clear()
-    with torch.no_grad():
-        times = interleave(contenders, rounds=rounds, warmup=1)
+    plain()
+    times = interleave(contenders, rounds=rounds, warmup=0)  # the pruned ones ran when they were verified
     full = times["unpatched"].median
     rows = []
     for name in contenders:
