@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import platform
 import random
 import sys
 from collections import defaultdict
@@ -23,10 +22,9 @@ from statistics import mean, median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import transformers
+from common import header
 from tqdm import tqdm
 
-import crop
 from crop import embedded
 from crop.ask import EMBEDDED, Answer, Asker, load
 from crop.embedded import scenes
@@ -125,8 +123,7 @@ def main() -> None:
                 tables["a part answers" if question.local else "only the whole answers"][name].add(answer, question)
                 if question.local and name == "attention":
                     tables["attention, by kind"][question.kind].add(answer, question)
-    print(f"# {platform.processor() or platform.machine()}, {options.threads} thread(s), torch {torch.__version__}, "
-          f"transformers {transformers.__version__}, crop {crop.__version__}")  # fmt: skip
+    print(header())
     print(f"# seeds {options.first}..{options.first + options.scenes - 1}, method {options.method}, keep {options.keep}; "
           f"ms: medians, vision tower included once; weights {digest}")  # fmt: skip
     for title, rows in tables.items():
