@@ -102,21 +102,12 @@ int attention_mass(bool cuda, int64_t target, Pointer query, Pointer key, Pointe
     return launch(cuda, target, p, crop::launch_attention_mass_cpu, CROP_ON_CUDA(crop::launch_attention_mass));
 }
 
-// The CUDA kernel reads the scores again instead of storing keys.
-size_t select_scratch(bool cuda, int64_t num_images, int64_t num_tokens) {
-    crop::SelectParams p{};
-    p.num_images = num_images, p.num_tokens = num_tokens;
-    return cuda ? 0 : crop::select_scratch_cpu(p);
-}
-
 int select(bool cuda, int64_t target, Pointer score, Pointer weight, Pointer priority, Pointer index,
-           const std::vector<int64_t>& budget, Pointer kept, Pointer scratch, size_t scratch_bytes, int64_t num_images,
-           int64_t num_tokens, int64_t width) {
-    const crop::SelectParams p{to<float>(score), to<float>(weight),   to<int8_t>(priority), to<int64_t>(index),
-                               budget.data(),    to<int64_t>(kept),   to<void>(scratch),    num_images,
-                               num_tokens,       width};
-    if (negative({num_images, num_tokens, width}) || budget.size() != static_cast<size_t>(num_images) ||
-        scratch_bytes < select_scratch(cuda, num_images, num_tokens))
+           const std::vector<int64_t>& budget, Pointer kept, int64_t num_images, int64_t num_tokens, int64_t width) {
+    const crop::SelectParams p{to<float>(score), to<float>(weight), to<int8_t>(priority), to<int64_t>(index),
+                               budget.data(),    to<int64_t>(kept), num_images,           num_tokens,
+                               width};
+    if (negative({num_images, num_tokens, width}) || budget.size() != static_cast<size_t>(num_images))
         return fail("select: sizes must be consistent");
     for (int64_t keep : budget)
         if (keep < 0 || keep > num_tokens || keep > width) return fail("select: num_keep must be in [0, num_vision]");
@@ -185,7 +176,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("last_error", &crop::last_error);
     m.def("attention_mass_scratch", &bind::attention_mass_scratch);
     m.def("attention_mass", &bind::attention_mass);
-    m.def("select_scratch", &bind::select_scratch);
     m.def("select", &bind::select);
     m.def("compact", &bind::compact);
     m.def("adaptive_pool", &bind::adaptive_pool);

@@ -106,8 +106,5 @@ int launch_adaptive_pool_backward_cpu(const PoolBackwardParams& p, int threads) 
     return active->adaptive_pool_backward(p, threads);
 }
 size_t attention_mass_scratch_cpu(const AttentionMassParams& p) { return active->attention_mass_scratch(p); }
-size_t select_scratch_cpu(const SelectParams& p) {
-    return sizeof(uint32_t) * p.num_images * ((p.num_tokens + 15) / 16 * 16);  // rows padded to whole vectors
-}
 
 }  // namespace crop

@@ -37,7 +37,6 @@ struct SelectParams {
     const int64_t* index;    // (num_images, num_tokens) or null: n
     const int64_t* budget;   // (num_images,) on the host, each in [0, min(num_tokens, width)]
     int64_t* kept;           // (num_images, width)
-    void* scratch;           // select_scratch bytes
     int64_t num_images, num_tokens, width;
 };
 
@@ -85,7 +84,6 @@ int launch_compact_cpu(const CompactParams& params, int threads);
 int launch_adaptive_pool_cpu(const PoolParams& params, int threads);
 int launch_adaptive_pool_backward_cpu(const PoolBackwardParams& params, int threads);
 size_t attention_mass_scratch_cpu(const AttentionMassParams& params);
-size_t select_scratch_cpu(const SelectParams& params);
 
 extern "C" {
 int launch_attention_mass(const AttentionMassParams* params, void* stream);

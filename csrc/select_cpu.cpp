@@ -2,7 +2,9 @@
 //
 // Classes (priority, filler) are settled before the radix: what is certainly taken gets the key 2^32 - 1, what is certainly
 // not taken 0; no float has these keys. The rest competes by value. Digits are taken below the range of the competing keys,
-// because attention masses share their leading bits; at most three rounds of 11 bits. An image is one work item.
+// because attention masses share their leading bits. An image is one work item.
+#include <cstdlib>
+
 #include "parallel.h"
 #include "simd.h"
 
@@ -10,7 +12,9 @@ namespace crop::CROP_ISA {
 namespace {
 
 constexpr uint32_t kAlways = 0xffffffffu, kNever = 0;
-constexpr int kDigitBits = 11;
+constexpr int64_t kGroup = 64;             // tokens whose comparisons fill one machine word
+constexpr int64_t kStackTokens = 1 << 14;  // keys of so many tokens live on the stack
+constexpr int kMaxDigitBits = 11;          // three rounds at most; few tokens take narrower digits, which clear faster
 
 // Order-preserving: unsigned comparison of keys = comparison of floats; -0 as +0, NaN as -inf.
 UVec order_key(Vec x) {
@@ -19,7 +23,7 @@ UVec order_key(Vec x) {
     return bits<UVec>(raw ^ (raw >> 31 | INT32_MIN));
 }
 
-int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+int64_t padded(int64_t count) { return (count + kGroup - 1) / kGroup * kGroup; }
 
 // Keys of an image, padded with kNever.
 void make_keys(const float* score, const float* weight, int64_t count, uint32_t* key) {
@@ -28,11 +32,12 @@ void make_keys(const float* score, const float* weight, int64_t count, uint32_t*
         const Vec x = load<Vec>(score + n);
         store(key + n, order_key(weight ? x * load<Vec>(weight + n) : x));
     }
-    if (n == count) return;
-    Vec x = Vec{};
-    for (int64_t i = n; i < count; ++i) x[i - n] = weight ? score[i] * weight[i] : score[i];
-    store(key + n, order_key(x));
-    for (int64_t i = count; i < n + kLanes; ++i) key[i] = kNever;
+    if (n < count) {
+        Vec x = Vec{};
+        for (int64_t i = n; i < count; ++i) x[i - n] = weight ? score[i] * weight[i] : score[i];
+        store(key + n, order_key(x));
+    }
+    for (n = count; n < padded(count); ++n) key[n] = kNever;
 }
 
 struct Threshold {
@@ -40,6 +45,7 @@ struct Threshold {
     int64_t equal;  // and the first so many equal ones
 };
 
+// `count` is padded.
 Threshold find_threshold(const uint32_t* key, int64_t count, int64_t need) {
     if (need <= 0) return {kAlways - 1, 0};
     // Range and number of the competing keys.
@@ -61,33 +67,50 @@ Threshold find_threshold(const uint32_t* key, int64_t count, int64_t need) {
     }
     if (need >= competing) return {kNever, 0};
     uint32_t range = high - low;
-    for (;;) {
+    const int digit_bits = count < 2048 ? 8 : kMaxDigitBits;
+    const int64_t bins = int64_t{1} << digit_bits;
+    for (bool narrowed = false;; narrowed = true) {
         const int width = range ? 32 - __builtin_clz(range) : 0;
-        const int shift = width > kDigitBits ? width - kDigitBits : 0;
-        // Even and odd lanes count apart: an increment need not wait for the one just before it.
-        uint32_t histogram[1 << kDigitBits] = {}, odd[1 << kDigitBits] = {};
+        const int shift = width > digit_bits ? width - digit_bits : 0;
+        // Two halves of the tokens count apart: an increment need not wait for the one just before it. The last bin takes
+        // what does not compete.
+        uint32_t histogram[2][(1 << kMaxDigitBits) + 1];
+        for (auto& half : histogram) __builtin_memset(half, 0, sizeof(uint32_t) * bins);
         for (int64_t n = 0; n < count; n += kLanes) {
             const UVec offset = load<UVec>(key + n) - low;  // wraps beyond the range for both sentinels
-            if (!any(offset <= range)) continue;            // the rule, from the second round on
-            for (int i = 0; i < kLanes; i += 2) {
-                const uint32_t a = key[n + i] - low, b = key[n + i + 1] - low;
-                if (a <= range) ++histogram[a >> shift];
-                if (b <= range) ++odd[b >> shift];
-            }
+            const IVec competes = offset <= range;
+            if (narrowed && !any(competes)) continue;
+            uint32_t digit[kLanes];
+            store(digit, competes ? offset >> shift : UVec{} + static_cast<uint32_t>(bins));
+            for (int i = 0; i < kLanes; i += 2) ++histogram[0][digit[i]], ++histogram[1][digit[i + 1]];
         }
-        for (int digit = 0; digit < 1 << kDigitBits; ++digit) histogram[digit] += odd[digit];
-        int digit = (1 << kDigitBits) - 1;
-        for (; histogram[digit] < need; --digit) need -= histogram[digit];
+        int64_t digit = bins - 1;
+        for (int64_t here; (here = int64_t{histogram[0][digit]} + histogram[1][digit]) < need; --digit) need -= here;
         low += static_cast<uint32_t>(digit) << shift;
-        if (histogram[digit] == need) return {low - 1, 0};  // no competing key is 0
+        if (int64_t{histogram[0][digit]} + histogram[1][digit] == need) return {low - 1, 0};  // no competing key is 0
         if (shift == 0) return {low, need};
-        range = (1u << shift) - 1;
+        range = (1u << shift) - 1 < high - low ? (1u << shift) - 1 : high - low;  // must not wrap into the sentinels
     }
 }
 
-void select_image(const SelectParams& p, int64_t image) {
+// Tokens beyond the threshold, ascending; how many there are.
+int64_t collect(const uint32_t* key, int64_t count, Threshold limit, int64_t* kept) {
+    int64_t found = 0;
+    for (int64_t n = 0; n < count; n += kGroup) {
+        uint64_t taken = 0, same = 0;
+        for (int i = 0; i < kGroup; i += kLanes) {
+            const UVec k = load<UVec>(key + n + i);
+            taken |= lane_bits(k > limit.key) << i;
+            if (limit.equal > 0) same |= lane_bits(k == limit.key) << i;
+        }
+        for (; same && limit.equal > 0; same &= same - 1, --limit.equal) taken |= same & -same;
+        for (; taken; taken &= taken - 1) kept[found++] = n + __builtin_ctzll(taken);
+    }
+    return found;
+}
+
+void select_image(const SelectParams& p, int64_t image, uint32_t* key) {
     const int64_t count = p.num_tokens, at = image * count;
-    uint32_t* key = static_cast<uint32_t*>(p.scratch) + image * padded(count);
     int64_t need = p.budget[image], taken = 0;
     make_keys(p.score + at, p.weight ? p.weight + at : nullptr, count, key);
     if (p.index)
@@ -104,21 +127,8 @@ void select_image(const SelectParams& p, int64_t image) {
             key[n] = priority[n] > boundary && k != kNever ? kAlways : k;
         }
     }
-    const Threshold limit = find_threshold(key, count, need);
-
     int64_t* kept = p.kept + image * p.width;
-    int64_t found = 0, equal = limit.equal;
-    const int64_t budget = p.budget[image];
-    // The slot is written before it is known to be taken, which spares a branch; the next token overwrites it.
-    int64_t n = 0;
-    if (equal == 0)
-        for (; n < count && found < budget; ++n) kept[found] = n, found += key[n] > limit.key;
-    else
-        for (; n < count && found < budget; ++n) {
-            const bool same = (key[n] == limit.key) & (equal > 0);
-            kept[found] = n, found += (key[n] > limit.key) | same;
-            equal -= same;
-        }
+    int64_t found = collect(key, padded(count), find_threshold(key, padded(count), need), kept);
     if (p.index)
         for (int64_t i = 0; i < found; ++i) kept[i] = p.index[at + kept[i]];
     for (; found < p.width; ++found) kept[found] = -1;
@@ -131,8 +141,17 @@ int select(const SelectParams& p, int threads) {
         if (p.budget[i] < 0 || p.budget[i] > p.num_tokens || p.budget[i] > p.width)
             return fail("select: num_keep[%lld] must be in [0, num_vision=%lld], got %lld", (long long)i,
                         (long long)p.num_tokens, (long long)p.budget[i]);
-    auto body = [&](int64_t image) { select_image(p, image); };
+    uint32_t* keys = nullptr;
+    if (p.num_tokens > kStackTokens) {
+        keys = static_cast<uint32_t*>(std::malloc(sizeof(uint32_t) * p.num_images * padded(p.num_tokens)));
+        if (!keys) return fail("select: memory for %lld keys must be available", (long long)(p.num_images * p.num_tokens));
+    }
+    auto body = [&](int64_t image) {
+        uint32_t local[kStackTokens];
+        select_image(p, image, keys ? keys + image * padded(p.num_tokens) : local);
+    };
     parallel_for(useful_threads(threads, p.num_images * p.num_tokens, 1 << 15), p.num_images, body);
+    std::free(keys);
     return 0;
 }
 

@@ -3,7 +3,7 @@
 // uses no inline function of the standard library: the linker keeps one copy, which might be the AVX-512 one.
 #pragma once
 #include <cstdint>
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -70,6 +70,21 @@ inline bool any(IVec mask) { return !_mm256_testz_si256(bits<__m256i>(mask), bit
 #else
 inline bool any(IVec mask) { return (mask[0] | mask[1] | mask[2] | mask[3]) != 0; }
 #endif
+
+// One bit per lane, lane 0 lowest; each lane of the mask is all ones or zero.
+inline uint64_t lane_bits(IVec mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask(bits<__m512i>(mask));
+#elif defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps(bits<__m256>(mask)));
+#elif defined(__SSE2__)
+    return static_cast<uint32_t>(_mm_movemask_ps(bits<__m128>(mask)));
+#else
+    uint64_t set = 0;
+    for (int i = 0; i < kLanes; ++i) set |= uint64_t{mask[i] != 0} << i;
+    return set;
+#endif
+}
 
 // exp(x) as 2^n * polynomial; relative error about 1e-7. Results below 2^-125 are 0, overflow gives inf, NaN stays NaN.
 inline Vec exp(Vec x) {

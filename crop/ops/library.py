@@ -222,8 +222,6 @@ def _select(
     score, index = score.contiguous(), _int64(index)
     weight = None if weight is None else weight.contiguous()
     priority = None if priority is None else priority.contiguous()
-    num_bytes = native.select_scratch(cuda, *score.shape)
-    scratch = torch.empty(num_bytes, dtype=torch.uint8, device=score.device)
     _raise(
         native.select(
             cuda,
@@ -234,8 +232,6 @@ def _select(
             _pointer(index),
             num_keep,
             kept.data_ptr(),
-            scratch.data_ptr(),
-            num_bytes,
             *score.shape,
             width,
         )
