@@ -14,12 +14,13 @@
 namespace crop::CROP_ISA {
 namespace {
 
-constexpr int kTile = 12;                   // keys multiplied together
-constexpr int64_t kBlock = 8 * kTile;       // keys of a work item
+constexpr int kTile = 24;                   // keys copied together; every panel of rows is read once per tile
+constexpr int64_t kBlock = 4 * kTile;       // keys of a work item
 constexpr int kSubTile = kLanes == 16 ? 12 : 6;  // keys whose two vectors of rows fit the registers
-constexpr int kTileStride = 272;            // floats; above the largest head_dim, and not a power of two
+constexpr int kSingleTile = 12;             // and keys with one vector
 constexpr int kDotRows = 4;                 // up to here vectors run along head_dim instead of along rows
 constexpr int64_t kStoreBytes = 16 << 20;   // budget for stored exponentials: as many heads at once as fit
+constexpr int kAhead = 12;                  // keys between a prefetch and its use
 constexpr float kInf = __builtin_inff(), kHuge = 3.402823466e38f;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -79,7 +80,14 @@ void pack_query(const AttentionMassParams& p, int64_t b, int64_t kv, const int32
     }
 }
 
-template <int kKeys, int kVecs>
+// Asks for a row of keys early: the hardware follows no stream across pages, and keys are read at the speed of memory.
+template <class T>
+inline void prefetch_row(const T* row, int64_t d) {
+    const char *from = reinterpret_cast<const char*>(row), *end = reinterpret_cast<const char*>(row + d);
+    for (; from < end; from += 64) __builtin_prefetch(from);
+}
+
+template <int kStride, int kKeys, int kVecs>
 inline void multiply(const float* keys, const float* query, int64_t d, Vec (&logit)[kKeys][kVecs]) {
     for (auto& key : logit)
         for (Vec& v : key) v = Vec{};
@@ -87,21 +95,23 @@ inline void multiply(const float* keys, const float* query, int64_t d, Vec (&log
         Vec q[kVecs];
         for (int v = 0; v < kVecs; ++v) q[v] = load<Vec>(query + (i * kVecs + v) * kLanes);
         for (int k = 0; k < kKeys; ++k) {
-            const Vec key = splat(keys[k * kTileStride + i]);
+            const Vec key = splat(keys[k * kStride + i]);
             for (int v = 0; v < kVecs; ++v) logit[k][v] += key * q[v];
         }
     }
 }
 
 // Logits of `count` keys with all rows. sink(key, vector of rows, logits) receives arrays [keys][vectors]; keys past the
-// end repeat the last one, so that a sink needs no tail.
-template <class T, class Sink>
+// end repeat the last one, so that a sink needs no tail. kStride: floats between keys of a tile, above head_dim and not a
+// power of two.
+template <int kStride, class T, class Sink>
 void lanes_block(const T* key, int64_t stride, int64_t count, const float* query, int64_t lanes, int64_t d, Sink sink) {
-    alignas(64) float tile[kTile * kTileStride];
+    alignas(64) float tile[kTile * kStride];
     for (int64_t first = 0; first < count; first += kTile) {
         for (int64_t k = 0; k < kTile; ++k) {
             const T* from = key + (first + k < count ? first + k : count - 1) * stride;
-            float* to = tile + k * kTileStride;
+            float* to = tile + k * kStride;
+            prefetch_row(from + kAhead * stride, d);
             int64_t i = 0;
             for (; i + kLanes <= d; i += kLanes) store(to + i, load_vec(from + i));
             for (; i < d; ++i) to[i] = load_one(from + i);
@@ -110,14 +120,15 @@ void lanes_block(const T* key, int64_t stride, int64_t count, const float* query
         for (; lane + 2 * kLanes <= lanes; lane += 2 * kLanes)
             for (int sub = 0; sub < kTile; sub += kSubTile) {
                 Vec logit[kSubTile][2];
-                multiply(tile + sub * kTileStride, query + lane * d, d, logit);
+                multiply<kStride>(tile + sub * kStride, query + lane * d, d, logit);
                 sink(first + sub, lane / kLanes, logit);
             }
-        if (lane < lanes) {
-            Vec logit[kTile][1];
-            multiply(tile, query + lane * d, d, logit);
-            sink(first, lane / kLanes, logit);
-        }
+        if (lane < lanes)
+            for (int sub = 0; sub < kTile; sub += kSingleTile) {
+                Vec logit[kSingleTile][1];
+                multiply<kStride>(tile + sub * kStride, query + lane * d, d, logit);
+                sink(first + sub, lane / kLanes, logit);
+            }
     }
 }
 
@@ -128,6 +139,7 @@ void dot_block(const T* key, int64_t stride, int64_t count, const float* query, 
     const int64_t padded = round_up(d, kLanes), whole = d / kLanes * kLanes;
     for (int64_t k = 0; k < count; ++k) {
         const T* from = key + k * stride;
+        prefetch_row(from + kAhead * stride, d);
         Vec total[kRows], more[kRows];
         for (int r = 0; r < kRows; ++r) total[r] = more[r] = Vec{};
         int64_t i = 0;
@@ -183,7 +195,8 @@ struct Kernel {
 
     template <class Sink>
     void logits(int64_t kv, int64_t first, int64_t count, Sink sink) const {
-        lanes_block(key(kv, first), p.key_stride[2], count, query(kv), s.lanes, p.head_dim, sink);
+        const auto block = p.head_dim <= 128 ? lanes_block<136, T, Sink> : lanes_block<264, T, Sink>;
+        block(key(kv, first), p.key_stride[2], count, query(kv), s.lanes, p.head_dim, sink);
     }
 
     // logit[row][key] of a block for few rows; -inf where the row does not see the key, and past the end.

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from crop import reference
-from crop.ops.library import DTYPES, MODES, outer_axis, row_size, use_backend
+from crop.ops import library
+from crop.ops.library import DTYPES, MODES, row_layout, use_backend
 
 if TYPE_CHECKING:
     from crop.plan import PoolPlan
@@ -86,9 +87,7 @@ def attention_mass(
     scale = dim**-0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite, got {scale}")
-    return torch.ops.crop.attention_mass.default(
-        query, key, vision_index, sample, lse, scale, visible_start, visible_len
-    )
+    return library.attention_mass(query, key, vision_index, sample, lse, scale, visible_start, visible_len)
 
 
 def select(
@@ -110,7 +109,7 @@ def select(
     ):
         if tensor is not None:
             _check(op, name, tensor, dtypes, (images, tokens), device)
-    return torch.ops.crop.select.default(score, budget, weight, priority, index)
+    return library.select(score, budget, weight, priority, index)
 
 
 def _budget(op: str, num_keep: int | Sequence[int], images: int, tokens: int) -> list[int]:
@@ -184,9 +183,8 @@ def compact(
             raise ValueError(
                 f"{op}: tensors[{i}] must have batch size {index.shape[0]}, got shape {tuple(tensor.shape)}"
             )
-        outer_axis(tensor, dims[i], i)
-        row_size(tensor, dims[i], i)
-    return torch.ops.crop.compact.default(tensors, index, dims)
+        row_layout(tensor, dims[i], i)
+    return library.compact(tensors, index, dims)
 
 
 def adaptive_pool(
@@ -207,7 +205,7 @@ def adaptive_pool(
     plan = plan.to(tokens.device)
     grad = torch.is_grad_enabled() and (tokens.requires_grad or (weight is not None and weight.requires_grad))
     inverse = plan.inverse if grad else None
-    return torch.ops.crop.adaptive_pool.default(tokens, plan.members, plan.offsets, inverse, weight, mode)[0]
+    return library.adaptive_pool(tokens, plan.members, plan.offsets, inverse, weight, mode)[0]
 
 
 for _name in ("adaptive_pool", "attention_mass", "compact", "region_topk", "select"):

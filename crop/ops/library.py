@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from crop import reference
 
@@ -46,42 +48,65 @@ def use_backend(name: str) -> Iterator[None]:
         _backend.reset(token)
 
 
-def outer_axis(tensor: Tensor, dim: int, i: int) -> tuple[int, int]:
-    """Size and stride in elements of the axes between batch and token axis, merged into one."""
+def row_layout(tensor: Tensor, dim: int, i: int) -> tuple[int, int, int]:
+    """How the rows of a tensor lie: the axes between batch and token axis, merged into one, and the axes after it.
+
+    Returns:
+        Size and stride of the merged axis, and the number of elements of a row (contiguous), all in elements.
+    """
+    shape, strides = tensor.shape, tensor.stride()
+    row = 1
+    for axis in range(len(shape) - 1, dim, -1):
+        if shape[axis] != 1:
+            if strides[axis] != row:
+                raise ValueError(f"compact: tensors[{i}] must be contiguous after axis {dim}, got strides {strides}")
+            row *= shape[axis]
     size, stride = 1, 0
     for axis in range(dim - 1, 0, -1):
-        if tensor.shape[axis] == 1:
-            continue
-        if size == 1:
-            stride = tensor.stride(axis)
-        elif tensor.stride(axis) != size * stride:
-            raise ValueError(
-                f"compact: tensors[{i}] must have axes 1..{dim - 1} that merge into one, got strides {tensor.stride()}"
-            )
-        size *= tensor.shape[axis]
-    return size, stride
-
-
-def row_size(tensor: Tensor, dim: int, i: int) -> int:
-    """Number of elements of a row: the axes after the token axis, contiguous among themselves."""
-    size = 1
-    for axis in range(tensor.dim() - 1, dim, -1):
-        if tensor.shape[axis] != 1 and tensor.stride(axis) != size:
-            raise ValueError(
-                f"compact: tensors[{i}] must be contiguous after axis {dim}, got strides {tensor.stride()}"
-            )
-        size *= tensor.shape[axis]
-    return size
+        if shape[axis] != 1:
+            if size == 1:
+                stride = strides[axis]
+            elif strides[axis] != size * stride:
+                raise ValueError(
+                    f"compact: tensors[{i}] must have axes 1..{dim - 1} that merge into one, got strides {strides}"
+                )
+            size *= shape[axis]
+    return size, stride, row
 
 
 _library = torch.library.Library("crop", "DEF")
+
+
+_PLAIN = frozenset((type(None), int, float, str, list))  # spares them isinstance, which is slow for tensors
+
+
+def _observed(args: tuple[Any, ...]) -> bool:
+    """Whether anyone beside the kernel must see a call: a gradient, a compiler, a transform, a mode, a profiler."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return True
+    grad = torch.is_grad_enabled()
+    for value in args[0] if type(args[0]) is list else args:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            if grad and value.requires_grad:
+                return True
+        elif kind not in _PLAIN and isinstance(value, Tensor):
+            return True
+    return False
 
 
 def _register(name: str, schema: str, twin: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register an operator; the decorated function launches the compiled kernel.
 
     It receives the arguments of the schema, whether the tensors are on a CUDA device, and the stream (CUDA) or the
-    number of threads (CPU).
+    number of threads (CPU). What the decorator returns takes the arguments of the schema alone and goes through torch's
+    dispatcher only where someone observes the call: for a kernel of microseconds the dispatcher is the larger part.
     """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"crop::{name}", fake, lib=_library)
@@ -110,7 +135,15 @@ def _register(name: str, schema: str, twin: Callable[..., Any], fake: Callable[.
 
         _library.impl(name, cpu, "CPU")
         _library.impl(name, cuda, "CUDA")
-        return launch
+        dispatch = getattr(torch.ops.crop, name).default
+        direct = {"cpu": cpu, "cuda": cuda}
+
+        def call(*args: Any) -> Any:
+            first = args[0][0] if type(args[0]) is list else args[0]
+            run = direct.get(first.device.type)
+            return dispatch(*args) if run is None or _observed(args) else run(*args)
+
+        return call
 
     return decorate
 
@@ -147,7 +180,7 @@ def _pointer(tensor: Tensor | None) -> int:
     ),
     fake=lambda query, key, index, *_: index.new_empty(index.shape, dtype=torch.float32),
 )
-def _attention_mass(
+def attention_mass(
     query: Tensor,
     key: Tensor,
     vision_index: Tensor,
@@ -206,7 +239,7 @@ def _select_fake(score: Tensor, num_keep: list[Any], *_: Any) -> Tensor:
     ),
     fake=_select_fake,
 )
-def _select(
+def select(
     score: Tensor,
     num_keep: list[int],
     weight: Tensor | None,
@@ -250,20 +283,18 @@ def _compact_fake(tensors: list[Tensor], index: Tensor, token_dim: list[int]) ->
     twin=lambda tensors, index, token_dim: reference.compact(tensors, index, token_dim=token_dim),
     fake=_compact_fake,
 )
-def _compact(tensors: list[Tensor], index: Tensor, token_dim: list[int], cuda: bool, target: int) -> list[Tensor]:
+def compact(tensors: list[Tensor], index: Tensor, token_dim: list[int], cuda: bool, target: int) -> list[Tensor]:
     index = _int64(index)
+    num_kept = index.shape[1]
     outs, table = [], []
     for i, (tensor, dim) in enumerate(zip(tensors, token_dim, strict=True)):
-        shape = list(tensor.shape)
-        shape[dim] = index.shape[1]
-        out = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        shape, strides, size = tensor.shape, tensor.stride(), tensor.element_size()
+        out = tensor.new_empty((*shape[:dim], num_kept, *shape[dim + 1 :]))
         outs.append(out)
         if out.numel():
-            size = tensor.element_size()
-            outer, outer_stride = outer_axis(tensor, dim, i)
-            strides = (tensor.stride(0) * size, outer_stride * size, tensor.stride(dim) * size)
-            row = row_size(tensor, dim, i) * size
-            table.append((tensor.data_ptr(), out.data_ptr(), outer, tensor.shape[dim], row, *strides))
+            outer, outer_stride, row = row_layout(tensor, dim, i)
+            steps = (strides[0] * size, outer_stride * size, strides[dim] * size)
+            table.append((tensor.data_ptr(), out.data_ptr(), outer, shape[dim], row * size, *steps))
     _raise(native.compact(cuda, target, table, index.data_ptr(), *index.shape))
     return outs
 
@@ -294,7 +325,7 @@ def _pool_twin(
     twin=_pool_twin,
     fake=_pool_fake,
 )
-def _adaptive_pool(
+def adaptive_pool(
     tokens: Tensor,
     members: Tensor,
     offsets: Tensor,
@@ -343,7 +374,7 @@ def _pool_backward_fake(
     twin=reference.pool_backward,
     fake=_pool_backward_fake,
 )
-def _adaptive_pool_backward(
+def adaptive_pool_backward(
     grad: Tensor,
     tokens: Tensor | None,
     out: Tensor | None,
@@ -404,7 +435,7 @@ def _compact_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, None, None
             continue
         inverse = torch.full((index.shape[0], size + 1), -1, dtype=torch.int64, device=index.device)
         inverse = inverse.scatter(1, torch.where(index < 0, size, index).long(), place)[:, :size]
-        result += torch.ops.crop.compact.default([grad.contiguous()], inverse, [dim])
+        result += compact([grad.contiguous()], inverse, [dim])
     return result, None, None
 
 
@@ -419,7 +450,7 @@ def _pool_grad(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, No
     offsets, inverse, saved, tokens, weight, out = ctx.saved_tensors
     if grad is None:
         return None, None, None, None, None, None
-    gx, gw = torch.ops.crop.adaptive_pool_backward.default(grad, tokens, out, saved, offsets, inverse, weight, ctx.mode)
+    gx, gw = adaptive_pool_backward(grad, tokens, out, saved, offsets, inverse, weight, ctx.mode)
     return gx, None, None, None, gw if ctx.mode == "weighted" else None, None
 
 
