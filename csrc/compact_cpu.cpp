@@ -8,6 +8,8 @@ namespace {
 constexpr int64_t kItemBytes = 1 << 16;
 constexpr int64_t kStreamBytes = 4 << 20;  // outputs from here on bypass the caches
 
+constexpr int64_t kPrefetchBytes = 1 << 10;  // of the next row
+
 // Rows of a fixed small size, for position ids and masks.
 template <int kBytes>
 void copy_small(char* to, const char* from, int64_t stride, const int64_t* index, int64_t count) {
@@ -54,6 +56,10 @@ void copy_rows(char* to, const char* from, int64_t stride, int64_t bytes, const 
         } else {
             if (stride == bytes)
                 while (k + run < count && index[k + run] == index[k] + run) ++run;
+            // The hardware does not see the next row coming.
+            if (k + run < count && index[k + run] >= 0)
+                for (int64_t i = 0; i < bytes && i < kPrefetchBytes; i += 64)
+                    __builtin_prefetch(from + index[k + run] * stride + i);
             copy(to + k * bytes, from + index[k] * stride, run * bytes);
         }
         k += run;
