@@ -73,11 +73,12 @@ def test_gradients() -> None:
     assert ops.adaptive_pool(X[0], PLAN, "weighted", weight).requires_grad
 
 
-def test_transforms_are_refused_rather_than_ignored() -> None:
-    """torch knows no rule for them; a direct call would return a plain tensor and lose the transform."""
-    for transform in (torch.func.grad, torch.vmap):
-        with pytest.raises(RuntimeError):
-            transform(lambda x: ops.adaptive_pool(x, PLAN).sum())(X[0] if transform is torch.func.grad else X)
+def test_transforms_are_seen() -> None:
+    """A direct call would return a plain tensor and lose the transform; torch has no rule for ``grad`` and says so."""
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: ops.adaptive_pool(x, PLAN).sum())(X[0])
+    pooled = torch.vmap(lambda x: ops.adaptive_pool(x, PLAN))(torch.cat([X, 2 * X]))
+    assert torch.equal(pooled, torch.cat([X, 2 * X]))
 
 
 def test_subclass() -> None:
