@@ -19,12 +19,13 @@ from tiny_models import (
 )
 from transformers import BatchFeature
 
-import crop.localizers as localizers
+from crop import ops
 from crop.localizers import (
     Attention,
     AttentionLocalizer,
     BoxLocalizer,
     WholeLocalizer,
+    encode,
     find_region,
     get_localizer,
     score_tokens,
@@ -258,7 +259,7 @@ def test_an_exception_leaves_the_model_as_it_was(family, get_model, monkeypatch)
     def fail(*_, **__):
         raise RuntimeError("broken operator")
 
-    monkeypatch.setattr(localizers.ops, "attention_mass", fail)
+    monkeypatch.setattr(ops, "attention_mass", fail)
     with pytest.raises(RuntimeError, match="broken operator"):
         localizer(model, family)(PICTURE, "?")
     assert state(model) == before and names() == registered
@@ -348,7 +349,7 @@ def test_prompt_or_chat_template_is_needed(get_model):
             return "text"
 
     chat = Chat("llava")
-    localizers.encode(chat, PICTURE, "what?")
+    encode(chat, PICTURE, "what?")
     parts = chat.conversation[0]["content"]
     assert [part["type"] for part in parts] == ["image", "text"] and parts[1]["text"] == "what?"
 
