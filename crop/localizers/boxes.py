@@ -43,7 +43,7 @@ def find_region(
     is_patch = (layout.kind == PATCH).numpy()
     values = np.where(is_patch, score.numpy().astype(np.float64), 0.0)
     if not values.sum() > 0:  # also NaN
-        return Region.whole(0.0)
+        return Region.whole(0.0, "the score has no peak")
     grid, valid = np.zeros((height, width)), np.zeros((height, width), dtype=bool)
     cell = np.empty((height, width, 4))
     grid[row, col], valid[row, col] = values / values.sum(), is_patch
@@ -60,7 +60,7 @@ def find_region(
     confidence = float((grid[inside].sum() - area) / (1 - area)) if area < 1 else 0.0
     confidence = min(max(confidence, 0.0), 1.0)
     if confidence < min_confidence:
-        return Region.whole(confidence)
+        return Region.whole(confidence, f"the peaks hold too little of the score: {confidence:.2f} < {min_confidence}")
     corners = ((*cell[y0, x0, :2], *cell[y1 - 1, x1 - 1, 2:]) for x0, y0, x1, y1 in boxes)
     return Region(tuple(corners), confidence)
 
