@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from crop import ops
+from crop.methods import PreLLMCompression
 from crop.models import adapter_for
-from crop.patch import patch
+from crop.plan import MAX_STRIDE, PoolPlan
 from crop.region import PATCH, Region, VisionLayout
+from crop.stats import PruneStats
 from crop.tap import tap
 
-from .base import encode
-from .boxes import find_region
+from .boxes import check_ranges, find_region
+from .reading import Stop, only_image, run_until_stop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,22 +42,21 @@ class Attention:
     prior: Tensor
 
 
-class _Stop(Exception):
-    """Ends a forward pass whose later layers nobody needs."""
-
-
 @dataclass(frozen=True)
 class AttentionLocalizer:
     """The model's own attention from the question to the image ("attention"): no second model.
 
-    One prefill that stops inside decoder layer ``layer``; see ``score_tokens`` and ``find_region``
-    for what becomes of the attention.
+    One prefill that stops inside decoder layer ``layer``, after its queries and keys; see ``score_tokens`` and
+    ``find_region`` for what becomes of the attention.
 
     Args:
         model: Hugging Face vision-language model of a supported family.
         processor: its processor.
-        layer: decoder layer whose attention is read, 0 = first. None: 3/8 of the depth.
+        layer: decoder layer whose attention is read, 0 = first. None: 1/8 of the depth.
         prompt: as in ``encode``.
+        stride: the pass runs on vision tokens averaged in blocks of this side, which costs a ``stride ** 2``-th.
+        skip_mlp: the feed-forward parts of the layers before run on the text alone, which saves most of the pass.
+        rope: False scores by queries and keys without position; the layers before are as always.
         rows: the last text rows whose attention is averaged; they have read the whole question.
         threshold: fraction of the peak from which tokens belong to the region, in (0, 1).
         gap: boxes that share rows are joined over this many tokens, as words in a line.
@@ -71,6 +73,9 @@ class AttentionLocalizer:
     processor: Any
     layer: int | None = None
     prompt: Callable[[str], str] | None = None
+    stride: int = 1
+    skip_mlp: bool = True
+    rope: bool = True
     rows: int = 2
     threshold: float = 0.02
     gap: int = 3
@@ -83,12 +88,11 @@ class AttentionLocalizer:
         count = len(adapter_for(self.model).language_model(self.model).layers)
         if self.layer is not None and not 0 <= self.layer < count:
             raise ValueError(f"{op}: layer must be in [0, num_layers={count}), got {self.layer}")
-        for name in ("threshold", "min_confidence"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{op}: {name} must be in (0, 1), got {getattr(self, name)}")
-        for name, low in (("rows", 1), ("gap", 0), ("max_boxes", 1), ("dilate", 0)):
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{op}: {name} must be >= {low}, got {getattr(self, name)}")
+        if self.rows < 1:
+            raise ValueError(f"{op}: rows must be >= 1, got {self.rows}")
+        check_ranges(op, self)
+        if not 1 <= self.stride <= MAX_STRIDE:
+            raise ValueError(f"{op}: stride must be in [1, {MAX_STRIDE}], got {self.stride}")
 
     def __call__(self, image: Image, question: str) -> Region:
         attention = self.attend(image, question)
@@ -113,50 +117,100 @@ class AttentionLocalizer:
         Raises:
             ValueError: the prompt holds more than one image, or no text after it.
         """
-        model = self.model
-        inputs = encode(self.processor, image, question, self.prompt)
-        inputs = inputs.to(model.device, dtype=model.dtype)
-        adapter = adapter_for(model)
-        base, layers = adapter.base(model), adapter.language_model(model).layers
-        layer = len(layers) * 3 // 8 if self.layer is None else self.layer
         found: list[Attention] = []
 
-        def read(query: Tensor, key: Tensor, scale: float | None) -> None:
-            found.append(_attention(stats.layouts, query, key, scale, self.rows))
-            raise _Stop
+        def door(stats: PruneStats) -> ExitStack:
+            def read(query: Tensor, key: Tensor, scale: float | None) -> None:
+                found.append(_attention(stats, query, key, scale, self.rows))
+                raise Stop
 
-        # Position offsets and the like that a forward pass leaves on the module.
-        before = dict(vars(base))
-        geometry = patch(model, None, processor=self.processor, image_size=image.size)
-        try:
-            with geometry as stats, tap(layers[layer].self_attn, read), torch.no_grad():
-                base(**inputs, use_cache=False)
-        except _Stop:
-            pass
-        finally:
-            vars(base).update(before)
+            return self.door(stats, read)
+
+        run_until_stop(self.model, self.processor, image, question, self.prompt, door, self.pooling)
         return found[0]
 
+    @property
+    def pooling(self) -> PreLLMCompression:
+        """The method that the pass runs under."""
+        return PreLLMCompression(inside=self.stride, context=self.stride, outside=self.stride)
 
-def _attention(layouts: list[VisionLayout], query: Tensor, key: Tensor, scale: float | None, count: int) -> Attention:
+    def door(self, stats: PruneStats, read: Callable[[Tensor, Tensor, float | None], None]) -> ExitStack:
+        """A context in which the model's prefill skips what the localizer does not need.
+
+        Args:
+            stats: of the patch that surrounds the pass.
+            read: called with query, key and scale of the scoring layer, see ``tap``; should end the pass by an exception.
+        """
+        layers = adapter_for(self.model).language_model(self.model).layers
+        layer = len(layers) // 8 if self.layer is None else self.layer
+        scoring, undo = layers[layer].self_attn, ExitStack()
+        undo.enter_context(tap(scoring, read))
+        if not self.rope:
+            undo.callback(scoring.register_forward_pre_hook(_still, with_kwargs=True).remove)
+        if self.skip_mlp:
+            for earlier in layers[:layer]:
+                _run_on_text(earlier.mlp, stats, undo)
+        return undo
+
+
+def _run_on_text(mlp: nn.Module, stats: PruneStats, undo: ExitStack) -> None:
+    """Let a feed-forward layer pass the vision tokens by: their output is zero, and costs nothing."""
+
+    def text(hidden: Tensor) -> Tensor:
+        chosen = torch.ones(hidden.shape[1], dtype=torch.bool)
+        for layout in stats.pooled:
+            chosen[layout.position] = False
+        return chosen.to(hidden.device)
+
+    full: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        full[:] = [args[0]]
+        return (args[0][:, text(args[0])],)
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        spread = torch.zeros_like(full[0])
+        spread[:, text(full.pop())] = first
+        return (spread, *output[1:]) if isinstance(output, tuple) else spread
+
+    undo.callback(mlp.register_forward_pre_hook(enter).remove)
+    undo.callback(mlp.register_forward_hook(leave).remove)
+
+
+def _still(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Rotary tables of no rotation, for a call whose result nobody sees."""
+    cosine, sine = kwargs["position_embeddings"]
+    return args, kwargs | {"position_embeddings": (torch.ones_like(cosine), torch.zeros_like(sine))}
+
+
+def _attention(stats: PruneStats, query: Tensor, key: Tensor, scale: float | None, count: int) -> Attention:
     """Attention of the text after the only image, per head."""
-    if len(layouts) != 1:
-        raise ValueError(f"attend: prompt must hold one image, got {len(layouts)}")
-    first = int(layouts[0].position[-1]) + 1
+    layout = only_image(stats, "attend")
+    place = stats.pooled[0].position
+    first = int(place[-1]) + 1
     num_rows, heads = query.shape[2] - first, query.shape[1]
     if num_rows < 2:
         raise ValueError(f"attend: prompt must have text after the image, got {num_rows} tokens")
     # One sample per head, because the operator averages over heads.
     query = query[0, :, None, first:]
     key = key[0].repeat_interleave(heads // key.shape[1], 0).unsqueeze(1)
-    index = layouts[0].position.to(query.device).expand(heads, -1)
+    index = place.to(query.device).expand(heads, -1)
     visible = torch.arange(first, first + num_rows, device=query.device) + 1
     visible = visible.expand(heads, -1)
     prior, asked = (
         ops.attention_mass(query[:, :, rows], key, index, scale=scale, visible_len=visible[:, rows])
         for rows in (slice(0, 1), slice(max(1, num_rows - count), None))
     )
-    return Attention(layouts[0], asked.cpu(), prior.cpu())
+    return Attention(layout, *(_spread(stats.plans[0], mass.cpu()) for mass in (asked, prior)))
+
+
+def _spread(plan: PoolPlan | None, mass: Tensor) -> Tensor:
+    """What a cell received, in equal parts to its members: (num_heads, num_out) to (num_heads, N)."""
+    if plan is None:
+        return mass
+    cell = plan.inverse.long()
+    return torch.where(cell >= 0, (mass / plan.counts)[:, cell.clamp(min=0)], 0.0)
 
 
 def score_tokens(attention: Attention) -> Tensor:

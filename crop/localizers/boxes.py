@@ -2,12 +2,112 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
 from crop.region import PATCH, Region, VisionLayout
 
 TokenBox = tuple[int, int, int, int]  # (left, top, right, bottom) tokens, half open
+
+
+@dataclass(frozen=True, eq=False)
+class Raster:
+    """A score per vision token as a picture.
+
+    Args:
+        values: (rows, columns) float64 >= 0.
+        valid: (rows, columns) bool, False where there is padding or no token.
+        cell: (rows, columns, 4) float64, the rectangle of the original image that each place stands for.
+    """
+
+    values: np.ndarray
+    valid: np.ndarray
+    cell: np.ndarray
+
+    @staticmethod
+    def of(layout: VisionLayout, score: Tensor) -> Raster:
+        """The token grid of a layout of one view; of several views, the mean over those that see a place, at the finest
+        pitch among them.
+
+        Args:
+            layout: N tokens, not pooled. score: (N,), not read where there is no patch; NaN counts as 0.
+        """
+        number, row, col = (axis.numpy() for axis in (layout.view, layout.row, layout.col))
+        patch = (layout.kind == PATCH).numpy()
+        values = np.where(patch, np.nan_to_num(score.double().cpu().numpy()), 0.0)
+        pictures = []
+        for view in np.unique(number):
+            here = number == view
+            at = row[here] - row[here].min(), col[here] - col[here].min()
+            picture = Raster(*(np.zeros((at[0].max() + 1, at[1].max() + 1, *more)) for more in ((), (), (4,))))
+            picture.values[at], picture.valid[at], picture.cell[at] = values[here], patch[here], layout.cells[here]
+            pictures.append(Raster(picture.values, picture.valid.astype(bool), picture.cell))
+        return pictures[0] if len(pictures) == 1 else _joined(pictures)
+
+    def boxes(self, chosen: np.ndarray, *, gap: int, max_boxes: int, dilate: int) -> list[TokenBox]:
+        """Boxes around the places that touch, the heaviest first.
+
+        Args:
+            chosen: (rows, columns) bool.
+            gap: boxes that share rows are joined over this many places.
+            max_boxes: how many are returned at most.
+            dilate: places that every box grows on each side first.
+        """
+        height, width = self.values.shape
+        boxes = _merge([_grow(_bounds(piece), dilate, height, width) for piece in _components(chosen)], gap)
+        boxes.sort(key=lambda box: -self.values[box[1] : box[3], box[0] : box[2]].sum())
+        return boxes[:max_boxes]
+
+    def inside(self, boxes: list[TokenBox]) -> np.ndarray:
+        """(rows, columns) bool: what the boxes cover."""
+        inside = np.zeros(self.valid.shape, dtype=bool)
+        for left, top, right, bottom in boxes:
+            inside[top:bottom, left:right] = True
+        return inside
+
+    def region(self, boxes: list[TokenBox], confidence: float) -> Region:
+        """The boxes in the original image."""
+        corners = ((*self.cell[y0, x0, :2], *self.cell[y1 - 1, x1 - 1, 2:]) for x0, y0, x1, y1 in boxes)
+        return Region(tuple(corners), confidence)
+
+
+def _joined(pictures: list[Raster]) -> Raster:
+    """Pictures of parts of one image, at the finest pitch among them, averaged where they overlap."""
+    pitch, start, size = np.empty((len(pictures), 2)), np.empty((len(pictures), 2)), []
+    for number, picture in enumerate(pictures):
+        corners = picture.cell[picture.valid]
+        pitch[number] = (corners[:, 2:] - corners[:, :2]).min(0, initial=1.0)
+        start[number] = picture.cell[0, 0, :2]
+        size.append(picture.valid.shape)
+    width, height = (int(round(1 / side)) for side in pitch.min(0))
+    x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
+    total, count = np.zeros((height, width)), np.zeros((height, width))
+    for picture, (dx, dy), (x0, y0), (rows, columns) in zip(pictures, pitch, start, size, strict=True):
+        row, col = np.floor((y - y0) / dy).astype(int), np.floor((x - x0) / dx).astype(int)
+        at = np.ix_(row.clip(0, rows - 1), col.clip(0, columns - 1))
+        seen = picture.valid[at] & np.outer((row >= 0) & (row < rows), (col >= 0) & (col < columns))
+        total += np.where(seen, picture.values[at], 0.0)
+        count += seen
+    left, top = np.meshgrid(np.arange(width) / width, np.arange(height) / height)
+    cell = np.stack([left, top, left + 1 / width, top + 1 / height], -1)
+    return Raster(total / count.clip(min=1), count > 0, cell)
+
+
+def check_ranges(op: str, settings: Any) -> None:
+    """Refuse box settings out of their ranges: what localizers that make boxes from scores check first.
+
+    Raises:
+        ValueError: ``threshold`` or ``min_confidence`` not in (0, 1); ``gap`` or ``dilate`` < 0; ``max_boxes`` < 1.
+    """
+    for name in ("threshold", "min_confidence"):
+        if not 0 < getattr(settings, name) < 1:
+            raise ValueError(f"{op}: {name} must be in (0, 1), got {getattr(settings, name)}")
+    for name, low in (("gap", 0), ("max_boxes", 1), ("dilate", 0)):
+        if not getattr(settings, name) >= low:
+            raise ValueError(f"{op}: {name} must be >= {low}, got {getattr(settings, name)}")
 
 
 def find_region(
@@ -26,46 +126,30 @@ def find_region(
     own at least half the average; touching tokens make one box, and so do those in one line.
 
     Args:
-        layout: N tokens of one view.
+        layout: N tokens, not pooled.
         score: (N,) float32 >= 0.
         threshold, gap, max_boxes, dilate, min_confidence: see ``AttentionLocalizer``.
     Returns:
         Region; its confidence is the share of the score in the boxes, corrected for chance:
         ``(share - area) / (1 - area)``. The whole image where that is below ``min_confidence``.
-    Raises:
-        ValueError: more than one view.
     Source: own choice.
     """
-    views, height, width = layout.extent
-    if views != 1:
-        raise ValueError(f"find_region: layout must have one view, got {views}")
-    row, col = layout.row.numpy(), layout.col.numpy()
-    is_patch = (layout.kind == PATCH).numpy()
-    values = np.where(is_patch, score.numpy().astype(np.float64), 0.0)
-    if not values.sum() > 0:  # also NaN
+    raster = Raster.of(layout, score)
+    grid, valid = raster.values, raster.valid
+    if not grid.sum() > 0:
         return Region.whole(0.0, "the score has no peak")
-    grid, valid = np.zeros((height, width)), np.zeros((height, width), dtype=bool)
-    cell = np.empty((height, width, 4))
-    grid[row, col], valid[row, col] = values / values.sum(), is_patch
-    cell[row, col] = layout.cells
-    smooth = np.where(grid >= 0.5 / valid.sum(), _smooth(grid), 0.0)
-    pieces = _components(smooth >= threshold * smooth.max())
-    boxes = _merge([_grow(_bounds(piece), dilate, height, width) for piece in pieces], gap)
-    boxes.sort(key=lambda box: -grid[box[1] : box[3], box[0] : box[2]].sum())
-    boxes = boxes[:max_boxes]
-    inside = np.zeros_like(valid)
-    for left, top, right, bottom in boxes:
-        inside[top:bottom, left:right] = True
+    smooth = np.where(grid >= 0.5 * grid.sum() / valid.sum(), smoothed(grid), 0.0)
+    boxes = raster.boxes(smooth >= threshold * smooth.max(), gap=gap, max_boxes=max_boxes, dilate=dilate)
+    inside = raster.inside(boxes)
     area = (inside & valid).sum() / valid.sum()
-    confidence = float((grid[inside].sum() - area) / (1 - area)) if area < 1 else 0.0
+    confidence = float((grid[inside].sum() / grid.sum() - area) / (1 - area)) if area < 1 else 0.0
     confidence = min(max(confidence, 0.0), 1.0)
     if confidence < min_confidence:
         return Region.whole(confidence, f"the peaks hold too little of the score: {confidence:.2f} < {min_confidence}")
-    corners = ((*cell[y0, x0, :2], *cell[y1 - 1, x1 - 1, 2:]) for x0, y0, x1, y1 in boxes)
-    return Region(tuple(corners), confidence)
+    return raster.region(boxes, confidence)
 
 
-def _smooth(grid: np.ndarray) -> np.ndarray:
+def smoothed(grid: np.ndarray) -> np.ndarray:
     """Binomial 3 x 3 blur that does not darken the border."""
 
     def blur(values: np.ndarray) -> np.ndarray:
