@@ -19,7 +19,6 @@ import torch
 from common import header, interleave, save, table
 
 import crop
-from crop.tap import tap
 
 LAYERS, WIDTH, HEADS, FFN, TEXT, IMAGE_TOKEN = 24, 1024, 16, 2816, 60, 999
 REGION = crop.Region.box(0.30, 0.25, 0.70, 0.55)
@@ -98,19 +97,28 @@ def measure(model: Any, images: int, rounds: int) -> list[dict[str, Any]]:
 
         return run
 
-    def localize() -> None:
-        # What AttentionLocalizer costs on this prompt: one pass that stops inside layer 1.
-        with crop.patch(model, None), tap(model.model.language_model.layers[1].self_attn, stop):
+    def localize(layer: int, stride: int, skip_mlp: bool) -> Callable[[], None]:
+        # The pass of AttentionLocalizer on this prompt, which may hold several images.
+        localizer = crop.AttentionLocalizer(model, None, layer, stride=stride, skip_mlp=skip_mlp)
+
+        def run() -> None:
             try:
-                model.model(**inputs, use_cache=False)
+                with crop.patch(model, localizer.pooling, processor=processor) as stats, localizer.door(stats, stop):
+                    model.model(**inputs, use_cache=False)
             except StopIteration:
                 return
-        raise RuntimeError("bench: the tap did not fire")
+            raise RuntimeError("bench: the tap did not fire")
+
+        return run
 
     def stop(*_: Any) -> None:
         raise StopIteration
 
-    contenders: dict[str, Callable[[], None]] = {"unpatched": plain, "attention localizer, layer 1": localize}
+    contenders: dict[str, Callable[[], None]] = {"unpatched": plain}
+    for setting in ((1, 1, False), (1, 1, True), (1, 2, True), (3, 1, True), (3, 2, True)):
+        layer, stride, skip_mlp = setting
+        name = f"localizer: attention of layer {layer}, stride {stride}" + (", no MLP" if skip_mlp else "")
+        contenders[name] = localize(*setting)
     lengths: dict[str, list[int]] = {"unpatched": [TEXT + 576 * images] * LAYERS}
     contenders["keep all"] = pruned("keep all", crop.InnerLLMPruning(keep=1.0))
     lengths["keep all"] = lengths["unpatched"]
@@ -142,7 +150,9 @@ def measure(model: Any, images: int, rounds: int) -> list[dict[str, Any]]:
                 "p90": times[name].p90 * 1e3,
                 "speed-up": full / times[name].median,
                 "FLOP ratio": flops(lengths["unpatched"]) / flops(lengths[name]) if name in lengths else None,
-                "own work %": 100 * sorted(own)[len(own) // 2] / full if own else None,
+                "own work %": 100 * (times[name].median if "localizer" in name else sorted(own)[len(own) // 2]) / full
+                if own or "localizer" in name
+                else None,
             }
         )
     return rows

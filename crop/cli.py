@@ -261,17 +261,12 @@ def _region(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Reg
 
 
 def _open(path: str, parser: argparse.ArgumentParser) -> Image:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from crop.images import open_image
 
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        parser.error(f"IMAGE must be an existing file, got {path}")
-    except UnidentifiedImageError:
-        parser.error(f"IMAGE must be a picture, got {path}")
-    except OSError as error:
-        parser.error(f"IMAGE {path} cannot be read: {error}")
+        return open_image(path)
+    except (OSError, ValueError) as error:
+        parser.error(f"IMAGE: {str(error).removeprefix('open_image: source ')}")
 
 
 def _device(name: str | None, parser: argparse.ArgumentParser) -> str:
@@ -310,6 +305,7 @@ def _as_json(
             "boxes": [list(box) for box in pruned.region.boxes],
             "confidence": pruned.region.confidence,
             "area": pruned.region.area,
+            "reason": pruned.region.reason,
         },
         "tokens": asdict(pruned.tokens),
         "seconds": pruned.seconds,
@@ -335,6 +331,8 @@ def _print(options: argparse.Namespace, localizer: str, pruned: Answer, plain: A
         "region",
         f"{boxes}  (confidence {region.confidence:.2f}, {region.area:.0%} of the image, by {localizer})",
     )
+    if region.reason:
+        facts.add_row("because", Text(region.reason))
     facts.add_row(
         "tokens",
         f"{tokens.before} before, {tokens.after_plc} after PLC, {tokens.after_ilp} after ILP; "

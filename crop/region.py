@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -42,6 +42,8 @@ class Region:
         boxes: (x0, y0, x1, y1) each, normalised to the ORIGINAL image, half open; parts outside the
             image are clipped away.
         confidence: the localizer's trust in the boxes, in [0, 1].
+        reason: why it is what it is, in words for the user, such as why a localizer fell back to the whole image; takes
+            no part in comparison.
     Raises:
         ValueError: no box; a box that is not finite, empty, inverted or wholly outside the image;
             confidence out of range.
@@ -50,6 +52,7 @@ class Region:
 
     boxes: tuple[Box, ...]
     confidence: float = 1.0
+    reason: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if len(self.boxes) == 0:
@@ -59,9 +62,9 @@ class Region:
         object.__setattr__(self, "boxes", tuple(_clip_box(box) for box in self.boxes))
 
     @staticmethod
-    def whole(confidence: float = 1.0) -> Region:
+    def whole(confidence: float = 1.0, reason: str = "") -> Region:
         """The whole image: contains every centre in [0, 1) x [0, 1)."""
-        return Region(((0.0, 0.0, 1.0, 1.0),), confidence)
+        return Region(((0.0, 0.0, 1.0, 1.0),), confidence, reason)
 
     @staticmethod
     def box(x0: float, y0: float, x1: float, y1: float, confidence: float = 1.0) -> Region:
@@ -121,8 +124,9 @@ class Region:
         return replace(self, boxes=grown)
 
     def union(self, other: Region) -> Region:
-        """Both regions together, with the lower of the two confidences."""
-        return Region(self.boxes + other.boxes, min(self.confidence, other.confidence))
+        """Both regions together, with the lower of the two confidences and both reasons."""
+        reason = "; ".join(dict.fromkeys(filter(None, (self.reason, other.reason))))
+        return Region(self.boxes + other.boxes, min(self.confidence, other.confidence), reason)
 
     def _pieces(self) -> list[tuple[float, bool]]:
         """(area, covered) of the rectangles into which all box borders cut the image."""

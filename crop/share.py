@@ -37,15 +37,17 @@ def share_vision(model: nn.Module) -> Iterator[None]:
     if "forward" in vars(tower):
         raise RuntimeError("share_vision: the vision tower's forward must not be replaced already, got a nested block")
     forward = tower.forward
-    last: list[tuple[tuple, dict, Any]] = []
+    last: list[tuple[tuple[tuple, dict], Any]] = []
 
     def shared(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        if not last or not (_same(last[0][0], args) and _same(last[0][1], kwargs)):
-            last[:] = [(args, kwargs, forward(*args, **kwargs))]
+        # Some families hand every keyword on to the tower, also the one that only the language model reads.
+        seen = (args, {name: value for name, value in kwargs.items() if name != "use_cache"})
+        if not last or not _same(last[0][0], seen):
+            last[:] = [(seen, forward(*args, **kwargs))]
         # Models write into the output object they get; the tensors in it stay as they are.
-        return copy.copy(last[0][2])
+        return copy.copy(last[0][1])
 
     tower.forward = shared
     try:

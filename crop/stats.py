@@ -39,6 +39,7 @@ class PruneStats:
         layer_average: vision tokens per image, averaged over the decoder layers:
             ``(layer * after_plc + (num_layers - layer) * after_ilp) / num_layers``.
         layouts: geometry of each image's tokens before pruning.
+        pooled: geometry after pooling, in the shortened sequence.
         plans: pooling plan per image, None where it was left whole.
     """
 
@@ -47,6 +48,7 @@ class PruneStats:
     tokens_after_ilp: list[int] = field(default_factory=list)
     layer_average: list[float] = field(default_factory=list)
     layouts: list[VisionLayout] = field(default_factory=list)
+    pooled: list[VisionLayout] = field(default_factory=list)
     plans: list[PoolPlan | None] = field(default_factory=list)
     _chunk: ChunkPlan | None = field(default=None, repr=False)
     _selected: Tensor | None = field(default=None, repr=False)
@@ -81,6 +83,7 @@ class PruneStats:
         self.tokens_after_plc = [len(image.pooled) for image in chunk.images]
         self.tokens_after_ilp = [image.num_keep for image in chunk.images]
         self.layouts = [image.layout for image in chunk.images]
+        self.pooled = [image.pooled for image in chunk.images]
         self.plans = [image.plan for image in chunk.images]
         early = num_layers if layer is None else layer
         self.layer_average = [

@@ -59,7 +59,7 @@ TOKENS = dict(before="int", after_plc="int", after_ilp="int", layer_average="flo
 SECONDS = dict.fromkeys(STAGES, "float")
 SCHEMA = {
     "question": "str", "answer": "str", "model": "str", "device": "str", "dtype": "str", "method": "str",
-    "keep": "float", "localizer": "str", "region": {"boxes": [["float"]], "confidence": "float", "area": "float"},
+    "keep": "float", "localizer": "str", "region": {"boxes": [["float"]], "confidence": "float", "area": "float", "reason": "str"},
     "tokens": TOKENS, "seconds": SECONDS, "overlay": "str",
     "compare": {"answer": "str", "tokens": TOKENS, "seconds": SECONDS, "speedup": "float"},
 }  # fmt: skip
@@ -137,7 +137,7 @@ def test_rotated_photos_are_turned_upright(capsys, tmp_path):
 
 ERRORS = {
     "missing file": (["ask", "{tmp}/no.png", "hi"], "must be an existing file"),
-    "folder": (["ask", "{tmp}", "hi"], "cannot be read"),
+    "folder": (["ask", "{tmp}", "hi"], "must be readable"),
     "no picture": (["ask", __file__, "hi"], "must be a picture"),
     "three numbers": (["ask", "{image}", "hi", "--region", "0,0,1"], "four numbers X0,Y0,X1,Y1, got '0,0,1'"),
     "words": (["ask", "{image}", "hi", "--region", "a,b,c,d"], "four numbers"),

@@ -19,12 +19,13 @@ from tiny_models import (
 )
 from transformers import BatchFeature
 
-import crop.localizers as localizers
+from crop import ops
 from crop.localizers import (
     Attention,
     AttentionLocalizer,
     BoxLocalizer,
     WholeLocalizer,
+    encode,
     find_region,
     get_localizer,
     score_tokens,
@@ -198,12 +199,17 @@ def test_noise_on_a_large_grid_is_boxed_quickly():
     assert time.process_time() - start < 1.0
 
 
-def test_layout_of_several_views_is_refused():
-    grid = VisionLayout.grid(4, 4)
-    two = VisionLayout(grid.position, grid.center, grid.row, grid.col,
-                       torch.arange(16, dtype=torch.int32) // 8, grid.kind, 16)  # fmt: skip
-    with pytest.raises(ValueError, match="one view, got 2"):
-        find_region(two, torch.ones(16))
+def test_several_views_are_one_picture_at_the_finest_pitch():
+    """A base view of 4 x 4 and a detailed one of 8 x 8 over the same image: the region follows both."""
+    base, fine = VisionLayout.grid(4, 4), VisionLayout.grid(8, 8, start=16)
+    names = ("position", "center", "row", "col", "view", "kind")
+    joined = [torch.cat([getattr(base, name), getattr(fine, name) + (name == "view")]) for name in names]
+    layout = VisionLayout(*(array.to(getattr(base, name).dtype) for array, name in zip(joined, names, strict=True)), 80)
+    score = torch.zeros(80)
+    score[16 + 8 * 2 + 2] = 1.0  # one fine token, row 2, column 2
+    assert_boxes(find_region(layout, score, dilate=0), (2 / 8, 2 / 8, 3 / 8, 3 / 8))
+    score[4 * 1 + 1] = 1.0  # the base token it lies in: rows and columns 2 and 3 of the fine grid
+    assert_boxes(find_region(layout, score, dilate=0), (2 / 8, 2 / 8, 4 / 8, 4 / 8))
 
 
 # ------------------------------------------------------------------------------------- the attention
@@ -211,7 +217,7 @@ def test_layout_of_several_views_is_refused():
 @attentions
 @pytest.mark.parametrize("layer", [0, 3, NUM_LAYERS - 1])
 def test_attention_equals_the_models_own(family, attention, layer, get_model):
-    found = localizer(get_model(family, attention), family, layer=layer).attend(PICTURE, "?")
+    found = localizer(get_model(family, attention), family, layer=layer, skip_mlp=False).attend(PICTURE, "?")
     inputs = Processor(family).batch.inputs
     weights = get_model(family, "eager")(**inputs, output_attentions=True).attentions[layer][0]
     vision = torch.nonzero(inputs["input_ids"][0] == IMAGE).flatten()
@@ -219,9 +225,72 @@ def test_attention_equals_the_models_own(family, attention, layer, get_model):
     rows = weights[:, int(vision[-1]) + 1 :][..., vision]
     torch.testing.assert_close(found.prior, rows[:, 0], atol=2e-6, rtol=1e-4)
     torch.testing.assert_close(found.question, rows[:, -2:].mean(1), atol=2e-6, rtol=1e-4)
-    every = localizer(get_model(family, attention), family, layer=layer, rows=99)
+    every = localizer(get_model(family, attention), family, layer=layer, skip_mlp=False, rows=99)
     every = every.attend(PICTURE, "?").question
     torch.testing.assert_close(every, rows[:, 1:].mean(1), atol=2e-6, rtol=1e-4)
+
+
+@families
+def test_skipping_the_mlp_of_vision_tokens_is_zeroing_its_output(family, get_model):
+    model = get_model(family, "sdpa")
+    found = localizer(model, family, layer=2).attend(PICTURE, "?")
+    vision = torch.nonzero(Processor(family).batch.inputs["input_ids"][0] == IMAGE).flatten()
+    rows = []
+
+    def zero(module, args, output):
+        rows.append(args[0].shape[1])
+        output = output.clone()
+        output[:, vision] = 0
+        return output
+
+    handles = [layer.mlp.register_forward_hook(zero) for layer in model.model.language_model.layers[:2]]
+    try:
+        zeroed = localizer(model, family, layer=2, skip_mlp=False).attend(PICTURE, "?")
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(rows) == 2
+    torch.testing.assert_close(found.question, zeroed.question, atol=2e-6, rtol=1e-4)
+    plain = localizer(model, family, layer=2, skip_mlp=False).attend(PICTURE, "?")
+    assert not torch.allclose(found.question, plain.question, atol=1e-4)
+
+
+@families
+def test_stride_attends_to_means_of_blocks(family, get_model):
+    """On an image whose blocks are of equal tokens nothing but the number of keys changes, and blocks share their mass."""
+    model = get_model(family, "sdpa")
+    ask = localizer(model, family, layer=0, stride=2)
+    found = ask.attend(PICTURE, "?")
+    block = found.layout.block(2)
+    for number in block.unique():
+        inside = found.question[:, block == number]
+        assert torch.equal(inside, inside[:, :1].expand_as(inside))
+    plain = localizer(model, family, layer=0).attend(PICTURE, "?")
+    assert found.layout == plain.layout and 0 < found.question.sum() < len(found.question)
+    assert not torch.allclose(found.question, plain.question, atol=1e-4)
+
+
+def test_rope_can_be_left_out_of_the_scores(get_model):
+    """Then two equal tokens get equal attention, wherever they stand."""
+    model = get_model("llava", "sdpa")
+    ask = localizer(model, "llava", layer=0, rope=False)
+    layout = ask.attend(PICTURE, "?").layout
+    vision = torch.nonzero(Processor("llava").batch.inputs["input_ids"][0] == IMAGE).flatten()
+
+    def equal(module, args, kwargs):
+        embeds = kwargs["inputs_embeds"].clone()
+        embeds[:, vision] = embeds[:, vision[:1]]
+        return args, kwargs | {"inputs_embeds": embeds}
+
+    handle = model.model.language_model.register_forward_pre_hook(equal, with_kwargs=True)
+    try:
+        still = ask.attend(PICTURE, "?").question
+        turned = localizer(model, "llava", layer=0).attend(PICTURE, "?").question
+    finally:
+        handle.remove()
+    assert len(layout) == still.shape[1]
+    torch.testing.assert_close(still, still[:, :1].expand_as(still))
+    assert not torch.allclose(turned, turned[:, :1].expand_as(turned), rtol=1e-3)
 
 
 @families
@@ -258,7 +327,7 @@ def test_an_exception_leaves_the_model_as_it_was(family, get_model, monkeypatch)
     def fail(*_, **__):
         raise RuntimeError("broken operator")
 
-    monkeypatch.setattr(localizers.ops, "attention_mass", fail)
+    monkeypatch.setattr(ops, "attention_mass", fail)
     with pytest.raises(RuntimeError, match="broken operator"):
         localizer(model, family)(PICTURE, "?")
     assert state(model) == before and names() == registered
@@ -348,7 +417,7 @@ def test_prompt_or_chat_template_is_needed(get_model):
             return "text"
 
     chat = Chat("llava")
-    localizers.encode(chat, PICTURE, "what?")
+    encode(chat, PICTURE, "what?")
     parts = chat.conversation[0]["content"]
     assert [part["type"] for part in parts] == ["image", "text"] and parts[1]["text"] == "what?"
 
@@ -356,7 +425,7 @@ def test_prompt_or_chat_template_is_needed(get_model):
 @pytest.mark.parametrize("change, message", [
     ({"layer": NUM_LAYERS}, "layer must be in"), ({"layer": -1}, "layer must be in"),
     ({"threshold": 0.0}, "threshold must be in"), ({"min_confidence": 1.0}, "min_confidence must be in"),
-    ({"rows": 0}, "rows must be >= 1"), ({"gap": -1}, "gap must be >= 0"), ({"max_boxes": 0}, "max_boxes must be >= 1"), ({"dilate": -1}, "dilate must be >= 0"),
+    ({"rows": 0}, "rows must be >= 1"), ({"stride": 17}, "stride must be in"), ({"gap": -1}, "gap must be >= 0"), ({"max_boxes": 0}, "max_boxes must be >= 1"), ({"dilate": -1}, "dilate must be >= 0"),
 ])  # fmt: skip
 def test_bad_arguments(change, message, get_model):
     with pytest.raises(ValueError, match=message):

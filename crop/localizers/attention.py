@@ -1,0 +1,236 @@
+"""The model's own attention from the question to the image as a localizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from crop import ops
+from crop.methods import PreLLMCompression
+from crop.models import adapter_for
+from crop.plan import MAX_STRIDE, PoolPlan
+from crop.region import PATCH, Region, VisionLayout
+from crop.stats import PruneStats
+from crop.tap import tap
+
+from .boxes import check_ranges, find_region
+from .reading import Stop, only_image, run_until_stop
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Attention that the vision tokens of one image receive, one row per head.
+
+    Args:
+        layout: where the N tokens are.
+        question: (num_heads, N) float32, mean over the scoring rows.
+        prior: (num_heads, N) float32, of the first text row after the image, which cannot know the
+            question yet: habits of the model, such as sinks and a liking for late positions.
+    """
+
+    layout: VisionLayout
+    question: Tensor
+    prior: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionLocalizer:
+    """The model's own attention from the question to the image ("attention"): no second model.
+
+    One prefill that stops inside decoder layer ``layer``, after its queries and keys; see ``score_tokens`` and
+    ``find_region`` for what becomes of the attention.
+
+    Args:
+        model: Hugging Face vision-language model of a supported family.
+        processor: its processor.
+        layer: decoder layer whose attention is read, 0 = first. None: 1/8 of the depth.
+        prompt: as in ``encode``.
+        stride: the pass runs on vision tokens averaged in blocks of this side, which costs a ``stride ** 2``-th.
+        skip_mlp: the feed-forward parts of the layers before run on the text alone, which saves most of the pass.
+        rope: False scores by queries and keys without position; the layers before are as always.
+        rows: the last text rows whose attention is averaged; they have read the whole question.
+        threshold: fraction of the peak from which tokens belong to the region, in (0, 1).
+        gap: boxes that share rows are joined over this many tokens, as words in a line.
+        max_boxes: boxes kept, the heaviest first.
+        dilate: tokens that every box grows on each side.
+        min_confidence: below it the whole image is returned.
+    Raises:
+        ValueError, TypeError: an argument out of its range; a family without an adapter.
+    Source: own choice, tuned on the embedded model. The idea of reading the region off the model's attention, relative to
+        a question-free reference, is also that of arXiv 2502.17422 (known to us from digests only).
+    """
+
+    model: nn.Module
+    processor: Any
+    layer: int | None = None
+    prompt: Callable[[str], str] | None = None
+    stride: int = 1
+    skip_mlp: bool = True
+    rope: bool = True
+    rows: int = 2
+    threshold: float = 0.02
+    gap: int = 3
+    max_boxes: int = 6
+    dilate: int = 0
+    min_confidence: float = 0.5
+
+    def __post_init__(self) -> None:
+        op = "AttentionLocalizer"
+        count = len(adapter_for(self.model).language_model(self.model).layers)
+        if self.layer is not None and not 0 <= self.layer < count:
+            raise ValueError(f"{op}: layer must be in [0, num_layers={count}), got {self.layer}")
+        if self.rows < 1:
+            raise ValueError(f"{op}: rows must be >= 1, got {self.rows}")
+        check_ranges(op, self)
+        if not 1 <= self.stride <= MAX_STRIDE:
+            raise ValueError(f"{op}: stride must be in [1, {MAX_STRIDE}], got {self.stride}")
+
+    def __call__(self, image: Image, question: str) -> Region:
+        attention = self.attend(image, question)
+        return find_region(
+            attention.layout,
+            score_tokens(attention),
+            threshold=self.threshold,
+            gap=self.gap,
+            max_boxes=self.max_boxes,
+            dilate=self.dilate,
+            min_confidence=self.min_confidence,
+        )
+
+    def attend(self, image: Image, question: str) -> Attention:
+        """The attention behind the region, e.g. to look at it.
+
+        Args:
+            image: RGB.
+            question: plain text.
+        Returns:
+            Attention.
+        Raises:
+            ValueError: the prompt holds more than one image, or no text after it.
+        """
+        found: list[Attention] = []
+
+        def door(stats: PruneStats) -> ExitStack:
+            def read(query: Tensor, key: Tensor, scale: float | None) -> None:
+                found.append(_attention(stats, query, key, scale, self.rows))
+                raise Stop
+
+            return self.door(stats, read)
+
+        run_until_stop(self.model, self.processor, image, question, self.prompt, door, self.pooling)
+        return found[0]
+
+    @property
+    def pooling(self) -> PreLLMCompression:
+        """The method that the pass runs under."""
+        return PreLLMCompression(inside=self.stride, context=self.stride, outside=self.stride)
+
+    def door(self, stats: PruneStats, read: Callable[[Tensor, Tensor, float | None], None]) -> ExitStack:
+        """A context in which the model's prefill skips what the localizer does not need.
+
+        Args:
+            stats: of the patch that surrounds the pass.
+            read: called with query, key and scale of the scoring layer, see ``tap``; should end the pass by an exception.
+        """
+        layers = adapter_for(self.model).language_model(self.model).layers
+        layer = len(layers) // 8 if self.layer is None else self.layer
+        scoring, undo = layers[layer].self_attn, ExitStack()
+        undo.enter_context(tap(scoring, read))
+        if not self.rope:
+            undo.callback(scoring.register_forward_pre_hook(_still, with_kwargs=True).remove)
+        if self.skip_mlp:
+            for earlier in layers[:layer]:
+                _run_on_text(earlier.mlp, stats, undo)
+        return undo
+
+
+def _run_on_text(mlp: nn.Module, stats: PruneStats, undo: ExitStack) -> None:
+    """Let a feed-forward layer pass the vision tokens by: their output is zero, and costs nothing."""
+
+    def text(hidden: Tensor) -> Tensor:
+        chosen = torch.ones(hidden.shape[1], dtype=torch.bool)
+        for layout in stats.pooled:
+            chosen[layout.position] = False
+        return chosen.to(hidden.device)
+
+    full: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        full[:] = [args[0]]
+        return (args[0][:, text(args[0])],)
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        spread = torch.zeros_like(full[0])
+        spread[:, text(full.pop())] = first
+        return (spread, *output[1:]) if isinstance(output, tuple) else spread
+
+    undo.callback(mlp.register_forward_pre_hook(enter).remove)
+    undo.callback(mlp.register_forward_hook(leave).remove)
+
+
+def _still(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Rotary tables of no rotation, for a call whose result nobody sees."""
+    cosine, sine = kwargs["position_embeddings"]
+    return args, kwargs | {"position_embeddings": (torch.ones_like(cosine), torch.zeros_like(sine))}
+
+
+def _attention(stats: PruneStats, query: Tensor, key: Tensor, scale: float | None, count: int) -> Attention:
+    """Attention of the text after the only image, per head."""
+    layout = only_image(stats, "attend")
+    place = stats.pooled[0].position
+    first = int(place[-1]) + 1
+    num_rows, heads = query.shape[2] - first, query.shape[1]
+    if num_rows < 2:
+        raise ValueError(f"attend: prompt must have text after the image, got {num_rows} tokens")
+    # One sample per head, because the operator averages over heads.
+    query = query[0, :, None, first:]
+    key = key[0].repeat_interleave(heads // key.shape[1], 0).unsqueeze(1)
+    index = place.to(query.device).expand(heads, -1)
+    visible = torch.arange(first, first + num_rows, device=query.device) + 1
+    visible = visible.expand(heads, -1)
+    prior, asked = (
+        ops.attention_mass(query[:, :, rows], key, index, scale=scale, visible_len=visible[:, rows])
+        for rows in (slice(0, 1), slice(max(1, num_rows - count), None))
+    )
+    return Attention(layout, *(_spread(stats.plans[0], mass.cpu()) for mass in (asked, prior)))
+
+
+def _spread(plan: PoolPlan | None, mass: Tensor) -> Tensor:
+    """What a cell received, in equal parts to its members: (num_heads, num_out) to (num_heads, N)."""
+    if plan is None:
+        return mass
+    cell = plan.inverse.long()
+    return torch.where(cell >= 0, (mass / plan.counts)[:, cell.clamp(min=0)], 0.0)
+
+
+def score_tokens(attention: Attention) -> Tensor:
+    """How much the question, rather than habit, makes the model look at each token.
+
+    ``question / (prior + 4 / N)`` per head, cut off at its largest 2 % against sinks and brought to
+    sum 1; heads are averaged with weights ``sum(score ** 2)``, because a head that looks at a few
+    tokens says where, and one that looks everywhere says nothing.
+
+    Args:
+        attention: of one image, N tokens.
+    Returns:
+        (N,) float32 >= 0.
+    Source: own choice.
+    """
+    count = attention.question.shape[1]
+    score = torch.nan_to_num(attention.question / (attention.prior + 4 / count))
+    score[:, attention.layout.kind != PATCH] = 0
+    top = min(count, max(3, math.ceil(0.02 * count)))
+    score = torch.minimum(score, score.topk(top, 1).values[:, -1:])
+    score = score / score.sum(1, keepdim=True).clamp(min=1e-12)
+    weight = (score**2).sum(1, keepdim=True)
+    return (weight * score).sum(0) / weight.sum().clamp(min=1e-12)

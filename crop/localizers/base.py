@@ -1,0 +1,64 @@
+"""The role of a localizer, the two that look at nothing, and how a question is put to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from crop.region import Region
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Localizer(Protocol):
+    """The role: what part of ``image`` does ``question`` need?"""
+
+    def __call__(self, image: Image, question: str) -> Region: ...
+
+
+@dataclass(frozen=True)
+class BoxLocalizer:
+    """The region that the caller knows already ("box"): a user's selection, an annotation.
+
+    Args:
+        region: returned for every image and question.
+    """
+
+    region: Region
+
+    def __call__(self, image: Image, question: str) -> Region:
+        return self.region
+
+
+@dataclass(frozen=True)
+class WholeLocalizer:
+    """The whole image ("whole"): pruning is then led by attention alone."""
+
+    def __call__(self, image: Image, question: str) -> Region:
+        return Region.whole()
+
+
+def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], str] | None = None) -> Any:
+    """Model inputs for one image and one question.
+
+    Args:
+        processor: the model's processor.
+        image: RGB.
+        question: plain text.
+        prompt: question -> the full text with the image placeholder; default: the processor's chat
+            template, one user turn.
+    Returns:
+        What the processor makes of it, on the CPU.
+    Raises:
+        ValueError: no prompt, and the processor has no chat template.
+    """
+    if prompt is not None:
+        text = prompt(question)
+    elif getattr(processor, "chat_template", None):
+        turn = [{"type": "image"}, {"type": "text", "text": question}]
+        text = processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
+    else:
+        raise ValueError("encode: prompt must be given for a processor without a chat template, got None")
+    return processor(images=image, text=text, return_tensors="pt")

@@ -1,0 +1,258 @@
+"""A light trained head on the image features that the model computes anyway."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crop.models import adapter_for
+from crop.region import Region, VisionLayout
+
+from .boxes import Raster, check_ranges
+from .reading import embeddings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+OCTAVES = 3  # of the sine waves that tell a token's place
+NUM_CLUES = 3  # what the confidence is made of, see ``clues``
+
+
+class Head(nn.Module):
+    """Which vision tokens does the question need?
+
+    The question's token embeddings pass a convolution over neighbours (word order) and are averaged by ``probes``
+    learned attentions into one vector, which scales and shifts the projected image features; two small layers make a
+    logit of each. A second output says whether any part of the image is enough.
+
+    Args:
+        dim: width of the language model's embeddings.
+        width: width inside the head.
+        probes: attentions over the question.
+    Source: own choice; conditioning by scale and shift as in FiLM (arXiv 1709.07871).
+    """
+
+    def __init__(self, dim: int, width: int = 48, probes: int = 4) -> None:
+        super().__init__()
+        self.dim, self.width, self.probes = dim, width, probes
+        self.vision_norm, self.text_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.vision, self.text = nn.Linear(dim, width), nn.Linear(dim, width)
+        self.place = nn.Linear(4 * OCTAVES, width, bias=False)
+        self.order = nn.Conv1d(width, width, 3, padding=1)
+        self.probe = nn.Linear(width, probes)
+        self.film = nn.Linear(probes * width, 2 * width)
+        self.hidden, self.token = nn.Linear(width, width), nn.Linear(width, 1)
+        self.local = nn.Sequential(nn.Linear(probes * width, width), nn.GELU(), nn.Linear(width, 1))
+        # Bias and weights of the clues in the logit of the confidence; fitted after training.
+        self.register_buffer("calibration", torch.tensor([0.0, 1.0, 0.0, 0.0]))
+
+    def see(self, vision: Tensor, center: Tensor) -> Tensor:
+        """The part that knows no question.
+
+        Args:
+            vision: (..., N, dim) projected image features.
+            center: (N, 2) float32 x, y of the tokens in the original image.
+        Returns:
+            (..., N, width).
+        """
+        waves = center.unsqueeze(-1) * math.pi * 2.0 ** torch.arange(OCTAVES, device=center.device)
+        place = torch.cat([waves.sin(), waves.cos()], -1).flatten(-2)
+        return self.vision(self.vision_norm(vision)) + self.place(place.to(vision.dtype))
+
+    def read(self, text: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The part that knows no image.
+
+        Args:
+            text: (B, T, dim) token embeddings of the question.
+            length: (B,) int64 real tokens, the first ones; None: all.
+        Returns:
+            (B, 2 * width) scale and shift, (B,) logit of "a part of the image is enough".
+        """
+        words = self.text(self.text_norm(text))
+        real = None if length is None else torch.arange(text.shape[1], device=text.device) < length.unsqueeze(1)
+        if real is not None:
+            words = words.masked_fill(~real.unsqueeze(-1), 0)  # what the convolution sees beyond the end
+        words = words + F.gelu(self.order(words.mT)).mT
+        weight = self.probe(words)
+        if real is not None:
+            weight = weight.masked_fill(~real.unsqueeze(-1), -math.inf)
+        asked = (weight.softmax(1).mT @ words).flatten(1)
+        return self.film(asked), self.local(asked).squeeze(-1)
+
+    def match(self, seen: Tensor, film: Tensor) -> Tensor:
+        """Logits of the tokens.
+
+        Args:
+            seen: (B, N, width) from ``see``.
+            film: (B, Q, 2 * width) from ``read``, Q questions about each image.
+        Returns:
+            (B, Q, N).
+        """
+        scale, shift = film.unsqueeze(2).chunk(2, -1)
+        mixed = F.gelu(seen.unsqueeze(1) * (1 + scale) + shift)
+        return self.token(F.gelu(self.hidden(mixed))).squeeze(-1)
+
+    def multiply_adds(self, tokens: int, words: int) -> int:
+        """Multiply-adds of one question of ``words`` tokens about an image of ``tokens`` tokens."""
+        per_token = self.width * (self.dim + 4 * OCTAVES + 1 + self.width + 1)
+        per_word = self.width * (self.dim + 3 * self.width + 2 * self.probes)
+        once = self.probes * self.width * 3 * self.width + self.width
+        return tokens * per_token + words * per_word + once
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and sizes as one safetensors file, weights in bfloat16 but for the calibration."""
+        from safetensors.torch import save_file
+
+        sizes = {"dim": self.dim, "width": self.width, "probes": self.probes}
+        state = {k: v if k == "calibration" else v.bfloat16() for k, v in self.state_dict().items()}
+        save_file({k: v.contiguous() for k, v in state.items()}, path, {"crop_head": json.dumps(sizes)})
+
+    @staticmethod
+    def load(path: str | Path) -> Head:
+        """A head from a file that ``save`` wrote; float32, on the CPU, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: a file of another kind.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"Head.load: path must be an existing file, got {str(path)!r}")
+        try:
+            with safe_open(path, "pt") as file:
+                sizes = (file.metadata() or {}).get("crop_head")
+                state = {name: file.get_tensor(name).float() for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"Head.load: path must be a safetensors file, got {str(path)!r}: {error}") from error
+        if sizes is None:
+            raise ValueError(f"Head.load: path must be a file that Head.save wrote, got {str(path)!r}")
+        head = Head(**json.loads(sizes))
+        head.load_state_dict(state)
+        return head.eval()
+
+
+@dataclass(frozen=True)
+class HeadLocalizer:
+    """A small head trained on (question, box) records ("head"): no second model, no second vision pass.
+
+    The model runs up to the entrance of its decoder; with ``share_vision`` the answer reuses that vision pass.
+
+    Args:
+        model: vision-language model of a supported family.
+        processor: its processor.
+        head: trained for this model, e.g. by ``bench/train_head.py``; float32, moved to the model's device by the
+            caller.
+        prompt: as in ``encode``; the one the head was trained with.
+        threshold: probability from which a token belongs to the region, in (0, 1).
+        gap: boxes that share rows are joined over this many tokens.
+        max_boxes: boxes kept, the heaviest first.
+        dilate: tokens that every box grows on each side.
+        min_confidence: below it the whole image is returned.
+    Raises:
+        ValueError, TypeError: an argument out of its range; a head of another width than the model; a family without
+            an adapter.
+    Source: own choice.
+    """
+
+    model: nn.Module
+    processor: Any
+    head: Head
+    prompt: Callable[[str], str] | None = None
+    threshold: float = 0.3
+    gap: int = 0
+    max_boxes: int = 8
+    dilate: int = 0
+    min_confidence: float = 0.5
+
+    def __post_init__(self) -> None:
+        op = "HeadLocalizer"
+        dim = adapter_for(self.model).language_model(self.model).config.hidden_size
+        if self.head.dim != dim:
+            raise ValueError(f"{op}: head must be made for embeddings of width {dim}, got one for {self.head.dim}")
+        check_ranges(op, self)
+
+    @torch.no_grad()
+    def __call__(self, image: Image, question: str) -> Region:
+        read = embeddings(self.model, self.processor, image, question, self.prompt)
+        logits, local = judge(self.head, read.layout, read.vision, read.text)
+        return head_region(
+            read.layout,
+            logits,
+            local,
+            self.head.calibration,
+            threshold=self.threshold,
+            gap=self.gap,
+            max_boxes=self.max_boxes,
+            dilate=self.dilate,
+            min_confidence=self.min_confidence,
+        )
+
+
+@torch.no_grad()
+def judge(head: Head, layout: VisionLayout, vision: Tensor, text: Tensor) -> tuple[Tensor, float]:
+    """What the head makes of one image and one question.
+
+    Args:
+        head: float32, on the device of ``vision``.
+        layout, vision, text: as in ``Embeddings``.
+    Returns:
+        (N,) float32 logits on the CPU; logit of "a part of the image is enough".
+    """
+    seen = head.see(vision.float(), layout.center.to(vision.device))
+    film, local = head.read(text.float().unsqueeze(0))
+    return head.match(seen.unsqueeze(0), film.unsqueeze(1))[0, 0].cpu(), float(local)
+
+
+def clues(raster: Raster, inside: np.ndarray, local: float) -> Tensor:
+    """What tells whether boxes hold all that the question needs.
+
+    Args:
+        raster: probabilities. inside: places in the boxes. local: logit of "a part of the image is enough".
+    Returns:
+        (NUM_CLUES,) float32 logits: ``local``; the mean probability at the peaks (the upper half of the places in the
+        boxes); the share of all probability that is inside.
+    """
+    values = raster.values
+    peaks = np.sort(values[inside])[-max(1, int(inside.sum()) // 2) :].mean() if inside.any() else 0.0
+    share = values[inside].sum() / max(values.sum(), 1e-6)
+    return torch.tensor([local, *torch.logit(torch.tensor([peaks, share]), eps=1e-4)], dtype=torch.float32)
+
+
+def head_region(
+    layout: VisionLayout,
+    logits: Tensor,
+    local: float,
+    calibration: Tensor,
+    *,
+    threshold: float,
+    gap: int,
+    max_boxes: int,
+    dilate: int,
+    min_confidence: float,
+) -> Region:
+    """Boxes around the tokens that are probable enough.
+
+    Args:
+        layout: N tokens. logits: (N,) float32. local: see ``Head.read``.
+        calibration: (1 + NUM_CLUES,) bias and weights of the ``clues``.
+        threshold, gap, max_boxes, dilate, min_confidence: see ``HeadLocalizer``.
+    Returns:
+        Region; its confidence is the calibrated probability that the boxes hold all that the question needs. The whole
+        image where that is below ``min_confidence``.
+    """
+    raster = Raster.of(layout, logits.sigmoid())
+    boxes = raster.boxes(raster.values >= threshold, gap=gap, max_boxes=max_boxes, dilate=dilate)
+    clue = clues(raster, raster.inside(boxes), local)
+    confidence = float(torch.sigmoid(calibration[0].cpu() + calibration[1:].cpu() @ clue))
+    if not boxes or not confidence >= min_confidence:
+        return Region.whole(0.0 if not boxes or confidence != confidence else confidence)
+    return raster.region(boxes, confidence)
