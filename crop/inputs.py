@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from numbers import Integral
@@ -118,11 +119,21 @@ def refuse_generation(config: Any, kwargs: Mapping[str, Any]) -> None:
         )
 
 
+def cache_name(module: nn.Module) -> str:
+    """What a module calls its cache: transformers 5.24 renamed ``past_key_values``."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call, under either name; None: there is none."""
+    return arguments.get("cache") if arguments.get("cache") is not None else arguments.get("past_key_values")
+
+
 def refuse_unsupported(arguments: Mapping[str, Any], ids: Tensor, language_model: nn.Module) -> None:
     """Arguments of a chunk with images that this patch would get wrong."""
     from transformers import DynamicCache
 
-    cache = arguments.get("past_key_values")
+    cache = cache_of(arguments)
     if cache is not None and not isinstance(cache, DynamicCache):
         raise ValueError(f"patch: past_key_values must be a DynamicCache, got {type(cache).__name__}")
     mask = arguments.get("attention_mask")

@@ -29,6 +29,8 @@ from .inputs import (
     as_regions,
     as_sizes,
     brings_images,
+    cache_name,
+    cache_of,
     check_method,
     one_per_image,
     real_tokens,
@@ -244,7 +246,7 @@ class _Patch:
     def _enter_language_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         run = self.run = self.run or Run()
         pool = run.chunk.pool if run.chunk is not None else None
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             return None
@@ -256,7 +258,7 @@ class _Patch:
             # The model would make it inside, where the thinnings could not be attached.
             from transformers import DynamicCache
 
-            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+            cache = kwargs[cache_name(module)] = DynamicCache(config=module.config)
         state = cache_state(cache)
         run.cache, run.pooled, run.pruned = cache, state.pooled, state.pruned
         run.layer = self._cut_layer(state)
