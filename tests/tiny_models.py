@@ -151,6 +151,18 @@ class Sample:
         """Positions of each image's vision tokens."""
         return [range(s, s + h * w) for s, (h, w) in zip(self.starts, self.grids, strict=True)]
 
+    def vision_key(self) -> tuple:
+        """Equal for samples with the same images at the same places."""
+        return self.grids, self.starts, tuple(pixels.numpy().tobytes() for pixels in self.pixels)
+
+    def cut(self, stop: int) -> Sample:
+        """The first ``stop`` tokens."""
+        return replace(self, ids=self.ids[:stop])
+
+    def inputs(self, family: str) -> dict[str, torch.Tensor]:
+        """What the model takes for this sample alone."""
+        return make_batch(family, [self], "none").inputs
+
     def extended(self, tokens: list[int]) -> Sample:
         """The same sample followed by more text tokens."""
         return replace(self, ids=self.ids + tuple(int(t) for t in tokens))
