@@ -122,7 +122,7 @@ class _Patch:
                     "patch: processor must be the model's processor or image processor, got "
                     f"{type(self.image_processor).__name__} without do_resize"
                 )
-            self.adapter.check(self.image_processor, self.image_sizes, whole)
+            self.adapter.check(self.config, self.image_processor, self.image_sizes, whole)
         self.stats = PruneStats()
         self.run: Run | None = None
         self.given: dict[str, Any] | None = None  # to generate()

@@ -104,6 +104,11 @@ def build_model(family: str, attention: str = "sdpa", seed: int = 0) -> Any:
         model = Qwen2_5_VLForConditionalGeneration(config)
     else:
         raise ValueError(f"build_model: family must be one of {FAMILIES}, got {family!r}")
+    return sharpen(model, attention)
+
+
+def sharpen(model: Any, attention: str) -> Any:
+    """Wide weights and sharp attention, see above; nothing special is ever generated."""
     model = model.eval().requires_grad_(False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -111,7 +116,8 @@ def build_model(family: str, attention: str = "sdpa", seed: int = 0) -> Any:
                 parameter.normal_(0.0, INIT)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.1)
-        for layer in model.model.language_model.layers:
+        decoder = getattr(model.model, "language_model", None) or model.model.text_model
+        for layer in decoder.layers:
             layer.self_attn.q_proj.weight.mul_(SHARP)
             layer.self_attn.k_proj.weight.mul_(SHARP)
         model.get_input_embeddings().weight.mul_(3.0)  # text and vision rows of similar size

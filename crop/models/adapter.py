@@ -98,15 +98,15 @@ class Adapter:
     Args:
         model_type: ``config.model_type`` of the family.
         images: the images of a prompt, in prompt order over the batch: (sample, layout) each.
-        check: (image processor or None, original sizes or None, every region is whole) -> None; refuses at once what
-            ``images`` could not do later. None: the family needs neither.
+        check: (config, image processor or None, original sizes or None, every region is whole) -> None; refuses at
+            once what ``images`` could not do later. None: the family needs neither.
         tower: attribute of the multimodal model that holds the vision encoder.
         decoder: attribute of the multimodal model that holds the language model.
     """
 
     model_type: str
     images: Callable[[Prompt], Placed]
-    check: Callable[[Any, Sequence[Size] | None, bool], None] | None = None
+    check: Callable[[Any, Any, Sequence[Size] | None, bool], None] | None = None
     tower: str = "vision_tower"
     decoder: str = "language_model"
 
