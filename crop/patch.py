@@ -13,6 +13,7 @@ Tokens keep their original position ids. Outputs come back at the unpruned lengt
 from __future__ import annotations
 
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,13 +39,12 @@ from .inputs import (
     refuse_generation,
     refuse_sliding_window,
     refuse_unsupported,
-    repeat_entries,
     replace_method,
     wants_cache,
 )
 from .methods import Method
-from .models import WHOLE, Adapter, Box, adapter_for, split_images
-from .region import Region, VisionLayout
+from .models import Adapter, Prompt, adapter_for
+from .region import Region
 from .run import Run, gather_positions, pruned_mask, score, slot_mask
 from .stats import PruneStats, mark
 from .tap import tap
@@ -70,9 +70,9 @@ def patch(
         region: where the question looks: one Region per image, in prompt order over the whole batch; one alone serves a
             single image. None: every image whole.
         processor: the model's processor (or image processor). Needed by families whose token geometry it decides
-            (llava) unless every region is whole.
-        image_size: (width, height) of the original image, pixels, or one per image. Needed where the processor crops or
-            pads.
+            unless every region is whole.
+        image_size: (width, height) of the original image, pixels, or one per image. Needed where the processor crops,
+            pads or cuts into tiles.
     Yields:
         PruneStats, filled by each prefill.
     Raises:
@@ -116,22 +116,16 @@ class _Patch:
         refuse_attention(self.language_model.config)
         check_method(self.method, len(self.layers))
         whole = self.regions is None or all(entry.is_whole for entry in self.regions)
-        if self.adapter.view is not None and self.image_processor is None and not whole:
-            raise ValueError(
-                f"patch: processor must be given for {self.adapter.model_type!r} with a region, because it decides "
-                "which part of the image the tokens show, got None"
-            )
-        if self.adapter.view is not None and self.image_processor is not None:
-            if not hasattr(self.image_processor, "do_resize"):
+        if self.adapter.check is not None:
+            if self.image_processor is not None and not hasattr(self.image_processor, "do_resize"):
                 raise TypeError(
                     "patch: processor must be the model's processor or image processor, got "
                     f"{type(self.image_processor).__name__} without do_resize"
                 )
-            if self.image_sizes is None:
-                self.adapter.view(self.image_processor, None)  # refuses now if it needs the size
+            self.adapter.check(self.config, self.image_processor, self.image_sizes, whole)
         self.stats = PruneStats()
         self.run: Run | None = None
-        self.grid_thw: Tensor | None = None
+        self.given: dict[str, Any] | None = None  # to generate()
         self.vision_span: list[Any] = []
         self.copies = 1
 
@@ -164,19 +158,19 @@ class _Patch:
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
         refuse_generation(config or self.model.generation_config, kwargs)
+        self.given = kwargs
         try:
             return generate(*args, **kwargs)
         finally:
-            self.copies, self.grid_thw = 1, None
+            self.copies, self.given = 1, None
 
     def _expand(self, expand: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.copies = args[0] if args else kwargs.get("expand_size", 1)
         return expand(*args, **kwargs)
 
-    # The vision tower, which generate() may run before the multimodal model: note its grid and its time
+    # The vision tower, which generate() may run before the multimodal model: note its time
 
     def _enter_vision_tower(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.grid_thw = kwargs.get("grid_thw")
         self.vision_span = [mark(next(module.parameters()).device)]
 
     def _leave_vision_tower(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -211,35 +205,21 @@ class _Patch:
         if not brings_images(arguments):
             return None
         ids = input_ids.cpu()
-        is_image = ids == self.config.image_token_id
-        count = int(is_image.sum())
-        if count == 0:
+        if not (ids == self.config.image_token_id).any():
             return None
-        grid_thw = arguments.get("image_grid_thw")
-        if grid_thw is None:
-            grid_thw = self.grid_thw
-        grids = self.adapter.grids(self.config, grid_thw, count)
-        if sum(rows * columns for rows, columns in grids) * self.copies == count:
-            # The tower ran before generate() repeated the samples.
-            owners = [sample for sample, _ in split_images(is_image[:: self.copies], grids)]
-            grids = repeat_entries(grids, owners, self.copies)
-        found = split_images(is_image, grids)
-        owners = [sample for sample, _ in found]
-        regions = [Region.whole()] if self.regions is None else self.regions
-        regions = one_per_image("region", regions, owners, self.copies)
-        images = [
-            (sample, VisionLayout.grid(*grid, box=view, position=position))
-            for (sample, position), grid, view in zip(found, grids, self._views(owners), strict=True)
+        # generate() repeats every sample for beams, but its caller gave each image once.
+        given = arguments if self.given is None else self.given
+        prompt = Prompt(self.config, ids[:: self.copies], given, self.image_processor, self.image_sizes)
+        found = self.adapter.images(prompt)
+        found = [
+            (sample * self.copies + copy, layout)
+            for sample, layouts in itertools.groupby(found, key=lambda entry: entry[0])
+            for copy, layout in itertools.product(range(self.copies), [layout for _, layout in layouts])
         ]
+        regions = [Region.whole()] if self.regions is None else self.regions
+        regions = one_per_image("region", regions, [sample for sample, _ in found], self.copies)
         refuse_unsupported(arguments, ids, self.language_model)
-        return plan_chunk(self.method, images, regions, real_tokens(arguments, ids))
-
-    def _views(self, owners: list[int]) -> list[Box]:
-        """Rectangle of the original image that each image's tokens show."""
-        if self.adapter.view is None or self.image_processor is None:
-            return [WHOLE] * len(owners)
-        sizes = one_per_image("image_size", self.image_sizes or [None], owners, self.copies)
-        return [self.adapter.view(self.image_processor, size) for size in sizes]
+        return plan_chunk(self.method, found, regions, real_tokens(arguments, ids))
 
     # Door 1: the language model
 

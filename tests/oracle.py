@@ -11,12 +11,12 @@ geometry with tests of its own, and recomputes everything else in the dullest wa
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from tiny_models import Sample
 from torch import Tensor
 
 NEAR_TIE = 1e-5  # relative gap below which float32 may decide otherwise
@@ -54,6 +54,13 @@ class Decision:
         ]
 
 
+def _rows(features: Any) -> Tensor:
+    """Features as (tokens, hidden), whatever list or batch of images they came in."""
+    if not isinstance(features, Tensor):
+        return torch.cat([_rows(part) for part in features])
+    return features.reshape(-1, features.shape[-1])
+
+
 @dataclass
 class Steps:
     """Greedy generation: the token and the logits of each step."""
@@ -68,58 +75,99 @@ class Oracle:
     def __init__(self, model: Any) -> None:
         if model.config.get_text_config()._attn_implementation != "eager":
             raise ValueError("Oracle: model must run eager attention (the weights are needed)")
-        self.model = model
-        self.language_model = model.model.language_model
-        self._features: dict[tuple, Tensor] = {}
+        self.model, self.family = model, model.config.model_type
+        self.language_model = getattr(model.model, "language_model", None) or model.model.text_model
+        self.num_layers = len(self.language_model.layers)
+        self._features: dict[tuple, tuple[Tensor, list[Tensor]]] = {}
         self._forwards: dict[tuple, tuple] = {}
 
     # ------------------------------------------------------------------------------ full sequence
     @torch.no_grad()
-    def embed(self, sample: Sample) -> Tensor:
-        """Input embeddings of the whole sequence, (tokens, hidden): text rows and vision rows."""
-        rows = self.model.get_input_embeddings()(torch.tensor(sample.ids)).clone()
-        for span, pixels, (height, width) in zip(sample.spans(), sample.pixels, sample.grids, strict=True):
-            key = (height, width, pixels.numpy().tobytes())
-            if key not in self._features:
-                extra = {}
-                if self.model.config.model_type == "qwen2_5_vl":
-                    extra = {"image_grid_thw": torch.tensor([[1, 2 * height, 2 * width]])}
-                (found,) = self.model.model.get_image_features(pixels, **extra).pooler_output
-                self._features[key] = found
-            rows[span.start : span.stop] = self._features[key]
-        return rows
+    def features(self, sample: Any) -> tuple[Tensor, list[Tensor]]:
+        """Rows of the vision encoder for each image or video token, in prompt order, and those of every further
+        level that the decoder adds between its layers."""
+        key = sample.vision_key()
+        if key not in self._features:
+            inputs, base = sample.inputs(self.family), self.model.model
+            streams = []
+            for name in ("image", "video"):
+                encode = getattr(base, f"get_{name}_features", None)
+                if encode is None or not any(key.startswith("pixel_values") for key in inputs):
+                    continue
+                wanted = inspect.signature(encode).parameters
+                arguments = {key: value for key, value in inputs.items() if key in wanted}
+                if any(key.startswith("pixel_values") for key in arguments):
+                    out = encode(**arguments, return_dict=True)
+                    levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+                    streams.append((name, [_rows(level) for level in levels]))
+            ids = torch.tensor(sample.ids)
+            tokens = {name: getattr(self.model.config, f"{name}_token_id") for name, _ in streams}
+            is_vision = sum((ids == token for token in tokens.values()), torch.zeros(len(ids), dtype=torch.bool))
+            merged = [torch.zeros(int(is_vision.sum()), level.shape[1]) for level in streams[0][1]] if streams else []
+            for name, levels in streams:
+                for into, level in zip(merged, levels, strict=True):
+                    into[ids[is_vision] == tokens[name]] = level
+            self._features[key] = is_vision, merged
+        return self._features[key]
 
-    def positions(self, sample: Sample) -> Tensor:
+    @torch.no_grad()
+    def embed(self, sample: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Input embeddings of the whole sequence, (tokens, hidden): text rows and vision rows; which rows are vision;
+        what the decoder adds to the rows after its first layers, one (tokens, hidden) per layer."""
+        rows = self.model.get_input_embeddings()(torch.tensor(sample.ids)).clone()
+        is_vision, levels = self.features(sample)
+        is_vision = is_vision[: len(sample.ids)]
+        is_vision = torch.cat([is_vision, is_vision.new_zeros(len(sample.ids) - len(is_vision))])
+        if levels:
+            rows[is_vision] = levels[0]
+        added = []
+        for level in levels[1:]:
+            full = torch.zeros_like(rows)
+            full[is_vision] = level
+            added.append(full)
+        return rows, is_vision, added
+
+    def positions(self, sample: Any) -> Tensor:
         """Original position ids, (tokens,) or (3, tokens) for multi-axis rotary embeddings."""
-        if self.model.config.model_type != "qwen2_5_vl":
-            return torch.arange(len(sample.ids))
-        ids, types = torch.tensor([sample.ids]), torch.zeros(1, len(sample.ids), dtype=torch.int32)
-        for span in sample.spans():
-            types[0, span.start : span.stop] = 1
-        grids = [[1, 2 * height, 2 * width] for height, width in sample.grids]
+        if not hasattr(self.model.model, "get_rope_index"):
+            first = 1 if self.family == "paligemma" else 0
+            return torch.arange(len(sample.ids)) + first
+        inputs = sample.inputs(self.family)
+        grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw") if name in inputs}
         if not grids:
             return torch.arange(len(sample.ids)).expand(3, -1)
-        found, _ = self.model.model.get_rope_index(ids, types, image_grid_thw=torch.tensor(grids))
+        more = {name: inputs[name] for name in ("second_per_grid_ts",) if name in inputs}
+        found, _ = self.model.model.get_rope_index(
+            inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"], **grids, **more
+        )
         return found[:, 0]
 
+    def visible(self, sample: Any, kind: str) -> Tensor:
+        """(tokens, tokens) bool: which key each row of a layer of this kind sees in the unpruned model."""
+        row, key = torch.arange(len(sample.ids))[:, None], torch.arange(len(sample.ids))[None]
+        seen = key <= row
+        if self.family == "paligemma":  # the prompt sees all of itself
+            seen = seen | (key < sample.prompt_length)
+        if kind == "sliding_attention":
+            seen = seen & (row - key < self.language_model.config.sliding_window)
+        if self.family == "gemma3":  # an image sees all of itself, in layers of either kind
+            for span in sample.spans():
+                here = torch.zeros(len(sample.ids), dtype=torch.bool)
+                here[list(span)] = True
+                seen = seen | (here[:, None] & here[None])
+        return seen
+
     # ------------------------------------------------------------------------------ one forward
-    def _layout(self, sample: Sample, decision: Decision) -> tuple[list[tuple], list[int]]:
+    def _layout(self, sample: Any, decision: Decision) -> tuple[list[tuple], list[int]]:
         """Rows of the pooled sequence as (members, leader) positions, and the rows that are dropped."""
-        image_of = {span.start: number for number, span in enumerate(sample.spans())}
-        rows, dropped, position = [], [], 0
-        while position < len(sample.ids):
-            number = image_of.get(position)
-            if number is None:
-                rows.append(((position,), position))
-                position += 1
-                continue
-            start, kept = position, set(decision.kept[number])
+        image_of = {position: number for number, span in enumerate(sample.spans()) for position in span}
+        rows = [((position,), position, False) for position in range(len(sample.ids)) if position not in image_of]
+        for number, span in enumerate(sample.spans()):
             for index, (members, leader) in enumerate(decision.cells[number]):
-                if index not in kept:
-                    dropped.append(len(rows))
-                rows.append((tuple(start + m for m in members), start + leader))
-            position = start + len(sample.spans()[number])
-        return rows, dropped
+                gone = index not in decision.kept[number]
+                rows.append((tuple(span[m] for m in members), span[leader], gone))
+        rows.sort(key=lambda row: row[1])
+        return [row[:2] for row in rows], [n for n, (_, _, gone) in enumerate(rows) if gone]
 
     def _pooled(self, full: Tensor, rows: list[tuple], mode: str) -> Tensor:
         out = []
@@ -130,17 +178,17 @@ class Oracle:
         return torch.stack(out)
 
     @contextlib.contextmanager
-    def _masked_from(self, layer: int | None, mask: Tensor) -> Iterator[None]:
-        """Layers >= `layer` get `mask` instead of the plain causal one."""
+    def _masks(self, masks: list[Tensor]) -> Iterator[None]:
+        """Every layer gets its own (rows, rows) bool mask."""
         handles = []
-        if layer is not None:
-            for module in list(self.language_model.layers)[layer:]:
-                handles.append(
-                    module.register_forward_pre_hook(
-                        lambda _m, args, kwargs: (args, {**kwargs, "attention_mask": mask}),
-                        with_kwargs=True,
-                    )
+        for module, mask in zip(self.language_model.layers, masks, strict=True):
+            added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)[None, None]
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _m, args, kwargs, added=added: (args, {**kwargs, "attention_mask": added}),
+                    with_kwargs=True,
                 )
+            )
         try:
             yield
         finally:
@@ -148,7 +196,7 @@ class Oracle:
                 handle.remove()
 
     def forward(
-        self, sample: Sample, decision: Decision, *, attentions: bool = False
+        self, sample: Any, decision: Decision, *, attentions: bool = False
     ) -> tuple[Tensor, list[int], list[int], Any]:
         """Logits of the pooled sequence; equal questions are answered from memory.
 
@@ -156,36 +204,43 @@ class Oracle:
             logits (rows, vocab), original position of each row, rows that were dropped, and the
             attention weights per layer where asked.
         """
-        pixels = tuple(p.numpy().tobytes() for p in sample.pixels)
         question = replace(decision, scores=(), near_tie=False)
-        key = (sample.ids, sample.starts, sample.grids, pixels, question, attentions)
+        key = (sample.ids, sample.vision_key(), question, attentions)
         if key not in self._forwards:
             self._forwards[key] = self._forward(sample, decision, attentions)
         return self._forwards[key]
 
     @torch.no_grad()
-    def _forward(
-        self, sample: Sample, decision: Decision, attentions: bool
-    ) -> tuple[Tensor, list[int], list[int], Any]:
+    def _forward(self, sample: Any, decision: Decision, attentions: bool) -> tuple[Tensor, list[int], list[int], Any]:
         rows, dropped = self._layout(sample, decision)
         leaders = [leader for _, leader in rows]
-        embeds = self._pooled(self.embed(sample), rows, decision.mode)
-        causal = torch.full((len(rows), len(rows)), -torch.inf).triu(1)
-        cut = causal.clone()
-        cut[:, dropped] = -torch.inf
-        cut.fill_diagonal_(0.0)  # a dropped row sees itself only to stay finite; nobody sees it
-        with self._masked_from(decision.layer, cut[None, None]):
+        full, is_vision, added = self.embed(sample)
+        more = {}
+        if added:
+            more["visual_pos_masks"] = is_vision[leaders][None]
+            more["deepstack_visual_embeds"] = [
+                self._pooled(level, rows, decision.mode)[is_vision[leaders]] for level in added
+            ]
+        kinds = getattr(self.language_model.config, "layer_types", None) or ["full_attention"] * self.num_layers
+        masks = []
+        for index, kind in enumerate(kinds):
+            mask = self.visible(sample, kind)[leaders][:, leaders]
+            if decision.layer is not None and index >= decision.layer:
+                mask[:, dropped] = False
+                mask.fill_diagonal_(True)  # a dropped row sees itself only to stay finite; nobody sees it
+            masks.append(mask)
+        with self._masks(masks):
             out = self.language_model(
-                inputs_embeds=embeds[None],
-                attention_mask=causal[None, None],
+                inputs_embeds=self._pooled(full, rows, decision.mode)[None],
                 position_ids=self.positions(sample)[..., leaders].unsqueeze(-2),
                 use_cache=False,
                 output_attentions=attentions,
+                **more,
             )
         logits = self.model.lm_head(out.last_hidden_state)[0]
         return logits, leaders, dropped, out.attentions
 
-    def text_logits(self, sample: Sample, decision: Decision) -> dict[int, Tensor]:
+    def text_logits(self, sample: Any, decision: Decision) -> dict[int, Tensor]:
         """Logits by original position of every row the specification defines: text and kept tokens
         that stand for themselves alone."""
         rows, dropped = self._layout(sample, decision)
@@ -196,7 +251,7 @@ class Oracle:
             if row not in dropped and len(members) == 1
         }
 
-    def greedy(self, sample: Sample, decision: Decision, steps: int) -> Steps:
+    def greedy(self, sample: Any, decision: Decision, steps: int) -> Steps:
         """Greedy tokens, everything recomputed at each step; the decision is the prompt's."""
         result = Steps()
         for _ in range(steps):
@@ -207,14 +262,14 @@ class Oracle:
         return result
 
     # ------------------------------------------------------------------------------ the decision
-    def keep_all(self, sample: Sample) -> Decision:
+    def keep_all(self, sample: Any) -> Decision:
         """The decision that changes nothing."""
-        cells = tuple(tuple(((n,), n) for n in range(h * w)) for h, w in sample.grids)
+        cells = tuple(tuple(((n,), n) for n in range(len(span))) for span in sample.spans())
         return Decision(cells=cells, kept=tuple(tuple(range(len(c))) for c in cells))
 
     def decide(
         self,
-        sample: Sample,
+        sample: Any,
         method: Any,
         regions: list[Any],
         layouts: list[Any],
@@ -234,13 +289,13 @@ class Oracle:
         """
         first, stop = chunk or (0, len(sample.ids))
         past = previous or Decision()
-        fresh = [n for n, start in enumerate(sample.starts) if first <= start < stop]
+        spans = sample.spans()
+        fresh = [n for n, span in enumerate(spans) if first <= span[0] < stop]
         cells, pooled_layouts = [], []
         for number, region, layout in zip(fresh, regions, layouts, strict=True):
             plan = method.plan(layout, region)
             if plan is None:
-                height, width = sample.grids[number]
-                cells.append(tuple(((n,), n) for n in range(height * width)))
+                cells.append(tuple(((n,), n) for n in range(len(spans[number]))))
                 pooled_layouts.append(layout)
                 continue
             edges, members = plan.offsets.tolist(), plan.members.tolist()
@@ -271,17 +326,17 @@ class Oracle:
         return replace(decision, kept=tuple(kept), scores=past.scores + tuple(masses), near_tie=near)
 
     def _masses(
-        self, sample: Sample, decision: Decision, method: Any, fresh: list[int], first: int, stop: int
+        self, sample: Any, decision: Decision, method: Any, fresh: list[int], first: int, stop: int
     ) -> list[tuple[float, ...]]:
         """Attention mass of every cell of the images `fresh`, one forward over the sequence so far."""
         spans = [sample.spans()[number] for number in fresh]
-        part = Sample(sample.ids[:stop], sample.grids, sample.starts, sample.pixels)
+        part = sample.cut(stop)
         rows, _ = self._layout(part, decision)
         leaders = [leader for _, leader in rows]
         if method.rows == "last":
             scoring = [len(rows) - 1]
         else:
-            last_image_token = max(span.stop for span in spans) - 1
+            last_image_token = max(span[-1] for span in spans)
             scoring = [r for r, leader in enumerate(leaders) if leader > last_image_token]
         weights = self.forward(part, replace(decision, layer=None), attentions=True)[3]
         weights = weights[method.layer - 1][0].double()  # (heads, rows, keys)

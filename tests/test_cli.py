@@ -159,7 +159,7 @@ ERRORS = {
     "unknown device": (["ask", "{image}", "hi", "--device", "abacus"], "--device abacus cannot be used"),
     "no model": (["ask", "{image}", "hi", "--model", "{tmp}/nothing"], "must be an existing folder"),
     "no model in folder": (["ask", "{image}", "hi", "--model", "{tmp}"], "cannot be loaded"),
-    "unknown family": (["ask", "{image}", "hi", "--model", "{bert}"], "among llava, qwen2_5_vl, got 'bert'"),
+    "unknown family": (["ask", "{image}", "hi", "--model", "{bert}"], ", got 'bert'"),
     "overlay folder": (["ask", "{image}", "hi", "--overlay", "{tmp}/no/o.png"], "existing folder"),
     "overlay ending": (["ask", "{image}", "hi", "--localizer", "whole", "--overlay", "{tmp}/o.what"], "cannot be written"),
     "demo of none": (["demo", "--count", "0"], "at least 1, got 0"),

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import LLAVA_GRID, PATCH, image_processor
+from transformers import CLIPVisionConfig, LlavaConfig, Qwen2_5_VLConfig, Siglip2VisionConfig
 
-from crop.models import ADAPTERS, adapter_for, resize_crop_pad_view, split_images
+from crop.models import ADAPTERS, Prompt, adapter_for, resize_crop_pad_view
 from crop.region import PADDING, VisionLayout
 
 SIZES = [(320, 320), (500, 300), (300, 500), (403, 267)]
@@ -64,48 +65,53 @@ def test_qwen_tokens_look_where_the_layout_says(size):
 
     processor = Qwen2VLImageProcessorPil()
     out = processor(coordinates(*size), return_tensors="pt")
-    (grid,) = ADAPTERS["qwen2_5_vl"].grids(_qwen_config(), out["image_grid_thw"], 0)
+    config = Qwen2_5_VLConfig()
+    ids = torch.full((1, int(out["image_grid_thw"].prod()) // 4), config.image_token_id)
+    ((sample, layout),) = ADAPTERS["qwen2_5_vl"].images(Prompt(config, ids, out))
     # Rows of pixel_values are 14 x 14 patches, two frames deep, four to a token.
-    patches = out["pixel_values"].view(grid[0] * grid[1], 4, 3, 2, 14, 14)
+    patches = out["pixel_values"].view(len(layout), 4, 3, 2, 14, 14)
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
     seen = patches.mean((1, 3, 4, 5)) * std + mean
-    assert (seen[:, :2] - VisionLayout.grid(*grid).center).abs().max() < 0.01
+    assert (seen[:, :2] - layout.center).abs().max() < 0.01 and sample == 0
 
 
-def _qwen_config():
-    from transformers import Qwen2_5_VLConfig
+def test_place():
+    ids = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0]])
+    prompt = Prompt(None, ids, {})
 
-    return Qwen2_5_VLConfig()
+    def grids(*sizes):
+        return [VisionLayout.grid(*size) for size in sizes]
 
-
-def test_split_images():
-    is_image = torch.tensor([[0, 1, 1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 0, 0, 0, 0]], dtype=torch.bool)
-    found = split_images(is_image, [(2, 2), (1, 2), (1, 2), (2, 1)])
-    assert [(sample, position.tolist()) for sample, position in found] == [
+    found = prompt.place(grids((2, 2), (1, 2), (1, 2), (2, 1)), token_id=1)
+    assert [(sample, layout.position.tolist()) for sample, layout in found] == [
         (0, [1, 2, 3, 4]),
         (0, [6, 7]),
         (1, [0, 1]),
         (1, [2, 3]),
     ]
-    for grids in ([(2, 2)], [(4, 2), (2, 2)], [(2, 2), (1, 2), (1, 3)], [(3, 2), (2, 2), (1, 1)]):
+    wrong_ones = ([(2, 2)], [(4, 2), (2, 2)], [(2, 2), (1, 2), (1, 3)], [(3, 2), (2, 2), (1, 1)])
+    for wrong in wrong_ones:
         with pytest.raises(ValueError, match="whole images"):
-            split_images(is_image, grids)
+            prompt.place(grids(*wrong), token_id=1)
 
 
 def test_adapters_refuse_what_they_would_get_wrong():
-    qwen, llava = ADAPTERS["qwen2_5_vl"], ADAPTERS["llava"]
+    qwen, llava = ADAPTERS["qwen2_5_vl"].images, ADAPTERS["llava"].images
+    config = Qwen2_5_VLConfig()
     with pytest.raises(ValueError, match="image_grid_thw must be given"):
-        qwen.grids(_qwen_config(), None, 4)
+        qwen(Prompt(config, torch.full((1, 4), config.image_token_id), {}))
     with pytest.raises(ValueError, match="one frame per image, got 3"):
-        qwen.grids(_qwen_config(), torch.tensor([[3, 4, 4]]), 12)
-    from transformers import CLIPVisionConfig, LlavaConfig, PixtralVisionConfig
-
+        qwen(Prompt(config, torch.full((1, 4), config.image_token_id), {"image_grid_thw": torch.tensor([[3, 4, 4]])}))
     config = LlavaConfig(vision_config=CLIPVisionConfig(image_size=32, patch_size=8))
-    assert llava.grids(config, None, 32) == [(4, 4), (4, 4)]
+    ids = torch.full((1, 32), config.image_token_id)
+    assert [layout.extent for _, layout in llava(Prompt(config, ids, {}))] == [(1, 4, 4)] * 2
     with pytest.raises(ValueError, match="multiple of 4 x 4 = 16, got 17"):
-        llava.grids(config, None, 17)
-    with pytest.raises(ValueError, match="got 'pixtral'"):
-        llava.grids(LlavaConfig(vision_config=PixtralVisionConfig()), None, 16)
+        llava(Prompt(config, ids[:, :17], {}))
+    config.vision_feature_select_strategy = "full"
+    with pytest.raises(ValueError, match="vision_feature_select_strategy must be 'default'"):
+        llava(Prompt(config, ids, {}))
+    with pytest.raises(ValueError, match="got 'siglip2_vision_model'"):
+        llava(Prompt(LlavaConfig(vision_config=Siglip2VisionConfig()), ids, {}))
     with pytest.raises(ValueError, match="image_size must be given"):
         resize_crop_pad_view(image_processor("crop"), None)
     with pytest.raises(TypeError, match="got Linear"):

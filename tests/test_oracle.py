@@ -98,7 +98,7 @@ def test_masking_is_slicing(family, layer, get_oracle):
 
     lm = oracle.language_model
     with torch.no_grad():
-        hidden = oracle.embed(sample)[None]
+        hidden = oracle.embed(sample)[0][None]
         positions = oracle.positions(sample).unsqueeze(-2)
         for index, module in enumerate(lm.layers):
             if index == layer:
@@ -144,7 +144,7 @@ def test_pooled_rows_are_means_with_the_leaders_position(get_oracle):
     sample = make_sample("qwen2_5_vl", [3, (4, 5), 4])
     decision = decide(oracle, sample, Fixed(0, layer=None, stride=3))
     rows, _ = oracle._layout(sample, decision)
-    full = oracle.embed(sample)
+    full, _, _ = oracle.embed(sample)
     pooled = oracle._pooled(full, rows, "mean")
     start = sample.starts[0]
     first = start  # text rows before the image stand for themselves

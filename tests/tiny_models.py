@@ -104,6 +104,11 @@ def build_model(family: str, attention: str = "sdpa", seed: int = 0) -> Any:
         model = Qwen2_5_VLForConditionalGeneration(config)
     else:
         raise ValueError(f"build_model: family must be one of {FAMILIES}, got {family!r}")
+    return sharpen(model, attention)
+
+
+def sharpen(model: Any, attention: str) -> Any:
+    """Wide weights and sharp attention, see above; nothing special is ever generated."""
     model = model.eval().requires_grad_(False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -111,7 +116,8 @@ def build_model(family: str, attention: str = "sdpa", seed: int = 0) -> Any:
                 parameter.normal_(0.0, INIT)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.1)
-        for layer in model.model.language_model.layers:
+        decoder = getattr(model.model, "language_model", None) or model.model.text_model
+        for layer in decoder.layers:
             layer.self_attn.q_proj.weight.mul_(SHARP)
             layer.self_attn.k_proj.weight.mul_(SHARP)
         model.get_input_embeddings().weight.mul_(3.0)  # text and vision rows of similar size
@@ -150,6 +156,18 @@ class Sample:
     def spans(self) -> list[range]:
         """Positions of each image's vision tokens."""
         return [range(s, s + h * w) for s, (h, w) in zip(self.starts, self.grids, strict=True)]
+
+    def vision_key(self) -> tuple:
+        """Equal for samples with the same images at the same places."""
+        return self.grids, self.starts, tuple(pixels.numpy().tobytes() for pixels in self.pixels)
+
+    def cut(self, stop: int) -> Sample:
+        """The first ``stop`` tokens."""
+        return replace(self, ids=self.ids[:stop])
+
+    def inputs(self, family: str) -> dict[str, torch.Tensor]:
+        """What the model takes for this sample alone."""
+        return make_batch(family, [self], "none").inputs
 
     def extended(self, tokens: list[int]) -> Sample:
         """The same sample followed by more text tokens."""

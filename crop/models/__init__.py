@@ -1,0 +1,51 @@
+"""What differs between model families: where the vision tokens are, and where in the image each one looks.
+
+This package is the only place that knows a family by name. A family is one :class:`Adapter` in ``ADAPTERS``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .adapter import Adapter, Placed, Prompt
+from .fixed import llava_check, llava_images, resize_crop_pad_view
+from .grids import merged_images, pixtral_images
+
+__all__ = ["ADAPTERS", "Adapter", "Placed", "Prompt", "adapter_for", "resize_crop_pad_view"]
+
+ADAPTERS: dict[str, Adapter] = {
+    adapter.model_type: adapter
+    for adapter in (
+        Adapter("glm4v", merged_images, tower="visual"),
+        Adapter("llava", llava_images, check=llava_check),
+        Adapter("mistral3", pixtral_images),
+        Adapter("qwen2_vl", merged_images, tower="visual"),
+        Adapter("qwen2_5_vl", merged_images, tower="visual"),
+    )
+}
+
+
+def adapter_for(model: Any) -> Adapter:
+    """The adapter of a model.
+
+    Raises:
+        TypeError: not a Hugging Face model. ValueError: no vision, or a family without an adapter.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if not isinstance(model, nn.Module) or model_type is None:
+        raise TypeError(f"patch: model must be a Hugging Face vision-language model, got {type(model).__name__}")
+    known = ", ".join(sorted(ADAPTERS))
+    if model_type in ADAPTERS:
+        return ADAPTERS[model_type]
+    if getattr(config, "vision_config", None) is None:
+        raise ValueError(
+            f"patch: model must have a vision tower, got model_type {model_type!r} without vision_config; "
+            f"supported families: {known}"
+        )
+    raise ValueError(
+        f"patch: model_type must be one of {known}, got {model_type!r}; "
+        "a new family needs one Adapter in crop/models (README, 'Adding a family')"
+    )

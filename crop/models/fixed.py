@@ -1,0 +1,113 @@
+"""Families whose every image becomes one square grid of a fixed size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..region import Box, VisionLayout
+from .adapter import Placed, Prompt, Size
+from .grids import pixtral_images
+
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
+
+def square_images(prompt: Prompt, side: int, processor_view: bool = False) -> Placed:
+    """``side`` x ``side`` tokens per image, which show the whole image or what the processor shows of it.
+
+    Raises:
+        ValueError: the number of image tokens is not a multiple.
+    """
+    count = int((prompt.ids == prompt.config.image_token_id).sum())
+    if count % (side * side):
+        raise ValueError(f"patch: image tokens must be a multiple of {side} x {side} = {side * side}, got {count}")
+    views = [WHOLE] * (count // (side * side))
+    if processor_view and prompt.processor is not None:
+        views = [resize_crop_pad_view(prompt.processor, size) for size in prompt.sizes(len(views))]
+    return prompt.place([VisionLayout.grid(side, side, box=view) for view in views])
+
+
+def llava_images(prompt: Prompt) -> Placed:
+    """LLaVA-1.5 with a CLIP or SigLIP tower; Pixtral where the tower is Pixtral's."""
+    config = prompt.config
+    vision = config.vision_config
+    if vision.model_type == "pixtral":
+        return pixtral_images(prompt)
+    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        raise ValueError(
+            "patch: the vision tower of llava must be one of clip_vision_model, siglip_vision_model (a fixed square "
+            f"grid) or pixtral, got {vision.model_type!r}"
+        )
+    refuse_class_token(config)
+    return square_images(prompt, vision.image_size // vision.patch_size, processor_view=True)
+
+
+def refuse_class_token(config: Any) -> None:
+    """A class token among the vision features lies nowhere in the image.
+
+    Raises:
+        ValueError: the configuration keeps it.
+    """
+    if config.vision_config.model_type == "clip_vision_model" and config.vision_feature_select_strategy == "full":
+        raise ValueError(
+            "patch: vision_feature_select_strategy must be 'default' with a CLIP tower, got 'full': it keeps the class "
+            "token among the vision features"
+        )
+
+
+def llava_check(config: Any, processor: Any, sizes: Sequence[Size] | None, whole: bool) -> None:
+    """The processor decides which part of the image the tokens show."""
+    if config.vision_config.model_type == "pixtral":
+        return
+    if processor is None:
+        if not whole:
+            raise ValueError(
+                "patch: processor must be given for 'llava' with a region, because it decides which part of the image "
+                "the tokens show, got None"
+            )
+        return
+    if sizes is None:
+        resize_crop_pad_view(processor, None)  # refuses now if it needs the size
+
+
+def resize_crop_pad_view(image_processor: Any, image_size: Size | None) -> Box:
+    """Rectangle of the original image that a CLIP-style processor shows to the vision tower.
+
+    Follows the order of the processor: pad to a square, resize, centre crop.
+
+    Args:
+        image_processor: has ``do_resize``, ``size``, ``do_center_crop``, ``crop_size``, optionally ``do_pad``.
+        image_size: (width, height) of the original, pixels; needed where the processor crops or pads.
+    Raises:
+        ValueError: the size is needed and missing.
+    """
+    pads = bool(getattr(image_processor, "do_pad", False))
+    crops = bool(getattr(image_processor, "do_center_crop", False))
+    if not pads and not crops:
+        return WHOLE
+    if image_size is None:
+        raise ValueError(
+            "patch: image_size must be given as (width, height) because this processor "
+            f"{'pads' if pads else 'crops'}, got None"
+        )
+    width, height = (float(side) for side in image_size)
+    x0, y0, x1, y1 = 0.0, 0.0, width, height
+    if pads:
+        side = max(width, height)
+        # Integer halves, as processors paste the image.
+        x0, y0 = -((side - width) // 2), -((side - height) // 2)
+        x1, y1 = x0 + side, y0 + side
+    if crops:
+        shown_w, shown_h = x1 - x0, y1 - y0
+        scale_x = scale_y = 1.0
+        if getattr(image_processor, "do_resize", False):
+            size = dict(image_processor.size)
+            if size.get("shortest_edge"):
+                scale_x = scale_y = size["shortest_edge"] / min(shown_w, shown_h)
+            else:
+                scale_x, scale_y = size["width"] / shown_w, size["height"] / shown_h
+        crop = dict(image_processor.crop_size)
+        crop_w, crop_h = crop["width"] / scale_x, crop["height"] / scale_y
+        x0, y0 = x0 + (shown_w - crop_w) / 2, y0 + (shown_h - crop_h) / 2
+        x1, y1 = x0 + crop_w, y0 + crop_h
+    return x0 / width, y0 / height, x1 / width, y1 / height

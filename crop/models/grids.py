@@ -1,0 +1,49 @@
+"""Families whose token grid follows the size of the image: one grid per image, no tiles."""
+
+from __future__ import annotations
+
+import torch
+
+from ..region import NEWLINE, VisionLayout
+from .adapter import Placed, Prompt
+
+
+def merged_images(prompt: Prompt) -> Placed:
+    """Qwen2-VL and its kin: ``image_grid_thw`` counts patches, which are merged squarewise into tokens."""
+    merge = prompt.config.vision_config.spatial_merge_size
+    grids = []
+    for frames, height, width in prompt.argument("image_grid_thw").tolist():
+        if frames != 1:
+            raise ValueError(f"patch: image_grid_thw must have one frame per image, got {frames}")
+        grids.append(VisionLayout.grid(height // merge, width // merge))
+    return prompt.place(grids)
+
+
+def pixtral_images(prompt: Prompt) -> Placed:
+    """Pixtral and Mistral 3: ``image_sizes`` holds the resized images; a break token stands between two rows."""
+    config = prompt.config
+    side = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
+    sizes = torch.as_tensor(prompt.argument("image_sizes")).tolist()
+    found = prompt.place([VisionLayout.grid(height // side, width // side) for height, width in sizes])
+    return [(sample, _with_breaks(layout)) for sample, layout in found]
+
+
+def _with_breaks(layout: VisionLayout) -> VisionLayout:
+    """Add the single tokens that stand between the rows of a grid: they go with the row that they end."""
+    _, rows, columns = layout.extent
+    last = torch.arange(1, rows) * columns - 1
+    last = last[layout.position[last + 1] - layout.position[last] == 2]
+    if len(last) == 0:
+        return layout
+    position, order = torch.cat([layout.position, layout.position[last] + 1]).sort()
+    center = layout.center[last]
+    center[:, 0] += 1 / columns
+    return VisionLayout(
+        position=position,
+        center=torch.cat([layout.center, center])[order],
+        row=torch.cat([layout.row, layout.row[last]])[order],
+        col=torch.cat([layout.col, layout.col[last] + 1])[order],
+        view=torch.cat([layout.view, layout.view[last]])[order],
+        kind=torch.cat([layout.kind, torch.full_like(layout.kind[last], NEWLINE)])[order],
+        num_original=len(position),
+    )

@@ -1,0 +1,200 @@
+"""The contract of `crop.patch` for every family: pairs of attention x padding x images, each with every method.
+
+Batches hold two samples with different images and one of text alone, so that equality with the oracle, which knows one
+unpadded sample at a time, is also equality of batched and single.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from contract import ATOL, REGIONS, assert_unchanged, snapshot
+from oracle import Oracle
+from zoo import FAMILIES, NUM_LAYERS, standard_batch
+
+from crop.methods import Compose, InnerLLMPruning, PreLLMCompression
+from crop.patch import patch
+
+pytestmark = pytest.mark.usefixtures("one_thread", "flash")
+
+matrix = pytest.mark.parametrize
+families = matrix("family", list(FAMILIES))
+STEPS = 3
+METHODS = {
+    "plc": PreLLMCompression(inside=1, context=2, outside=3, ring=1),
+    "ilp": InnerLLMPruning(keep=0.3, layer=2, ring=1, floor=3),
+    "both": Compose(PreLLMCompression(inside=1, context=2, outside=2, ring=1), InnerLLMPruning(keep=0.2, layer=2)),
+}
+# Every pair of attention x padding, attention x images and padding x images.
+PAIRS = [
+    (attention, padding, 1 + (i + j) % 2)
+    for i, attention in enumerate(("eager", "sdpa", "flash_attention_2"))
+    for j, padding in enumerate(("left", "right", "none"))
+]
+
+
+@functools.cache
+def get_model(family: str, attention: str) -> Any:
+    model = zoo.build_model(family, attention)
+    model(**standard_batch(family, "left", 1).inputs)  # the first forward installs transformers' own recording hooks
+    return model
+
+
+@functools.cache
+def get_oracle(family: str) -> Oracle:
+    return Oracle(zoo.build_model(family, "eager"))
+
+
+@functools.cache
+def get_batch(family: str, padding: str, images: int) -> zoo.Batch:
+    return standard_batch(family, padding, images)
+
+
+def regions_of(batch: zoo.Batch) -> list:
+    return [region for row, sample in enumerate(batch.samples) for region in REGIONS[row % 2][: len(sample.images)]]
+
+
+def sizes_of(batch: zoo.Batch) -> list[tuple[int, int]]:
+    return [image.size for sample in batch.samples for image in sample.images]
+
+
+def patched(model: Any, method: Any, batch: zoo.Batch, regions: Any = None) -> Any:
+    make = FAMILIES[batch.family].processor
+    processor = None if make is None else make()
+    return patch(model, method, regions, processor=processor, image_size=sizes_of(batch))
+
+
+@functools.cache
+def decided(family: str, padding: str, images: int, name: str) -> list:
+    oracle, batch, found = get_oracle(family), get_batch(family, padding, images), []
+    for row, sample in enumerate(batch.samples):
+        regions = list(REGIONS[row % 2][: len(sample.images)])
+        decision = oracle.keep_all(sample)
+        if sample.images:
+            decision = oracle.decide(sample, METHODS[name], regions, sample.layouts())
+            assert not decision.near_tie, "the test's own data is too close to call: change a seed"
+        found.append(decision)
+    return found
+
+
+@functools.cache
+def greedy_steps(family: str, padding: str, images: int, name: str) -> list:
+    oracle, batch = get_oracle(family), get_batch(family, padding, images)
+    decisions = decided(family, padding, images, name)
+    return [oracle.greedy(s, d, STEPS) for s, d in zip(batch.samples, decisions, strict=True)]
+
+
+def greedy(model: Any, batch: zoo.Batch, steps: int = STEPS) -> Any:
+    return model.generate(
+        **batch.inputs, max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+
+
+def supported(family: str, attention: str) -> None:
+    if attention not in FAMILIES[family].attentions:
+        pytest.skip(f"{family} refuses {attention}, see test_unsupported_attention_is_refused")
+
+
+@matrix("name", list(METHODS))
+@matrix("attention,padding,images", PAIRS)
+@families
+def test_pruned_is_the_oracle(family, attention, padding, images, name):
+    """Prefill, and decode with the pruned cache where the padding lets the model generate."""
+    supported(family, attention)
+    model, batch = get_model(family, attention), get_batch(family, padding, images)
+    decisions = decided(family, padding, images, name)
+    with patched(model, METHODS[name], batch, regions_of(batch)) as stats:
+        out = model(**batch.inputs) if padding == "right" else greedy(model, batch)
+    kept = iter(stats.kept)
+    counts = []
+    for row, (sample, decision) in enumerate(zip(batch.samples, decisions, strict=True)):
+        counts += decision.counts()
+        for image in range(len(sample.images)):
+            assert next(kept).tolist() == decision.kept_original(image)
+        if padding == "right":
+            wanted = get_oracle(family).text_logits(sample, decision)
+            text = [p for p in wanted if not any(p in span for span in sample.spans())]
+            reference = torch.stack([wanted[p] for p in text])
+            torch.testing.assert_close(out.logits[row, text], reference, atol=ATOL, rtol=0)
+        else:
+            steps = greedy_steps(family, padding, images, name)[row]
+            for number, logits in enumerate(steps.logits):
+                torch.testing.assert_close(out.logits[number][row], logits, atol=ATOL, rtol=0)
+    assert list(zip(stats.tokens_before, stats.tokens_after_plc, stats.tokens_after_ilp, strict=True)) == counts
+    assert sum(stats.tokens_after_ilp) < sum(stats.tokens_before)
+
+
+KEEP_ALL = {
+    "none": None,
+    "ilp": InnerLLMPruning(keep=1.0),
+    "both": Compose(PreLLMCompression(1, 1, 1), InnerLLMPruning(keep=1.0)),
+}
+
+
+@matrix("attention", ["eager", "sdpa", "flash_attention_2"])
+@families
+def test_keep_all_is_bit_identical(family, attention):
+    supported(family, attention)
+    model, batch = get_model(family, attention), get_batch(family, "left", 2)
+    plain, generated = model(**batch.inputs).logits, greedy(model, batch, 2)
+    for method in KEEP_ALL.values():
+        with patched(model, method, batch, regions_of(batch)):
+            assert torch.equal(model(**batch.inputs).logits, plain)
+        with patched(model, method, batch, regions_of(batch)):
+            out = greedy(model, batch, 2)
+        assert torch.equal(out.sequences, generated.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(out.logits, generated.logits, strict=True))
+
+
+@families
+def test_pruning_matters_and_the_oracle_is_the_model(family):
+    """What the comparisons above rest on: the oracle without pruning is the plain model, and pruning changes it."""
+    model, oracle, batch = get_model(family, "eager"), get_oracle(family), get_batch(family, "left", 2)
+    plain = model(**batch.inputs).logits
+    for row, sample in enumerate(batch.samples):
+        logits = oracle.forward(sample, oracle.keep_all(sample))[0]
+        torch.testing.assert_close(plain[row, batch.offsets[row] :], logits, atol=ATOL, rtol=0)
+    for name in METHODS:
+        for row, decision in enumerate(decided(family, "left", 2, name)[:2]):
+            pruned = oracle.forward(batch.samples[row], decision)[0][-1]
+            assert (pruned - plain[row, batch.offsets[row] + len(batch.samples[row].ids) - 1]).abs().max() > 1e-3
+
+
+@families
+def test_exit_restores_everything(family):
+    """After a normal end and after an interrupt inside the decoder of a generation."""
+    model, batch = get_model(family, "sdpa"), get_batch(family, "left", 2)
+    plain, before = model(**batch.inputs).logits, snapshot(model)
+    with patched(model, METHODS["both"], batch, regions_of(batch)):
+        greedy(model, batch)
+    assert_unchanged(before, model)
+    decoder = getattr(model.model, "language_model", None) or model.model.text_model
+    calls = []
+
+    def interrupt(module: Any, args: Any, output: Any) -> None:
+        calls.append(module)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    handle = decoder.layers[NUM_LAYERS - 1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), patched(model, METHODS["both"], batch, regions_of(batch)):
+        greedy(model, batch)
+    handle.remove()
+    assert len(calls) == 2
+    assert_unchanged(before, model)
+    assert torch.equal(model(**batch.inputs).logits, plain)
+
+
+@families
+def test_every_vision_token_belongs_to_an_image(family):
+    for sample in get_batch(family, "left", 2).samples:
+        config = get_model(family, "sdpa").config
+        wanted = {p for p, token in enumerate(sample.ids) if token in (config.image_token_id, zoo.VIDEO)}
+        spans = sample.spans()
+        assert len(spans) == len(sample.images)
+        assert wanted <= {p for span in spans for p in span}
+        assert sum(map(len, spans)) == len({p for span in spans for p in span})

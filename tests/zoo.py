@@ -1,0 +1,300 @@
+"""Every supported family, tiny: unmodified transformers classes with random weights, and prompts as their processors
+would write them. ``FAMILIES`` is what the contract of `test_families.py` runs over and what README's table lists.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import tiny_models
+import torch
+import transformers
+from tiny_models import HIDDEN, IMAGE, INIT, PATCH, VIDEO, VISION_END, VISION_START, text_tokens
+from torch import Tensor
+
+from crop.models import ADAPTERS, Prompt
+from crop.region import VisionLayout
+
+NUM_LAYERS = 4
+MARK = 94  # any special token that stands inside an image block
+TEXT = tiny_models.TEXT | dict(num_hidden_layers=NUM_LAYERS)
+MROPE = dict(TEXT, rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1]))
+TOWER = dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    patch_size=PATCH,
+    initializer_range=INIT,
+)
+QWEN_TOWER = dict(depth=2, num_heads=2, patch_size=PATCH, temporal_patch_size=2, spatial_merge_size=2,
+                  initializer_range=INIT)  # fmt: skip
+MARKERS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=VISION_START,
+               vision_end_token_id=VISION_END)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """One image of a prompt.
+
+    Attributes:
+        ids: its tokens, markers included.
+        arguments: what its processor hands to the model for it.
+        size: (width, height) of the original.
+    """
+
+    ids: tuple[int, ...]
+    arguments: dict[str, Tensor]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family as users meet it.
+
+    Attributes:
+        classes: the transformers class, as README shows it.
+        config: () -> configuration of the tiny model.
+        image: (original size, seed) -> Image.
+        sizes: two original sizes of different token grids, where the family knows such.
+        join: per-sample lists of images -> model arguments; default: concatenated along the first axis.
+        types: ids -> further arguments that follow from the ids.
+        processor: () -> the image processor of `crop.patch`; None where the family needs none.
+        attentions: what the family supports; the others are refused.
+        note: what README says about it.
+    """
+
+    classes: str
+    config: Callable[[], Any]
+    image: Callable[[tuple[int, int], int], Image]
+    sizes: tuple[tuple[int, int], ...] = ((48, 32), (24, 40))
+    join: Callable[[list[list[Image]]], dict[str, Tensor]] | None = None
+    types: Callable[[Tensor], dict[str, Tensor]] | None = None
+    processor: Callable[[], Any] | None = None
+    attentions: tuple[str, ...] = ("eager", "sdpa", "flash_attention_2")
+    note: str = ""
+
+
+def pixels(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3000 + seed))
+
+
+# ------------------------------------------------------------------- grids that follow the image
+def patches_image(size: tuple[int, int], seed: int, start: int = VISION_START, end: int = VISION_END) -> Image:
+    rows, columns = size[1] // (2 * PATCH), size[0] // (2 * PATCH)
+    arguments = {
+        "pixel_values": pixels(4 * rows * columns, 6 * PATCH * PATCH, seed=seed),
+        "image_grid_thw": torch.tensor([[1, 2 * rows, 2 * columns]]),
+    }
+    return Image((start, *[IMAGE] * (rows * columns), end), arguments, size)
+
+
+def vision_types(ids: Tensor) -> dict[str, Tensor]:
+    return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
+
+
+def qwen2_vl() -> Any:
+    vision = dict(QWEN_TOWER, embed_dim=16, hidden_size=HIDDEN, mlp_ratio=2)
+    return transformers.Qwen2VLConfig(text_config=MROPE, vision_config=vision, **MARKERS)
+
+
+def qwen2_5_vl() -> Any:
+    vision = dict(QWEN_TOWER, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN, window_size=4 * 2 * PATCH,
+                  fullatt_block_indexes=[1])  # fmt: skip
+    return transformers.Qwen2_5_VLConfig(text_config=MROPE, vision_config=vision, **MARKERS)
+
+
+def glm4v() -> Any:
+    vision = dict(QWEN_TOWER, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN, image_size=32)
+    ids = dict(image_token_id=IMAGE, video_token_id=VIDEO, image_start_token_id=VISION_START,
+               image_end_token_id=VISION_END, video_start_token_id=95, video_end_token_id=MARK)  # fmt: skip
+    return transformers.Glm4vConfig(text_config=MROPE, vision_config=vision, **ids)
+
+
+def pixtral_tower() -> Any:
+    return transformers.PixtralVisionConfig(**TOWER, image_size=64)
+
+
+def pixtral() -> Any:
+    return transformers.LlavaConfig(
+        vision_config=pixtral_tower(),
+        text_config=transformers.MistralConfig(**TEXT, sliding_window=None),
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+
+
+def mistral3() -> Any:
+    return transformers.Mistral3Config(
+        vision_config=pixtral_tower(),
+        text_config=transformers.MistralConfig(**TEXT, sliding_window=None),
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
+
+
+def rows_image(side: int) -> Callable[[tuple[int, int], int], Image]:
+    """Rows of image tokens with a break between two and an end behind the last."""
+
+    def image(size: tuple[int, int], seed: int) -> Image:
+        rows, columns = size[1] // side, size[0] // side
+        ids = ([IMAGE] * columns + [MARK]) * rows
+        ids[-1] = VISION_END
+        arguments = {
+            "pixel_values": pixels(1, 3, size[1], size[0], seed=seed),
+            "image_sizes": torch.tensor([size[::-1]]),
+        }
+        return Image(tuple(ids), arguments, size)
+
+    return image
+
+
+def padded(images: list[list[Image]]) -> dict[str, Tensor]:
+    """Pictures of different sizes in one tensor, as Pixtral's processor pads them."""
+    flat = [image for row in images for image in row]
+    width, height = (max(image.size[axis] for image in flat) for axis in (0, 1))
+    full = torch.zeros(len(flat), 3, height, width)
+    for place, image in zip(full, flat, strict=True):
+        place[:, : image.size[1], : image.size[0]] = image.arguments["pixel_values"][0]
+    return {"pixel_values": full, "image_sizes": torch.cat([image.arguments["image_sizes"] for image in flat])}
+
+
+FAMILIES: dict[str, Family] = {
+    "glm4v": Family("Glm4vForConditionalGeneration", glm4v, patches_image, types=vision_types, note="images"),
+    "mistral3": Family("Mistral3ForConditionalGeneration", mistral3, rows_image(2 * PATCH), join=padded),
+    "pixtral": Family("LlavaForConditionalGeneration", pixtral, rows_image(PATCH), sizes=((24, 16), (16, 20)),
+                      join=padded, note="Pixtral tower"),
+    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", qwen2_vl, patches_image, types=vision_types, note="images"),
+    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, patches_image, types=vision_types,
+                         note="images"),
+}  # fmt: skip
+
+
+def build_model(name: str, attention: str = "sdpa", seed: int = 0) -> Any:
+    """A tiny random model; equal seeds give equal weights whatever the attention."""
+    torch.manual_seed(seed)
+    family = FAMILIES[name]
+    return tiny_models.sharpen(getattr(transformers, family.classes)(family.config()), attention)
+
+
+# ---------------------------------------------------------------------------------------- batches
+@dataclass(frozen=True)
+class Sample:
+    """One sample without padding."""
+
+    family: str
+    ids: tuple[int, ...]
+    images: tuple[Image, ...]
+    prompt_length: int
+
+    def spans(self) -> list[tuple[int, ...]]:
+        """Positions of each image's vision tokens."""
+        return [tuple(layout.position.tolist()) for layout in self.layouts()]
+
+    def layouts(self) -> list[VisionLayout]:
+        """Geometry by the package's adapter, which tests of its own hold to the processors."""
+        return list(_layouts(self.family, self.ids, self.images))
+
+    def vision_key(self) -> tuple:
+        return self.family, self.ids[: self.prompt_length], tuple(id(image) for image in self.images)
+
+    def inputs(self, family: str) -> dict[str, Tensor]:
+        """What the model takes for this sample alone."""
+        return make_batch([self], "none").inputs
+
+    def cut(self, stop: int) -> Sample:
+        return replace(self, ids=self.ids[:stop])
+
+    def extended(self, tokens: list[int]) -> Sample:
+        return replace(self, ids=self.ids + tuple(int(token) for token in tokens))
+
+
+@functools.cache
+def _layouts(name: str, ids: tuple[int, ...], images: tuple[Image, ...]) -> tuple[VisionLayout, ...]:
+    if not images:
+        return ()
+    family, config = FAMILIES[name], get_config(name)
+    processor = None if family.processor is None else family.processor()
+    inputs = Sample(name, ids, images, len(ids)).inputs(name)
+    prompt = Prompt(config, inputs["input_ids"], inputs, processor, [image.size for image in images])
+    return tuple(layout for _, layout in ADAPTERS[config.model_type].images(prompt))
+
+
+@functools.cache
+def get_config(name: str) -> Any:
+    return FAMILIES[name].config()
+
+
+@dataclass
+class Batch:
+    """Samples plus the padded tensors that a model takes."""
+
+    family: str
+    samples: list[Sample]
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    offsets: list[int] = field(default_factory=list)  # column of each sample's first real token
+
+
+def make_sample(family: str, pieces: list[int | tuple[int, int]], seed: int) -> Sample:
+    """A sample from `pieces`: an int is that many text tokens, a (width, height) is an image."""
+    ids: list[int] = []
+    images = []
+    for number, piece in enumerate(pieces):
+        if isinstance(piece, int):
+            ids += text_tokens(piece, 17 * seed + number)
+            continue
+        images.append(FAMILIES[family].image(piece, 17 * seed + number))
+        ids += images[-1].ids
+    return Sample(family, tuple(ids), tuple(images), len(ids))
+
+
+def make_batch(samples: list[Sample], padding: str) -> Batch:
+    """Pad `samples` ("none" needs equal lengths, "left", "right") and build the model's inputs."""
+    name = samples[0].family
+    family, longest = FAMILIES[name], max(len(sample.ids) for sample in samples)
+    assert padding != "none" or all(len(sample.ids) == longest for sample in samples)
+    ids = torch.full((len(samples), longest), tiny_models.PAD)
+    mask, offsets = torch.zeros_like(ids), []
+    for row, sample in enumerate(samples):
+        first = longest - len(sample.ids) if padding == "left" else 0
+        ids[row, first : first + len(sample.ids)] = torch.tensor(sample.ids)
+        mask[row, first : first + len(sample.ids)] = 1
+        offsets.append(first)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    images = [list(sample.images) for sample in samples]
+    if any(images):
+        inputs |= (family.join or concatenated)(images)
+    if family.types is not None:
+        inputs |= family.types(ids)
+    return Batch(name, samples, inputs, offsets)
+
+
+def concatenated(images: list[list[Image]]) -> dict[str, Tensor]:
+    flat = [image for row in images for image in row]
+    return {key: torch.cat([image.arguments[key] for image in flat]) for key in flat[0].arguments}
+
+
+def standard_batch(family: str, padding: str, images: int) -> Batch:
+    """Two samples with 1 or 2 images each and, where padding allows, one of text alone."""
+    wide, tall = FAMILIES[family].sizes
+    grids = [(wide, tall)[:images], (tall, wide)[:images]]
+    samples = []
+    for row, (before, after) in enumerate(((3, 12), (2, 5))):
+        pieces: list[int | tuple[int, int]] = [before]
+        for number, size in enumerate(grids[row]):
+            pieces += [size, 2 + number]
+        pieces[-1] = after
+        samples.append(make_sample(family, pieces, seed=10 * images + row))
+    if padding == "none":
+        longest = max(len(sample.ids) for sample in samples)
+        samples = [
+            replace(longer, prompt_length=len(longer.ids))
+            for longer in (s.extended(text_tokens(longest - len(s.ids), 77)) for s in samples)
+        ]
+        return make_batch(samples, padding)
+    return make_batch([*samples, make_sample(family, [9], seed=5)], padding)
