@@ -32,9 +32,9 @@ int launch_forward(PoolParams p, void* stream) {
     if (blocks > kMaxGrid || p.num_members > kMaxGrid || p.num_tokens > kMaxGrid)
         return fail("adaptive_pool: sizes must be below 2^31");
     switch (p.mode) {
-        case kMean: return LAUNCH(blocks, kPoolThreads, stream, (pool_kernel<T, kMean>), p, grid, aligned);
-        case kWeighted: return LAUNCH(blocks, kPoolThreads, stream, (pool_kernel<T, kWeighted>), p, grid, aligned);
-        default: return LAUNCH(blocks, kPoolThreads, stream, (pool_kernel<T, kMax>), p, grid, aligned);
+        case kMean: return LAUNCH(blocks, kPoolThreads, 0, stream, (pool_kernel<T, kMean>), p, grid, aligned);
+        case kWeighted: return LAUNCH(blocks, kPoolThreads, 0, stream, (pool_kernel<T, kWeighted>), p, grid, aligned);
+        default: return LAUNCH(blocks, kPoolThreads, 0, stream, (pool_kernel<T, kMax>), p, grid, aligned);
     }
 }
 
@@ -49,9 +49,9 @@ int launch_backward(const PoolBackwardParams& p, void* stream) {
     if (p.mode == kWeighted) blocks = ceil_div(p.num_tokens, kPoolThreads / 32);
     if (blocks > kMaxGrid || p.num_tokens > kMaxGrid) return fail("adaptive_pool: sizes must be below 2^31");
     switch (p.mode) {
-        case kMean: return LAUNCH(blocks, kPoolThreads, stream, (pool_backward_kernel<T, kMean>), p, grid, aligned);
-        case kMax: return LAUNCH(blocks, kPoolThreads, stream, (pool_backward_kernel<T, kMax>), p, grid, aligned);
-        default: return LAUNCH(blocks, kPoolThreads, stream, pool_weighted_backward_kernel<T>, p, aligned);
+        case kMean: return LAUNCH(blocks, kPoolThreads, 0, stream, (pool_backward_kernel<T, kMean>), p, grid, aligned);
+        case kMax: return LAUNCH(blocks, kPoolThreads, 0, stream, (pool_backward_kernel<T, kMax>), p, grid, aligned);
+        default: return LAUNCH(blocks, kPoolThreads, 0, stream, pool_weighted_backward_kernel<T>, p, aligned);
     }
 }
 

@@ -32,13 +32,13 @@ int launch_shape(AttentionMassParams p, void* stream) {
     if (!p.lse && splits > 0 && lse_count(p) > 0) {
         Partial* partial = static_cast<Partial*>(p.scratch);
         float* lse = reinterpret_cast<float*>(partial + lse_count(p) * splits);
-        int error = LAUNCH(split_blocks, kMassThreads, stream, (lse_partial_kernel<T, Shape>), p, aligned, partial, splits);
+        int error = LAUNCH(split_blocks, kMassThreads, 0, stream, (lse_partial_kernel<T, Shape>), p, aligned, partial, splits);
         if (error) return error;
-        error = LAUNCH(ceil_div(lse_count(p), kMassThreads), kMassThreads, stream, lse_combine_kernel, p, partial, splits, lse);
+        error = LAUNCH(ceil_div(lse_count(p), kMassThreads), kMassThreads, 0, stream, lse_combine_kernel, p, partial, splits, lse);
         if (error) return error;
         p.lse = lse;
     }
-    return LAUNCH(blocks, kMassThreads, stream, (mass_kernel<T, Shape>), p, aligned);
+    return LAUNCH(blocks, kMassThreads, 0, stream, (mass_kernel<T, Shape>), p, aligned);
 }
 
 }  // namespace

@@ -3,10 +3,26 @@
 //
 //   GLOBAL(threads, blocks)    a kernel of at most so many threads per block, registers for so many blocks on an SM
 //   DEV                        an inlined device function
-//   SHARED(type, name, [n])    16-byte aligned static shared memory of one kernel; pass it to functions as a pointer
+//   SHARED(type, name, [n])    16-byte aligned static shared memory of one kernel; pass it to functions as a pointer. A
+//                              type with a comma needs an alias; one per line.
+//   DYN_SHARED(type, name)     `type* name`: the dynamic shared memory of the launch, 128-byte aligned
 //   UNROLL                     unroll the loop that follows: its counter indexes registers
-//   LAUNCH(grid, block, stream, kernel, arguments...)   asynchronous; returns the cudaError_t as int. Arguments convert
-//                              to the parameter types of the kernel; a kernel name with commas needs parentheses.
+//   LAUNCH(grid, block, smem, stream, kernel, arguments...)   asynchronous; returns the cudaError_t as int. `grid`: blocks
+//                              along x (any integer) or dim3; `smem`: bytes of dynamic shared memory, up to what the device
+//                              has. Arguments convert to the parameter types of the kernel; a kernel name with commas
+//                              needs parentheses.
+//   LAUNCH_DEPENDENT(...)      the same, but from sm_90 on the kernel may start before the one ahead of it on the stream has
+//                              ended: it calls ptx::grid_wait() before it touches anything a kernel ahead of it touches.
+//   ptx::                      one instruction each; no other `asm` and no __CUDA_ARCH__ outside this file
+//
+// What both compilers and the checks of the emulator understand:
+//   - barriers __syncthreads{,_or,_and,_count}, __syncwarp; one barrier per source line
+//   - __shfl*_sync, __ballot/any/all_sync, __match_any/all_sync, __reduce_*_sync with a mask of exactly the calling lanes;
+//     no __activemask, no code that relies on lanes running in step without __syncwarp
+//   - atomicAdd/Sub/Min/Max/And/Or/Xor/Exch/CAS/Inc on 32 and 64 bits, __threadfence; shared-memory atomics order nothing:
+//     use a barrier
+//   - no memcpy or memset in kernels, no __device__ or __constant__ variables, no static variables, no heap
+//   - waiting for another block: ptx::ld_acquire, never a plain or volatile load
 #pragma once
 #include <cstdint>
 
@@ -18,19 +34,143 @@
 #define GLOBAL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define DEV __device__ __forceinline__
 #define SHARED(type, name, extent) __shared__ __align__(16) type name extent
+#define DYN_SHARED(type, name)                                       \
+    extern __shared__ __align__(128) unsigned char dynamic_shared[]; \
+    type* name = reinterpret_cast<type*>(dynamic_shared)
 #define UNROLL _Pragma("unroll")
-#define LAUNCH(grid, block, stream, kernel, ...) ::crop::launch(kernel, grid, block, stream, __VA_ARGS__)
+#define LAUNCH(grid, block, smem, stream, kernel, ...) ::crop::launch(false, kernel, grid, block, smem, stream, __VA_ARGS__)
+#define LAUNCH_DEPENDENT(grid, block, smem, stream, kernel, ...) \
+    ::crop::launch(true, kernel, grid, block, smem, stream, __VA_ARGS__)
 
 namespace crop {
 namespace {
 
-template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), int64_t grid, int block, void* stream, Arguments... arguments) {
-    const dim3 blocks(static_cast<unsigned>(grid));
-    kernel<<<blocks, block, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
-    return static_cast<int>(cudaGetLastError());
+inline dim3 as_grid(dim3 grid) { return grid; }
+inline dim3 as_grid(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
+
+template <class Grid, class... Parameters, class... Arguments>
+int launch(bool dependent, void (*kernel)(Parameters...), Grid grid, int block, int64_t smem, void* stream,
+           Arguments... arguments) {
+    if (smem > 48 * 1024) {
+        const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
+        if (error != cudaSuccess) return static_cast<int>(error);
+    }
+    int device = 0, major = 0;
+    if (dependent && cudaGetDevice(&device) == cudaSuccess)
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = as_grid(grid), config.blockDim = dim3(static_cast<unsigned>(block));
+    config.dynamicSmemBytes = static_cast<size_t>(smem), config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &overlap, config.numAttrs = major >= 9 ? 1 : 0;
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    if (error != cudaSuccess) cudaGetLastError();  // reported here: not to be found by somebody else
+    return static_cast<int>(error);
 }
 
+namespace ptx {
+
+DEV unsigned shared_address(const void* shared) { return static_cast<unsigned>(__cvta_generic_to_shared(shared)); }
+
+// d += a * b for a 16x16 (row major), b 16x8 (column major), d 16x8, over the warp. With g = lane / 4, t = lane % 4 a lane
+// holds a[0..3] = the pairs (row g, g + 8, g, g + 8; columns 2t.. and, for the last two, 2t + 8..), b[0..1] = the pairs
+// (rows 2t.. and 2t + 8..; column g), d[0..3] = (row g: columns 2t, 2t + 1; row g + 8: the same).
+DEV void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DEV void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Matrices of 8 rows of 16 bytes in shared memory; lane i names row i % 8 of matrix i / 8. A lane receives of each matrix
+// the elements (row lane / 4, columns 2 * (lane % 4) and the next).
+DEV void ldmatrix_x1(uint32_t (&r)[1], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(shared_address(row)) : "memory");
+}
+DEV void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+}
+DEV void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+
+// Copies to shared memory in the background: the first `present` of 4, 8 or 16 bytes, then zeros. `from` must be a valid
+// aligned address even if nothing is present. Visible to the issuing thread after cp_wait, to others after a barrier.
+DEV void cp_async4(void* to, const void* from, int present = 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(present) : "memory");
+}
+DEV void cp_async8(void* to, const void* from, int present = 8) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(present) : "memory");
+}
+DEV void cp_async16(void* to, const void* from, int present = 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(present) : "memory");
+}
+DEV void cp_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>  // all but the last so many groups have arrived
+DEV void cp_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+DEV float ex2(float x) {  // 2^x, two ulp
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 16 bytes that nobody writes while the kernel runs. once: leaves no trace in L1, and L2 fetches ahead.
+DEV uint4 load_once(const uint4* from) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+DEV uint4 load_again(const uint4* from) {  // other blocks will want it: stays in L1 as long as possible
+    uint4 v;
+    asm volatile("ld.global.nc.L1::evict_last.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+DEV void store_once(uint4* to, uint4 v) {  // not read again soon
+    asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Synchronisation of blocks through a word in global memory.
+DEV uint32_t ld_acquire(const uint32_t* from) {
+    uint32_t v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+}
+DEV void st_release(uint32_t* to, uint32_t v) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+DEV uint32_t add_acq_rel(uint32_t* to, uint32_t v) {  // returns the old value
+    uint32_t old;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(to), "r"(v) : "memory");
+    return old;
+}
+
+// Programmatic dependent launch: wait for everything ahead on the stream; allow the next kernel to start.
+DEV void grid_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEV void grid_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace ptx
 }  // namespace
 }  // namespace crop
 #endif

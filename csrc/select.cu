@@ -17,10 +17,10 @@ extern "C" int launch_select(const SelectParams* params, void* stream) {
         for (int64_t i = 0; i < count; ++i) budgets.keep[i] = static_cast<int>(p.budget[first + i]);
         int error = 0;
         if (p.num_tokens <= 4 * kSelectThreads)
-            error = LAUNCH(count, kSelectThreads, stream, (select_kernel<4, true>), p, first, budgets);
+            error = LAUNCH(count, kSelectThreads, 0, stream, (select_kernel<4, true>), p, first, budgets);
         else if (p.num_tokens <= 16 * kSelectThreads)
-            error = LAUNCH(count, kSelectThreads, stream, (select_kernel<16, true>), p, first, budgets);
-        else error = LAUNCH(count, kSelectThreads, stream, (select_kernel<8, false>), p, first, budgets);
+            error = LAUNCH(count, kSelectThreads, 0, stream, (select_kernel<16, true>), p, first, budgets);
+        else error = LAUNCH(count, kSelectThreads, 0, stream, (select_kernel<8, false>), p, first, budgets);
         if (error) return error;
     }
     return 0;
