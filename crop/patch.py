@@ -45,7 +45,7 @@ from .inputs import (
 from .methods import Method
 from .models import Adapter, Prompt, adapter_for
 from .region import Region
-from .run import Run, gather_positions, pruned_mask, score, slot_mask
+from .run import Run, gather_positions, pruned_mask, score, slot_mask, spread
 from .stats import PruneStats, mark
 from .tap import tap
 
@@ -139,6 +139,8 @@ class _Patch:
             replace_method(self.model, "generate", self._generate, undo)
             replace_method(self.model, "_expand_inputs_for_generation", self._expand, undo)
         tower, language_model = self.adapter.vision_tower(self.base), self.language_model
+        if self.adapter.adds_again is not None:
+            replace_method(language_model, self.adapter.adds_again, self._add_again, undo)
         door(tower.register_forward_pre_hook(self._enter_vision_tower, with_kwargs=True))
         door(tower.register_forward_hook(self._leave_vision_tower))
         door(self.base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
@@ -254,6 +256,8 @@ class _Patch:
         if pool is not None:
             start = mark(embeds.device)
             kwargs["inputs_embeds"] = self._pool(pool, embeds)
+            if kwargs.get("visual_pos_masks") is not None:
+                kwargs |= self._pool_levels(pool, kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"])
             leader = pool.leader.to(embeds.device)
             run.slots = leader.shape[1]
             kwargs["position_ids"] = gather_positions(kwargs.get("position_ids"), leader, run.past)
@@ -275,6 +279,21 @@ class _Patch:
             packed = pooled.new_zeros(pool.leader.numel(), dim)
             pooled = packed.index_copy(0, pool.filled.to(embeds.device), pooled)
         return pooled.view(batch, -1, dim)
+
+    def _pool_levels(self, pool: PoolStep, is_vision: Tensor, levels: Sequence[Tensor]) -> dict[str, Any]:
+        """Pool the further levels of vision features like the first."""
+        chosen = is_vision.gather(1, pool.leader.to(is_vision.device).clamp(min=0))
+        chosen &= pool.leader.to(is_vision.device) >= 0
+        pooled = [self._pool(pool, spread(level, is_vision))[chosen] for level in levels]
+        return {"visual_pos_masks": chosen, "deepstack_visual_embeds": pooled}
+
+    def _add_again(self, add: Callable[..., Tensor], hidden: Tensor, is_vision: Tensor, level: Tensor) -> Tensor:
+        """After a layer behind the cut, a level of vision features goes to the tokens that are left."""
+        run = self.run
+        if run is None or run.keep is None or run.at < run.layer:
+            return add(hidden, is_vision, level)
+        is_vision, level = is_vision.to(hidden.device), level.to(hidden.device, hidden.dtype)
+        return hidden + ops.compact([spread(level, is_vision)], run.keep)[0]
 
     def _cut_layer(self, state: CacheState) -> int | None:
         layer = self.method.layer
@@ -339,6 +358,7 @@ class _Patch:
             run = self.run
             if run is None:
                 return None
+            run.at = index
             if run.chunk is not None and self._is_flash():
                 # Gaps in the position ids would send flash attention down its packed-sequence path.
                 kwargs = kwargs | {"position_ids": None}

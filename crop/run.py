@@ -31,6 +31,7 @@ class Run:
     keep: Tensor | None = None  # (batch, width) slots that stay, -1 = filler
     keep_slot: Tensor | None = None  # (batch, slots) inverse of keep
     full_hidden: Tensor | None = None
+    at: int = -1  # decoder layer that was entered last
     timed: bool = False  # holds an image
     started: Any = None  # mark at the language model's entry
     memo: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict)
@@ -53,6 +54,13 @@ def gather_positions(position_ids: Tensor | None, index: Tensor, past: int) -> T
     leading = position_ids.shape[:-2]
     full = position_ids.expand(*leading, batch, -1)
     return full.gather(-1, index.expand(*leading, -1, -1))
+
+
+def spread(features: Tensor, is_vision: Tensor) -> Tensor:
+    """Features (num_vision, dim) at the places of a (batch, seq_len) mask, zeros elsewhere: (batch, seq_len, dim)."""
+    full = features.new_zeros(*is_vision.shape, features.shape[-1])
+    full[is_vision] = features
+    return full
 
 
 def slot_mask(logical: Tensor | None, before: Slots | None, run: Run, pool: PoolStep | None) -> Tensor | None:

@@ -109,6 +109,13 @@ def qwen2_5_vl() -> Any:
     return transformers.Qwen2_5_VLConfig(text_config=MROPE, vision_config=vision, **MARKERS)
 
 
+def qwen3_vl() -> Any:
+    """Three levels of features are added again, the last behind the cut."""
+    vision = dict(QWEN_TOWER, depth=3, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN,
+                  num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2])  # fmt: skip
+    return transformers.Qwen3VLConfig(text_config=dict(MROPE, head_dim=8), vision_config=vision, **MARKERS)
+
+
 def glm4v() -> Any:
     vision = dict(QWEN_TOWER, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN, image_size=32)
     ids = dict(image_token_id=IMAGE, video_token_id=VIDEO, image_start_token_id=VISION_START,
@@ -301,6 +308,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl": Family("Qwen2VLForConditionalGeneration", qwen2_vl, patches_image, types=vision_types, note="images"),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, patches_image, types=vision_types,
                          note="images"),
+    "qwen3_vl": Family(
+        "Qwen3VLForConditionalGeneration", qwen3_vl, patches_image, types=vision_types, note="images; DeepStack"
+    ),
     "smolvlm": Family("SmolVLMForConditionalGeneration", smolvlm, idefics3_image, sizes=((48, 24), (20, 40)), join=images_per_sample,
                       processor=idefics3_processor),
 }  # fmt: skip

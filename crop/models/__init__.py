@@ -29,6 +29,7 @@ ADAPTERS: dict[str, Adapter] = {
         Adapter("mistral3", pixtral_images),
         Adapter("qwen2_vl", merged_images, tower="visual"),
         Adapter("qwen2_5_vl", merged_images, tower="visual"),
+        Adapter("qwen3_vl", merged_images, tower="visual", adds_again="_deepstack_process"),
         Adapter("smolvlm", idefics3_images, check=tiled_check, tower="vision_model", decoder="text_model"),
     )
 }
