@@ -2,7 +2,7 @@
 
 from .build import build_info
 from .localizers import AttentionLocalizer, BoxLocalizer, Localizer, WholeLocalizer, get_localizer
-from .methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection, by_name
+from .methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Pyramid, Selection, by_name
 from .ops import adaptive_pool, attention_mass, compact, region_topk, select, use_backend
 from .patch import patch
 from .plan import PoolPlan
@@ -22,6 +22,7 @@ __all__ = [
     "PoolPlan",
     "PreLLMCompression",
     "PruneStats",
+    "Pyramid",
     "Region",
     "Selection",
     "VisionLayout",

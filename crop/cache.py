@@ -1,19 +1,21 @@
 """Which tokens a key-value cache still holds after pruning.
 
-A pruned sequence has two thinnings, each described by a :class:`Slots` map:
-``pooled`` takes logical positions (what the caller counts) to the slots of layers below the cut,
-``pruned`` takes those slots to the slots of the layers from the cut on. Both live on the cache object, so they
+A pruned sequence has one thinning before the decoder and one per cut inside it, each a :class:`Slots` map:
+``pooled`` takes logical positions (what the caller counts) to the slots of the layers below the first cut,
+``cuts[layer]`` takes those slots to the slots of the layers from ``layer`` on. They live on the cache object, so they
 survive ``copy.deepcopy`` and a later patch of the same conversation finds them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import ops
 
 _STATE = "_crop_state"
 
@@ -74,14 +76,30 @@ class Slots:
         merged = torch.cat([old.columns(past), shifted], dim=1)
         return Slots(merged, past + added, old.dense and dense)
 
+    def after(self, first: Slots | None) -> Slots:
+        """This thinning applied to the slots of another one: from the source of ``first`` at once."""
+        if first is None:
+            return self
+        source = first.columns(self.covers + first.dropped)
+        index = torch.where(self.index >= 0, source.gather(1, self.index.clamp(min=0)), -1)
+        return Slots(index, source.shape[1] + first.dropped, self.dense)
+
 
 @dataclass(frozen=True)
 class CacheState:
-    """Thinnings of one cache; ``layer`` is the first decoder layer that holds pruned tokens."""
+    """Thinnings of one cache; ``cuts`` by the first decoder layer that they hold for.
+
+    ``moved``: (batch,) int64, by first decoder layer, how far renumbered position ids lie below the caller's.
+    """
 
     pooled: Slots | None = None
-    pruned: Slots | None = None
-    layer: int | None = None
+    cuts: dict[int, Slots] = field(default_factory=dict)
+    moved: dict[int, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def at(table: dict[int, Any], layer: int) -> Any:
+        """The entry of ``cuts`` or ``moved`` that holds for a decoder layer, None before the first cut."""
+        return table.get(max((first for first in table if 0 < first <= layer), default=-1))
 
 
 class _PrunedCache:
@@ -90,10 +108,15 @@ class _PrunedCache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         length = super().get_seq_length(layer_idx)
         state = cache_state(self)
-        return length + state.pooled.dropped if length and state.pooled is not None else length
+        return length if state.pooled is None else length + state.pooled.dropped
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return super().get_seq_length(layer_idx)
+
+    def reset(self) -> None:
+        super().reset()
+        delattr(self, _STATE)
+        self.__class__ = type(self).__mro__[2]  # nothing is pruned any more
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -114,13 +137,13 @@ class _PrunedCache:
 
 
 def _take_samples(cache: Any, take: Callable[[Tensor], Tensor]) -> None:
+    def taken(slots: Slots | None) -> Slots | None:
+        return None if slots is None else replace(slots, index=take(slots.index))
+
     state = cache_state(cache)
-    changes = {
-        name: replace(slots, index=take(slots.index))
-        for name, slots in (("pooled", state.pooled), ("pruned", state.pruned))
-        if slots is not None
-    }
-    setattr(cache, _STATE, replace(state, **changes))
+    cuts = {layer: taken(slots) for layer, slots in state.cuts.items()}
+    moved = {layer: take(by) for layer, by in state.moved.items()}
+    setattr(cache, _STATE, replace(state, pooled=taken(state.pooled), cuts=cuts, moved=moved))
 
 
 _pruned_classes: dict[type, type] = {}
@@ -131,13 +154,27 @@ def cache_state(cache: Any) -> CacheState:
     return getattr(cache, _STATE, None) or CacheState()
 
 
-def num_slots(cache: Any) -> int:
-    """Tokens held by the first layer of a cache."""
-    if cache is None:
-        return 0
-    length = cache.get_seq_length()
-    state = cache_state(cache)
-    return length - state.pooled.dropped if length and state.pooled is not None else length
+def make_uniform(cache: Any, take: list[Tensor | None], past: int) -> None:
+    """Leave in every layer the slots that the last layer holds, moved to the front.
+
+    Args:
+        take: per layer (batch, width) int64 slots of the last chunk to keep, -1 = filler; None: all of them.
+        past: slots before that chunk, which stay.
+    """
+    for layer, index in zip(cache.layers, take, strict=True):
+        if index is None:
+            continue
+        before = torch.arange(past, device=index.device).expand(len(index), -1)
+        index = torch.cat([before, torch.where(index >= 0, index + past, -1)], 1)
+        keys, values = ops.compact([layer.keys, layer.values], index.to(layer.keys.device), token_dim=2)
+        if hasattr(layer, "cumulative_length"):  # static: the tensors stay where they are
+            length = index.shape[1]
+            for old, new in ((layer.keys, keys), (layer.values, values)):
+                old[:, :, :length] = new
+                old[:, :, length:] = 0
+            layer.cumulative_length.fill_(length)
+        else:
+            layer.keys, layer.values = keys, values
 
 
 def store_state(cache: Any, **changes: Any) -> None:

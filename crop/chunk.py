@@ -7,7 +7,7 @@ mask and the regions only, so every size is known up front: the device is never 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,17 +19,18 @@ from .region import PoolPlan, Region, VisionLayout
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """One image: where its tokens are, how they are pooled, which of the pooled ones stay."""
+    """One image: where its tokens are, how they are pooled, which of the pooled ones stay at which layer."""
 
     sample: int
     layout: VisionLayout
     plan: PoolPlan | None
     pooled: VisionLayout
-    selection: Selection | None
+    selections: dict[int, Selection]
 
-    @property
-    def num_keep(self) -> int:
-        return len(self.pooled) if self.selection is None else self.selection.num_keep
+    def tokens_at(self, layer: int) -> int:
+        """How many of its tokens decoder layer ``layer`` sees."""
+        counts = [selection.num_keep for cut, selection in self.selections.items() if cut <= layer]
+        return counts[-1] if counts else len(self.pooled)
 
 
 @dataclass(frozen=True)
@@ -51,40 +52,47 @@ class PoolStep:
 
 @dataclass(frozen=True)
 class SelectStep:
-    """Inner-LLM pruning of a whole batch.
+    """One cut of inner-LLM pruning, for a whole batch.
 
     Args:
-        stays: (batch, seq_len) bool, tokens that stay whatever the scores (text, images kept whole).
+        stays: (batch, seq_len) bool, tokens that this cut leaves alone (text, images kept whole).
         width: slots of the longest sample afterwards.
         dense: every sample fills all slots.
+        images: the pruned images, by their number in the chunk.
         sample: (num_images,) int64 batch row of each pruned image.
         vision_index: (num_images, num_candidates) int64 token positions in the chunk, -1 = filler.
         priority: int8, weight: float32 or None, both like ``vision_index``.
         num_keep: tokens to keep per image.
         rows: (batch, num_rows) int64 scoring rows, -1 = filler; None where no scores are needed.
+        rope: whether the scores know positions.
         first: (batch,) int64 first real token of each sample; None where padding stands between real tokens.
     """
 
     stays: Tensor
     width: int
     dense: bool
+    images: list[int]
     sample: Tensor
     vision_index: Tensor
     priority: Tensor
     weight: Tensor | None
     num_keep: list[int]
     rows: Tensor | None
+    rope: bool
     first: Tensor | None
 
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """Everything one prefill does. ``real`` (batch, seq_len) bool marks what is no padding, before pooling."""
+    """Everything one prefill does. ``steps``: by decoder layer, the cuts at which a token leaves, ascending.
+
+    ``real`` (batch, seq_len) bool marks what is no padding, before pooling.
+    """
 
     images: list[ImagePlan]
     real: Tensor
     pool: PoolStep | None
-    select: SelectStep | None
+    steps: dict[int, SelectStep]
 
 
 def plan_chunk(
@@ -115,10 +123,23 @@ def plan_chunk(
             for (sample, layout), plan in zip(images, pool_plans, strict=True)
         ]
     plans = [
-        ImagePlan(sample, layout, plan, after, _checked_selection(method.select(after, region), after))
+        ImagePlan(sample, layout, plan, after, _selections(method, after, region))
         for (sample, layout), plan, after, region in zip(images, pool_plans, pooled, regions, strict=True)
     ]
-    return ChunkPlan(plans, real, pool, _select_step(method, plans, slots))
+    steps = {cut.layer: _select_step(cut, plans, slots) for cut in method.cuts}
+    return ChunkPlan(plans, real, pool, {layer: step for layer, step in steps.items() if step is not None})
+
+
+def _selections(method: Method, layout: VisionLayout, region: Region) -> dict[int, Selection]:
+    """What each cut keeps of one image; only those cuts at which a token leaves."""
+    found: dict[int, Selection] = {}
+    for cut in method.cuts:
+        selection = _checked_selection(cut.select(layout, region), layout)
+        left = [earlier.num_keep for earlier in found.values()][-1:]
+        if selection is not None and (not left or selection.num_keep < left[0]):
+            # What an earlier cut left is known on the device only, so that priorities alone may not decide.
+            found[cut.layer] = replace(selection, needs_scores=selection.needs_scores or bool(left))
+    return found
 
 
 def _checked_plan(plan: PoolPlan | None, layout: VisionLayout) -> PoolPlan | None:
@@ -186,13 +207,17 @@ def _pool_step(images: Sequence[tuple[int, VisionLayout]], plans: Sequence[PoolP
     return PoolStep(plan, leader_index, slot.view(batch, seq_len), filled)
 
 
-def _select_step(method: Method, images: Sequence[ImagePlan], slots: Tensor) -> SelectStep | None:
-    pruned = [image for image in images if image.selection is not None]
+def _select_step(cut: Method, images: Sequence[ImagePlan], slots: Tensor) -> SelectStep | None:
+    layer = cut.layer
+    pruned = [number for number, image in enumerate(images) if layer in image.selections]
     if not pruned:
         return None
     stays = slots.clone()
+    kept = slots.sum(1)
     after = _ends(images, slots)
-    for image in pruned:
+    for image in images:
+        kept[image.sample] += image.tokens_at(layer) - len(image.pooled)
+    for image in (images[number] for number in pruned):
         if not slots[image.sample, after[image.sample] :].any():
             # Nothing would ask, and the token that predicts the answer could itself be dropped.
             raise ValueError(
@@ -200,32 +225,25 @@ def _select_step(method: Method, images: Sequence[ImagePlan], slots: Tensor) -> 
                 f"got a prompt of sample {image.sample} that ends with an image"
             )
         stays[image.sample, image.pooled.position] = False
-    kept = stays.sum(1)
-    for image in pruned:
-        kept[image.sample] += image.num_keep
     width = int(kept.max())
-    weights = [image.selection.weight for image in pruned]
+    chosen = [(images[number], images[number].selections[layer]) for number in pruned]
     weight = None
-    if any(entry is not None for entry in weights):
+    if any(selection.weight is not None for _, selection in chosen):
         weight = _stack(
-            [
-                torch.ones(len(image.pooled)) if entry is None else entry
-                for image, entry in zip(pruned, weights, strict=True)
-            ],
-            1.0,
+            [torch.ones(len(image.pooled)) if one.weight is None else one.weight for image, one in chosen], 1.0
         )
     return SelectStep(
         stays=stays,
         width=width,
         dense=bool((kept == width).all()),
-        sample=torch.tensor([image.sample for image in pruned]),
-        vision_index=_stack([image.pooled.position for image in pruned], -1),
-        priority=_stack([image.selection.priority for image in pruned], -1),
+        images=pruned,
+        sample=torch.tensor([image.sample for image, _ in chosen]),
+        vision_index=_stack([image.pooled.position for image, _ in chosen], -1),
+        priority=_stack([selection.priority for _, selection in chosen], -1),
         weight=weight,
-        num_keep=[image.num_keep for image in pruned],
-        rows=_scoring_rows(method.rows, after, slots)
-        if any(image.selection.needs_scores for image in pruned)
-        else None,
+        num_keep=[selection.num_keep for _, selection in chosen],
+        rows=_scoring_rows(cut.rows, after, slots) if any(one.needs_scores for _, one in chosen) else None,
+        rope=cut.rope,
         first=_first_if_contiguous(slots),
     )
 

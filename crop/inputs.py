@@ -44,14 +44,18 @@ def as_sizes(
 
 def check_method(method: Method, num_layers: int) -> None:
     """What a method says of itself; a method of the user's own may say anything."""
-    layer = method.layer
-    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, Integral)):
-        raise TypeError(f"patch: layer of a method must be an int or None, got {layer!r}")
-    if layer is not None and not 1 <= layer < num_layers:
-        raise ValueError(f"patch: layer must be in [1, num_layers={num_layers} - 1], got {layer}")
-    for name, choices in (("rows", ("text", "last")), ("pool_mode", ("mean", "max"))):
-        if getattr(method, name) not in choices:
-            raise ValueError(f"patch: {name} of a method must be one of {choices}, got {getattr(method, name)!r}")
+    last = 0
+    for cut in method.cuts:
+        layer = cut.layer
+        if isinstance(layer, bool) or not isinstance(layer, Integral):
+            raise TypeError(f"patch: layer of a method must be an int or None, got {layer!r}")
+        if not last < layer < num_layers:
+            raise ValueError(f"patch: layer must be in [{last + 1}, num_layers={num_layers} - 1], got {layer}")
+        if cut.rows not in ("text", "last"):
+            raise ValueError(f"patch: rows of a method must be one of ('text', 'last'), got {cut.rows!r}")
+        last = layer
+    if method.pool_mode not in ("mean", "max"):
+        raise ValueError(f"patch: pool_mode of a method must be one of ('mean', 'max'), got {method.pool_mode!r}")
 
 
 def one_per_image(name: str, given: list, owners: list[int], copies: int) -> list:
@@ -96,7 +100,21 @@ def refuse_attention(config: Any) -> None:
         raise ValueError(f"patch: the attention implementation must be eager, sdpa or flash_attention_*, got {name!r}")
 
 
-def refuse_generation(config: Any, kwargs: Mapping[str, Any]) -> None:
+def one_of(name: str, value: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"patch: {name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def past_length(cache: Any, mask: Any, added: int) -> int:
+    """Logical positions before a chunk; read from the mask's shape where there is one, since a static cache keeps its
+    length on the device."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.shape[1] - added
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def refuse_generation(config: Any, kwargs: Mapping[str, Any], uniform: bool) -> None:
     """Options of generate() that pruning would get wrong."""
 
     def option(name: str) -> Any:
@@ -113,9 +131,15 @@ def refuse_generation(config: Any, kwargs: Mapping[str, Any]) -> None:
             "patch: generate() must prefill in one piece, got "
             f"prefill_chunk_size={option('prefill_chunk_size')}: the question would not be seen yet"
         )
-    if option("cache_implementation") not in (None, "dynamic"):
+    kind = option("cache_implementation")
+    if kind == "static" and not uniform:
         raise ValueError(
-            f"patch: cache_implementation must be None or 'dynamic', got {option('cache_implementation')!r}"
+            "patch: cache_implementation must be None or 'dynamic', got 'static': a static cache needs layers of equal "
+            "length; use patch(..., cache='uniform')"
+        )
+    if kind not in (None, "dynamic", "static"):
+        raise ValueError(
+            f"patch: cache_implementation must be None, 'dynamic' or, with cache='uniform', 'static', got {kind!r}"
         )
 
 
@@ -129,13 +153,23 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
     return arguments.get("cache") if arguments.get("cache") is not None else arguments.get("past_key_values")
 
 
-def refuse_unsupported(arguments: Mapping[str, Any], ids: Tensor, language_model: nn.Module) -> None:
+def refuse_unsupported(arguments: Mapping[str, Any], ids: Tensor, language_model: nn.Module, uniform: bool) -> None:
     """Arguments of a chunk with images that this patch would get wrong."""
-    from transformers import DynamicCache
+    from transformers import DynamicCache, StaticCache
 
     cache = cache_of(arguments)
-    if cache is not None and not isinstance(cache, DynamicCache):
-        raise ValueError(f"patch: past_key_values must be a DynamicCache, got {type(cache).__name__}")
+    if isinstance(cache, StaticCache) and not uniform:
+        raise ValueError(
+            f"patch: past_key_values must be a DynamicCache, got {type(cache).__name__}: a static cache needs layers of "
+            "equal length; use patch(..., cache='uniform')"
+        )
+    if isinstance(cache, StaticCache) and "flash" in (language_model.config._attn_implementation or ""):
+        raise ValueError(
+            f"patch: past_key_values must be a DynamicCache under flash attention, got {type(cache).__name__}; "
+            "use attn_implementation='sdpa' or a dynamic cache"
+        )
+    if cache is not None and not isinstance(cache, (DynamicCache, StaticCache)):
+        raise ValueError(f"patch: past_key_values must be a DynamicCache or a StaticCache, got {type(cache).__name__}")
     mask = arguments.get("attention_mask")
     if mask is not None:
         wanted = (ids.shape[0], ids.shape[1] + (0 if cache is None else cache.get_seq_length()))
@@ -146,6 +180,16 @@ def refuse_unsupported(arguments: Mapping[str, Any], ids: Tensor, language_model
             )
     if language_model.training and getattr(language_model, "gradient_checkpointing", False):
         raise ValueError("patch: gradient checkpointing must be off, got a model in training mode with it on")
+
+
+def refuse_past(method: Method, arguments: Mapping[str, Any]) -> None:
+    """Scores without positions need the angles of all keys, and those of cached ones are gone."""
+    cache = cache_of(arguments)
+    if cache is not None and cache.get_seq_length() and not all(cut.rope for cut in method.cuts):
+        raise ValueError(
+            f"patch: rope must be True for an image that follows a cache, got False and {cache.get_seq_length()} cached "
+            "tokens; score with positions, or process the whole conversation without a cache"
+        )
 
 
 def brings_images(arguments: Mapping[str, Any]) -> bool:
@@ -170,11 +214,11 @@ def real_tokens(arguments: Mapping[str, Any], ids: Tensor) -> Tensor:
 
 
 def replace_method(owner: Any, name: str, around: Callable[..., Any], undo: ExitStack) -> None:
-    """Let ``around(original, *args, **kwargs)`` stand for a method of one object until ``undo`` runs."""
+    """Let ``around(original, *args, **kwargs)`` stand for a method of one object, which may lack it, until ``undo``."""
     had = name in vars(owner)
-    original = getattr(owner, name)
+    original = getattr(owner, name, None)
 
-    @functools.wraps(original)
+    @functools.wraps(original or around)
     def replacement(*args: Any, **kwargs: Any) -> Any:
         return around(original, *args, **kwargs)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -71,19 +72,31 @@ class Method:
 
     ``layer``: decoder layer at whose input ``select`` applies, None if it never does.
     ``rows``: queries whose attention scores the tokens: "text" (all after the image) or "last".
+    ``rope``: whether the scores know positions; False takes query and key before the rotary embedding.
     ``pool_mode``: reduction of a cell of ``plan``.
+    ``cuts``: the methods whose ``select`` applies, one per layer where tokens leave, in ascending order; of itself a
+        method is its only cut.
     """
 
     layer: int | None = None
     rows: Literal["text", "last"] = "text"
+    rope: bool = True
     pool_mode: Literal["mean", "max"] = "mean"
+
+    @property
+    def cuts(self) -> tuple[Method, ...]:
+        return () if self.layer is None else (self,)
 
     def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
         """How to pool the tokens of one image before the language model; None: not at all."""
         return None
 
     def select(self, layout: VisionLayout, region: Region) -> Selection | None:
-        """What to keep of one image at ``layer`` (layout is the one after pooling); None: all."""
+        """What to keep of one image at ``layer``; None: all that came so far.
+
+        ``layout`` is the one after pooling, at every cut. Of what an earlier cut left, a later one keeps ``num_keep``
+        (all, if there are no more), by the order of its own ``Selection``; there a negative priority means last.
+        """
         return None
 
 
@@ -241,6 +254,8 @@ class InnerLLMPruning(Method):
         ring: width of the ring in tokens ("budget").
         floor: side of a floor cell in tokens, 0 for no floor ("budget").
         region_weight: factor of the scores inside the region ("soft").
+        rope: False scores without positions, which takes away the liking for the bottom of the image
+            (arXiv 2412.13180); only for prompts that are not preceded by a cache.
     Raises:
         ValueError, TypeError: an argument out of its range.
     Source: CROP (arXiv 2505.21233) for "strict"; layer, budget rule, ring and floor are our choice,
@@ -254,6 +269,7 @@ class InnerLLMPruning(Method):
     ring: int = 1
     floor: int = 4
     region_weight: float = 4.0
+    rope: bool = True
 
     def __post_init__(self) -> None:
         op = "InnerLLMPruning"
@@ -265,6 +281,8 @@ class InnerLLMPruning(Method):
         _check_count(op, "floor", self.floor, 0)
         if not (math.isfinite(self.region_weight) and self.region_weight > 0):
             raise ValueError(f"{op}: region_weight must be finite and > 0, got {self.region_weight}")
+        if not isinstance(self.rope, bool):
+            raise TypeError(f"{op}: rope must be True or False, got {self.rope!r}")
 
     def select(self, layout: VisionLayout, region: Region) -> Selection | None:
         """Tiers of the tokens of one image.
@@ -310,12 +328,51 @@ class InnerLLMPruning(Method):
 
 
 @dataclass(frozen=True)
+class Pyramid(Method):
+    """Several cuts: fewer tokens the deeper the layer.
+
+    Args:
+        stages: methods that prune inside the decoder, their layers ascending; every ``keep`` refers to the original
+            tokens.
+    Raises:
+        TypeError: not methods of one cut. ValueError: none, or layers that do not ascend.
+    Source: PyramidDrop (arXiv 2410.17247), which halves the tokens at three layers by the attention of the last row:
+        ``Pyramid.steps((8, 16, 24), keep=0.5, rows="last", floor=0)`` without a region. That cuts can be led by a
+        region is our addition.
+    """
+
+    stages: tuple[Method, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        for stage in self.stages:
+            if not isinstance(stage, Method) or stage.cuts != (stage,):
+                raise TypeError(f"Pyramid: stages must be methods of one cut each, got {stage!r}")
+        layers = [stage.layer for stage in self.stages]
+        if not layers or layers != sorted(set(layers)):
+            raise ValueError(f"Pyramid: stages must have one or more layers that ascend, got {layers}")
+
+    @property
+    def cuts(self) -> tuple[Method, ...]:
+        return self.stages
+
+    @classmethod
+    def steps(cls, layers: Sequence[int], keep: float = 0.5, **more: Any) -> Pyramid:
+        """``InnerLLMPruning`` at every one of ``layers``, each to the fraction ``keep`` of what came before.
+
+        Args:
+            layers: decoder layers, ascending. keep: in (0, 1]. more: of ``InnerLLMPruning``.
+        """
+        return cls(tuple(InnerLLMPruning(keep**n, layer=layer, **more) for n, layer in enumerate(layers, start=1)))
+
+
+@dataclass(frozen=True)
 class Compose(Method):
     """Both stages: one method pools before the language model, another prunes inside it.
 
     Args:
         plc: gives ``plan`` and ``pool_mode``.
-        ilp: gives ``select``, ``layer`` and ``rows``; its fractions refer to the original tokens.
+        ilp: gives ``cuts`` (or ``select``, ``layer`` and ``rows``); its fractions refer to the original tokens.
     Raises:
         TypeError: not methods.
     Source: CROP (arXiv 2505.21233) names the two; joining them training-free is our choice.
@@ -330,12 +387,20 @@ class Compose(Method):
                 raise TypeError(f"Compose: {name} must be a Method, got {getattr(self, name)!r}")
 
     @property
+    def cuts(self) -> tuple[Method, ...]:
+        return self.ilp.cuts
+
+    @property
     def layer(self) -> int | None:
         return self.ilp.layer
 
     @property
     def rows(self) -> Literal["text", "last"]:
         return self.ilp.rows
+
+    @property
+    def rope(self) -> bool:
+        return self.ilp.rope
 
     @property
     def pool_mode(self) -> Literal["mean", "max"]:

@@ -16,16 +16,16 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import ops
-from .cache import CacheState, Slots, cache_state, left_fill, num_slots, store_state
-from .chunk import ChunkPlan, PoolStep, plan_chunk
+from .cache import Slots, cache_state, make_uniform, store_state
+from .chunk import ChunkPlan, PoolStep, SelectStep, plan_chunk
 from .inputs import (
     as_regions,
     as_sizes,
@@ -33,10 +33,13 @@ from .inputs import (
     cache_name,
     cache_of,
     check_method,
+    one_of,
     one_per_image,
+    past_length,
     real_tokens,
     refuse_attention,
     refuse_generation,
+    refuse_past,
     refuse_sliding_window,
     refuse_unsupported,
     replace_method,
@@ -44,10 +47,11 @@ from .inputs import (
 )
 from .methods import Method
 from .models import Adapter, Prompt, adapter_for
+from .positions import POLICIES, close_gaps, given_ids, own_ids
 from .region import Region
-from .run import Run, gather_positions, pruned_mask, score, slot_mask
+from .run import Run, Stage, choose, gather_positions, look_up, pruned_mask, score, slot_mask, spread
 from .stats import PruneStats, mark
-from .tap import tap
+from .tap import tap, unrotated
 
 _patched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -60,6 +64,8 @@ def patch(
     *,
     processor: Any = None,
     image_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+    positions: Literal["original", "centroid", "compact"] = "original",
+    cache: Literal["ragged", "uniform"] = "ragged",
 ) -> Iterator[PruneStats]:
     """Prune vision tokens in every prefill inside the block; decode and later turns follow.
 
@@ -73,6 +79,11 @@ def patch(
             unless every region is whole.
         image_size: (width, height) of the original image, pixels, or one per image. Needed where the processor crops,
             pads or cuts into tiles.
+        positions: "original": every token keeps its position ids, a pooled one takes those of its cell's leader;
+            "centroid": a pooled token takes the mean of its cell; "compact": what is left is renumbered without gaps,
+            from the layer on where tokens leave, and text follows.
+        cache: "ragged": layers before a cut keep the keys and values of all tokens; "uniform": after a prefill they keep
+            those of the tokens that are left at the end, so that all layers are equally long and static caches work.
     Yields:
         PruneStats, filled by each prefill.
     Raises:
@@ -81,7 +92,7 @@ def patch(
             processor or image size, unsupported attention mask or cache. Raised before anything runs on the model.
         RuntimeError: the model is patched already.
     """
-    active = _Patch(model, method, region, processor, image_size)
+    active = _Patch(model, method, region, processor, image_size, positions, cache)
     if active.language_model in _patched:
         raise RuntimeError("patch: model must not be patched already, got a nested patch of the same model")
     with ExitStack() as undo:
@@ -99,6 +110,8 @@ class _Patch:
         region: Region | Sequence[Region] | None,
         processor: Any,
         image_size: tuple[int, int] | Sequence[tuple[int, int]] | None,
+        positions: str,
+        cache: str,
     ) -> None:
         self.adapter: Adapter = adapter_for(model)
         if method is not None and not isinstance(method, Method):
@@ -107,6 +120,8 @@ class _Patch:
         self.regions = as_regions(region)
         self.image_processor = getattr(processor, "image_processor", processor)
         self.image_sizes = as_sizes(image_size)
+        self.positions = one_of("positions", positions, POLICIES)
+        self.uniform = one_of("cache", cache, ("ragged", "uniform")) == "uniform"
         self.config = model.config
         self.base = self.adapter.base(model)
         self.language_model = self.adapter.language_model(model)
@@ -138,7 +153,11 @@ class _Patch:
         if hasattr(self.model, "generate"):
             replace_method(self.model, "generate", self._generate, undo)
             replace_method(self.model, "_expand_inputs_for_generation", self._expand, undo)
+            # For static caches generate() would make masks of the unpruned length; the language model makes its own.
+            replace_method(self.model, "create_masks_for_generate", lambda _, **given: given["attention_mask"], undo)
         tower, language_model = self.adapter.vision_tower(self.base), self.language_model
+        if self.adapter.adds_again is not None:
+            replace_method(language_model, self.adapter.adds_again, self._add_again, undo)
         door(tower.register_forward_pre_hook(self._enter_vision_tower, with_kwargs=True))
         door(tower.register_forward_hook(self._leave_vision_tower))
         door(self.base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
@@ -149,15 +168,14 @@ class _Patch:
         for index, layer in enumerate(self.layers):
             door(layer.register_forward_pre_hook(self._layer_hook(index), with_kwargs=True))
         door(language_model.norm.register_forward_pre_hook(self._enter_norm))
-        if self.method.layer is not None:
-            scoring = self.layers[self.method.layer - 1].self_attn
-            undo.enter_context(tap(scoring, self._read_scores, when=self._needs_scores))
+        for cut in self.method.cuts:
+            undo.enter_context(self._tap(cut.layer))
 
     # generate(): refuse what cannot be right, note how often every sample is repeated
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-        refuse_generation(config or self.model.generation_config, kwargs)
+        refuse_generation(config or self.model.generation_config, kwargs, self.uniform)
         self.given = kwargs
         try:
             return generate(*args, **kwargs)
@@ -192,10 +210,10 @@ class _Patch:
         chunk = self._plan(input_ids, arguments)
         if chunk is None:
             return
-        self.stats._begin(chunk, self.method.layer, len(self.layers))
+        self.stats._begin(chunk, len(self.layers))
         self.stats._add("plan", start, mark(input_ids.device))
         self.run.timed = True
-        if chunk.pool is not None or chunk.select is not None:
+        if chunk.pool is not None or chunk.steps:
             self.run.chunk = chunk
 
     def _leave_base(self, *_: Any) -> None:
@@ -218,7 +236,8 @@ class _Patch:
         ]
         regions = [Region.whole()] if self.regions is None else self.regions
         regions = one_per_image("region", regions, [sample for sample, _ in found], self.copies)
-        refuse_unsupported(arguments, ids, self.language_model)
+        refuse_unsupported(arguments, ids, self.language_model, self.uniform)
+        refuse_past(self.method, arguments)
         return plan_chunk(self.method, found, regions, real_tokens(arguments, ids))
 
     # Door 1: the language model
@@ -240,24 +259,27 @@ class _Patch:
 
             cache = kwargs[cache_name(module)] = DynamicCache(config=module.config)
         state = cache_state(cache)
-        run.cache, run.pooled, run.pruned = cache, state.pooled, state.pruned
-        run.layer = self._cut_layer(state)
-        run.past = cache.get_seq_length() if cache is not None else 0
-        run.past_slots = num_slots(cache)
-        run.added = run.slots = embeds.shape[1]
+        run.cache, run.state, run.pooled = cache, state, state.pooled
+        run.capacity = getattr(cache.layers[0], "max_cache_len", None) if getattr(cache, "layers", None) else None
+        run.stages |= {layer: Stage(state.cuts.get(layer)) for layer in (state.cuts | state.moved) if layer}
         logical_mask = kwargs.get("attention_mask")
+        run.added = run.slots = embeds.shape[1]
+        run.past = past_length(cache, logical_mask, run.added)
+        run.past_slots = run.past - (0 if state.pooled is None else state.pooled.dropped)
+        self._note_positions(run, kwargs, embeds)
         if pool is None and (state.pooled is None or (logical_mask is None and state.pooled.dense)):
             if run.chunk is not None and logical_mask is not None:
                 run.mask = logical_mask.to(torch.bool)
             return args, kwargs
-        kwargs = dict(kwargs)
         if pool is not None:
             start = mark(embeds.device)
-            kwargs["inputs_embeds"] = self._pool(pool, embeds)
+            kwargs["inputs_embeds"] = self._pool(pool, embeds, self.method.pool_mode)
+            if kwargs.get("visual_pos_masks") is not None:
+                kwargs |= self._pool_levels(pool, kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"])
             leader = pool.leader.to(embeds.device)
             run.slots = leader.shape[1]
-            kwargs["position_ids"] = gather_positions(kwargs.get("position_ids"), leader, run.past)
             run.pooled = Slots.extended(state.pooled, run.past, leader, run.added, dense=pool.filled is None)
+            self._pool_positions(run, kwargs, leader)
         run.mask = slot_mask(logical_mask, state.pooled, run, pool)
         kwargs["attention_mask"] = run.mask
         if run.mask is None and cache is None:
@@ -268,19 +290,57 @@ class _Patch:
             self.stats._add("plc", start, mark(embeds.device))
         return args, kwargs
 
-    def _pool(self, pool: PoolStep, embeds: Tensor) -> Tensor:
+    def _note_positions(self, run: Run, kwargs: dict, embeds: Tensor) -> None:
+        """Where ids are or were changed, work on ours from here on: ``run.ids`` and what the model gets."""
+        changes = run.chunk is not None and self.positions != "original"
+        if changes or run.state.moved:
+            run.ids = own_ids(kwargs.get("position_ids"), *embeds.shape[:2], run.past, embeds.device)
+            if 0 in run.state.moved:
+                run.ids = run.ids - run.state.moved[0].unsqueeze(1)
+            kwargs["position_ids"] = given_ids(run.ids)
+        if changes and self.positions == "compact":
+            run.images = [(image.sample, image.pooled.position) for image in run.chunk.images]
+
+    def _pool_positions(self, run: Run, kwargs: dict, leader: Tensor) -> None:
+        """Position ids of pooled tokens."""
+        if self.positions == "original":
+            kwargs["position_ids"] = gather_positions(kwargs.get("position_ids"), leader, run.past)
+            run.ids = None if run.ids is None else gather_positions(run.ids, leader, 0)
+            return
+        if self.positions == "compact":
+            alive = run.chunk.pool.slot.to(leader.device).new_zeros(leader.shape[0], run.added + 1, dtype=torch.bool)
+            alive = alive.scatter(1, torch.where(leader >= 0, leader, run.added), True)[:, :-1]
+            images = [(image.sample, image.layout.position) for image in run.chunk.images]
+            run.ids, moved = close_gaps(run.ids, alive, images)
+            run.moved[0] = moved + run.state.moved.get(0, 0)
+            run.ids = gather_positions(run.ids, leader, 0)
+        else:
+            run.ids = self._pool(run.chunk.pool, run.ids.movedim(0, 2).float(), "mean").movedim(2, 0)
+        kwargs["position_ids"] = given_ids(run.ids)
+
+    @staticmethod
+    def _pool(pool: PoolStep, embeds: Tensor, mode: str) -> Tensor:
         batch, seq_len, dim = embeds.shape
-        pooled = ops.adaptive_pool(embeds.reshape(batch * seq_len, dim), pool.plan, self.method.pool_mode)
+        pooled = ops.adaptive_pool(embeds.reshape(batch * seq_len, dim), pool.plan, mode)
         if pool.filled is not None:
             packed = pooled.new_zeros(pool.leader.numel(), dim)
             pooled = packed.index_copy(0, pool.filled.to(embeds.device), pooled)
         return pooled.view(batch, -1, dim)
 
-    def _cut_layer(self, state: CacheState) -> int | None:
-        layer = self.method.layer
-        if state.layer is not None and layer is not None and layer != state.layer:
-            raise ValueError(f"patch: layer must be {state.layer}, where this cache was pruned before, got {layer}")
-        return state.layer if layer is None else layer
+    def _pool_levels(self, pool: PoolStep, is_vision: Tensor, levels: Sequence[Tensor]) -> dict[str, Any]:
+        """Pool the further levels of vision features like the first."""
+        chosen = is_vision.gather(1, pool.leader.to(is_vision.device).clamp(min=0))
+        chosen &= pool.leader.to(is_vision.device) >= 0
+        pooled = [self._pool(pool, spread(level, is_vision), self.method.pool_mode)[chosen] for level in levels]
+        return {"visual_pos_masks": chosen, "deepstack_visual_embeds": pooled}
+
+    def _add_again(self, add: Callable[..., Tensor], hidden: Tensor, is_vision: Tensor, level: Tensor) -> Tensor:
+        """After a layer behind a cut, a level of vision features goes to the tokens that are left."""
+        stage = None if self.run is None else self.run.stage(self.run.at)
+        if stage is None or stage.keep is None:
+            return add(hidden, is_vision, level)
+        is_vision, level = is_vision.to(hidden.device), level.to(hidden.device, hidden.dtype)
+        return hidden + ops.compact([spread(level, is_vision)], stage.keep)[0]
 
     def _leave_language_model(self, module: nn.Module, args: tuple, output: Any) -> Any:
         run = self.run
@@ -290,8 +350,12 @@ class _Patch:
         if run is None or run.chunk is None:
             return None
         if run.cache is not None:
-            layer = None if run.pruned is None else run.layer
-            store_state(run.cache, pooled=run.pooled, pruned=run.pruned, layer=layer)
+            cuts = {layer: stage.slots for layer, stage in run.stages.items() if stage.slots is not None}
+            if self.uniform and cuts:
+                last = run.stage(len(self.layers) - 1)
+                make_uniform(run.cache, run.late_slots(len(self.layers)), run.past_slots)
+                run.pooled, cuts = last.slots.after(run.pooled), {}
+            store_state(run.cache, pooled=run.pooled, cuts=cuts, moved=run.state.moved | run.moved)
         pool = run.chunk.pool
         if pool is None:
             return None
@@ -305,90 +369,104 @@ class _Patch:
 
     # Door 2: the decoder layers
 
-    def _needs_scores(self) -> bool:
-        chunk = self.run.chunk if self.run is not None else None
-        return chunk is not None and chunk.select is not None and chunk.select.rows is not None
+    def _tap(self, layer: int) -> AbstractContextManager[None]:
+        """Read the scores for the cut at ``layer`` where it needs any."""
 
-    def _read_scores(self, query: Tensor, key: Tensor, scale: float | None) -> None:
-        start = mark(query.device)
-        with torch.no_grad():
-            self._select(self.run, score(self.run, query, key, scale))
-        self.stats._add("ilp", start, mark(query.device))
+        def step() -> SelectStep | None:
+            return self.run.chunk.steps.get(layer) if self.run is not None and self.run.chunk is not None else None
 
-    def _select(self, run: Run, score: Tensor) -> None:
-        """Choose the slots that stay from (num_images, num_candidates) scores: ``run.keep`` and its inverse."""
-        step, device = run.chunk.select, score.device
-        kept = ops.select(
-            score,
-            step.num_keep,
-            weight=None if step.weight is None else step.weight.to(device),
-            priority=step.priority.to(device),
-            index=step.vision_index.to(device),
-        )
-        stays = step.stays.to(device)
-        # One spare slot at the end swallows the fillers of ``kept``.
-        flags = torch.cat([stays.flatten(), stays.new_zeros(1)])
-        flat = torch.where(kept >= 0, kept + step.sample.to(device).unsqueeze(1) * stays.shape[1], -1)
-        flags[flat.flatten()] = True
-        run.keep, run.keep_slot = left_fill(flags[:-1].view_as(stays), step.width)
-        run.pruned = Slots.extended(run.pruned, run.past_slots, run.keep, run.slots, step.dense)
-        self.stats._selected = kept
+        def read(query: Tensor, key: Tensor, scale: float | None) -> None:
+            start = mark(query.device)
+            with torch.no_grad():
+                if not step().rope:
+                    query, key = unrotated(scoring, query, key, self.run.tables)
+                mass = score(self.run, self.run.stage(layer - 1), step(), query, key, scale)
+                self._cut(layer, step(), mass)
+            self.stats._add("ilp", start, mark(query.device))
+
+        def needs_scores() -> bool:
+            return step() is not None and step().rows is not None
+
+        scoring = self.layers[layer - 1].self_attn
+        return tap(scoring, read, when=needs_scores)
+
+    def _cut(self, layer: int, step: SelectStep, score: Tensor) -> None:
+        run = self.run
+        self.stats._selected[layer], run.stages[layer] = choose(run, layer, step, score)
 
     def _layer_hook(self, index: int) -> Callable[[nn.Module, tuple, dict], tuple | None]:
         def enter_layer(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
             run = self.run
             if run is None:
                 return None
+            run.at = index
             if run.chunk is not None and self._is_flash():
                 # Gaps in the position ids would send flash attention down its packed-sequence path.
                 kwargs = kwargs | {"position_ids": None}
-            if run.layer is None or index < run.layer:
-                return args, kwargs
-            step = run.chunk.select if run.chunk is not None else None
             hidden = args[0] if args else kwargs["hidden_states"]
-            if step is not None and index == run.layer:
-                if step.rows is None:
-                    self._select(run, torch.zeros(step.vision_index.shape, device=hidden.device))
-                if run.keep is None:
-                    raise RuntimeError(
-                        f"patch: layer {index - 1} must call transformers' attention interface, got no call"
-                    )
-                start = mark(hidden.device)
-                run.full_hidden = hidden
-                hidden = ops.compact([hidden], run.keep)[0]
-                self.stats._add("ilp", start, mark(hidden.device))
-            if run.pruned is not None:
-                kwargs = self._adapt(run, hidden, kwargs)
+            step = run.chunk.steps.get(index) if run.chunk is not None else None
+            if step is not None:
+                hidden = self._thin(index, step, hidden)
+            elif index and index in run.stages:
+                run.carry_on(index)
+            if index and index in run.stages and run.ids is not None:
+                run.renumber(index)
+            stage = run.stage(index)
+            if stage.slots is not None or stage.ids is not None:
+                kwargs = self._adapt(stage, hidden, kwargs)
+            if run.chunk is not None and index + 1 in run.chunk.steps:
+                run.tables = kwargs.get("position_embeddings")
             if args:
                 return (hidden, *args[1:]), kwargs
             return args, kwargs | {"hidden_states": hidden}
 
         return enter_layer
 
+    def _thin(self, layer: int, step: SelectStep, hidden: Tensor) -> Tensor:
+        """Hidden states of the tokens that stay at a cut."""
+        run = self.run
+        if step.rows is None:
+            self._cut(layer, step, torch.zeros(step.vision_index.shape, device=hidden.device))
+        stage = run.stages.get(layer)
+        if stage is None or stage.keep is None:
+            raise RuntimeError(f"patch: layer {layer - 1} must call transformers' attention interface, got no call")
+        start = mark(hidden.device)
+        stage.before = hidden
+        before = run.stage(layer - 1)
+        take = stage.keep if before.keep is None else look_up(before.place, stage.keep)
+        hidden = ops.compact([hidden], take)[0]
+        self.stats._add("ilp", start, mark(hidden.device))
+        return hidden
+
     def _is_flash(self) -> bool:
         return "flash" in (self.language_model.config._attn_implementation or "")
 
-    def _adapt(self, run: Run, hidden: Tensor, kwargs: dict) -> dict:
-        """Fit mask and positions, made for all slots, to the slots of the layers from the cut on."""
+    def _adapt(self, stage: Stage, hidden: Tensor, kwargs: dict) -> dict:
+        """Fit mask and positions, made for all slots, to the slots of a stage."""
         kwargs = dict(kwargs)
         flash = self._is_flash()
-        run.adapt(kwargs, "attention_mask", lambda mask: pruned_mask(mask, run, hidden, flash))
-        if run.keep is None:
-            return kwargs
+        if stage.slots is not None:
+            stage.adapt(kwargs, "attention_mask", lambda mask: pruned_mask(mask, self.run, stage, hidden, flash))
         batch = hidden.shape[0]
-        run.adapt(
-            kwargs,
-            "position_embeddings",
-            lambda tables: tuple(ops.compact([table.expand(batch, -1, -1) for table in tables], run.keep)),
-        )
-        if kwargs.get("position_ids") is not None:
-            run.adapt(kwargs, "position_ids", lambda ids: gather_positions(ids, run.keep, 0))
+
+        def tables(old: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+            if stage.ids is not None:
+                return self.language_model.rotary_emb(hidden, given_ids(stage.ids))
+            return tuple(ops.compact([table.expand(batch, -1, -1) for table in old], stage.keep))
+
+        if stage.keep is not None or stage.ids is not None:
+            stage.adapt(kwargs, "position_embeddings", tables)
+        if stage.keep is not None and kwargs.get("position_ids") is not None:
+            stage.adapt(kwargs, "position_ids", lambda ids: gather_positions(ids, stage.keep, 0))
         return kwargs
 
     def _enter_norm(self, module: nn.Module, args: tuple) -> tuple | None:
-        run = self.run
-        if run is None or run.keep is None:
+        if self.run is None:
             return None
-        # Dropped tokens come out as they went into the cut; callers see the length they put in.
-        kept = ops.compact([args[0]], run.keep_slot)[0]
-        return (torch.where((run.keep_slot >= 0).unsqueeze(-1), kept, run.full_hidden), *args[1:])
+        # Dropped tokens come out as they went into their cut; callers see the length they put in.
+        hidden = args[0]
+        for _, stage in sorted(self.run.stages.items(), reverse=True):
+            if stage.before is not None:
+                kept = ops.compact([hidden], stage.back)[0]
+                hidden = torch.where((stage.back >= 0).unsqueeze(-1), kept, stage.before)
+        return (hidden, *args[1:])

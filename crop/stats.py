@@ -35,8 +35,9 @@ class PruneStats:
     """Filled by each prefill inside a ``patch`` block; describes the last one that held an image.
 
     Attributes:
-        tokens_before, tokens_after_plc, tokens_after_ilp: vision tokens per image.
-        layer_average: vision tokens per image, averaged over the decoder layers:
+        tokens_before, tokens_after_plc, tokens_after_ilp: vision tokens per image, the last after every cut.
+        tokens_from: first decoder layer -> vision tokens per image that it and the following layers see.
+        layer_average: vision tokens per image, averaged over the decoder layers; with one cut
             ``(layer * after_plc + (num_layers - layer) * after_ilp) / num_layers``.
         layouts: geometry of each image's tokens before pruning.
         pooled: geometry after pooling, in the shortened sequence.
@@ -46,28 +47,34 @@ class PruneStats:
     tokens_before: list[int] = field(default_factory=list)
     tokens_after_plc: list[int] = field(default_factory=list)
     tokens_after_ilp: list[int] = field(default_factory=list)
+    tokens_from: dict[int, list[int]] = field(default_factory=dict)
     layer_average: list[float] = field(default_factory=list)
     layouts: list[VisionLayout] = field(default_factory=list)
     pooled: list[VisionLayout] = field(default_factory=list)
     plans: list[PoolPlan | None] = field(default_factory=list)
     _chunk: ChunkPlan | None = field(default=None, repr=False)
-    _selected: Tensor | None = field(default=None, repr=False)
+    _num_layers: int = field(default=0, repr=False)
+    _selected: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _spans: list[tuple[str, object, object]] = field(default_factory=list, repr=False)
 
     @property
     def kept(self) -> list[Tensor]:
         """Original vision tokens that reach the last layer, per image: int64 indices, ascending; pooled: leaders."""
+        return self.kept_at(self._num_layers - 1)
+
+    def kept_at(self, layer: int) -> list[Tensor]:
+        """Original vision tokens that decoder layer ``layer`` sees, as in ``kept``."""
         if self._chunk is None:
             return []
-        rows = iter([] if self._selected is None else self._selected.cpu())
-        kept = []
-        for image in self._chunk.images:
-            index = torch.arange(len(image.pooled))
-            if image.selection is not None:
-                position = next(rows)[: image.num_keep]
-                index = torch.searchsorted(image.pooled.position, position)
-            kept.append(index if image.plan is None else image.plan.leader.long()[index])
-        return kept
+        kept = [torch.arange(len(image.pooled)) for image in self._chunk.images]
+        for cut, step in self._chunk.steps.items():
+            if cut <= layer:
+                for number, row, count in zip(step.images, self._selected[cut].cpu(), step.num_keep, strict=True):
+                    kept[number] = torch.searchsorted(self._chunk.images[number].pooled.position, row[:count])
+        return [
+            index if image.plan is None else image.plan.leader.long()[index]
+            for image, index in zip(self._chunk.images, kept, strict=True)
+        ]
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -77,18 +84,18 @@ class PruneStats:
             total[stage] = total.get(stage, 0.0) + elapsed(start, stop)
         return total
 
-    def _begin(self, chunk: ChunkPlan, layer: int | None, num_layers: int) -> None:
-        self._chunk, self._selected, self._spans = chunk, None, []
-        self.tokens_before = [image.layout.num_original for image in chunk.images]
-        self.tokens_after_plc = [len(image.pooled) for image in chunk.images]
-        self.tokens_after_ilp = [image.num_keep for image in chunk.images]
-        self.layouts = [image.layout for image in chunk.images]
-        self.pooled = [image.pooled for image in chunk.images]
-        self.plans = [image.plan for image in chunk.images]
-        early = num_layers if layer is None else layer
+    def _begin(self, chunk: ChunkPlan, num_layers: int) -> None:
+        self._chunk, self._num_layers, self._selected, self._spans = chunk, num_layers, {}, []
+        images = chunk.images
+        self.tokens_before = [image.layout.num_original for image in images]
+        self.tokens_after_plc = [len(image.pooled) for image in images]
+        self.tokens_after_ilp = [image.tokens_at(num_layers - 1) for image in images]
+        self.tokens_from = {layer: [image.tokens_at(layer) for image in images] for layer in (0, *chunk.steps)}
+        self.layouts = [image.layout for image in images]
+        self.pooled = [image.pooled for image in images]
+        self.plans = [image.plan for image in images]
         self.layer_average = [
-            (early * before + (num_layers - early) * after) / num_layers
-            for before, after in zip(self.tokens_after_plc, self.tokens_after_ilp, strict=True)
+            sum(image.tokens_at(layer) for layer in range(num_layers)) / num_layers for image in images
         ]
 
     def _add(self, stage: str, start: object, stop: object) -> None:

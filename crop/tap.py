@@ -72,3 +72,26 @@ def tap(
             handle.remove()
         leave()
         del ALL_ATTENTION_FUNCTIONS[name]
+
+
+def unrotated(module: nn.Module, query: Tensor, key: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Query and key as they were before the rotary embedding, up to rounding.
+
+    The function that turned them turns them back: by the same angles with the other sign, so that halves, interleaved
+    pairs and partial rotations need no code of ours. A scale in the tables is divided out.
+
+    Args:
+        module: attention module. query: (batch, num_heads, seq_len, head_dim), key: (batch, num_kv_heads, seq_len,
+            head_dim), both of the same tokens.
+        tables: (cos, sin) that the module's layer received.
+    Raises:
+        ValueError: the module's file has no ``apply_rotary_pos_emb``.
+    """
+    turn = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    if turn is None:
+        raise ValueError(
+            f"patch: rope must be True for {type(module).__name__}, whose file defines no apply_rotary_pos_emb, got False"
+        )
+    cos, sin = (table.float() for table in tables)
+    norm = (cos.square() + sin.square()).clamp(min=1e-12)  # 0 in the rows of fillers
+    return turn(query.float(), key.float(), cos / norm, -sin / norm)

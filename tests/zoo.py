@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import tiny_models
@@ -14,6 +15,7 @@ import torch
 import transformers
 from tiny_models import HIDDEN, IMAGE, INIT, PATCH, VIDEO, VISION_END, VISION_START, text_tokens
 from torch import Tensor
+from transformers.models.llava_next import modeling_llava_next as llava_next_code
 
 from crop.models import ADAPTERS, Prompt
 from crop.region import VisionLayout
@@ -107,6 +109,13 @@ def qwen2_5_vl() -> Any:
     return transformers.Qwen2_5_VLConfig(text_config=MROPE, vision_config=vision, **MARKERS)
 
 
+def qwen3_vl() -> Any:
+    """Three levels of features are added again, the last behind the cut."""
+    vision = dict(QWEN_TOWER, depth=3, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN,
+                  num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2])  # fmt: skip
+    return transformers.Qwen3VLConfig(text_config=dict(MROPE, head_dim=8), vision_config=vision, **MARKERS)
+
+
 def glm4v() -> Any:
     vision = dict(QWEN_TOWER, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN, image_size=32)
     ids = dict(image_token_id=IMAGE, video_token_id=VIDEO, image_start_token_id=VISION_START,
@@ -164,14 +173,146 @@ def padded(images: list[list[Image]]) -> dict[str, Tensor]:
     return {"pixel_values": full, "image_sizes": torch.cat([image.arguments["image_sizes"] for image in flat])}
 
 
+# ------------------------------------------------------------------------------------- tiles
+SIDE = 4 * PATCH  # of a tile, pixels
+ANYRES = [[SIDE * rows, SIDE * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))]
+
+
+def llava_next() -> Any:
+    return transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER, image_size=SIDE),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=ANYRES,
+    )
+
+
+def llava_onevision() -> Any:
+    return transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=SIDE, vision_use_head=False),
+        text_config=transformers.Qwen2Config(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=ANYRES,
+        vision_aspect_ratio="anyres_max_2",  # so that three tiles are interpolated
+    )
+
+
+def anyres_image(config: Callable[[], Any]) -> Callable[[tuple[int, int], int], Image]:
+    """As many tiles and tokens as the model itself expects."""
+
+    def image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+        base = getattr(transformers, type(config()).__name__.replace("Config", "Model"))
+        tiles = 1
+        if alone:
+            pinpoints = config().image_grid_pinpoints
+            tiles = llava_next_code.image_size_to_num_patches(list(size[::-1]), pinpoints, SIDE)
+        features = [torch.zeros(tiles, (SIDE // PATCH) ** 2, 1)]
+        more = dict(vision_feature_select_strategy="default") if "Next" in base.__name__ else {}
+        if not more:
+            more = dict(vision_aspect_ratio=config().vision_aspect_ratio)
+        (packed,), _ = base.pack_image_features(
+            SimpleNamespace(config=config()), features, [size[::-1]], image_newline=torch.zeros(1), **more
+        )
+        arguments = {
+            "pixel_values": pixels(1, tiles, 3, SIDE, SIDE, seed=seed),
+            "image_sizes": torch.tensor([size[::-1]]),
+        }
+        return Image((IMAGE,) * len(packed), arguments, size)
+
+    return image
+
+
+def tiles_padded(images: list[list[Image]]) -> dict[str, Tensor]:
+    """Images of different numbers of tiles, padded to the most."""
+    flat = [image.arguments["pixel_values"] for row in images for image in row]
+    most = max(tiles.shape[1] for tiles in flat)
+    full = [torch.nn.functional.pad(tiles, (0, 0) * 3 + (0, most - tiles.shape[1])) for tiles in flat]
+    sizes = [image.arguments["image_sizes"] for row in images for image in row]
+    return {"pixel_values": torch.cat(full), "image_sizes": torch.cat(sizes)}
+
+
+def tiles_counted(images: list[list[Image]]) -> dict[str, Tensor]:
+    return tiles_padded(images) | {"batch_num_images": torch.tensor([len(row) for row in images if row])}
+
+
+def internvl() -> Any:
+    vision = {key: value for key, value in TOWER.items() if key != "patch_size"}
+    return transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(**vision, image_size=[32, 32], patch_size=[4, 4]),
+        text_config=transformers.Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        image_seq_length=16,
+        tie_word_embeddings=False,
+    )
+
+
+def internvl_processor() -> Any:
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    return GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=3)
+
+
+def internvl_image(size: tuple[int, int], seed: int) -> Image:
+    tiles = internvl_processor().get_number_of_image_patches(size[1], size[0])
+    ids = (VISION_START, *[IMAGE] * (16 * tiles), VISION_END)
+    return Image(ids, {"pixel_values": pixels(tiles, 3, 32, 32, seed=seed)}, size)
+
+
+def idefics3() -> Any:
+    vision = transformers.Idefics3VisionConfig(**TOWER, image_size=32)
+    return transformers.Idefics3Config(vision_config=vision, text_config=transformers.LlamaConfig(**TEXT),
+                                       image_token_id=IMAGE, scale_factor=2, pad_token_id=0)  # fmt: skip
+
+
+def smolvlm() -> Any:
+    vision = transformers.SmolVLMVisionConfig(**TOWER, image_size=32)
+    return transformers.SmolVLMConfig(vision_config=vision, text_config=transformers.LlamaConfig(**TEXT),
+                                      image_token_id=IMAGE, scale_factor=2, pad_token_id=0)  # fmt: skip
+
+
+def idefics3_processor() -> Any:
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    return Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+
+
+def idefics3_image(size: tuple[int, int], seed: int) -> Image:
+    """Two tiles and the whole, beside each other or one above the other; markers before each, a line end per row."""
+    tile = (VISION_START, MARK, *[IMAGE] * 16)
+    tiles = tile * 2 + (95,) if size[0] > size[1] else (tile + (95,)) * 2
+    return Image((*tiles, *tile, VISION_END), {"pixel_values": pixels(1, 3, 3, 32, 32, seed=seed)}, size)
+
+
+def images_per_sample(images: list[list[Image]]) -> dict[str, Tensor]:
+    """(samples, most tiles, 3, height, width), as Idefics3's processor pads with black images."""
+    rows = [torch.cat([image.arguments["pixel_values"][0] for image in row]) for row in images if row]
+    most = max(map(len, rows))
+    full = [torch.nn.functional.pad(row, (0, 0) * 3 + (0, most - len(row))) for row in rows]
+    return {"pixel_values": torch.stack(full)}
+
+
 FAMILIES: dict[str, Family] = {
     "glm4v": Family("Glm4vForConditionalGeneration", glm4v, patches_image, types=vision_types, note="images"),
+    "idefics3": Family("Idefics3ForConditionalGeneration", idefics3, idefics3_image, sizes=((48, 24), (20, 40)), join=images_per_sample,
+                       processor=idefics3_processor),
+    "internvl": Family("InternVLForConditionalGeneration", internvl, internvl_image, join=None,
+                       sizes=((70, 30), (20, 30)), processor=internvl_processor, note="InternVL 2.5 and 3"),
+    "llava_next": Family("LlavaNextForConditionalGeneration", llava_next, anyres_image(llava_next),
+                         sizes=((44, 22), (15, 30)), join=tiles_padded),
+    "llava_onevision": Family("LlavaOnevisionForConditionalGeneration", llava_onevision, anyres_image(llava_onevision),
+                              sizes=((52, 20), (14, 30)), join=tiles_counted, note="images"),
     "mistral3": Family("Mistral3ForConditionalGeneration", mistral3, rows_image(2 * PATCH), join=padded),
     "pixtral": Family("LlavaForConditionalGeneration", pixtral, rows_image(PATCH), sizes=((24, 16), (16, 20)),
                       join=padded, note="Pixtral tower"),
     "qwen2_vl": Family("Qwen2VLForConditionalGeneration", qwen2_vl, patches_image, types=vision_types, note="images"),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, patches_image, types=vision_types,
                          note="images"),
+    "qwen3_vl": Family(
+        "Qwen3VLForConditionalGeneration", qwen3_vl, patches_image, types=vision_types, note="images; DeepStack"
+    ),
+    "smolvlm": Family("SmolVLMForConditionalGeneration", smolvlm, idefics3_image, sizes=((48, 24), (20, 40)), join=images_per_sample,
+                      processor=idefics3_processor),
 }  # fmt: skip
 
 
@@ -248,7 +389,8 @@ def make_sample(family: str, pieces: list[int | tuple[int, int]], seed: int) -> 
         if isinstance(piece, int):
             ids += text_tokens(piece, 17 * seed + number)
             continue
-        images.append(FAMILIES[family].image(piece, 17 * seed + number))
+        more = {} if family != "llava_onevision" else {"alone": sum(isinstance(p, tuple) for p in pieces) == 1}
+        images.append(FAMILIES[family].image(piece, 17 * seed + number, **more))
         ids += images[-1].ids
     return Sample(family, tuple(ids), tuple(images), len(ids))
 

@@ -10,8 +10,10 @@ from typing import Any
 from torch import nn
 
 from .adapter import Adapter, Placed, Prompt
+from .anyres import next_images, onevision_images
 from .fixed import llava_check, llava_images, resize_crop_pad_view
 from .grids import merged_images, pixtral_images
+from .tiles import idefics3_images, internvl_images, tiled_check
 
 __all__ = ["ADAPTERS", "Adapter", "Placed", "Prompt", "adapter_for", "resize_crop_pad_view"]
 
@@ -19,10 +21,16 @@ ADAPTERS: dict[str, Adapter] = {
     adapter.model_type: adapter
     for adapter in (
         Adapter("glm4v", merged_images, tower="visual"),
+        Adapter("idefics3", idefics3_images, check=tiled_check, tower="vision_model", decoder="text_model"),
+        Adapter("internvl", internvl_images, check=tiled_check),
         Adapter("llava", llava_images, check=llava_check),
+        Adapter("llava_next", next_images),
+        Adapter("llava_onevision", onevision_images),
         Adapter("mistral3", pixtral_images),
         Adapter("qwen2_vl", merged_images, tower="visual"),
         Adapter("qwen2_5_vl", merged_images, tower="visual"),
+        Adapter("qwen3_vl", merged_images, tower="visual", adds_again="_deepstack_process"),
+        Adapter("smolvlm", idefics3_images, check=tiled_check, tower="vision_model", decoder="text_model"),
     )
 }
 

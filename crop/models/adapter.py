@@ -102,6 +102,8 @@ class Adapter:
             once what ``images`` could not do later. None: the family needs neither.
         tower: attribute of the multimodal model that holds the vision encoder.
         decoder: attribute of the multimodal model that holds the language model.
+        adds_again: method of the language model, (hidden_states, vision mask, features), that adds vision features of
+            further levels after its first layers; None: there is none.
     """
 
     model_type: str
@@ -109,6 +111,7 @@ class Adapter:
     check: Callable[[Any, Any, Sequence[Size] | None, bool], None] | None = None
     tower: str = "vision_tower"
     decoder: str = "language_model"
+    adds_again: str | None = None
 
     def base(self, model: nn.Module) -> nn.Module:
         """The multimodal model below the language-model head."""

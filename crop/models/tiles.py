@@ -1,0 +1,120 @@
+"""Families that cut an image into equal tiles, each encoded alone, and add a view of the whole."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..region import VisionLayout
+from .adapter import Placed, Prompt, Size, stack_views
+
+
+def tiled_check(config: Any, processor: Any, sizes: Sequence[Size] | None, whole: bool) -> None:
+    """A region can only be found among tiles whose arrangement is known."""
+    if not whole:
+        _need(config, processor, sizes)
+
+
+def _need(config: Any, processor: Any, sizes: Any) -> None:
+    """How many tiles an image has, and where, follows from the processor and the size of the original."""
+    if processor is None or sizes is None:
+        name = "processor" if processor is None else "image_size"
+        raise ValueError(
+            f"patch: {name} must be given for {config.model_type!r}, because it decides into which tiles an image is "
+            "cut, got None"
+        )
+
+
+def tiled_layout(rows: int, columns: int, side: int) -> VisionLayout:
+    """Tiles of ``side`` x ``side`` tokens in reading order, then the whole image; one tile alone is the whole image.
+
+    The tiles cover the image without overlap, so they form one grid: a cell may reach over their borders.
+    """
+    whole = VisionLayout.grid(side, side)
+    if rows * columns <= 1:
+        return whole
+    grid = VisionLayout.grid(rows * side, columns * side)
+    order = torch.arange(rows * columns * side * side).view(rows, side, columns, side).transpose(1, 2).flatten()
+    tiles = VisionLayout(
+        position=grid.position,
+        center=grid.center[order],
+        row=grid.row[order],
+        col=grid.col[order],
+        view=grid.view[order],
+        kind=grid.kind[order],
+        num_original=len(order),
+    )
+    return stack_views([tiles, whole])
+
+
+def internvl_images(prompt: Prompt) -> Placed:
+    """InternVL: the arrangement of tiles whose aspect ratio is nearest to the image's."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    config, processor = prompt.config, prompt.processor
+    size, patch = (np.ravel(value)[0] for value in (config.vision_config.image_size, config.vision_config.patch_size))
+    side = round(size // patch * config.downsample_ratio)
+    counts = _runs(prompt.ids == config.image_token_id)
+    layouts = []
+    for count, image_size in zip(counts, prompt.sizes(len(counts)), strict=True):
+        rows = columns = 1
+        if count != side * side:
+            _need(config, processor, image_size)
+            width, height = image_size
+            tile = (processor.size["height"], processor.size["width"])
+            columns, rows = get_optimal_tiled_canvas(
+                (height, width), tile, processor.min_patches, processor.max_patches
+            )
+        layouts.append(tiled_layout(rows, columns, side))
+    return prompt.place(layouts)
+
+
+def _runs(is_image: Tensor) -> list[int]:
+    """Lengths of the runs of True along the rows, in reading order."""
+    edges = torch.nn.functional.pad(is_image.int(), (1, 1)).diff().flatten()
+    return (torch.nonzero(edges < 0) - torch.nonzero(edges > 0)).flatten().tolist()
+
+
+def idefics3_images(prompt: Prompt) -> Placed:
+    """Idefics3 and SmolVLM: the image is stretched to whole tiles; text markers stand between the tiles."""
+    config, sizes = prompt.config, prompt.image_sizes
+    _need(config, prompt.processor, sizes)
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size // config.scale_factor
+    return prompt.place([tiled_layout(*_split(config.model_type, prompt.processor, size), side) for size in sizes])
+
+
+def _split(family: str, processor: Any, image_size: Size) -> tuple[int, int]:
+    """Rows and columns of tiles, by the processor's own steps on an image without pixels."""
+    if not processor.do_image_splitting:
+        return 1, 1
+    from transformers.image_utils import SizeDict
+
+    steps, (width, height) = _steps(family), image_size
+    longest = dict(processor.max_image_size)["longest_edge"]
+    image = np.broadcast_to(np.uint8(0), (3, height, width))
+    if processor.do_resize:
+        image = steps.resize(image, SizeDict(**dict(processor.size)))
+    image = steps.resize_for_vision_encoder(image, longest)
+    _, rows, columns = steps.split_images(image, {"longest_edge": longest})
+    return rows, columns
+
+
+@functools.cache
+def _steps(family: str) -> Any:
+    """The family's image processor, with a resize that only tells the size."""
+    module = importlib.import_module(f"transformers.models.{family}.image_processing_pil_{family}")
+    (name,) = (name for name in vars(module) if name.endswith("ImageProcessorPil"))
+    original = getattr(module, name)
+
+    class WithoutPixels(original.__bases__[0]):
+        def resize(self, image: np.ndarray, size: Any, **_: Any) -> np.ndarray:
+            return np.broadcast_to(np.uint8(0), (3, size.height, size.width))
+
+    return type("Steps", (original, WithoutPixels), {})()
