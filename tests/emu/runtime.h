@@ -1,0 +1,120 @@
+// What scheduler (simt.cpp) and checker (check.cpp) share: threads, blocks, the launch in progress.
+#pragma once
+#include <map>
+#include <string>
+#include <vector>
+
+#include "simt.h"
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+
+namespace simt {
+
+constexpr int kMaxThreads = 1024;
+
+// A source line: of a call into the runtime, or (race build) the program counter of an instrumented access.
+struct Site {
+    uint64_t raw = 0;
+    static constexpr uint64_t kCounter = 1ull << 63;
+    static Site of(Where at) { return {std::bit_cast<uint64_t>(at)}; }
+    static Site of(const void* counter) { return {reinterpret_cast<uint64_t>(counter) | kCounter}; }
+};
+
+// What somebody else may rely on after a release: the releasing block up to an epoch (its barriers), and within this epoch
+// the accesses of the releasing thread up to a clock.
+struct Release {
+    uint32_t block, epoch, thread, clock;
+};
+struct Acquired {
+    Release release;
+    uint32_t by, epoch;  // holds for this thread at once, for its block after a barrier
+};
+
+struct Copy {  // cp.async on its way
+    char* to;
+    char bytes[16];
+    int size, group;
+    Where at;
+};
+
+enum class State : uint8_t { kReady, kYielded, kBarrier, kWarp, kDone };
+
+struct Block;
+struct Thread : Position {
+    Block* owner = nullptr;
+    uint32_t number = 0;
+    State state = State::kReady;
+    void* stack_pointer = nullptr;
+    void* fake_stack = nullptr;  // of AddressSanitizer
+    Call* call = nullptr;        // the warp operation it waits in
+    Where where;                 // it waits
+    int result = 0;              // of the last barrier
+    unsigned atomics = 0;
+    std::vector<Copy> copies;
+    int group = 0;         // of the next copy
+    bool waited = false;   // grid_wait
+    uint32_t clock[32] = {};  // of the lanes of its warp, as far as it knows them
+    bool fenced = false;   // and no write to global memory since
+    uint32_t fence_epoch = 0, fence_clock = 0;
+    std::vector<Release> offered;  // by atomics since its last fence
+
+    unsigned lane() const { return number % 32; }
+};
+
+struct Warp {
+    unsigned lanes = 0, ready = 0, yielded = 0, arrived = 0, exited = 0;
+};
+
+struct Object {  // of shared memory
+    const void* key;
+    char* memory;
+    size_t bytes;
+};
+
+struct Block {
+    uint3 index;
+    uint32_t serial = 0, epoch = 0;
+    unsigned ready_warps = 0;
+    int live = 0, waiting = 0, sum = 0;
+    Op barrier_op;
+    Where barrier_at;
+    Warp warps[32];
+    Thread* threads[kMaxThreads];
+    std::vector<Object> shared;  // outlives the block: the next one in its place has the same
+    std::multimap<uint32_t, Acquired> acquired;  // by releasing block
+    bool waited = false;  // some thread called grid_wait
+};
+
+struct Launch {
+    const Kernel* kernel;
+    uint32_t first_serial;  // smaller numbers are blocks of earlier launches
+    size_t static_bytes;    // of shared memory
+    uint64_t switches;
+};
+extern Launch now;
+inline Thread& self() { return *static_cast<Thread*>(here); }
+
+// --- checker --------------------------------------------------------------------------------------------------------
+
+enum class Access : uint8_t { kRead, kWrite, kAtomic };
+enum class Kind : uint8_t { kInput, kOutput, kShared };
+
+// Records a problem once per kind (the text up to the colon) and places. The running thread is named where there is one.
+void report(const std::string& what, Site at = {}, const std::string& then = "", Site other = {});
+std::string text(Site);
+bool clean();
+
+// Poisoned memory that kernels may touch: `rows` (offsets) of `row_bytes` each. What lies around them is out of bounds.
+char* device_memory(const char* name, Kind, size_t misalignment, const std::vector<size_t>& rows, size_t row_bytes);
+bool is_shared(const void*);
+void exempt(const void* low, const void* high);  // memory of the emulator itself
+
+void begin_launch();
+void end_launch();
+void touch(const void*, size_t, Access, Site);
+void forget(const void*, size_t);  // it is being overwritten: what it held is gone
+void join(const Warp&, Thread* const* lanes, unsigned mask);  // __syncwarp
+
+}  // namespace simt

@@ -1,0 +1,534 @@
+// The emulator's scheduler: threads are fibers on one OS thread, switched only at barriers, warp operations, atomics and
+// exit, in an order that the policy decides, so that every run can be repeated.
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <numeric>
+#include <random>
+
+#include "runtime.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+constexpr size_t kStack = 256 * 1024;
+#else
+constexpr size_t kStack = 64 * 1024;
+#define __sanitizer_start_switch_fiber(fake, bottom, size) (void)0
+#define __sanitizer_finish_switch_fiber(fake, bottom, size) (void)0
+#define __asan_unpoison_memory_region(memory, size) (void)0
+#endif
+constexpr size_t kGuard = 4096;
+constexpr size_t kPlainLimit = 48 * 1024;  // of shared memory without opt-in; LAUNCH makes it for much dynamic memory
+constexpr size_t kOptInLimit = 99 * 1024;  // on the smallest of the GPUs that kernels are built for
+
+// simt_switch: saves the registers that a function must keep, stores the stack pointer and goes on where `to` was stored.
+extern "C" void simt_switch(void** from, void* to);
+#if defined(__x86_64__)
+asm(R"(
+    .text
+    .type simt_switch, @function
+simt_switch:
+    push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
+    mov %rsp, (%rdi)
+    mov %rsi, %rsp
+    pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
+    ret
+    .size simt_switch, . - simt_switch
+)");
+static void* first_frame(char*, char* top, void (*entry)()) {
+    void** frame = reinterpret_cast<void**>(top) - 8;  // six registers, the entry, an address nobody returns to
+    std::memset(frame, 0, 8 * sizeof(void*));
+    frame[6] = reinterpret_cast<void*>(entry);
+    return frame;
+}
+#else
+#include <ucontext.h>
+extern "C" void simt_switch(void** from, void* to) {
+    ucontext_t mine;
+    *from = &mine;
+    swapcontext(&mine, static_cast<ucontext_t*>(to));
+}
+static void* first_frame(char* bottom, char* top, void (*entry)()) {
+    auto* context = reinterpret_cast<ucontext_t*>(top - (sizeof(ucontext_t) + 63) / 64 * 64);
+    getcontext(context);
+    context->uc_stack.ss_sp = bottom;
+    context->uc_stack.ss_size = static_cast<size_t>(reinterpret_cast<char*>(context) - bottom);
+    makecontext(context, entry, 0);
+    return context;
+}
+#endif
+
+namespace simt {
+
+Position* here = nullptr;
+Launch now;
+
+namespace {
+
+enum Policy { kForward, kReverse, kRandom };
+int policy = kForward, residents = 1;
+std::minstd_rand dice;
+unsigned roll(unsigned sides) { return static_cast<unsigned>(dice()) % sides; }
+
+std::vector<Block> slots;     // the resident blocks
+char* stacks = nullptr;
+int num_stacks = 0;
+bool stale_stacks = false;    // a launch was aborted: frames were left behind
+uint64_t progress = 0;        // counts everything but waiting
+bool hopeless = false;        // the launch cannot go on
+uint32_t next_serial = 1;
+
+void* scheduler_pointer = nullptr;
+[[maybe_unused]] const void* scheduler_bottom = nullptr;
+[[maybe_unused]] size_t scheduler_size = 0;
+
+unsigned pick(unsigned mask) {  // a set bit, as the policy likes it
+    if (policy == kForward) return std::countr_zero(mask);
+    if (policy == kReverse) return 31 - std::countl_zero(mask);
+    const unsigned by = roll(32);
+    return (std::countr_zero(std::rotr(mask, static_cast<int>(by))) + by) % 32;
+}
+
+std::string number(const char* format, unsigned value) {
+    char buffer[96];
+    std::snprintf(buffer, sizeof(buffer), format, value);
+    return buffer;
+}
+
+// --- fibers -----------------------------------------------------------------------------------------------------------
+
+void to_scheduler() {
+    [[maybe_unused]] Thread& t = self();
+    __sanitizer_start_switch_fiber(t.state == State::kDone ? nullptr : &t.fake_stack, scheduler_bottom, scheduler_size);
+    simt_switch(&t.stack_pointer, scheduler_pointer);
+    __sanitizer_finish_switch_fiber(t.fake_stack, &scheduler_bottom, &scheduler_size);
+}
+
+void resume(Thread& t) {
+    [[maybe_unused]] void* fake = nullptr;
+    here = &t;
+    now.switches += 1;
+    [[maybe_unused]] char* bottom = stacks + (reinterpret_cast<char*>(&t) - stacks) / kStack * kStack + kGuard;
+    __sanitizer_start_switch_fiber(&fake, bottom, kStack - kGuard);
+    simt_switch(&scheduler_pointer, t.stack_pointer);
+    __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+    here = nullptr;
+}
+
+void set_ready(Thread& t) {
+    Block& block = *t.owner;
+    t.state = State::kReady;
+    block.warps[t.number / 32].ready |= 1u << t.lane();
+    block.ready_warps |= 1u << t.number / 32;
+}
+
+void set_waiting(Thread& t, State state, Where at) {
+    Block& block = *t.owner;
+    Warp& warp = block.warps[t.number / 32];
+    t.state = state, t.where = at, t.atomics = 0;
+    warp.ready &= ~(1u << t.lane());
+    if (!warp.ready) block.ready_warps &= ~(1u << t.number / 32);
+}
+
+void open_barrier(Block& block) {
+    const int all = block.waiting, sum = block.sum;
+    for (int i = 0; i < now.kernel->block; ++i) {
+        Thread& t = *block.threads[i];
+        if (t.state != State::kBarrier) continue;
+        t.result = block.barrier_op == Op::kBarrierCount ? sum : block.barrier_op == Op::kBarrierOr ? sum > 0 : sum == all;
+        set_ready(t);
+    }
+    block.epoch += 1, block.waiting = block.sum = 0, ++progress;
+}
+
+// --- warp operations ----------------------------------------------------------------------------------------------------
+
+void multiply(Thread* const* lanes) {
+    float a[16][16], b[16][8];
+    const auto of = [&](int lane) { return static_cast<const Product*>(lanes[lane]->call->operands); };
+    for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        const Product& p = *of(lane);
+        for (int e = 0; e < 2; ++e) {
+            for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][2 * t + e + i / 2 * 8] = p.value(p.a[i], e);
+            for (int i = 0; i < 2; ++i) b[2 * t + e + i * 8][g] = p.value(p.b[i], e);
+        }
+    }
+    for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 4; ++i) {
+            float& d = of(lane)->d[i];
+            for (int k = 0; k < 16; ++k) d += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+        }
+}
+
+void load_matrices(Thread* const* lanes) {
+    Position* const caller = here;
+    for (int m = 0; m < lanes[0]->call->argument; ++m)
+        for (int row = 0; row < 8; ++row) {
+            Thread& owner = *lanes[m * 8 + row];
+            const char* from = static_cast<const char*>(static_cast<const Matrices*>(owner.call->operands)->row);
+            here = &owner;
+            if (reinterpret_cast<uintptr_t>(from) % 16) report("misaligned: row of ldmatrix", Site::of(owner.call->at));
+            if (!is_shared(from)) report("bounds: row of ldmatrix is not in shared memory", Site::of(owner.call->at));
+            touch(from, 16, Access::kRead, Site::of(owner.call->at));
+            for (int t = 0; t < 4; ++t)
+                std::memcpy(static_cast<const Matrices*>(lanes[row * 4 + t]->call->operands)->r + m, from + 4 * t, 4);
+        }
+    here = caller;
+}
+
+void execute(Block& block, unsigned first, unsigned mask) {
+    Thread* const* lanes = block.threads + first;
+    const Op op = lanes[std::countr_zero(mask)]->call->op;
+    uint64_t all = op == Op::kAnd ? ~0ull : 0, ballot = 0;
+    int64_t low = INT64_MAX, high = INT64_MIN;
+    bool equal = true;
+    for (unsigned lane = 0; lane < 32; ++lane) {
+        if (!(mask >> lane & 1)) continue;
+        const uint64_t value = lanes[lane]->call->value;
+        if (op == Op::kAdd) all += value;
+        if (op == Op::kAnd) all &= value;
+        if (op == Op::kOr) all |= value;
+        if (op == Op::kExclusiveOr) all ^= value;
+        low = std::min(low, static_cast<int64_t>(value)), high = std::max(high, static_cast<int64_t>(value));
+        if (value) ballot |= 1u << lane;
+        equal = equal && value == lanes[std::countr_zero(mask)]->call->value;
+    }
+    if (op == Op::kMultiply || op == Op::kMatrix) {
+        if (mask != ~0u) return report("warp-mask: mma and ldmatrix need all 32 lanes", Site::of(lanes[std::countr_zero(mask)]->call->at));
+        if (op == Op::kMultiply) multiply(lanes);
+        else load_matrices(lanes);
+    }
+    if (op == Op::kSync) join(block.warps[first / 32], lanes, mask);
+    for (unsigned lane = 0; lane < 32; ++lane) {
+        if (!(mask >> lane & 1)) continue;
+        Call& call = *lanes[lane]->call;
+        const unsigned width = static_cast<unsigned>(call.width), segment = lane & ~(width - 1);
+        const unsigned by = static_cast<unsigned>(call.argument);
+        unsigned source = lane;
+        switch (op) {
+            case Op::kIndex: source = segment | (by & (width - 1)); break;
+            case Op::kUp: source = lane < segment + by ? lane : lane - by; break;
+            case Op::kDown: source = lane + by >= segment + width ? lane : lane + by; break;
+            case Op::kXor: source = (lane ^ by) >= segment + width ? lane : lane ^ by; break;
+            case Op::kBallot: call.result = ballot; continue;
+            case Op::kAny: call.result = ballot != 0; continue;
+            case Op::kAll: call.result = ballot == mask; continue;
+            case Op::kMatchAll: call.result = equal ? mask : 0; continue;
+            case Op::kMatchAny:
+                call.result = 0;
+                for (unsigned other = 0; other < 32; ++other)
+                    if (mask >> other & 1 && lanes[other]->call->value == call.value) call.result |= 1u << other;
+                continue;
+            case Op::kMin: call.result = static_cast<uint64_t>(low); continue;
+            case Op::kMax: call.result = static_cast<uint64_t>(high); continue;
+            default: call.result = all; continue;
+        }
+        call.result = mask >> source & 1 ? lanes[source]->call->value : ~0ull;  // nobody's value is poison
+    }
+}
+
+// Runs the operation of `mask` if all its lanes have come.
+void try_warp(Block& block, unsigned first, unsigned mask) {
+    Warp& warp = block.warps[first / 32];
+    if (mask == 0 || (warp.arrived & mask) != mask) return;
+    Thread* const* lanes = block.threads + first;
+    const Call& leader = *lanes[std::countr_zero(mask)]->call;
+    for (unsigned lane = 0; lane < 32; ++lane) {
+        if (!(mask >> lane & 1)) continue;
+        const Call& call = *lanes[lane]->call;
+        if (call.mask != mask) return;  // waits for another group; if that never comes, the deadlock is reported
+        const bool aligned = call.op == Op::kMultiply || call.op == Op::kMatrix;
+        if (call.op != leader.op || (aligned && call.at.line() != leader.at.line())) {
+            report("warp-operation: lanes of one mask are in different operations", Site::of(call.at), " and", Site::of(leader.at));
+            hopeless = true;
+            return;
+        }
+    }
+    execute(block, first, mask);
+    warp.arrived &= ~mask, ++progress;
+    for (unsigned lane = 0; lane < 32; ++lane)
+        if (mask >> lane & 1) lanes[lane]->call = nullptr, set_ready(*lanes[lane]);
+}
+
+// --- blocks -----------------------------------------------------------------------------------------------------------
+
+void leave() {
+    Thread& t = self();
+    Block& block = *t.owner;
+    if (!t.copies.empty()) report("cp.async: a copy is on its way when the thread ends", Site::of(t.copies[0].at));
+    set_waiting(t, State::kDone, {});
+    Warp& warp = block.warps[t.number / 32];
+    warp.exited |= 1u << t.lane();
+    block.live -= 1, ++progress;
+    if (block.waiting && block.waiting == block.live) open_barrier(block);
+    for (unsigned lane = 0; lane < 32; ++lane) {
+        if (!(warp.arrived >> lane & 1)) continue;
+        Call& call = *block.threads[t.number / 32 * 32 + lane]->call;
+        if (!(call.mask >> t.lane() & 1)) continue;
+        report("warp-mask: lane " + std::to_string(t.lane()) + " of the mask has ended before the operation", Site::of(call.at));
+        call.mask &= ~(1u << t.lane());
+        try_warp(block, t.number / 32 * 32, call.mask);
+    }
+}
+
+void entry() {
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
+    now.kernel->body();
+    leave();
+    to_scheduler();
+}
+
+void start(Block& block, int slot, uint64_t linear) {
+    const Kernel& kernel = *now.kernel;
+    const uint64_t x = kernel.grid.x, y = kernel.grid.y;
+    block.index = {static_cast<unsigned>(linear % x), static_cast<unsigned>(linear / x % y), static_cast<unsigned>(linear / x / y)};
+    block.serial = now.first_serial + static_cast<uint32_t>(linear);
+    block.epoch = 0, block.live = kernel.block, block.waiting = block.sum = 0, block.ready_warps = 0, block.waited = false;
+    block.acquired.clear();
+    for (Warp& warp : block.warps) warp = {};
+    for (Object& object : block.shared) std::memset(object.memory, 0xff, object.bytes);
+    for (int i = 0; i < kernel.block; ++i) {
+        char* bottom = stacks + (static_cast<size_t>(slot) * kMaxThreads + i) * kStack;
+        // The thread itself lies above its stack. Stack tops are spread so that they do not share cache sets.
+        char* place = bottom + kStack - (sizeof(Thread) + 63) / 64 * 64 - i % 16 * 192;
+        if (stale_stacks) __asan_unpoison_memory_region(bottom + kGuard, kStack - kGuard);
+        Thread& t = *new (place) Thread;
+        t.thread = {static_cast<unsigned>(i), 0, 0}, t.block = block.index;
+        t.block_size = dim3(static_cast<unsigned>(kernel.block)), t.grid_size = kernel.grid;
+        t.owner = &block, t.number = static_cast<uint32_t>(i), t.clock[t.lane()] = 1;
+        t.stack_pointer = first_frame(bottom + kGuard, place, entry);
+        block.threads[i] = &t;
+        block.warps[i / 32].lanes |= 1u << t.lane();
+        set_ready(t);
+    }
+    ++progress;
+}
+
+void finish(Block& block) {
+    if (now.kernel->dependent && !block.waited) report("grid_wait: a block of a dependent launch ended without it");
+    for (int i = 0; i < now.kernel->block; ++i) block.threads[i]->~Thread();
+    block.serial = 0;
+}
+
+std::string table() {  // of what everybody waits for
+    std::map<std::string, int> lines;
+    for (Block& block : slots)
+        for (int i = 0; block.serial && i < now.kernel->block; ++i) {
+            Thread& t = *block.threads[i];
+            if (t.state == State::kDone) continue;
+            std::string line = text(Site::of(t.where));
+            if (t.state == State::kWarp) line += number(" (mask %08x)", t.call->mask);
+            lines[line] += 1;
+        }
+    std::string all;
+    for (const auto& [line, count] : lines) all += "\n    " + std::to_string(count) + " threads wait at " + line;
+    return all;
+}
+
+bool wake() {  // those who gave way
+    bool any = false;
+    for (Block& block : slots)
+        for (int i = 0; block.serial && i < now.kernel->block; ++i)
+            if (block.threads[i]->state == State::kYielded) set_ready(*block.threads[i]), any = true;
+    return any;
+}
+
+Block* choose_block(Block* last) {
+    if (policy == kRandom && last && last->ready_warps && roll(2)) return last;
+    Block* found = nullptr;
+    unsigned candidates = 0;
+    for (Block& block : slots) {
+        if (!block.serial || !block.ready_warps) continue;
+        if (policy == kForward && found) break;
+        if (policy != kRandom || roll(++candidates) == 0) found = &block;
+    }
+    return found;
+}
+
+void schedule(const std::vector<uint64_t>& order) {
+    size_t started = 0;
+    uint64_t seen = ~0ull;
+    int idle = 0;
+    Block* block = nullptr;
+    unsigned warp = 0;
+    while (!hopeless) {
+        for (size_t i = 0; i < slots.size(); ++i)
+            if (!slots[i].serial && started < order.size()) start(slots[i], static_cast<int>(i), order[started++]);
+        Block* const next = choose_block(block);
+        if (!next) {
+            bool any = false;
+            for (Block& b : slots) any = any || b.serial;
+            if (!any) return;
+            idle = progress == seen ? idle + 1 : 0, seen = progress;
+            if (!wake()) return report("deadlock: nobody can go on" + table()), hopeless = true, void();
+            if (idle > 1000) return report("livelock: everybody waits for somebody else's write" + table()), hopeless = true, void();
+            continue;
+        }
+        const bool stay = next == block && next->warps[warp].ready && policy == kRandom && roll(2);
+        block = next;
+        if (!stay) warp = pick(block->ready_warps);
+        resume(*block->threads[warp * 32 + pick(block->warps[warp].ready)]);
+        if (block->live == 0) finish(*block);
+    }
+}
+
+}  // namespace
+
+int run(const Kernel& kernel) {
+    const dim3 g = kernel.grid;
+    now = {&kernel, next_serial, 0, 0};
+    begin_launch();
+    if (kernel.block < 1 || kernel.block > kMaxThreads)
+        report("launch: a block must have 1 to 1024 threads, got " + std::to_string(kernel.block));
+    else if (g.x < 1 || g.y < 1 || g.z < 1 || g.x > INT32_MAX || g.y > 65535 || g.z > 65535)
+        report("launch: the grid must have 1 to 2^31 - 1 blocks along x and 65535 along y and z");
+    else if (g.x * static_cast<uint64_t>(g.y) * g.z > 1u << 22)
+        report("launch: more blocks than are sensible here");
+    else {
+        if (num_stacks < residents) {
+            num_stacks = residents;
+            const size_t bytes = static_cast<size_t>(num_stacks) * kMaxThreads * kStack;
+            stacks = static_cast<char*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+            if (stacks == MAP_FAILED) std::abort();
+            for (size_t at = 0; at < bytes; at += kStack) mprotect(stacks + at, kGuard, PROT_NONE);
+            exempt(stacks, stacks + bytes);
+        }
+        std::vector<uint64_t> order(static_cast<uint64_t>(g.x) * g.y * g.z);
+        std::iota(order.begin(), order.end(), 0);
+        if (policy == kReverse) std::reverse(order.begin(), order.end());
+        if (policy == kRandom) std::shuffle(order.begin(), order.end(), dice);
+        next_serial += static_cast<uint32_t>(order.size());
+        hopeless = false;
+        slots = std::vector<Block>(std::min<size_t>(static_cast<size_t>(residents), order.size()));
+        schedule(order);
+        stale_stacks = hopeless;
+    }
+    here = nullptr;
+    end_launch();
+    return clean() ? 0 : cudaErrorLaunchFailure;
+}
+
+int barrier(Op op, int predicate, Where at) {
+    Thread& t = self();
+    Block& block = *t.owner;
+    if (block.waiting == 0) block.barrier_op = op, block.barrier_at = at;
+    else if (op != block.barrier_op || at.line() != block.barrier_at.line())
+        report("barrier-divergence: threads of a block are in different barriers", Site::of(at), " and", Site::of(block.barrier_at));
+    block.sum += predicate != 0, block.waiting += 1;
+    set_waiting(t, State::kBarrier, at);
+    if (block.waiting == block.live) open_barrier(block);
+    to_scheduler();
+    return t.result;
+}
+
+uint64_t warp(Call call) {
+    Thread& t = self();
+    Block& block = *t.owner;
+    Warp& warp = block.warps[t.number / 32];
+    call.mask &= warp.lanes;
+    if (!(call.mask >> t.lane() & 1)) {
+        report(number("warp-mask: the caller is not in its mask %08x", call.mask), Site::of(call.at));
+        return ~0ull;
+    }
+    if (call.mask & warp.exited) {
+        report(number("warp-mask: lanes %08x of the mask have ended", call.mask & warp.exited), Site::of(call.at));
+        call.mask &= ~warp.exited;
+    }
+    t.call = &call;
+    warp.arrived |= 1u << t.lane();
+    set_waiting(t, State::kWarp, call.at);
+    try_warp(block, t.number / 32 * 32, call.mask);
+    to_scheduler();
+    return call.result;
+}
+
+void yield() {
+    Thread& t = self();
+    set_waiting(t, State::kYielded, t.where);
+    to_scheduler();
+}
+
+void before_atomic(const void* address, size_t size, Where at) {
+    Thread& t = self();
+    t.where = at;
+    // In between others may run. Somebody who tries again and again waits for them.
+    if ((policy == kRandom && roll(4) == 0) || ++t.atomics % 256 == 0) yield();
+    touch(address, size, Access::kAtomic, Site::of(at));
+}
+
+void after_atomic(bool changed) { progress += changed; }
+
+void grid_wait() { self().waited = self().owner->waited = true; }
+
+void* shared(const void* key, size_t bytes, const char* name) {
+    Block& block = *self().owner;
+    for (const Object& object : block.shared)
+        if (object.key == key) return object.memory;
+    block.shared.push_back({key, device_memory(name, Kind::kShared, 0, {0}, bytes), bytes});
+    if (&block == &slots[0]) {
+        const size_t dynamic = static_cast<size_t>(now.kernel->dynamic_bytes);
+        if (key != &now) now.static_bytes += (bytes + 15) / 16 * 16;
+        if (now.static_bytes > kPlainLimit || now.static_bytes + dynamic > (dynamic > kPlainLimit ? kOptInLimit : kPlainLimit))
+            report("launch: too much shared memory, " + std::to_string(now.static_bytes) + " bytes static and " +
+                   std::to_string(dynamic) + " dynamic");
+    }
+    return block.shared.back().memory;
+}
+
+void* dynamic_shared() { return shared(&now, static_cast<size_t>(now.kernel->dynamic_bytes), "dynamic"); }
+
+void copy_async(void* to, const void* from, int size, int present, Where at) {
+    Thread& t = self();
+    if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size)
+        report("misaligned: address of cp.async", Site::of(at));
+    if (!is_shared(to)) return report("bounds: target of cp.async is not in shared memory", Site::of(at));
+    if (present < 0 || present > size) return report("bounds: cp.async of more bytes than its size", Site::of(at));
+    Copy copy = {static_cast<char*>(to), {}, size, t.group, at};
+    touch(from, static_cast<size_t>(present), Access::kRead, Site::of(at));
+    std::memcpy(copy.bytes, from, static_cast<size_t>(present));
+    touch(to, static_cast<size_t>(size), Access::kWrite, Site::of(at));
+    forget(to, static_cast<size_t>(size));
+    if (policy == kRandom && roll(2)) std::memcpy(to, copy.bytes, static_cast<size_t>(size));  // arrives early
+    else std::memset(to, 0xff, static_cast<size_t>(size));
+    t.copies.push_back(copy);
+}
+
+void commit_async() { self().group += 1; }
+
+void wait_async(int pending) {
+    Thread& t = self();
+    std::erase_if(t.copies, [&](const Copy& copy) {
+        if (copy.group >= t.group - pending) return false;
+        std::memcpy(copy.to, copy.bytes, static_cast<size_t>(copy.size));
+        touch(copy.to, static_cast<size_t>(copy.size), Access::kWrite, Site::of(copy.at));
+        return true;
+    });
+}
+
+extern "C" [[gnu::visibility("default")]] void emu_config(int new_policy, unsigned seed, int new_residents) {
+    policy = new_policy, residents = new_residents;
+    dice.seed(seed + 1);
+}
+
+}  // namespace simt
+
+// --- the CUDA runtime, as far as launchers use it: one small GPU ------------------------------------------------------------
+
+cudaError_t cudaGetLastError() { return simt::clean() ? cudaSuccess : cudaErrorLaunchFailure; }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) { return std::memset(memory, value, bytes), cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    switch (attribute) {
+        case cudaDevAttrMultiProcessorCount: *value = 4; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = kOptInLimit; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+        default: return cudaErrorInvalidValue;
+    }
+    return cudaSuccess;
+}
