@@ -1,34 +1,23 @@
-// attention_mass on CUDA. A logit is one chain of fused multiply-adds over the channels in ascending order, and the mass of
-// a key one sum over (KV head, row, head in group) in ascending order, in every variant: the bits depend neither on the
-// variant, the alignment, the batch neighbours nor on padding rows (they add +0).
+// attention_mass on CUDA: what the kernels for half types (attention_mass_mma.cuh) and for float32
+// (attention_mass_fp32.cuh) share.
 //
 // "Column" = (row, query head of the KV head's group): column = row * group + head. Rows are counted from the first row of
-// the sample that sees a key.
+// the sample that sees a key. A logit is one chain of sums over the channels in a fixed order, and the mass of a key one
+// sum over the columns in an order that the sample's own sizes decide, in every variant: the bits depend neither on the
+// variant, the alignment, the batch neighbours nor on padding rows (they add +0).
+//
+// Logits, their log-sum-exp and everything between are in units of log 2: exp is one instruction.
 #pragma once
 #include "common.cuh"
 
 namespace crop {
 namespace {
 
-constexpr int kMassThreads = 128;
-constexpr int kTileKeys = 32;    // keys of a tile
-// The log-sum-exp pass sums keys in this order, whatever the shape of the tiles: within a split of 256 keys chain j takes
-// the keys j, j + 8, ... of each tile of 32, tile by tile; then come the chains and then the splits in ascending order.
-constexpr int kSplitKeys = 256;
-constexpr int kChains = 8, kChainKeys = kTileKeys / kChains;
+// Keys of a partial log-sum-exp, counted from the sample's first visible key. The kernels know it as a constant.
+inline int64_t split_keys(int64_t head_dim) { return head_dim > 128 ? 128 : 256; }
+constexpr int kCombineThreads = 128;
 constexpr float kHuge = 3.402823466e38f;
 constexpr float kLog2E = 1.4426950408889634f;
-
-DEV float exp_fast(float x) { return exp2f(__fmul_rn(x, kLog2E)); }
-
-// How the threads share a tile of 32 keys and kColumns columns: kX threads along columns and kY along keys, each with every
-// kX-th column and every kY-th key; kLaneX of a warp's lanes lie along columns. kChunkBytes of a row are staged at a time.
-struct ManyColumns {
-    static constexpr int kX = 16, kY = 8, kLaneX = 8, kColumns = 64, kChunkBytes = 128;
-};
-struct FewColumns {  // a warp shares its columns, a lane owns a key: bound by reading K
-    static constexpr int kX = 4, kY = 32, kLaneX = 1, kColumns = 8, kChunkBytes = 256;
-};
 
 // Rows [first, first + count) of a sample hold all its counted rows, which see keys of [start, stop).
 struct Rows {
@@ -39,6 +28,10 @@ DEV int clamp_key(int64_t key, int64_t num_keys) {
     return static_cast<int>(key < 0 ? 0 : key > num_keys ? num_keys : key);
 }
 
+DEV int first_key(const AttentionMassParams& p, int64_t b) {
+    return p.visible_start ? clamp_key(p.visible_start[b], p.num_keys) : 0;
+}
+
 // End of the keys row `row` sees; 0 for a padding row.
 DEV int row_end(const AttentionMassParams& p, int64_t b, int64_t row, int start) {
     const int end = clamp_key(p.visible_len ? p.visible_len[b * p.num_rows + row] : p.num_keys, p.num_keys);
@@ -46,15 +39,17 @@ DEV int row_end(const AttentionMassParams& p, int64_t b, int64_t row, int start)
 }
 
 // Called by the whole block; `shared` holds 4 ints. Integers only, so the order of the atomics does not matter.
+template <int kThreads>
 DEV Rows find_rows(const AttentionMassParams& p, int64_t b, int* shared) {
     if (threadIdx.x < 4) shared[threadIdx.x] = threadIdx.x == 0 ? 0x7fffffff : 0;
     __syncthreads();
-    const int start = p.visible_start ? clamp_key(p.visible_start[b], p.num_keys) : 0;
+    const int start = first_key(p, b);
     int first = 0x7fffffff, last = 0, counted = 0, stop = 0;
-    for (int64_t row = threadIdx.x; row < p.num_rows; row += kMassThreads) {
+    ROLLED
+    for (int row = threadIdx.x; row < p.num_rows; row += kThreads) {
         const int end = row_end(p, b, row, start);
         if (end == 0) continue;
-        first = min(first, static_cast<int>(row)), last = static_cast<int>(row) + 1;
+        first = min(first, row), last = row + 1;
         counted += 1, stop = max(stop, end);
     }
     first = __reduce_min_sync(kWarp, first), last = __reduce_max_sync(kWarp, last);
@@ -68,219 +63,17 @@ DEV Rows find_rows(const AttentionMassParams& p, int64_t b, int* shared) {
     return {shared[0], shared[1] - shared[0], shared[2], start, shared[3]};
 }
 
-// Logits of 32 keys x kColumns columns of KV head `kv`, made chunk by chunk of the channels.
-template <class T, class Shape>
-struct Tile {
-    static constexpr int kColumns = Shape::kColumns;
-    static constexpr int kKeysPer = kTileKeys / Shape::kY, kColumnsPer = kColumns / Shape::kX;  // of a thread
-    static constexpr int kChunk = Shape::kChunkBytes / sizeof(T);                               // channels
-    static constexpr int kStride = kChunk + 4;  // floats of a staged row: 8 rows in 8 different groups of 4 banks
-    static constexpr int kPieces = Shape::kChunkBytes / 16;
-    static constexpr int kKeyLoads = kTileKeys * kPieces / kMassThreads;
-    static constexpr int kColumnLoads = kColumns * kPieces / kMassThreads;
-    static constexpr int kKeyFloats = kTileKeys * kStride, kColumnFloats = kColumns * kStride;
+// What is subtracted from a logit: a row whose lse is infinite gives 0 to finite logits and NaN to +inf.
+DEV float shift_of(float lse, float unit) { return lse == -kInf ? kInf : __fmul_rn(lse, unit); }
 
-    const AttentionMassParams& p;
-    const Rows& rows;
-    int64_t b;
-    bool aligned;
-    int group, columns;  // columns = rows.count * group
-    float *keys, *queries, *lse;  // shared: kKeyFloats, kColumnFloats, kColumns
-    int* end;                     // shared: kColumns
-
-    Piece<T> next_key[kKeyLoads], next_query[kColumnLoads];  // the next chunk, on its way
-    float next_lse;
-    int next_end;
-    float logit[kKeysPer][kColumnsPer];
-
-    DEV Tile(const AttentionMassParams& params, const Rows& found, int64_t sample, bool aligned_, float* keys_,
-             float* queries_, int* end_, float* lse_)
-        : p(params), rows(found), b(sample), aligned(aligned_), group(static_cast<int>(params.num_heads / params.num_kv_heads)),
-          columns(found.count * group), keys(keys_), queries(queries_), lse(lse_), end(end_), next_lse(0), next_end(0) {}
-
-    DEV int x() const {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        return lane % Shape::kLaneX + warp % (Shape::kX / Shape::kLaneX) * Shape::kLaneX;
-    }
-    DEV int y() const {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        return lane / Shape::kLaneX + warp / (Shape::kX / Shape::kLaneX) * (32 / Shape::kLaneX);
-    }
-    DEV int key_of(int k) const { return y() + k * Shape::kY; }
-    DEV int column_of(int c) const { return x() + c * Shape::kX; }
-
-    // Starts the loads of one chunk. position(k): key held by row k of the tile, negative for none.
-    template <class Position>
-    DEV void fetch(int kv, int column0, int channel, Position position) {
-        const T* key = static_cast<const T*>(p.key) + b * p.key_stride[0] + kv * p.key_stride[1];
-        UNROLL
-        for (int i = 0; i < kKeyLoads; ++i) {
-            const int at = i * kMassThreads + threadIdx.x;
-            const int from = position(at / kPieces), c = channel + at % kPieces * Piece<T>::kCount;
-            const int64_t left = from < 0 ? 0 : p.head_dim - c;
-            next_key[i] = load_piece(key + (from < 0 ? 0 : from * p.key_stride[2] + c), left, aligned);
-        }
-        const T* query = static_cast<const T*>(p.query) + b * p.query_stride[0];
-        UNROLL
-        for (int i = 0; i < kColumnLoads; ++i) {
-            const int at = i * kMassThreads + threadIdx.x;
-            const int column = column0 + at / kPieces, c = channel + at % kPieces * Piece<T>::kCount;
-            const bool exists = column < columns;
-            const int row = exists ? rows.first + column / group : 0, head = exists ? kv * group + column % group : 0;
-            const int64_t offset = head * p.query_stride[1] + row * p.query_stride[2] + c;
-            next_query[i] = load_piece(query + (exists ? offset : 0), exists ? p.head_dim - c : 0, aligned);
-        }
-        if (channel == 0 && threadIdx.x < kColumns) {
-            const int column = column0 + threadIdx.x;
-            const bool exists = column < columns;
-            const int64_t row = rows.first + column / group, head = kv * group + column % group;
-            next_end = exists ? row_end(p, b, row, rows.start) : 0;
-            if (p.lse) next_lse = exists ? p.lse[(b * p.num_heads + head) * p.num_rows + row] : 0.0f;
-        }
-    }
-
-    // Fetched chunk -> shared memory, queries times scale. A barrier must follow.
-    DEV void stage(int channel) {
-        UNROLL
-        for (int i = 0; i < kKeyLoads; ++i) put(keys, i * kMassThreads + threadIdx.x, next_key[i], 1.0f);
-        UNROLL
-        for (int i = 0; i < kColumnLoads; ++i) put(queries, i * kMassThreads + threadIdx.x, next_query[i], p.scale);
-        if (channel == 0 && threadIdx.x < kColumns) end[threadIdx.x] = next_end, lse[threadIdx.x] = next_lse;
-    }
-
-    DEV static void put(float* to, int at, const Piece<T>& piece, float scale) {
-        float4* target = reinterpret_cast<float4*>(to + at / kPieces * kStride + at % kPieces * Piece<T>::kCount);
-        UNROLL
-        for (int i = 0; i < Piece<T>::kCount; i += 4)
-            target[i / 4] = make_float4(piece.get(i) * scale, piece.get(i + 1) * scale, piece.get(i + 2) * scale,
-                                        piece.get(i + 3) * scale);
-    }
-
-    // Logit of key chain + k * kChains of the tile. Where a lane owns one key, lanes with equal y % kChains share the work.
-    DEV float chain_logit(int chain, int k, int c) const {
-        if constexpr (Shape::kY == kChains) return logit[k][c];
-        else return __shfl_sync(kWarp, logit[0][c], chain + k * kChains);
-    }
-
-    DEV void clear() {
-        UNROLL
-        for (int k = 0; k < kKeysPer; ++k) {
-            UNROLL
-            for (int c = 0; c < kColumnsPer; ++c) logit[k][c] = 0;
-        }
-    }
-
-    // Adds the staged chunk to the logits of the columns from column0 on; threads without a column skip it.
-    DEV void multiply(int column0, int channel) {
-        const int left = columns - column0, channels = static_cast<int>(p.head_dim) - channel;
-        const int used = channels < kChunk ? (channels + 3) / 4 * 4 : kChunk;
-        if (x() / Shape::kLaneX * Shape::kLaneX < left) accumulate<kColumnsPer>((left + Shape::kX - 1) / Shape::kX, used);
-    }
-
-    template <int kActive>
-    DEV void accumulate(int active, int used) {
-        if constexpr (kActive > 1)
-            if (active < kActive) return accumulate<kActive - 1>(active, used);
-        const float *key = keys + y() * kStride, *query = queries + x() * kStride;
-        for (int i = 0; i < used; i += 4) {
-            float4 q[kActive];
-            UNROLL
-            for (int c = 0; c < kActive; ++c) q[c] = *reinterpret_cast<const float4*>(query + c * Shape::kX * kStride + i);
-            UNROLL
-            for (int k = 0; k < kKeysPer; ++k) {
-                const float4 v = *reinterpret_cast<const float4*>(key + k * Shape::kY * kStride + i);
-                UNROLL
-                for (int c = 0; c < kActive; ++c) {
-                    float sum = fmaf(v.x, q[c].x, logit[k][c]);
-                    sum = fmaf(v.y, q[c].y, sum);
-                    sum = fmaf(v.z, q[c].z, sum);
-                    logit[k][c] = fmaf(v.w, q[c].w, sum);
-                }
-            }
-        }
-    }
-};
-
-// mass[i, n] = sum over KV heads, rows, heads of [visible] exp(scale <q, k> - lse), divided by counted rows * num_heads.
-//
-// A block owns 32 candidates of one image, and nobody else writes them. For each KV head and tile of columns it stages
-// channel chunks of its keys and of the queries in shared memory (the next chunk is loaded meanwhile), forms the logits
-// in registers and the shares in shared memory; then thread k sums the shares of key k, column after column.
-// Bytes read: the block's keys once per 8 or 64 columns (again from cache), the queries of the sample (from L2).
-// Deterministic: one writer per result and a fixed order of every sum.
-template <class T, class Shape>
-GLOBAL(kMassThreads, 3)
-mass_kernel(AttentionMassParams p, bool aligned) {
-    using Tile = Tile<T, Shape>;
-    constexpr int kShareStride = Tile::kColumns + 1;
-    SHARED(float, keys, [Tile::kKeyFloats]);
-    SHARED(float, queries, [Tile::kColumnFloats]);
-    SHARED(float, share, [kTileKeys * kShareStride]);
-    SHARED(float, lse, [Tile::kColumns]);
-    SHARED(int, end, [Tile::kColumns]);
-    SHARED(int, position, [kTileKeys]);  // key of each candidate; -1 = none
-    SHARED(int, found, [4]);
-
-    const unsigned tiles = static_cast<unsigned>((p.num_tokens + kTileKeys - 1) / kTileKeys);
-    const int64_t image = blockIdx.x / tiles, candidate = static_cast<int64_t>(blockIdx.x % tiles) * kTileKeys + threadIdx.x;
-    const int64_t b = p.sample ? p.sample[image] : image;
-    const bool mine = threadIdx.x < kTileKeys && candidate < p.num_tokens;
-    float* result = p.mass + image * p.num_tokens + candidate;
-    if (b < 0 || b >= p.batch) {
-        if (mine) *result = 0;
-        return;
-    }
-    const Rows rows = find_rows(p, b, found);
-    if (threadIdx.x < kTileKeys) {
-        const int64_t j = mine ? p.vision_index[image * p.num_tokens + candidate] : -1;
-        position[threadIdx.x] = j >= rows.start && j < rows.stop ? static_cast<int>(j) : -1;
-    }
-    __syncthreads();
-
-    Tile tile(p, rows, b, aligned, keys, queries, end, lse);
-    auto key_at = [&](int k) { return position[k]; };
-    float total = 0;
-    int kv = rows.count ? 0 : static_cast<int>(p.num_kv_heads), column0 = 0, channel = 0;
-    if (kv < p.num_kv_heads) tile.fetch(kv, column0, channel, key_at);
-    while (kv < p.num_kv_heads) {
-        tile.stage(channel);
-        __syncthreads();
-        const int column0_now = column0, channel_now = channel;
-        channel += Tile::kChunk;
-        const bool complete = channel >= p.head_dim;
-        if (complete) channel = 0, column0 += Tile::kColumns;
-        if (column0 >= tile.columns) column0 = 0, kv += 1;
-        if (kv < p.num_kv_heads) tile.fetch(kv, column0, channel, key_at);
-
-        if (channel_now == 0) tile.clear();
-        tile.multiply(column0_now, channel_now);
-        if (complete) {
-            UNROLL
-            for (int k = 0; k < Tile::kKeysPer; ++k) {
-                const int key = tile.key_of(k), at = position[key];
-                UNROLL
-                for (int c = 0; c < Tile::kColumnsPer; ++c) {
-                    const int column = tile.column_of(c);
-                    const float x = tile.logit[k][c], l = lse[column];
-                    // A row whose lse is infinite gives 0 to finite logits; a +inf logit gives NaN.
-                    const float e = x == kInf ? x - x : exp_fast(x - (l == -kInf ? kInf : l));
-                    share[key * kShareStride + column] = at >= 0 && at < end[column] ? e : 0.0f;
-                }
-            }
-        }
-        __syncthreads();  // shares are complete, and the staged chunk may be replaced
-        if (complete && threadIdx.x < kTileKeys) {
-            const int count = min(Tile::kColumns, tile.columns - column0_now);
-            for (int c = 0; c < count; ++c) total += share[threadIdx.x * kShareStride + c];
-        }
-    }
-    const int64_t divisor = max(static_cast<int64_t>(1), rows.counted * p.num_heads);
-    if (mine) *result = total / static_cast<float>(divisor);
+// The mean over counted rows and heads.
+DEV float mean_of(float total, const Rows& rows, int64_t num_heads) {
+    return total / static_cast<float>(max(static_cast<int64_t>(1), rows.counted * num_heads));
 }
 
 // --- log-sum-exp of the rows, where the caller has none ---------------------------------------------------------------
 
-// Running maximum and sum of exp(x - maximum). A NaN ends up in the sum.
+// Running maximum and sum of 2^(x - maximum). A NaN ends up in the sum.
 struct Partial {
     float high, sum;
 };
@@ -290,103 +83,41 @@ DEV float finite(float high) { return high == -kInf ? 0.0f : high == kInf ? kHug
 
 DEV Partial merge(Partial a, Partial b) {
     const float high = fmaxf(a.high, b.high), shift = finite(high);
-    const float left = __fmul_rn(a.sum, exp_fast(a.high - shift)), right = __fmul_rn(b.sum, exp_fast(b.high - shift));
+    const float left = __fmul_rn(a.sum, ptx::ex2(a.high - shift)), right = __fmul_rn(b.sum, ptx::ex2(b.high - shift));
     return {high, __fadd_rn(left, right)};
 }
 
-// partial[b, kv, split, column] = (max, sum exp(x - max)) over the visible keys of a split of 256 keys, counted from the
-// sample's first visible key.
-//
-// A block owns (sample, KV head, split): for each tile of columns it walks the keys 32 at a time with the tiles above. A
-// thread keeps the running partials of one chain of keys; thread c then merges the chains of column c.
-// Bytes read: the split's keys of one head once per 8 or 64 columns (again from cache), the queries of the head.
-// Deterministic: one writer per partial, and an order that depends on the position in the split alone.
-template <class T, class Shape>
-GLOBAL(kMassThreads, 3)
-lse_partial_kernel(AttentionMassParams p, bool aligned, Partial* partial, int splits) {
-    using Tile = Tile<T, Shape>;
-    SHARED(float, keys, [Tile::kKeyFloats]);
-    SHARED(float, queries, [Tile::kColumnFloats]);
-    SHARED(float, high, [kChains * Tile::kColumns]);
-    SHARED(float, sum, [kChains * Tile::kColumns]);
-    SHARED(float, lse, [Tile::kColumns]);
-    SHARED(int, end, [Tile::kColumns]);
-    SHARED(int, found, [4]);
-
-    const int split = blockIdx.x % static_cast<unsigned>(splits);
-    const unsigned head = blockIdx.x / static_cast<unsigned>(splits);
-    const int64_t b = head / static_cast<unsigned>(p.num_kv_heads);
-    const int kv = head % static_cast<unsigned>(p.num_kv_heads);
-    const Rows rows = find_rows(p, b, found);
-    const int64_t first = rows.start + static_cast<int64_t>(split) * kSplitKeys;
-    if (first >= rows.stop) return;
-    const int count = static_cast<int>(rows.stop - first < kSplitKeys ? rows.stop - first : kSplitKeys);
-
-    Tile tile(p, rows, b, aligned, keys, queries, end, lse);
-    partial += (static_cast<int64_t>(head) * splits + split) * p.num_rows * tile.group + rows.first * tile.group;
-    int column0 = 0, key0 = 0, channel = 0;
-    auto key_at = [&](int k) { return key0 + k < count ? static_cast<int>(first) + key0 + k : -1; };
-    const int chain = tile.y() % kChains;
-    Partial running[Tile::kColumnsPer];
-    tile.fetch(kv, column0, channel, key_at);
-    while (column0 < tile.columns) {
-        tile.stage(channel);
-        __syncthreads();
-        const int column0_now = column0, key0_now = key0, channel_now = channel;
-        channel += Tile::kChunk;
-        const bool complete = channel >= p.head_dim;
-        if (complete) channel = 0, key0 += kTileKeys;
-        const bool finished = key0 >= count;
-        if (finished) key0 = 0, column0 += Tile::kColumns;
-        if (column0 < tile.columns) tile.fetch(kv, column0, channel, key_at);
-
-        if (channel_now == 0) tile.clear();
-        tile.multiply(column0_now, channel_now);
-        UNROLL
-        for (int c = 0; complete && c < Tile::kColumnsPer; ++c) {
-            const int last = end[tile.column_of(c)];
-            float x[kChainKeys], tile_high = -kInf, tile_sum = 0;
-            UNROLL
-            for (int k = 0; k < kChainKeys; ++k) {
-                const int64_t key = first + key0_now + chain + k * kChains;
-                const float logit = tile.chain_logit(chain, k, c);  // a shuffle: no lane may skip it
-                x[k] = key < last ? logit : -kInf;
-                tile_high = fmaxf(tile_high, x[k]);  // skips NaN, the sum does not
-            }
-            UNROLL
-            for (int k = 0; k < kChainKeys; ++k) tile_sum = __fadd_rn(tile_sum, exp_fast(x[k] - finite(tile_high)));
-            running[c] = merge(key0_now > 0 ? running[c] : Partial{-kInf, 0.0f}, {tile_high, tile_sum});
-            const int at = chain * Tile::kColumns + tile.column_of(c);
-            if (finished && tile.y() < kChains) high[at] = running[c].high, sum[at] = running[c].sum;
-        }
-        __syncthreads();  // partials are complete, and the staged chunk may be replaced
-        const int column = column0_now + threadIdx.x;
-        if (finished && threadIdx.x < Tile::kColumns && column < tile.columns) {
-            Partial all = {high[threadIdx.x], sum[threadIdx.x]};
-            for (int other = 1; other < kChains; ++other) {
-                const int at = other * Tile::kColumns + threadIdx.x;
-                all = merge(all, {high[at], sum[at]});
-            }
-            partial[column] = all;
-        }
-    }
+// A block of the partial kernels owns (sample, KV head, split), in this order. Their result:
+// partial[b, kv, split, row * group + head] = (max, sum 2^(x - max)) over the visible keys of the split.
+struct Split {
+    int64_t b;
+    unsigned head;  // b * num_kv_heads + kv
+    int kv, number;
+};
+DEV Split split_of(const AttentionMassParams& p, int splits) {
+    const unsigned head = blockIdx.x / static_cast<unsigned>(splits), heads = static_cast<unsigned>(p.num_kv_heads);
+    return {head / heads, head, static_cast<int>(head % heads), static_cast<int>(blockIdx.x % static_cast<unsigned>(splits))};
+}
+DEV Partial* partials_of(const AttentionMassParams& p, Partial* partial, const Split& split, int splits) {
+    return partial + (static_cast<int64_t>(split.head) * splits + split.number) * p.num_rows * (p.num_heads / p.num_kv_heads);
 }
 
-// lse[b, h, r] = log of the merged partials of the row's splits in ascending order; +inf for a padding row. A thread owns
+// lse[b, h, r] = log2 of the merged partials of the row's splits in ascending order; +inf for a padding row. A thread owns
 // one column. Splits behind the row's last visible key are not read, so the result does not depend on num_keys.
-GLOBAL(kMassThreads, 8)
-lse_combine_kernel(AttentionMassParams p, const Partial* partial, int splits, float* lse) {
+GLOBAL(kCombineThreads, 8)
+lse_combine_kernel(AttentionMassParams p, const Partial* partial, int64_t split_keys, int splits, float* lse) {
+    ptx::grid_wait();
+    ptx::grid_launch_dependents();
     const int64_t group = p.num_heads / p.num_kv_heads, columns = p.num_rows * group;
-    const int64_t item = static_cast<int64_t>(blockIdx.x) * kMassThreads + threadIdx.x;
+    const int64_t item = static_cast<int64_t>(blockIdx.x) * kCombineThreads + threadIdx.x;
     if (item >= p.batch * p.num_kv_heads * columns) return;
     const int64_t head = item / columns, column = item % columns, b = head / p.num_kv_heads;
     const int64_t row = column / group, query_head = head % p.num_kv_heads * group + column % group;
-    const int start = p.visible_start ? clamp_key(p.visible_start[b], p.num_keys) : 0;
-    const int end = row_end(p, b, row, start);
+    const int start = first_key(p, b), end = row_end(p, b, row, start);
     Partial all = {-kInf, 0.0f};
-    for (int split = 0; start + static_cast<int64_t>(split) * kSplitKeys < end; ++split)
+    for (int split = 0; start + split * split_keys < end; ++split)
         all = merge(all, partial[(head * splits + split) * columns + column]);
-    lse[(b * p.num_heads + query_head) * p.num_rows + row] = end ? finite(all.high) + logf(all.sum) : kInf;
+    lse[(b * p.num_heads + query_head) * p.num_rows + row] = end ? finite(all.high) + log2f(all.sum) : kInf;
 }
 
 }  // namespace

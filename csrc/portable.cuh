@@ -7,6 +7,7 @@
 //                              type with a comma needs an alias; one per line.
 //   DYN_SHARED(type, name)     `type* name`: the dynamic shared memory of the launch, 128-byte aligned
 //   UNROLL                     unroll the loop that follows: its counter indexes registers
+//   ROLLED                     do not unroll it: registers are dearer than its branch
 //   LAUNCH(grid, block, smem, stream, kernel, arguments...)   asynchronous; returns the cudaError_t as int. `grid`: blocks
 //                              along x (any integer) or dim3; `smem`: bytes of dynamic shared memory, up to what the device
 //                              has. Arguments convert to the parameter types of the kernel; a kernel name with commas
@@ -38,6 +39,7 @@
     extern __shared__ __align__(128) unsigned char dynamic_shared[]; \
     type* name = reinterpret_cast<type*>(dynamic_shared)
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
 #define LAUNCH(grid, block, smem, stream, kernel, ...) ::crop::launch(false, kernel, grid, block, smem, stream, __VA_ARGS__)
 #define LAUNCH_DEPENDENT(grid, block, smem, stream, kernel, ...) \
     ::crop::launch(true, kernel, grid, block, smem, stream, __VA_ARGS__)
@@ -173,4 +175,8 @@ DEV void grid_launch_dependents() {
 }  // namespace ptx
 }  // namespace
 }  // namespace crop
+#endif
+
+#ifndef ROLLED
+#define ROLLED
 #endif
