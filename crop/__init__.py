@@ -1,6 +1,7 @@
 """crop: region-guided pruning of vision tokens for Hugging Face vision-language models, training-free."""
 
 from .build import build_info
+from .estimate import Estimate, estimate
 from .localizers import AttentionLocalizer, BoxLocalizer, Localizer, WholeLocalizer, get_localizer
 from .methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Pyramid, Selection, by_name
 from .ops import adaptive_pool, attention_mass, compact, region_topk, select, use_backend
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionLocalizer",
     "BoxLocalizer",
     "Compose",
+    "Estimate",
     "InnerLLMPruning",
     "Localizer",
     "Method",
@@ -32,6 +34,7 @@ __all__ = [
     "build_info",
     "by_name",
     "compact",
+    "estimate",
     "get_localizer",
     "patch",
     "region_topk",

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from . import ops
 from .cache import Slots, cache_state, make_uniform, store_state
 from .chunk import ChunkPlan, PoolStep, SelectStep, plan_chunk
+from .estimate import compare
 from .inputs import (
     as_regions,
     as_sizes,
@@ -66,6 +67,7 @@ def patch(
     image_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
     positions: Literal["original", "centroid", "compact"] = "original",
     cache: Literal["ragged", "uniform"] = "ragged",
+    auto: bool = False,
 ) -> Iterator[PruneStats]:
     """Prune vision tokens in every prefill inside the block; decode and later turns follow.
 
@@ -84,6 +86,7 @@ def patch(
             from the layer on where tokens leave, and text follows.
         cache: "ragged": layers before a cut keep the keys and values of all tokens; "uniform": after a prefill they keep
             those of the tokens that are left at the end, so that all layers are equally long and static caches work.
+        auto: leave a prefill unpruned where pruning is predicted not to pay (``estimate``; ``stats.estimate`` tells).
     Yields:
         PruneStats, filled by each prefill.
     Raises:
@@ -92,7 +95,7 @@ def patch(
             processor or image size, unsupported attention mask or cache. Raised before anything runs on the model.
         RuntimeError: the model is patched already.
     """
-    active = _Patch(model, method, region, processor, image_size, positions, cache)
+    active = _Patch(model, method, region, processor, image_size, positions, cache, auto)
     if active.language_model in _patched:
         raise RuntimeError("patch: model must not be patched already, got a nested patch of the same model")
     with ExitStack() as undo:
@@ -100,6 +103,23 @@ def patch(
         undo.callback(_patched.discard, active.language_model)
         active.install(undo)
         yield active.stats
+
+
+def plan_prompt(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    method: Method,
+    region: Region | Sequence[Region] | None = None,
+    *,
+    processor: Any = None,
+    image_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+) -> ChunkPlan | None:
+    """What a prefill inside ``patch`` would do with these inputs; None: they hold no image. Nothing runs on the model.
+
+    Args and Raises: as ``patch``; inputs: what the model would be called with.
+    """
+    active = _Patch(model, method, region, processor, image_size, "original", "ragged")
+    return active._plan(active.method, inputs["input_ids"], inputs)
 
 
 class _Patch:
@@ -112,6 +132,7 @@ class _Patch:
         image_size: tuple[int, int] | Sequence[tuple[int, int]] | None,
         positions: str,
         cache: str,
+        auto: bool = False,
     ) -> None:
         self.adapter: Adapter = adapter_for(model)
         if method is not None and not isinstance(method, Method):
@@ -122,6 +143,7 @@ class _Patch:
         self.image_sizes = as_sizes(image_size)
         self.positions = one_of("positions", positions, POLICIES)
         self.uniform = one_of("cache", cache, ("ragged", "uniform")) == "uniform"
+        self.auto = auto
         self.config = model.config
         self.base = self.adapter.base(model)
         self.language_model = self.adapter.language_model(model)
@@ -207,9 +229,13 @@ class _Patch:
                 raise ValueError("patch: input_ids must be given with pixel_values, got inputs_embeds alone")
             return
         start = mark(input_ids.device)
-        chunk = self._plan(input_ids, arguments)
+        chunk = self._plan(self.method, input_ids, arguments)
         if chunk is None:
             return
+        if self.auto and (chunk.pool is not None or chunk.steps):
+            self.stats.estimate = compare(chunk, self.language_model)
+            if not self.stats.estimate.prune:
+                chunk = self._plan(Method(), input_ids, arguments)
         self.stats._begin(chunk, len(self.layers))
         self.stats._add("plan", start, mark(input_ids.device))
         self.run.timed = True
@@ -219,7 +245,7 @@ class _Patch:
     def _leave_base(self, *_: Any) -> None:
         self.run = None
 
-    def _plan(self, input_ids: Tensor, arguments: Mapping[str, Any]) -> ChunkPlan | None:
+    def _plan(self, method: Method, input_ids: Tensor, arguments: Mapping[str, Any]) -> ChunkPlan | None:
         if not brings_images(arguments):
             return None
         ids = input_ids.cpu()
@@ -237,8 +263,8 @@ class _Patch:
         regions = [Region.whole()] if self.regions is None else self.regions
         regions = one_per_image("region", regions, [sample for sample, _ in found], self.copies)
         refuse_unsupported(arguments, ids, self.language_model, self.uniform)
-        refuse_past(self.method, arguments)
-        return plan_chunk(self.method, found, regions, real_tokens(arguments, ids))
+        refuse_past(method, arguments)
+        return plan_chunk(method, found, regions, real_tokens(arguments, ids))
 
     # Door 1: the language model
 

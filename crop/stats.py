@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .chunk import ChunkPlan
+from .estimate import Estimate
 from .plan import PoolPlan
 from .region import VisionLayout
 
@@ -42,6 +43,7 @@ class PruneStats:
         layouts: geometry of each image's tokens before pruning.
         pooled: geometry after pooling, in the shortened sequence.
         plans: pooling plan per image, None where it was left whole.
+        estimate: what ``patch(auto=True)`` predicted, None otherwise.
     """
 
     tokens_before: list[int] = field(default_factory=list)
@@ -52,6 +54,7 @@ class PruneStats:
     layouts: list[VisionLayout] = field(default_factory=list)
     pooled: list[VisionLayout] = field(default_factory=list)
     plans: list[PoolPlan | None] = field(default_factory=list)
+    estimate: Estimate | None = None
     _chunk: ChunkPlan | None = field(default=None, repr=False)
     _num_layers: int = field(default=0, repr=False)
     _selected: dict[int, Tensor] = field(default_factory=dict, repr=False)
