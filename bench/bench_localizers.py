@@ -15,7 +15,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 
@@ -78,9 +78,10 @@ def moved(true: Region, rng: random.Random | None) -> Region:
 
 def localizers(asker: Asker, layer: int | None) -> dict[str, Callable[[scenes.Question, random.Random], Localizer]]:
     """What is compared: question and random numbers -> localizer."""
-    attention = (asker if layer is None else replace(asker, layer=layer)).localizer("attention")
+    attention, head = asker.localizer("attention", layer=layer), asker.localizer("head")
     return {
         "unpruned": lambda question, rng: BoxLocalizer(Region.whole()),
+        "head": lambda question, rng: head,
         "attention": lambda question, rng: attention,
         "oracle": lambda question, rng: BoxLocalizer(question.region),
         "whole": lambda question, rng: BoxLocalizer(Region.whole()),
@@ -121,8 +122,8 @@ def main() -> None:
                     max_new_tokens=5,
                 )
                 tables["a part answers" if question.local else "only the whole answers"][name].add(answer, question)
-                if question.local and name == "attention":
-                    tables["attention, by kind"][question.kind].add(answer, question)
+                if question.local and name == "head":
+                    tables["head, by kind"][question.kind].add(answer, question)
     print(header())
     print(f"# seeds {options.first}..{options.first + options.scenes - 1}, method {options.method}, keep {options.keep}; "
           f"ms: medians, vision tower included once; weights {digest}")  # fmt: skip

@@ -78,8 +78,8 @@ def methods(keep: float) -> dict[str, crop.Method]:
 
 
 @torch.no_grad()
-def measure(model: Any, images: int, rounds: int) -> list[dict[str, Any]]:
-    """All contenders on one prompt, interleaved."""
+def measure(model: Any, images: int, rounds: int, only: str) -> list[dict[str, Any]]:
+    """All contenders on one prompt whose name holds ``only``, and the unpatched model, interleaved."""
     inputs = prompt(model, images)
     regions = [REGION] * images
     # A plain resize: the image fills the token grid.
@@ -121,10 +121,13 @@ def measure(model: Any, images: int, rounds: int) -> list[dict[str, Any]]:
         contenders[name] = localize(*setting)
     lengths: dict[str, list[int]] = {"unpatched": [TEXT + 576 * images] * LAYERS}
     contenders["keep all"] = pruned("keep all", crop.InnerLLMPruning(keep=1.0))
+    contenders = {name: call for name, call in contenders.items() if only in name or call is plain}
     lengths["keep all"] = lengths["unpatched"]
     for keep in KEEPS:
         for kind, method in methods(keep).items():
             name = f"{kind} {keep:.0%}"
+            if only not in name:
+                continue
             with crop.patch(model, method, regions, processor=processor) as stats:
                 model(**inputs, logits_to_keep=1)
             want = [round(keep * 576)] * images
@@ -164,6 +167,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--only", default="", help="contenders whose name holds this (default: all)")
     options = parser.parse_args()
     model = build(options.device)
     print(header())
@@ -171,7 +175,7 @@ def main() -> None:
     for tokens in options.tokens:
         if tokens % 576:
             parser.error(f"--tokens must be multiples of 576, got {tokens}")
-        rows += measure(model, tokens // 576, options.rounds)
+        rows += measure(model, tokens // 576, options.rounds, options.only)
     print(table(rows))
     if options.json:
         save(options.json, rows)

@@ -3,9 +3,7 @@
     python bench/train_head.py --out crop/embedded/head.safetensors                          # embedded model, rendered set
     python bench/train_head.py --model PATH --records train.jsonl --dev dev.jsonl --out head.safetensors
 
-A record is one line of JSON: {"image": path, "question": text, "boxes": [[x0, y0, x1, y1], ...]} with boxes as fractions of
-width and height; the whole image where all of it is needed; "boxes": null where nothing in the image answers. Image paths
-are relative to the file.
+Records: see bench/records.py.
 
 The model runs once per image up to its decoder; what the head needs is kept in --cache. Rendered pictures: training seeds
 from 9 000 000 on, development seeds from 10 500 000 on, where also the confidence is fitted; 10 800 000 and more are left to
@@ -15,7 +13,6 @@ bench_localizers.py.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -31,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from common import header
 from PIL import Image
+from records import Record, read_jsonl, rendered
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from crop.ask import EMBEDDED, Asker, load
-from crop.embedded import scenes
 from crop.localizers.boxes import Raster
 from crop.localizers.head import Head, clues, head_region
 from crop.localizers.reading import embeddings
@@ -44,42 +41,8 @@ from crop.region import Region, VisionLayout
 from crop.share import share_vision
 
 TRAIN_SEED, DEV_SEED = 9_000_000, 10_500_000
-SETTINGS = {"threshold": 0.3, "gap": 0, "max_boxes": 8, "dilate": 0}
-Record = tuple[Any, str, Any]  # (image or its path, question, boxes or None)
-
-
-def rendered(first: int, count: int, questions: int) -> Iterator[Record]:
-    """Records of rendered pictures; one in each asks for what only another picture shows."""
-    before: tuple[scenes.Question, ...] = ()
-    for seed in range(first, first + count):
-        scene, rng = scenes.scene(seed), random.Random(seed)
-        known = {question.text for question in scene.questions}
-        chosen = rng.sample(scene.questions, min(questions, len(scene.questions)))
-        for question in chosen:
-            yield scene.image, question.text, question.boxes
-        absent = [q.text for q in before if q.text not in known and foreign(q, scene)]
-        if absent:
-            yield scene.image, rng.choice(absent), None
-        before = scene.questions
-
-
-def foreign(question: scenes.Question, scene: scenes.Scene) -> bool:
-    """Whether a question of another picture names a thing that this one surely does not show."""
-    if not question.local:
-        return False
-    shown = {str(value) for thing in scene.things for value in (thing.color, thing.shape, thing.word) if value}
-    shown |= {f"{thing.shape}s" for thing in scene.things if thing.shape}
-    named = set(question.text.split()) & (
-        {*scenes.COLORS, *scenes.SHAPES, *scenes.DRAWN_WORDS} | {f"{s}s" for s in scenes.SHAPES}
-    )
-    return bool(named - shown)
-
-
-def read_jsonl(path: Path) -> Iterator[Record]:
-    """Records of a file, one JSON object a line."""
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        yield path.parent / record["image"], record["question"], record["boxes"]
+SETTINGS = {"threshold": 0.2, "gap": 0, "max_boxes": 8, "dilate": 0}
+BACKGROUND = 64  # tokens per image and step that no question wants
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,26 +73,52 @@ def features(asker: Asker, records: Iterable[Record], total: int | None) -> tupl
     return examples, texts
 
 
-def batch(examples: list[Example], texts: dict[str, Tensor], per_image: int, rng: random.Random) -> dict[str, Tensor]:
+Target = tuple[str, Tensor, float]  # question, (N,) bool, 1 a part is enough, 0 the whole is needed, -1 nothing answers
+
+
+def targets(example: Example) -> list[Target]:
+    """What the head should say to each question about an image."""
+    found = []
+    for question, boxes in example.asked:
+        region = as_region(boxes)
+        inside = torch.zeros(len(example.layout), dtype=torch.bool) if region is None else example.layout.inside(region)
+        found.append((question, inside, -1.0 if region is None else float(not region.is_whole)))
+    return found
+
+
+def as_region(boxes: Any) -> Region | None:
+    """The boxes of a record; None where nothing answers."""
+    return None if boxes is None else Region(tuple(map(tuple, boxes)))
+
+
+def batch(
+    examples: list[tuple[Example, list[Target]]], texts: dict[str, Tensor], per_image: int, rng: random.Random
+) -> dict[str, Tensor]:
     """(B, N, ...) of the images and (B, Q, ...) of the questions, padded."""
-    asked = [rng.choices(example.asked, k=per_image) for example in examples]
-    words = [texts[question] for row in asked for question, _ in row]
-    target, local = [], []
-    for example, row in zip(examples, asked, strict=True):
-        for _, boxes in row:
-            region = Region(tuple(map(tuple, boxes))) if boxes else None
-            inside = example.layout.inside(region) if region else torch.zeros(len(example.layout), dtype=torch.bool)
-            target.append(inside.float())
-            local.append(-1.0 if region is None else float(not region.is_whole))
+    rows = [(example, rng.choices(known, k=per_image)) for example, known in examples]
+    vision, center, weight, target = [], [], [], []
+    for example, asked in rows:
+        wanted = torch.stack([inside for _, inside, _ in asked])
+        # All tokens that some question wants, and a few of the others, which stand for all of them.
+        others = torch.nonzero(~wanted.any(0)).flatten()
+        drawn = others[torch.randperm(len(others))[:BACKGROUND]]
+        index = torch.cat([torch.nonzero(wanted.any(0)).flatten(), drawn])
+        vision.append(example.vision[index])
+        center.append(example.layout.center[index])
+        weight.append(torch.ones(len(index)))
+        weight[-1][len(index) - len(drawn) :] = len(others) / max(len(drawn), 1)
+        target.append(wanted[:, index].float().mT)
+    asked = [entry for _, asked in rows for entry in asked]
+    words = [texts[question] for question, *_ in asked]
     pad = torch.nn.utils.rnn.pad_sequence
     return {
-        "vision": pad([example.vision for example in examples], True).float(),
-        "center": pad([example.layout.center for example in examples], True),
-        "real": pad([torch.ones(len(example.layout)) for example in examples], True),
+        "vision": pad(vision, True).float(),
+        "center": pad(center, True),
+        "weight": pad(weight, True),
         "words": pad(words, True).float(),
         "length": torch.tensor([len(entry) for entry in words]),
-        "target": pad(target, True).unflatten(0, (len(examples), per_image)),
-        "local": torch.tensor(local),
+        "target": pad(target, True).mT,
+        "local": torch.tensor([local for *_, local in asked]),
     }
 
 
@@ -138,7 +127,7 @@ def loss(head: Head, data: dict[str, Tensor]) -> Tensor:
     count, per_image, _ = data["target"].shape
     film, local = head.read(data["words"], data["length"])
     logits = head.match(head.see(data["vision"], data["center"]), film.unflatten(0, (count, per_image)))
-    asks = (data["local"] != 0).view(count, per_image, 1) * data["real"].unsqueeze(1)
+    asks = (data["local"] != 0).view(count, per_image, 1) * data["weight"].unsqueeze(1)
     weight = torch.tensor(2.0)  # a token missed costs an answer, one too many next to nothing
     tokens = F.binary_cross_entropy_with_logits(logits, data["target"], asks, pos_weight=weight, reduction="sum")
     known = data["local"] >= 0
@@ -147,32 +136,36 @@ def loss(head: Head, data: dict[str, Tensor]) -> Tensor:
 
 
 def train(head: Head, examples: list[Example], texts: dict[str, Tensor], minutes: float, steps: int) -> None:
-    """AdamW, linear warm-up and cosine decay over the time or the steps, whichever end first."""
-    rng, start = random.Random(0), time.monotonic()
+    """AdamW, linear warm-up and cosine decay over the CPU time or the steps, whichever end first."""
+    rng, start = random.Random(0), time.process_time()
     optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=0.01)
     head.train()
+    known = [(example, targets(example)) for example in examples]
     for step in (bar := tqdm(range(steps), "training", disable=None)):
-        done = max(step / steps, (time.monotonic() - start) / (60 * minutes))
+        done = max(step / steps, (time.process_time() - start) / (60 * minutes))
         if done >= 1:
             break
         rate = 3e-3 * min(1.0, (step + 1) / 100) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done))).item()
         optimizer.param_groups[0]["lr"] = rate
-        value = loss(head, batch(rng.sample(examples, min(32, len(examples))), texts, 6, rng))
+        value = loss(head, batch(rng.sample(known, min(32, len(known))), texts, 6, rng))
         optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0:
             bar.set_postfix(loss=f"{value.item():.3f}")
-            print(f"step {step} loss {value.item():.4f} {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"step {step} loss {value.item():.4f} {time.process_time() - start:.0f} s", file=sys.stderr, flush=True
+            )
     head.eval()
 
 
+Verdict = tuple[Example, Any, Tensor, float]  # boxes of the record, token logits, local logit
+
+
 @torch.no_grad()
-def judged(
-    head: Head, examples: list[Example], texts: dict[str, Tensor]
-) -> Iterator[tuple[Example, Any, Tensor, float]]:
-    """(example, boxes, token logits, local logit) of every question."""
+def judged(head: Head, examples: list[Example], texts: dict[str, Tensor]) -> Iterator[Verdict]:
+    """What the head makes of every question."""
     for example in examples:
         seen = head.see(example.vision.float(), example.layout.center).unsqueeze(0)
         for question, boxes in example.asked:
@@ -180,10 +173,10 @@ def judged(
             yield example, boxes, head.match(seen, film.unsqueeze(1))[0, 0], float(local)
 
 
-def calibrate(head: Head, examples: list[Example], texts: dict[str, Tensor]) -> None:
+def calibrate(head: Head, verdicts: list[Verdict]) -> None:
     """Fit the confidence: logistic regression of "the boxes hold all that is needed" on the clues."""
     inputs, held = [], []
-    for example, boxes, logits, local in judged(head, examples, texts):
+    for example, boxes, logits, local in verdicts:
         raster = Raster.of(example.layout, logits.sigmoid())
         found = raster.boxes(
             raster.values >= SETTINGS["threshold"], **{k: v for k, v in SETTINGS.items() if k != "threshold"}
@@ -191,7 +184,7 @@ def calibrate(head: Head, examples: list[Example], texts: dict[str, Tensor]) -> 
         inputs.append(clues(raster, raster.inside(found), local))
         held.append(bool(found) and boxes is not None and covers(example.layout, raster.region(found, 1.0), boxes))
     inputs, held = torch.stack(inputs), torch.tensor(held).float()
-    scale = inputs.std(0).clamp(min=1e-3)
+    scale = inputs.std(0, correction=0).clamp(min=1e-3)
     weights = torch.zeros(inputs.shape[1] + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -208,18 +201,18 @@ def calibrate(head: Head, examples: list[Example], texts: dict[str, Tensor]) -> 
 
 def covers(layout: VisionLayout, region: Region, boxes: Any) -> bool:
     """Whether a region holds every token of the true boxes."""
-    return bool((layout.inside(region) | ~layout.inside(Region(tuple(map(tuple, boxes))))).all())
+    return bool((layout.inside(region) | ~layout.inside(as_region(boxes))).all())
 
 
-def report(head: Head, examples: list[Example], texts: dict[str, Tensor], min_confidence: float) -> str:
+def report(head: Head, verdicts: list[Verdict], min_confidence: float) -> str:
     """One line: what the regions hold, how large they are, how honest the confidence is."""
     held, area, true, whole, nothing, trust, good = [], [], [], [], [], [], []
-    for example, boxes, logits, local in judged(head, examples, texts):
+    for example, boxes, logits, local in verdicts:
         region = head_region(example.layout, logits, local, head.calibration, **SETTINGS, min_confidence=min_confidence)
         if boxes is None:
             nothing.append(region.is_whole)
             continue
-        wanted = Region(tuple(map(tuple, boxes)))
+        wanted = as_region(boxes)
         if wanted.is_whole:
             whole.append(region.is_whole)
             continue
@@ -246,8 +239,8 @@ def main() -> None:
         "--scenes", type=int, default=3000, help="rendered pictures to train on; a tenth as many to fit on"
     )
     parser.add_argument("--width", type=int, default=48)
-    parser.add_argument("--minutes", type=float, default=8.0, help="training at most this long")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--minutes", type=float, default=8.0, help="of CPU time in training at most")
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="of the model; the head trains on the CPU")
     options = parser.parse_args()
@@ -269,13 +262,14 @@ def main() -> None:
     (examples, texts), dev = sets
     head = Head(examples[0].vision.shape[1], options.width)
     train(head, examples, texts, options.minutes, options.steps)
-    calibrate(head, *dev)
+    verdicts = list(judged(head, *dev))
+    calibrate(head, verdicts)
     head.save(options.out)
     print(header())
     print(f"{sum(p.numel() for p in head.parameters())} parameters, {len(examples)} images, "
           f"{sum(len(example.asked) for example in examples)} questions; development set:")  # fmt: skip
     for min_confidence in (0.3, 0.5, 0.7, 0.9):
-        print(report(Head.load(options.out), *dev, min_confidence))
+        print(report(head, verdicts, min_confidence))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from PIL.Image import Image
 from torch import nn
 
 from crop.localizers import Localizer, encode, get_localizer
+from crop.localizers.base import model_source
 from crop.methods import Method
 from crop.models import ADAPTERS
 from crop.patch import patch
@@ -74,17 +75,24 @@ class Asker:
         processor: its processor.
         prompt: question -> full text; None: the processor's chat template.
         tidy: decoded text -> answer.
-        layer, min_confidence: of the "attention" localizer.
+        head: file of the weights for the "head" localizer, where there are some for this model.
     """
 
     model: nn.Module
     processor: Any
     prompt: Callable[[str], str] | None = None
     tidy: Callable[[str], str] = str.strip
-    layer: int | None = None
-    min_confidence: float = 0.5
+    head: Path | None = None
 
-    def localizer(self, name: str, region: Region | None = None) -> Localizer:
+    def localizer(
+        self,
+        name: str,
+        region: Region | None = None,
+        *,
+        layer: int | None = None,
+        path: str | Path | None = None,
+        min_confidence: float | None = None,
+    ) -> Localizer:
         """A localizer by name, see ``get_localizer``."""
         return get_localizer(
             name,
@@ -92,8 +100,9 @@ class Asker:
             model=self.model,
             processor=self.processor,
             prompt=self.prompt,
-            layer=self.layer,
-            min_confidence=self.min_confidence,
+            layer=layer,
+            path=self.head if path is None and name == "head" else path,
+            min_confidence=min_confidence,
         )
 
     @torch.no_grad()
@@ -176,11 +185,11 @@ def load(name: str, device: str, dtype: str) -> Asker:
             model, processor = embedded.load(device, precision)
         except FileNotFoundError as error:
             raise UsageError(f"the embedded model is not installed: {error}") from error
-        # Chosen on development seeds, see bench/bench_localizers.py: layer 1 says as much as layer 3, and nearly every
-        # question that a part of the picture answers stays above this confidence.
-        return Asker(model, processor, embedded.prompt, embedded.tidy, layer=1, min_confidence=0.8)
-    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
-        raise UsageError(f"model must be an existing folder or a name on the hub, got {name!r}")
+        return Asker(model, processor, embedded.prompt, embedded.tidy, embedded.HEAD)
+    try:
+        model_source("load", name)
+    except FileNotFoundError as error:
+        raise UsageError(f"model {str(error).removeprefix('load: path ')}") from error
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     try:

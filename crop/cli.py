@@ -7,7 +7,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from crop.localizers import Localizer
 
 METHODS = ("crop", "plc", "ilp", "none")
+SECOND_MODELS = ("clip", "detector", "vlm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NEEDED = {"transformers": "transformers", "PIL": "pillow", "rich": "rich"}
 
@@ -35,7 +36,7 @@ examples:
 ASK_EXAMPLES = """\
 examples:
   crop ask receipt.png "what is the total"
-      localize by the model's own attention, keep 11 % of the vision tokens
+      localize by the head that comes with the embedded model, keep 11 % of the vision tokens
   crop ask receipt.png "what is the total" --region 0.1,0.6,0.9,0.8 --overlay seen.png
       you know where to look; write a picture of what the model got to see
   crop ask photo.jpg "what does the sign say" --model Qwen/Qwen2.5-VL-3B-Instruct \\
@@ -87,12 +88,15 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--region", action="append", metavar="X0,Y0,X1,Y1",
                      help="where the answer is, as fractions of width and height; may be given several times")  # fmt: skip
     ask.add_argument("--localizer", choices=LOCALIZERS,
-                     help="who finds the region: attention (the model's own, early; default), box (--region), "
+                     help="who finds the region: head (trained for the model; default where there is one), attention (the "
+                     "model's own, early; default elsewhere), clip, detector, vlm (a second model), box (--region), "
                      "whole (nobody: prune by attention alone)")  # fmt: skip
+    ask.add_argument("--localizer-model", metavar="PATH",
+                     help="folder or hub name of the model for clip, detector or vlm; file of weights for head")  # fmt: skip
     ask.add_argument("--layer", type=_natural, metavar="N",
-                     help="decoder layer whose attention finds the region (default: 3/8 of the depth; embedded model: 1)")  # fmt: skip
+                     help="decoder layer whose attention finds the region (default: 1/8 of the depth)")  # fmt: skip
     ask.add_argument("--min-confidence", type=_fraction, metavar="FRACTION",
-                     help="below it the whole image counts as region (default 0.5; embedded model: 0.8)")  # fmt: skip
+                     help="below it the whole image counts as region (default: depends on the localizer)")  # fmt: skip
     ask.add_argument("--method", choices=METHODS, default="crop",
                      help="plc: pool before the language model; ilp: drop inside it; crop: both (default)")  # fmt: skip
     ask.add_argument("--keep", type=_fraction, default=0.11, metavar="FRACTION",
@@ -184,7 +188,6 @@ def _need(parser: argparse.ArgumentParser, command: str) -> None:
 def _ask(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     _need(parser, "ask")
     region = _region(options, parser)
-    name = options.localizer or ("box" if region else "whole" if options.method == "none" else "attention")
     image = _open(options.image, parser)
     if options.overlay and not Path(options.overlay).resolve().parent.is_dir():
         parser.error(f"--overlay must be in an existing folder, got {options.overlay}")
@@ -196,11 +199,13 @@ def _ask(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         with status.status(f"loading {options.model}"):
             asker = load(options.model, _device(options.device, parser), options.dtype)
-        localizer = _tuned(asker, options).localizer(name, region)
+        name = options.localizer or _default_localizer(options, asker, region)
+        settings = {key: getattr(options, key) for key in ("layer", "min_confidence")}
+        localizer = asker.localizer(name, region, path=options.localizer_model, **settings)
         with status.status("asking"):
             pruned, plain = _answers(options, asker, image, localizer)
-    except (UsageError, ValueError) as error:  # ValueError: what the package refuses
-        parser.error(str(error))
+    except (UsageError, ValueError, OSError) as error:  # ValueError: what the package refuses; OSError: no such model
+        parser.error(str(error).strip().splitlines()[0])
     if options.overlay:
         from crop.visualize import overlay
 
@@ -215,11 +220,12 @@ def _ask(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def _tuned(asker: Asker, options: argparse.Namespace) -> Asker:
-    """With the settings of the localizer that were given."""
-    names = ("layer", "min_confidence")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return replace(asker, **given)
+def _default_localizer(options: argparse.Namespace, asker: Asker, region: Region | None) -> str:
+    if region is not None:
+        return "box"
+    if options.method == "none":
+        return "whole"
+    return "attention" if asker.head is None or options.layer is not None else "head"
 
 
 def _answers(
@@ -237,9 +243,14 @@ def _answers(
 
 
 def _region(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Region | None:
-    given = options.layer is not None or options.min_confidence is not None
-    if given and (options.region or options.localizer not in (None, "attention")):
-        parser.error("--layer and --min-confidence must come with --localizer attention")
+    if options.layer is not None and (options.region or options.localizer not in (None, "attention")):
+        parser.error("--layer must come with --localizer attention")
+    if options.min_confidence is not None and (options.region or options.localizer in ("box", "whole")):
+        parser.error("--min-confidence must come with a localizer that looks at the image")
+    if options.localizer in SECOND_MODELS and options.localizer_model is None:
+        parser.error(f"--localizer {options.localizer} must come with --localizer-model PATH")
+    if options.localizer_model is not None and options.localizer not in (*SECOND_MODELS, "head"):
+        parser.error(f"--localizer-model must come with --localizer {', '.join(SECOND_MODELS)} or head")
     if options.region and options.localizer not in (None, "box"):
         parser.error(f"--region must come without --localizer {options.localizer}: the box is given already")
     if not options.region:

@@ -35,7 +35,7 @@ def demo(out: Path, *, count: int = 6, seed: int = 0) -> None:
     console = Console(highlight=False)
     with console.status("loading the embedded model"):
         asker = load(EMBEDDED, "cpu", "auto")
-        find = asker.localizer("attention")
+        find = asker.localizer("head")
         method, whole = by_name("crop", KEEP), WholeLocalizer()
         first, question = next(_examples(seed, 1))
         for each, localizer in (

@@ -70,7 +70,7 @@ def test_json_schema_counts_and_times(capsys, image, tmp_path):
     words = ["ask", image, QUESTION.text, "--json", "--compare", "--overlay", str(out), "--keep", "0.2"]
     found = json.loads(run(capsys, *words)[0])
     assert shape(found) == SCHEMA
-    assert found["localizer"] == "attention" and found["device"] == "cpu" and found["dtype"] == "float32"
+    assert found["localizer"] == "head" and found["device"] == "cpu" and found["dtype"] == "float32"
     tokens = found["tokens"]
     assert tokens["before"] == 256 and tokens["after_ilp"] == round(0.2 * 256)
     assert tokens["after_ilp"] <= tokens["after_plc"] < 256
@@ -99,12 +99,28 @@ def test_given_regions(capsys, image):
     assert whole["region"]["boxes"] == [[0.0, 0.0, 1.0, 1.0]]
 
 
-def test_settings_of_the_attention_localizer(capsys, image):
+def test_settings_of_localizers(capsys, image):
     words = ["ask", image, QUESTION.text, "--json"]
-    found = json.loads(run(capsys, *words, "--min-confidence", "0.1", "--layer", "3")[0])["region"]
-    assert found["area"] < 0.5
-    found = json.loads(run(capsys, *words, "--min-confidence", "0.999")[0])["region"]
-    assert found["area"] == 1.0 and 0 < found["confidence"] < 0.999
+    found = json.loads(run(capsys, *words, "--min-confidence", "0.1", "--layer", "3")[0])
+    assert found["localizer"] == "attention" and found["region"]["area"] < 0.5
+    for name in ("attention", "head"):
+        found = json.loads(run(capsys, *words, "--localizer", name, "--min-confidence", "0.99999")[0])["region"]
+        assert found["area"] == 1.0 and 0 < found["confidence"] < 1 and found["reason"]
+    found = json.loads(run(capsys, *words, "--localizer", "head", "--localizer-model", str(crop.embedded.HEAD))[0])
+    assert found["localizer"] == "head" and found["region"]["area"] < 0.5
+
+
+def test_a_second_model_finds_the_region(capsys, image, tmp_path):
+    """The embedded model itself, asked for blocks it was never trained to name: the whole image, and why."""
+    import shutil
+
+    folder = shutil.copytree(crop.embedded.WEIGHTS, tmp_path / "vlm")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"crop_localizer_prompt": "<image> where is {question} ?"}))
+    words = ["ask", image, QUESTION.text, "--json", "--localizer", "vlm", "--localizer-model", str(folder)]
+    found = json.loads(run(capsys, *words)[0])
+    assert found["localizer"] == "vlm" and found["region"]["area"] == 1.0
+    assert "named no region" in found["region"]["reason"]
 
 
 def test_the_answer_is_right_with_few_tokens(capsys, image):
@@ -112,7 +128,7 @@ def test_the_answer_is_right_with_few_tokens(capsys, image):
     found = json.loads(run(capsys, *words, "--region", box(QUESTION.region))[0])
     assert found["answer"] == QUESTION.answer
     found = json.loads(run(capsys, *words)[0])
-    assert found["localizer"] == "attention" and found["answer"] == QUESTION.answer
+    assert found["localizer"] == "head" and found["answer"] == QUESTION.answer
 
 
 def test_text_output(capsys, image):
@@ -148,6 +164,12 @@ ERRORS = {
         ["ask", "{image}", "hi", "--region", "0,0,1,1", "--localizer", "attention"], "without --localizer attention"),
     "layer and box": (["ask", "{image}", "hi", "--region", "0,0,1,1", "--layer", "1"], "with --localizer attention"),
     "layer too deep": (["ask", "{image}", "hi", "--layer", "8"], "layer must be in [0, num_layers=8), got 8"),
+    "clip without model": (["ask", "{image}", "hi", "--localizer", "clip"], "must come with --localizer-model"),
+    "model without clip": (["ask", "{image}", "hi", "--localizer-model", "x"], "--localizer clip, detector, vlm or head"),
+    "no such second model": (
+        ["ask", "{image}", "hi", "--localizer", "clip", "--localizer-model", "{tmp}/no"], "{tmp}/no"),
+    "no such head": (["ask", "{image}", "hi", "--localizer", "head", "--localizer-model", "{tmp}/no"], "existing file"),
+    "confidence of a box": (["ask", "{image}", "hi", "--region", "0,0,1,1", "--min-confidence", "0.5"], "looks at the image"),
     "box without region": (["ask", "{image}", "hi", "--localizer", "box"], "must come with --region"),
     "keep of zero": (["ask", "{image}", "hi", "--keep", "0"], "above 0 and at most 1, got 0"),
     "keep above one": (["ask", "{image}", "hi", "--keep", "1.5"], "above 0 and at most 1, got 1.5"),

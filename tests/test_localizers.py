@@ -445,9 +445,13 @@ def test_get_localizer(get_model):
     assert isinstance(get_localizer("whole"), WholeLocalizer)
     attention = get_localizer("attention", model=get_model("llava", "sdpa"), processor=Processor("llava"))
     assert isinstance(attention, AttentionLocalizer)
-    with pytest.raises(ValueError, match="one of attention, box, whole, got 'oracle'"):
+    with pytest.raises(ValueError, match=r"one of attention, .*, got 'oracle'"):
         get_localizer("oracle")
     with pytest.raises(ValueError, match="region must be given for 'box'"):
         get_localizer("box")
+    with pytest.raises(ValueError, match="path must be given for 'vlm'"):
+        get_localizer("vlm")
+    with pytest.raises(ValueError, match="min_confidence must not be given for 'whole'"):
+        get_localizer("whole", min_confidence=0.5)
     with pytest.raises(ValueError, match="processor must be given for 'attention'"):
         get_localizer("attention", model=get_model("llava", "sdpa"))

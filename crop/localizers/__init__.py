@@ -6,7 +6,8 @@ A localizer that is unsure returns the whole image with a low confidence, never 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,13 +17,22 @@ from crop.region import Region
 from .attention import Attention, AttentionLocalizer, score_tokens
 from .base import BoxLocalizer, Localizer, WholeLocalizer, encode
 from .boxes import find_region
+from .clip import ClipLocalizer
+from .detector import DetectorLocalizer
+from .head import Head, HeadLocalizer
+from .vlm import VLMLocalizer
 
 __all__ = [
     "LOCALIZERS",
     "Attention",
     "AttentionLocalizer",
     "BoxLocalizer",
+    "ClipLocalizer",
+    "DetectorLocalizer",
+    "Head",
+    "HeadLocalizer",
     "Localizer",
+    "VLMLocalizer",
     "WholeLocalizer",
     "encode",
     "find_region",
@@ -41,7 +51,7 @@ class _Given:
     processor: Any
     prompt: Callable[[str], str] | None
     layer: int | None
-    min_confidence: float
+    path: str | Path | None
 
     def need(self, argument: str) -> Any:
         """The argument, which must be there."""
@@ -50,15 +60,28 @@ class _Given:
             raise ValueError(f"get_localizer: {argument} must be given for {self.name!r}, got None")
         return value
 
+    @property
+    def device(self) -> str:
+        """Where a second model goes: beside the first."""
+        return "cpu" if self.model is None else str(self.model.device)
+
 
 def _attention(given: _Given) -> Localizer:
+    return AttentionLocalizer(given.need("model"), given.need("processor"), given.layer, given.prompt)
+
+
+def _head(given: _Given) -> Localizer:
     model, processor = given.need("model"), given.need("processor")
-    return AttentionLocalizer(model, processor, given.layer, given.prompt, min_confidence=given.min_confidence)
+    return HeadLocalizer(model, processor, Head.load(given.need("path")).to(model.device), given.prompt)
 
 
 _BUILDERS: dict[str, Callable[[_Given], Localizer]] = {
     "attention": _attention,
     "box": lambda given: BoxLocalizer(given.need("region")),
+    "clip": lambda given: ClipLocalizer.load(given.need("path"), given.device),
+    "detector": lambda given: DetectorLocalizer.load(given.need("path"), given.device),
+    "head": _head,
+    "vlm": lambda given: VLMLocalizer.load(given.need("path"), given.device),
     "whole": lambda given: WholeLocalizer(),
 }
 LOCALIZERS = tuple(_BUILDERS)
@@ -72,18 +95,27 @@ def get_localizer(
     processor: Any = None,
     prompt: Callable[[str], str] | None = None,
     layer: int | None = None,
-    min_confidence: float = 0.5,
+    path: str | Path | None = None,
+    min_confidence: float | None = None,
 ) -> Localizer:
     """A localizer by its name, with default settings.
 
     Args:
         name: one of ``LOCALIZERS``.
         region: for "box".
-        model, processor: for "attention".
-        prompt, layer, min_confidence: for "attention", see ``AttentionLocalizer``.
+        model, processor, prompt: of the model that answers, for "attention" and "head".
+        layer: for "attention".
+        path: for "head" the file of its weights; for "clip", "detector" and "vlm" the folder (or hub name) of a model.
+        min_confidence: below it the whole image is returned; None: the localizer's own default. Not for "box", "whole".
     Raises:
-        ValueError: unknown name, or something it needs is missing.
+        ValueError: unknown name, or something it needs is missing. FileNotFoundError, OSError: nothing to load at
+            ``path``.
     """
     if name not in _BUILDERS:
         raise ValueError(f"get_localizer: name must be one of {', '.join(LOCALIZERS)}, got {name!r}")
-    return _BUILDERS[name](_Given(name, region, model, processor, prompt, layer, min_confidence))
+    localizer = _BUILDERS[name](_Given(name, region, model, processor, prompt, layer, path))
+    if min_confidence is None:
+        return localizer
+    if not hasattr(localizer, "min_confidence"):
+        raise ValueError(f"get_localizer: min_confidence must not be given for {name!r}, got {min_confidence}")
+    return replace(localizer, min_confidence=min_confidence)

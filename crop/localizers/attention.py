@@ -81,7 +81,7 @@ class AttentionLocalizer:
     gap: int = 3
     max_boxes: int = 6
     dilate: int = 0
-    min_confidence: float = 0.5
+    min_confidence: float = 0.8
 
     def __post_init__(self) -> None:
         op = "AttentionLocalizer"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from crop.region import Region
@@ -62,3 +63,15 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
     else:
         raise ValueError("encode: prompt must be given for a processor without a chat template, got None")
     return processor(images=image, text=text, return_tensors="pt")
+
+
+def model_source(op: str, path: str | Path) -> str:
+    """What transformers may load a model from: an existing folder, or what can only be a name on the hub.
+
+    Raises:
+        FileNotFoundError: it looks like a folder, and there is none.
+    """
+    name = str(path)
+    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
+        raise FileNotFoundError(f"{op}: path must be an existing folder or a name on the hub, got {name!r}")
+    return name

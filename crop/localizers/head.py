@@ -98,8 +98,8 @@ class Head(nn.Module):
             (B, Q, N).
         """
         scale, shift = film.unsqueeze(2).chunk(2, -1)
-        mixed = F.gelu(seen.unsqueeze(1) * (1 + scale) + shift)
-        return self.token(F.gelu(self.hidden(mixed))).squeeze(-1)
+        mixed = F.relu(torch.addcmul(shift, seen.unsqueeze(1), 1 + scale))
+        return self.token(F.relu(self.hidden(mixed))).squeeze(-1)
 
     def multiply_adds(self, tokens: int, words: int) -> int:
         """Multiply-adds of one question of ``words`` tokens about an image of ``tokens`` tokens."""
@@ -167,7 +167,7 @@ class HeadLocalizer:
     processor: Any
     head: Head
     prompt: Callable[[str], str] | None = None
-    threshold: float = 0.3
+    threshold: float = 0.2
     gap: int = 0
     max_boxes: int = 8
     dilate: int = 0
@@ -253,6 +253,8 @@ def head_region(
     boxes = raster.boxes(raster.values >= threshold, gap=gap, max_boxes=max_boxes, dilate=dilate)
     clue = clues(raster, raster.inside(boxes), local)
     confidence = float(torch.sigmoid(calibration[0].cpu() + calibration[1:].cpu() @ clue))
-    if not boxes or not confidence >= min_confidence:
-        return Region.whole(0.0 if not boxes or confidence != confidence else confidence)
+    if not boxes:
+        return Region.whole(0.0, "no token is probable enough")
+    if confidence < min_confidence:
+        return Region.whole(confidence, f"the head is unsure: {confidence:.2f} < {min_confidence}")
     return raster.region(boxes, confidence)
