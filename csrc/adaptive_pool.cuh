@@ -8,7 +8,7 @@ namespace crop {
 namespace {
 
 constexpr int kPoolThreads = 256;
-constexpr int kAhead = 4;  // members whose pieces are loaded at once
+constexpr int kAhead = 4;  // members of a cell, or rows of the gradient, whose pieces are on their way at once
 
 // Rows of `pieces` pieces spread over blocks: `lanes` threads along a row, `rows` rows in a block, `chunks` blocks along a row.
 struct PoolGrid {
@@ -16,13 +16,15 @@ struct PoolGrid {
     unsigned chunks;
 };
 
+// A thread owns one piece of `row`, `row + step`, ... up to `kRows` rows.
 struct PoolSlot {
     int64_t row, channel;
     bool exists;
 };
+template <int kRows>
 DEV PoolSlot pool_slot(const PoolGrid& grid, int64_t num_rows, int64_t dim, int count) {
     const int in_block = threadIdx.x / grid.lanes, lane = threadIdx.x % grid.lanes;
-    const int64_t row = static_cast<int64_t>(blockIdx.x / grid.chunks) * grid.rows + in_block;
+    const int64_t row = static_cast<int64_t>(blockIdx.x / grid.chunks) * grid.rows * kRows + in_block;
     const int64_t channel = (static_cast<int64_t>(blockIdx.x % grid.chunks) * grid.lanes + lane) * count;
     return {row, channel, in_block < grid.rows && row < num_rows && channel < dim};
 }
@@ -33,10 +35,12 @@ DEV PoolSlot pool_slot(const PoolGrid& grid, int64_t num_rows, int64_t dim, int 
 // A thread owns one piece of one pooled token and walks the members of the cell, four loads ahead of the sum.
 // Bytes: every member row is read once (from memory), every pooled row written once. Deterministic: one writer, one order.
 template <class T, int kMode>
-GLOBAL(kPoolThreads, 3)
+GLOBAL(kPoolThreads, kMode == kMean ? 4 : 3)
 pool_kernel(PoolParams p, PoolGrid grid, bool aligned) {
     constexpr int kCount = Piece<T>::kCount;
-    const PoolSlot slot = pool_slot(grid, p.num_out, p.dim, kCount);
+    ptx::grid_wait();
+    ptx::grid_launch_dependents();
+    const PoolSlot slot = pool_slot<1>(grid, p.num_out, p.dim, kCount);
     if (!slot.exists) return;
     const int64_t left = p.dim - slot.channel;
     const int first = max(p.offsets[slot.row], 0);
@@ -46,7 +50,8 @@ pool_kernel(PoolParams p, PoolGrid grid, bool aligned) {
         return min(max(static_cast<int64_t>(p.members[first + i]), static_cast<int64_t>(0)), p.num_tokens - 1);
     };
     auto piece_of = [&](int64_t token) {
-        return load_piece(static_cast<const T*>(p.tokens) + token * p.token_stride + slot.channel, left, aligned);
+        const T* from = static_cast<const T*>(p.tokens) + token * p.token_stride + slot.channel;
+        return load_piece(from, left, aligned, ptx::load_once);
     };
     float sum[kCount] = {}, weighted[kCount] = {}, weights = 0;  // maximum: `sum` holds the best so far
     int winner[kCount];
@@ -117,32 +122,49 @@ DEV int64_t cell_of(const PoolBackwardParams& p, int64_t token) {
 
 // grad_tokens[i] = grad[c] / count (mean), or grad[c] where i won the channel (max), with c = inverse[i]; 0 in no cell.
 //
-// A thread owns one piece of one token's gradient. Bytes: one row read (cells that are shared: from cache), one written per
-// token. Deterministic: a gather with one writer.
+// A thread owns one piece of the gradients of four tokens, all on their way at once. Bytes: one row read (cells that are
+// shared: from cache), one written per token. Deterministic: a gather with one writer.
 template <class T, int kMode>
 GLOBAL(kPoolThreads, 3)
 pool_backward_kernel(PoolBackwardParams p, PoolGrid grid, bool aligned) {
     constexpr int kCount = Piece<T>::kCount;
-    const PoolSlot slot = pool_slot(grid, p.num_tokens, p.dim, kCount);
+    ptx::grid_wait();
+    ptx::grid_launch_dependents();
+    const PoolSlot slot = pool_slot<kAhead>(grid, p.num_tokens, p.dim, kCount);
     if (!slot.exists) return;
-    const int64_t left = p.dim - slot.channel, cell = cell_of(p, slot.row);
-    Piece<T> result;
-    if (cell >= 0) {
-        const int64_t at = cell * p.dim + slot.channel;
-        result = load_piece(static_cast<const T*>(p.grad) + at, left, aligned);
-        const int count = kMode == kMax ? 0 : p.offsets[cell + 1] - p.offsets[cell];
+    const int64_t left = p.dim - slot.channel;
+    int64_t cell[kAhead];
+    Piece<T> result[kAhead];
+    int members[kAhead];
+    UNROLL
+    for (int a = 0; a < kAhead; ++a) {
+        const int64_t token = slot.row + a * grid.rows;
+        cell[a] = token < p.num_tokens ? cell_of(p, token) : -1;
+    }
+    UNROLL
+    for (int a = 0; a < kAhead; ++a) {
+        members[a] = 1;
+        if (cell[a] < 0) continue;
+        result[a] = load_piece(static_cast<const T*>(p.grad) + cell[a] * p.dim + slot.channel, left, aligned);
+        if (kMode == kMean) members[a] = p.offsets[cell[a] + 1] - p.offsets[cell[a]];
+    }
+    UNROLL
+    for (int a = 0; a < kAhead; ++a) {
+        const int64_t token = slot.row + a * grid.rows;
+        if (token >= p.num_tokens) return;
         Piece<int> winner;
         UNROLL
         for (int e = 0; e < kCount; ++e) {
-            if (kMode == kMax) {
-                if (e % 4 == 0) winner = load_piece(static_cast<const int*>(p.saved) + at + e, left - e, aligned);
-                if (winner.word[e % 4] != static_cast<uint32_t>(slot.row)) result.set_bits(e, 0);
-            } else if (count != 1) {
-                result.set(e, __fdiv_rn(result.get(e), static_cast<float>(count)));
+            if (kMode == kMax && cell[a] >= 0) {
+                const int* saved = static_cast<const int*>(p.saved) + cell[a] * p.dim + slot.channel + e;
+                if (e % 4 == 0) winner = load_piece(saved, left - e, aligned);
+                if (winner.word[e % 4] != static_cast<uint32_t>(token)) result[a].set_bits(e, 0);
             }
+            if (kMode == kMean && members[a] != 1)
+                result[a].set(e, __fdiv_rn(result[a].get(e), static_cast<float>(members[a])));
         }
+        store_piece(static_cast<T*>(p.grad_tokens) + token * p.dim + slot.channel, result[a], left, aligned);
     }
-    store_piece(static_cast<T*>(p.grad_tokens) + slot.row * p.dim + slot.channel, result, left, aligned);
 }
 
 // Weighted: grad_tokens[i] = grad[c] * w_i / W and grad_weight[i] = <grad[c], x_i - out[c]> / W with W = saved[c]; where
@@ -154,6 +176,8 @@ template <class T>
 GLOBAL(kPoolThreads, 3)
 pool_weighted_backward_kernel(PoolBackwardParams p, bool aligned) {
     constexpr int kCount = Piece<T>::kCount;
+    ptx::grid_wait();
+    ptx::grid_launch_dependents();
     const int64_t token = static_cast<int64_t>(blockIdx.x) * (kPoolThreads / 32) + threadIdx.x / 32;
     if (token >= p.num_tokens) return;
     const int64_t lane = threadIdx.x % 32, cell = cell_of(p, token);

@@ -66,12 +66,12 @@ struct Piece {
 };
 
 // The piece at `from`, of which `left` elements exist; the others are 0. `aligned`: addresses of whole pieces are multiples
-// of 16. Both paths give the same bits.
-template <class T>
-DEV Piece<T> load_piece(const T* from, int64_t left, bool aligned) {
+// of 16. Both paths give the same bits. `load16`: how a whole piece is loaded.
+template <class T, class Load>
+DEV Piece<T> load_piece(const T* from, int64_t left, bool aligned, Load load16) {
     Piece<T> piece;
     if (aligned && left >= Piece<T>::kCount) {
-        const uint4 raw = __ldg(reinterpret_cast<const uint4*>(from));
+        const uint4 raw = load16(reinterpret_cast<const uint4*>(from));
         piece.word[0] = raw.x, piece.word[1] = raw.y, piece.word[2] = raw.z, piece.word[3] = raw.w;
     } else {
         UNROLL
@@ -79,6 +79,11 @@ DEV Piece<T> load_piece(const T* from, int64_t left, bool aligned) {
             if (i < left) piece.set_bits(i, raw_bits(from[i]));
     }
     return piece;
+}
+
+template <class T>
+DEV Piece<T> load_piece(const T* from, int64_t left, bool aligned) {
+    return load_piece(from, left, aligned, [](const uint4* at) { return __ldg(at); });
 }
 
 template <class T>

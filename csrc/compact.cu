@@ -40,7 +40,7 @@ extern "C" int launch_compact(const CompactParams* params, void* stream) {
             blocks += plan_job(p.tensors[t], p, job);
             if (blocks > kMaxGrid) return fail("compact: tensors must have less than 2^31 blocks of rows in all");
         }
-        const int error = LAUNCH(blocks, kCopyThreads, 0, stream, compact_kernel, table, p.index, p.batch, p.num_kept);
+        const int error = LAUNCH_DEPENDENT(blocks, kCopyThreads, 0, stream, compact_kernel, table, p.index, p.batch, p.num_kept);
         if (error) return error;
     }
     return 0;

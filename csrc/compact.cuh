@@ -54,6 +54,8 @@ DEV void copy_block(const CopyJob& job, int64_t num_rows, int64_t row0, int64_t 
 GLOBAL(kCopyThreads, 5)
 compact_kernel(CopyTable table, const int64_t* index, int64_t batch, int64_t num_kept) {
     SHARED(int64_t, offset, [kBlockUnits]);  // of a row's source in bytes; -1 = zeros
+    ptx::grid_wait();
+    ptx::grid_launch_dependents();
     int t = 0;
     while (t + 1 < table.count && table.job[t + 1].first_block <= blockIdx.x) ++t;
     const CopyJob& job = table.job[t];

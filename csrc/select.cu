@@ -2,6 +2,14 @@
 #include "select.cuh"
 
 namespace crop {
+namespace {
+
+template <int kThreads, int kItems, bool kResident>
+int launch(const SelectParams& p, int64_t count, int64_t first, bool vectors, const Budgets& budgets, void* stream) {
+    return LAUNCH_DEPENDENT(count, kThreads, 0, stream, (select_kernel<kThreads, kItems, kResident>), p, first, vectors, budgets);
+}
+
+}  // namespace
 
 extern "C" int launch_select(const SelectParams* params, void* stream) {
     const SelectParams& p = *params;
@@ -11,16 +19,16 @@ extern "C" int launch_select(const SelectParams* params, void* stream) {
             return fail("select: num_keep[%lld] must be in [0, num_vision=%lld], got %lld", (long long)i,
                         (long long)p.num_tokens, (long long)p.budget[i]);
     if (p.width == 0) return 0;
+    const bool vectors = p.num_tokens % 4 == 0 && aligned16(p.score) && aligned16(p.weight) && aligned16(p.priority);
     for (int64_t first = 0; first < p.num_images; first += kBudgets) {
         const int64_t count = p.num_images - first < kBudgets ? p.num_images - first : kBudgets;
         Budgets budgets = {};
         for (int64_t i = 0; i < count; ++i) budgets.keep[i] = static_cast<int>(p.budget[first + i]);
         int error = 0;
-        if (p.num_tokens <= 4 * kSelectThreads)
-            error = LAUNCH(count, kSelectThreads, 0, stream, (select_kernel<4, true>), p, first, budgets);
-        else if (p.num_tokens <= 16 * kSelectThreads)
-            error = LAUNCH(count, kSelectThreads, 0, stream, (select_kernel<16, true>), p, first, budgets);
-        else error = LAUNCH(count, kSelectThreads, 0, stream, (select_kernel<8, false>), p, first, budgets);
+        if (p.num_tokens <= 1024) error = launch<256, 4, true>(p, count, first, vectors, budgets, stream);
+        else if (p.num_tokens <= 4096) error = launch<1024, 4, true>(p, count, first, vectors, budgets, stream);
+        else if (p.num_tokens <= 16384) error = launch<1024, 16, true>(p, count, first, vectors, budgets, stream);
+        else error = launch<1024, 8, false>(p, count, first, vectors, budgets, stream);
         if (error) return error;
     }
     return 0;

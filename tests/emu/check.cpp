@@ -288,7 +288,7 @@ void check(Cell& cell, const char* at, size_t size, const Region& region, Access
         *place = mine;
     } else {
         for (const Record& r : cell.read) conflict(r, "read");
-        if (!shared && !current(cell.write)) counts->written_distinct += size;
+        if (!shared && !current(cell.write)) counts->written_distinct += size, counts->read_distinct += atomic ? size : 0;
         cell.write = mine;
     }
 }
@@ -435,7 +435,8 @@ UNDEFINED(float_cast_overflow, "conversion of a float out of range")
 
 // --- interface of the tests -------------------------------------------------------------------------------------------------
 
-// A copy of a tensor of the host in device memory: `axes` sizes and strides in bytes (not negative) of rows of `row_bytes`.
+// A place in device memory for a tensor of the host: `axes` sizes and strides in bytes (not negative) of rows of `row_bytes`.
+// output 0: kernels read it; 1: they fill it; 2: both.
 EXPORT void* emu_take(const char* name, void* host, int64_t row_bytes, int axes, const int64_t* sizes, const int64_t* strides, int output) {
     using namespace simt;
     if (!host) return nullptr;
@@ -448,7 +449,7 @@ EXPORT void* emu_take(const char* name, void* host, int64_t row_bytes, int axes,
     }
     char* const from = static_cast<char*>(host);
     char* memory = device_memory(name, output ? Kind::kOutput : Kind::kInput, reinterpret_cast<uintptr_t>(from) % 128, rows, row_bytes);
-    if (!output)
+    if (output != 1)
         for (size_t row : rows) std::memcpy(memory + row, from + row, row_bytes);
     tensors.push_back({from, memory, std::move(rows), static_cast<size_t>(row_bytes), output != 0});
     return memory;

@@ -50,6 +50,13 @@ def missing(flavour: str = "plain") -> str | None:
     return None
 
 
+def _gcc(*arguments: str) -> None:
+    env = {
+        name: value for name, value in os.environ.items() if name != "LD_PRELOAD"
+    }  # the sanitizer is not for the compiler
+    subprocess.run(["g++", *arguments], check=True, env=env)
+
+
 def _compile(source: Path, flags: list[str]) -> Path:
     """Object file of a source as it and the headers are now; compiled unless it is in the cache."""
     digest = hashlib.sha256(repr(flags).encode())
@@ -58,7 +65,7 @@ def _compile(source: Path, flags: list[str]) -> Path:
     target = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.o"
     if not target.exists():
         unfinished = target.with_suffix(f".{os.getpid()}.o")
-        subprocess.run(["g++", *BASE, *flags, "-c", str(source), "-o", str(unfinished)], check=True)
+        _gcc(*BASE, *flags, "-c", str(source), "-o", str(unfinished))
         unfinished.replace(target)  # at once: somebody else may compile the same
     return target
 
@@ -90,7 +97,7 @@ def build(flavour: str, kernels: tuple[Path, ...], host: tuple[Path, ...] = (), 
     target = CACHE / f"{flavour}-{digest.hexdigest()[:16]}.so"
     if not target.exists():
         unfinished = target.with_suffix(f".{os.getpid()}.so")
-        subprocess.run(["g++", "-shared", *link_flags, *link, *map(str, objects), "-o", str(unfinished)], check=True)
+        _gcc("-shared", *link_flags, *link, *map(str, objects), "-o", str(unfinished))
         unfinished.replace(target)
     return target
 

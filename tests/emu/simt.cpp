@@ -388,6 +388,8 @@ int run(const Kernel& kernel) {
         report("launch: the grid must have 1 to 2^31 - 1 blocks along x and 65535 along y and z");
     else if (g.x * static_cast<uint64_t>(g.y) * g.z > 1u << 22)
         report("launch: more blocks than are sensible here");
+    else if (kernel.dynamic_bytes < 0 || static_cast<size_t>(kernel.dynamic_bytes) > kOptInLimit)
+        report("launch: too much shared memory, " + std::to_string(kernel.dynamic_bytes) + " bytes dynamic");
     else {
         if (num_stacks < residents) {
             num_stacks = residents;

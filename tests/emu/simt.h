@@ -117,7 +117,7 @@ int launch(bool dependent, const char* name, void (*kernel)(Parameters...), Grid
     const std::tuple<std::decay_t<Parameters>...> bound(static_cast<Parameters>(arguments)...);
     dim3 blocks;
     if constexpr (std::is_same_v<Grid, dim3>) blocks = grid;
-    else blocks = dim3(static_cast<unsigned>(grid));
+    else blocks = dim3(grid <= INT32_MAX ? static_cast<unsigned>(grid) : 0);  // 0 is refused
     return run({name, blocks, block, smem, dependent, [&] { std::apply(kernel, bound); }});
 }
 
@@ -257,7 +257,7 @@ unsigned __match_all_sync(unsigned mask, T value, int* all, SIMT_AT) {
 #define SIMT_ATOMIC(name, expression)                                                        \
     template <class T>                                                                       \
     T name(T* address, std::type_identity_t<T> value, SIMT_AT) {                             \
-        return simt::atomic(address, [=](T old) -> T { return expression; }, at);            \
+        return simt::atomic(address, [=]([[maybe_unused]] T old) -> T { return expression; }, at);            \
     }
 SIMT_ATOMIC(atomicAdd, static_cast<T>(old + value))
 SIMT_ATOMIC(atomicSub, static_cast<T>(old - value))
