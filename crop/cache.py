@@ -90,11 +90,13 @@ class CacheState:
     """Thinnings of one cache; ``cuts`` by the first decoder layer that they hold for.
 
     ``moved``: (batch,) int64, by first decoder layer, how far renumbered position ids lie below the caller's.
+    ``whole_masks``: masks are to be made for all of the caller's tokens, whatever the layers hold.
     """
 
     pooled: Slots | None = None
     cuts: dict[int, Slots] = field(default_factory=dict)
     moved: dict[int, Tensor] = field(default_factory=dict)
+    whole_masks: bool = False
 
     @staticmethod
     def at(table: dict[int, Any], layer: int) -> Any:
@@ -111,7 +113,12 @@ class _PrunedCache:
         return length if state.pooled is None else length + state.pooled.dropped
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return super().get_seq_length(layer_idx)
+        return self.get_seq_length() if cache_state(self).whole_masks else super().get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if cache_state(self).whole_masks:
+            return self.get_seq_length() + query_length, 0
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def reset(self) -> None:
         super().reset()

@@ -49,6 +49,7 @@ from .inputs import (
 from .methods import Method
 from .models import Adapter, Prompt, adapter_for
 from .positions import POLICIES, close_gaps, given_ids, own_ids
+from .prepared import fit_mask, held, refuse_prepared, refuse_short_sight, windows
 from .region import Region
 from .run import Run, Stage, choose, gather_positions, look_up, pruned_mask, score, slot_mask, spread
 from .stats import PruneStats, mark
@@ -149,7 +150,11 @@ class _Patch:
         self.language_model = self.adapter.language_model(model)
         self.layers = list(self.language_model.layers)
         self.model = model
-        refuse_sliding_window(self.language_model.config)
+        if self.adapter.makes_masks:
+            refuse_prepared(model.config.model_type, self.language_model.config, self.positions, self.uniform)
+            self.windows = windows(self.language_model.config)
+        else:
+            refuse_sliding_window(self.language_model.config)
         refuse_attention(self.language_model.config)
         check_method(self.method, len(self.layers))
         whole = self.regions is None or all(entry.is_whole for entry in self.regions)
@@ -228,6 +233,9 @@ class _Patch:
             if arguments.get("pixel_values") is not None:
                 raise ValueError("patch: input_ids must be given with pixel_values, got inputs_embeds alone")
             return
+        if self.adapter.makes_masks:
+            self.run.given_mask = arguments.get("attention_mask")
+            self.run.two_way = self.adapter.two_way and arguments.get("token_type_ids") is not None
         start = mark(input_ids.device)
         chunk = self._plan(self.method, input_ids, arguments)
         if chunk is None:
@@ -264,6 +272,10 @@ class _Patch:
         regions = one_per_image("region", regions, [sample for sample, _ in found], self.copies)
         refuse_unsupported(arguments, ids, self.language_model, self.uniform)
         refuse_past(method, arguments)
+        if self.adapter.makes_masks:
+            cache = cache_of(arguments)
+            total = ids.shape[1] + (0 if cache is None else cache.get_seq_length())
+            refuse_short_sight(method.cuts, self.language_model.config, total)
         return plan_chunk(method, found, regions, real_tokens(arguments, ids))
 
     # Door 1: the language model
@@ -288,7 +300,7 @@ class _Patch:
         run.cache, run.state, run.pooled = cache, state, state.pooled
         run.capacity = getattr(cache.layers[0], "max_cache_len", None) if getattr(cache, "layers", None) else None
         run.stages |= {layer: Stage(state.cuts.get(layer)) for layer in (state.cuts | state.moved) if layer}
-        logical_mask = kwargs.get("attention_mask")
+        logical_mask = run.given_mask if self.adapter.makes_masks else kwargs.get("attention_mask")
         run.added = run.slots = embeds.shape[1]
         run.past = past_length(cache, logical_mask, run.added)
         run.past_slots = run.past - (0 if state.pooled is None else state.pooled.dropped)
@@ -307,8 +319,9 @@ class _Patch:
             run.pooled = Slots.extended(state.pooled, run.past, leader, run.added, dense=pool.filled is None)
             self._pool_positions(run, kwargs, leader)
         run.mask = slot_mask(logical_mask, state.pooled, run, pool)
-        kwargs["attention_mask"] = run.mask
-        if run.mask is None and cache is None:
+        if not self.adapter.makes_masks:
+            kwargs["attention_mask"] = run.mask
+        if not self.adapter.makes_masks and run.mask is None and cache is None:
             # Without a mask and a cache, transformers would read gaps in the position ids as packed sequences.
             shape = (embeds.shape[0], run.slots)
             kwargs["attention_mask"] = torch.ones(shape, dtype=torch.bool, device=embeds.device)
@@ -341,7 +354,7 @@ class _Patch:
             run.moved[0] = moved + run.state.moved.get(0, 0)
             run.ids = gather_positions(run.ids, leader, 0)
         else:
-            run.ids = self._pool(run.chunk.pool, run.ids.movedim(0, 2).float(), "mean").movedim(2, 0)
+            run.ids = self._pool(run.chunk.pool, run.ids.movedim(0, 2).float().contiguous(), "mean").movedim(2, 0)
         kwargs["position_ids"] = given_ids(run.ids)
 
     @staticmethod
@@ -381,7 +394,8 @@ class _Patch:
                 last = run.stage(len(self.layers) - 1)
                 make_uniform(run.cache, run.late_slots(len(self.layers)), run.past_slots)
                 run.pooled, cuts = last.slots.after(run.pooled), {}
-            store_state(run.cache, pooled=run.pooled, cuts=cuts, moved=run.state.moved | run.moved)
+            moved = run.state.moved | run.moved
+            store_state(run.cache, pooled=run.pooled, cuts=cuts, moved=moved, whole_masks=self.adapter.makes_masks)
         pool = run.chunk.pool
         if pool is None:
             return None
@@ -438,6 +452,8 @@ class _Patch:
             if index and index in run.stages and run.ids is not None:
                 run.renumber(index)
             stage = run.stage(index)
+            if self.adapter.makes_masks and run.thinned:
+                kwargs = self._fit_mask(stage, hidden, kwargs, self.windows[index])
             if stage.slots is not None or stage.ids is not None:
                 kwargs = self._adapt(stage, hidden, kwargs)
             if run.chunk is not None and index + 1 in run.chunk.steps:
@@ -467,11 +483,23 @@ class _Patch:
     def _is_flash(self) -> bool:
         return "flash" in (self.language_model.config._attn_implementation or "")
 
+    def _fit_mask(self, stage: Stage, hidden: Tensor, kwargs: dict, window: int | None) -> dict:
+        """Fit a mask over all tokens to those that a layer holds."""
+        run, (batch, queries) = self.run, hidden.shape[:2]
+
+        def fitted(mask: Tensor | None) -> Tensor | None:
+            keys, dense = held([run.pooled, stage.slots], batch, run.past, run.added, queries, window)
+            return fit_mask(mask, keys, dense, queries, run.past, run.past + run.added)
+
+        kwargs = dict(kwargs)
+        stage.adapt(kwargs, "attention_mask", fitted, kind=window)
+        return kwargs
+
     def _adapt(self, stage: Stage, hidden: Tensor, kwargs: dict) -> dict:
         """Fit mask and positions, made for all slots, to the slots of a stage."""
         kwargs = dict(kwargs)
         flash = self._is_flash()
-        if stage.slots is not None:
+        if stage.slots is not None and not self.adapter.makes_masks:
             stage.adapt(kwargs, "attention_mask", lambda mask: pruned_mask(mask, self.run, stage, hidden, flash))
         batch = hidden.shape[0]
 

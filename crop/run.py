@@ -33,12 +33,12 @@ class Stage:
     before: Tensor | None = None
     back: Tensor | None = None
     ids: Tensor | None = None  # (axes, batch, width) position ids, where they are not the model's
-    memo: dict[tuple[str, int], tuple[Any, Any]] = field(default_factory=dict)
+    memo: dict[tuple, tuple[Any, Any]] = field(default_factory=dict)
 
-    def adapt(self, kwargs: dict, name: str, change: Callable[[Any], Any]) -> None:
-        """Change an argument; the model hands the same object to every layer, so once per object."""
+    def adapt(self, kwargs: dict, name: str, change: Callable[[Any], Any], kind: Any = None) -> None:
+        """Change an argument; the model hands the same object to every layer (of a kind), so once per object."""
         value = kwargs.get(name)
-        key = (name, id(value))
+        key = (name, kind, id(value))
         if key not in self.memo:
             self.memo[key] = (value, change(value))  # keeps the value alive, so its id stays taken
         kwargs[name] = self.memo[key][1]
@@ -57,6 +57,8 @@ class Run:
     added: int = 0  # logical positions of this chunk
     slots: int = 0  # slots of this chunk before the first cut
     mask: Tensor | None = None  # (batch, past_slots + slots) bool, None = all real
+    given_mask: Tensor | None = None  # (batch, past + added), where the multimodal model makes the masks
+    two_way: bool = False  # the prompt sees all of itself
     pooled: Slots | None = None  # thinning after this call
     stages: dict[int, Stage] = field(default_factory=lambda: {0: Stage()})  # by first layer
     ids: Tensor | None = None  # (axes, batch, slots) position ids before the first cut, where they are or were changed
@@ -98,6 +100,11 @@ class Run:
             else:
                 found.append(last.keep if stage.keep is None else look_up(stage.place, last.keep))
         return found
+
+    @property
+    def thinned(self) -> bool:
+        """Whether any layer holds less than all tokens."""
+        return self.pooled is not None or any(stage.slots is not None for stage in self.stages.values())
 
     def length(self, stage: Stage) -> int:
         """Slots that a stage holds after this call."""
@@ -182,6 +189,10 @@ def score(run: Run, stage: Stage, step: SelectStep, query: Tensor, key: Tensor, 
         key = ops.compact([key], keys, token_dim=2)[0]
         start = real.shape[1] - real.sum(1)
         row_key, candidate_key = look_up(slot, row_key), look_up(slot[sample], candidate_key)
+    visible = row_key + 1
+    if run.two_way:
+        end = key.shape[2] if start is None else (start + real.sum(1)).unsqueeze(1)
+        visible = torch.where(rows >= 0, end, 0)
     return ops.attention_mass(
         ops.compact([query], rows, token_dim=2)[0],
         key,
@@ -189,7 +200,7 @@ def score(run: Run, stage: Stage, step: SelectStep, query: Tensor, key: Tensor, 
         sample=sample,
         scale=scale,
         visible_start=start,
-        visible_len=row_key + 1,
+        visible_len=visible,
     )
 
 

@@ -90,16 +90,14 @@ class Oracle:
         if key not in self._features:
             inputs, base = sample.inputs(self.family), self.model.model
             streams = []
-            for name in ("image", "video"):
-                encode = getattr(base, f"get_{name}_features", None)
-                if encode is None or not any(key.startswith("pixel_values") for key in inputs):
+            for name, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+                if pixels not in inputs:
                     continue
+                encode = getattr(base, f"get_{name}_features")
                 wanted = inspect.signature(encode).parameters
-                arguments = {key: value for key, value in inputs.items() if key in wanted}
-                if any(key.startswith("pixel_values") for key in arguments):
-                    out = encode(**arguments, return_dict=True)
-                    levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
-                    streams.append((name, [_rows(level) for level in levels]))
+                out = encode(**{key: value for key, value in inputs.items() if key in wanted}, return_dict=True)
+                levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+                streams.append((name, [_rows(level) for level in levels]))
             ids = torch.tensor(sample.ids)
             tokens = {name: getattr(self.model.config, f"{name}_token_id") for name, _ in streams}
             is_vision = sum((ids == token for token in tokens.values()), torch.zeros(len(ids), dtype=torch.bool))
@@ -148,13 +146,13 @@ class Oracle:
         seen = key <= row
         if self.family == "paligemma":  # the prompt sees all of itself
             seen = seen | (key < sample.prompt_length)
-        if kind == "sliding_attention":
-            seen = seen & (row - key < self.language_model.config.sliding_window)
-        if self.family == "gemma3":  # an image sees all of itself, in layers of either kind
+        if self.family == "gemma3":  # an image sees all of itself
             for span in sample.spans():
                 here = torch.zeros(len(sample.ids), dtype=torch.bool)
                 here[list(span)] = True
                 seen = seen | (here[:, None] & here[None])
+        if kind == "sliding_attention":
+            seen = seen & (row - key < self.language_model.config.sliding_window)
         return seen
 
     # ------------------------------------------------------------------------------ one forward

@@ -29,10 +29,13 @@ METHODS = {
     "ilp": InnerLLMPruning(keep=0.3, layer=2, ring=1, floor=3),
     "both": Compose(PreLLMCompression(inside=1, context=2, outside=2, ring=1), InnerLLMPruning(keep=0.2, layer=2)),
 }
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+SUPPORTED = [(family, attention) for family in FAMILIES for attention in FAMILIES[family].attentions]
+REFUSED = [(family, a) for family in FAMILIES for a in ATTENTIONS if a not in FAMILIES[family].attentions]
 # Every pair of attention x padding, attention x images and padding x images.
 PAIRS = [
-    (attention, padding, 1 + (i + j) % 2)
-    for i, attention in enumerate(("eager", "sdpa", "flash_attention_2"))
+    (family, attention, padding, 1 + (ATTENTIONS.index(attention) + j) % 2)
+    for family, attention in SUPPORTED
     for j, padding in enumerate(("left", "right", "none"))
 ]
 
@@ -94,17 +97,10 @@ def greedy(model: Any, batch: zoo.Batch, steps: int = STEPS) -> Any:
     )
 
 
-def supported(family: str, attention: str) -> None:
-    if attention not in FAMILIES[family].attentions:
-        pytest.skip(f"{family} refuses {attention}, see test_unsupported_attention_is_refused")
-
-
 @matrix("name", list(METHODS))
-@matrix("attention,padding,images", PAIRS)
-@families
+@matrix("family,attention,padding,images", PAIRS)
 def test_pruned_is_the_oracle(family, attention, padding, images, name):
     """Prefill, and decode with the pruned cache where the padding lets the model generate."""
-    supported(family, attention)
     model, batch = get_model(family, attention), get_batch(family, padding, images)
     decisions = decided(family, padding, images, name)
     with patched(model, METHODS[name], batch, regions_of(batch)) as stats:
@@ -135,10 +131,8 @@ KEEP_ALL = {
 }
 
 
-@matrix("attention", ["eager", "sdpa", "flash_attention_2"])
-@families
+@matrix("family,attention", SUPPORTED)
 def test_keep_all_is_bit_identical(family, attention):
-    supported(family, attention)
     model, batch = get_model(family, attention), get_batch(family, "left", 2)
     plain, generated = model(**batch.inputs).logits, greedy(model, batch, 2)
     for method in KEEP_ALL.values():
@@ -148,6 +142,31 @@ def test_keep_all_is_bit_identical(family, attention):
             out = greedy(model, batch, 2)
         assert torch.equal(out.sequences, generated.sequences)
         assert all(torch.equal(a, b) for a, b in zip(out.logits, generated.logits, strict=True))
+
+
+@matrix("name", ["plc", "both"])
+@families
+def test_second_turn(family, name):
+    """A question of several tokens to a pruned cache, padded on the left."""
+    model, batch, question = get_model(family, "sdpa"), get_batch(family, "left", 1), (7, 21, 3, 40)
+    with patched(model, METHODS[name], batch, regions_of(batch)):
+        cache = model(**batch.inputs).past_key_values
+        ids = torch.tensor([question] * len(batch.samples))
+        mask = torch.cat([batch.inputs["attention_mask"], torch.ones_like(ids)], 1)
+        logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+    decisions = decided(family, "left", 1, name)
+    for row, (sample, decision) in enumerate(zip(batch.samples, decisions, strict=True)):
+        wanted = get_oracle(family).forward(sample.extended(list(question)), decision)[0][-len(question) :]
+        torch.testing.assert_close(logits[row], wanted, atol=ATOL, rtol=0)
+
+
+@matrix("family,attention", REFUSED)
+def test_unsupported_attention_is_refused(family, attention):
+    model = zoo.build_model(family, attention)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"must be eager or sdpa for '{model.config.model_type}', got '{attention}'"):
+        patched(model, METHODS["ilp"], get_batch(family, "left", 1)).__enter__()
+    assert_unchanged(before, model)
 
 
 @families

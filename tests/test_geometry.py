@@ -33,7 +33,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from crop.models import ADAPTERS, Prompt
 from crop.region import NEWLINE, PATCH, VisionLayout
 
-SIZES = [(320, 320), (500, 300), (300, 500), (403, 267), (900, 210)]
+SIZES = [(320, 320), (500, 300), (300, 500), (403, 267), (900, 260)]
 MARK = -7.0  # the colour of a newline
 BREAK = 1
 
@@ -196,7 +196,7 @@ def test_tokens_look_where_the_layout_says(name, size):
     else:
         assert ((seen == MARK).all(1) == (kind == NEWLINE)).all()
     whole = (seen[:, 2] > 0.99) & (kind != NEWLINE)  # no padding in it
-    assert whole.sum() > len(seen) // 6
+    assert whole.sum() > len(seen) // 8
     assert (kind[whole] == PATCH).all()
     # Half a pixel of the processed picture is what resampling may shift, and colours are rounded.
     error = (seen[whole, :2] - center[whole]).abs().max()

@@ -292,7 +292,48 @@ def images_per_sample(images: list[list[Image]]) -> dict[str, Tensor]:
     return {"pixel_values": torch.stack(full)}
 
 
+# ------------------------------------------------------------------------- bidirectional attention
+def gemma3() -> Any:
+    """Sliding and full layers in turn, on either side of a cut; the window is shorter than the prompts."""
+    text = TEXT | dict(head_dim=8, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=20,
+                       query_pre_attn_scalar=8, tie_word_embeddings=False)  # fmt: skip
+    return transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**text),
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=48, vision_use_head=False),
+        mm_tokens_per_image=36,
+        image_token_index=IMAGE,
+        boi_token_index=VISION_START,
+        eoi_token_index=VISION_END,
+        tie_word_embeddings=False,
+    )
+
+
+def paligemma() -> Any:
+    return transformers.PaliGemmaConfig(
+        text_config=transformers.GemmaConfig(**TEXT, head_dim=8, tie_word_embeddings=False),
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=24, vision_use_head=False),
+        image_token_index=IMAGE,
+        projection_dim=HIDDEN,
+        tie_word_embeddings=False,
+    )
+
+
+def square_image(side: int, marked: bool) -> Callable[[tuple[int, int], int], Image]:
+    """A fixed number of tokens whatever the size of the picture."""
+
+    def image(size: tuple[int, int], seed: int) -> Image:
+        ids = (IMAGE,) * (side // (2 if marked else 1)) ** 2
+        pictures = {"pixel_values": pixels(1, 3, side * PATCH, side * PATCH, seed=seed)}
+        return Image((VISION_START, *ids, VISION_END) if marked else ids, pictures, size)
+
+    return image
+
+
 FAMILIES: dict[str, Family] = {
+    "gemma3": Family("Gemma3ForConditionalGeneration", gemma3, square_image(12, True), attentions=("eager", "sdpa"),
+                     types=lambda ids: {"token_type_ids": (ids == IMAGE).int()}),
+    "paligemma": Family("PaliGemmaForConditionalGeneration", paligemma, square_image(6, False),
+                        attentions=("eager", "sdpa"), types=lambda ids: {"token_type_ids": torch.zeros_like(ids)}),
     "glm4v": Family("Glm4vForConditionalGeneration", glm4v, patches_image, types=vision_types, note="images"),
     "idefics3": Family("Idefics3ForConditionalGeneration", idefics3, idefics3_image, sizes=((48, 24), (20, 40)), join=images_per_sample,
                        processor=idefics3_processor),

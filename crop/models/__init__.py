@@ -11,7 +11,7 @@ from torch import nn
 
 from .adapter import Adapter, Placed, Prompt
 from .anyres import next_images, onevision_images
-from .fixed import llava_check, llava_images, resize_crop_pad_view
+from .fixed import gemma3_images, llava_check, llava_images, paligemma_images, resize_crop_pad_view
 from .grids import merged_images, pixtral_images
 from .tiles import idefics3_images, internvl_images, tiled_check
 
@@ -20,6 +20,7 @@ __all__ = ["ADAPTERS", "Adapter", "Placed", "Prompt", "adapter_for", "resize_cro
 ADAPTERS: dict[str, Adapter] = {
     adapter.model_type: adapter
     for adapter in (
+        Adapter("gemma3", gemma3_images, makes_masks=True),
         Adapter("glm4v", merged_images, tower="visual"),
         Adapter("idefics3", idefics3_images, check=tiled_check, tower="vision_model", decoder="text_model"),
         Adapter("internvl", internvl_images, check=tiled_check),
@@ -27,6 +28,7 @@ ADAPTERS: dict[str, Adapter] = {
         Adapter("llava_next", next_images),
         Adapter("llava_onevision", onevision_images),
         Adapter("mistral3", pixtral_images),
+        Adapter("paligemma", paligemma_images, makes_masks=True, two_way=True),
         Adapter("qwen2_vl", merged_images, tower="visual"),
         Adapter("qwen2_5_vl", merged_images, tower="visual"),
         Adapter("qwen3_vl", merged_images, tower="visual", adds_again="_deepstack_process"),

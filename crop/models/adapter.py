@@ -104,6 +104,8 @@ class Adapter:
         decoder: attribute of the multimodal model that holds the language model.
         adds_again: method of the language model, (hidden_states, vision mask, features), that adds vision features of
             further levels after its first layers; None: there is none.
+        makes_masks: the multimodal model makes the attention masks, since they say more than causal and padding.
+        two_way: with ``token_type_ids``, all tokens of a prompt see each other.
     """
 
     model_type: str
@@ -112,6 +114,8 @@ class Adapter:
     tower: str = "vision_tower"
     decoder: str = "language_model"
     adds_again: str | None = None
+    makes_masks: bool = False
+    two_way: bool = False
 
     def base(self, model: nn.Module) -> nn.Module:
         """The multimodal model below the language-model head."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,26 @@ def llava_images(prompt: Prompt) -> Placed:
         )
     refuse_class_token(config)
     return square_images(prompt, vision.image_size // vision.patch_size, processor_view=True)
+
+
+def gemma3_images(prompt: Prompt) -> Placed:
+    """Gemma 3: the resized image, pooled to a square. Pan-and-scan crops are images of their own to the model.
+
+    Raises:
+        ValueError: the processor makes such crops.
+    """
+    if getattr(prompt.processor, "do_pan_and_scan", False):
+        raise ValueError(
+            "patch: do_pan_and_scan of the image processor must be off, got True: its crops stand in the prompt as "
+            "images of their own; crop the picture yourself and give each part its region"
+        )
+    return square_images(prompt, math.isqrt(prompt.config.mm_tokens_per_image))
+
+
+def paligemma_images(prompt: Prompt) -> Placed:
+    """PaliGemma: the resized image, one token per patch."""
+    vision = prompt.config.vision_config
+    return square_images(prompt, vision.image_size // vision.patch_size)
 
 
 def refuse_class_token(config: Any) -> None:
