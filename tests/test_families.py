@@ -153,7 +153,11 @@ def test_second_turn(family, name):
         cache = model(**batch.inputs).past_key_values
         ids = torch.tensor([question] * len(batch.samples))
         mask = torch.cat([batch.inputs["attention_mask"], torch.ones_like(ids)], 1)
-        logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+        more = {}
+        if hasattr(model.model, "rope_deltas"):  # what generate() would give
+            text = (mask.cumsum(1) - 1)[:, -len(question) :]
+            more["position_ids"] = (text + model.model.rope_deltas).expand(3, -1, -1)
+        logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache, **more).logits
     decisions = decided(family, "left", 1, name)
     for row, (sample, decision) in enumerate(zip(batch.samples, decisions, strict=True)):
         wanted = get_oracle(family).forward(sample.extended(list(question)), decision)[0][-len(question) :]
