@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
                      help="where the answer is, as fractions of width and height; may be given several times")  # fmt: skip
     ask.add_argument("--localizer", choices=LOCALIZERS,
                      help="who finds the region: attention (the model's own, early; default), box (--region), "
-                     "whole (nobody: prune by attention alone)")  # fmt: skip
+                     "whole (nobody: prune by attention alone), ocr (lines of text; extra ocr), cascade (attention, then ocr), union")  # fmt: skip
     ask.add_argument("--layer", type=_natural, metavar="N",
                      help="decoder layer whose attention finds the region (default: 3/8 of the depth; embedded model: 1)")  # fmt: skip
     ask.add_argument("--min-confidence", type=_fraction, metavar="FRACTION",
@@ -199,7 +199,7 @@ def _ask(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         localizer = _tuned(asker, options).localizer(name, region)
         with status.status("asking"):
             pruned, plain = _answers(options, asker, image, localizer)
-    except (UsageError, ValueError) as error:  # ValueError: what the package refuses
+    except (UsageError, ValueError, ImportError) as error:  # what the package refuses; an extra is not installed
         parser.error(str(error))
     if options.overlay:
         from crop.visualize import overlay

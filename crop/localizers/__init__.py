@@ -16,13 +16,18 @@ from crop.region import Region
 from .attention import Attention, AttentionLocalizer, score_tokens
 from .base import BoxLocalizer, Localizer, WholeLocalizer, encode
 from .boxes import find_region
+from .cascade import CascadeLocalizer, UnionLocalizer
+from .ocr import OCRLocalizer
 
 __all__ = [
     "LOCALIZERS",
     "Attention",
     "AttentionLocalizer",
     "BoxLocalizer",
+    "CascadeLocalizer",
     "Localizer",
+    "OCRLocalizer",
+    "UnionLocalizer",
     "WholeLocalizer",
     "encode",
     "find_region",
@@ -59,6 +64,9 @@ def _attention(given: _Given) -> Localizer:
 _BUILDERS: dict[str, Callable[[_Given], Localizer]] = {
     "attention": _attention,
     "box": lambda given: BoxLocalizer(given.need("region")),
+    "cascade": lambda given: CascadeLocalizer((_attention(given), OCRLocalizer()), given.min_confidence),
+    "ocr": lambda given: OCRLocalizer(),
+    "union": lambda given: UnionLocalizer((_attention(given), OCRLocalizer())),
     "whole": lambda given: WholeLocalizer(),
 }
 LOCALIZERS = tuple(_BUILDERS)
@@ -79,10 +87,10 @@ def get_localizer(
     Args:
         name: one of ``LOCALIZERS``.
         region: for "box".
-        model, processor: for "attention".
+        model, processor: for "attention", and for "cascade" and "union", which are attention and ocr.
         prompt, layer, min_confidence: for "attention", see ``AttentionLocalizer``.
     Raises:
-        ValueError: unknown name, or something it needs is missing.
+        ValueError: unknown name, or something it needs is missing. ImportError: an extra is not installed.
     """
     if name not in _BUILDERS:
         raise ValueError(f"get_localizer: name must be one of {', '.join(LOCALIZERS)}, got {name!r}")
