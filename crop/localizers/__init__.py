@@ -17,9 +17,11 @@ from crop.region import Region
 from .attention import Attention, AttentionLocalizer, score_tokens
 from .base import BoxLocalizer, Localizer, WholeLocalizer, encode
 from .boxes import find_region
+from .cascade import CascadeLocalizer, UnionLocalizer
 from .clip import ClipLocalizer
 from .detector import DetectorLocalizer
 from .head import Head, HeadLocalizer
+from .ocr import OCRLocalizer
 from .vlm import VLMLocalizer
 
 __all__ = [
@@ -27,11 +29,14 @@ __all__ = [
     "Attention",
     "AttentionLocalizer",
     "BoxLocalizer",
+    "CascadeLocalizer",
     "ClipLocalizer",
     "DetectorLocalizer",
     "Head",
     "HeadLocalizer",
     "Localizer",
+    "OCRLocalizer",
+    "UnionLocalizer",
     "VLMLocalizer",
     "WholeLocalizer",
     "encode",
@@ -82,6 +87,9 @@ _BUILDERS: dict[str, Callable[[_Given], Localizer]] = {
     "detector": lambda given: DetectorLocalizer.load(given.need("path"), given.device),
     "head": _head,
     "vlm": lambda given: VLMLocalizer.load(given.need("path"), given.device),
+    "cascade": lambda given: CascadeLocalizer((_attention(given), OCRLocalizer())),
+    "ocr": lambda given: OCRLocalizer(),
+    "union": lambda given: UnionLocalizer((_attention(given), OCRLocalizer())),
     "whole": lambda given: WholeLocalizer(),
 }
 LOCALIZERS = tuple(_BUILDERS)
@@ -103,13 +111,14 @@ def get_localizer(
     Args:
         name: one of ``LOCALIZERS``.
         region: for "box".
-        model, processor, prompt: of the model that answers, for "attention" and "head".
+        model, processor, prompt: of the model that answers, for "attention" and "head", and for "cascade" and "union",
+            which are attention and ocr.
         layer: for "attention".
         path: for "head" the file of its weights; for "clip", "detector" and "vlm" the folder (or hub name) of a model.
         min_confidence: below it the whole image is returned; None: the localizer's own default. Not for "box", "whole".
     Raises:
         ValueError: unknown name, or something it needs is missing. FileNotFoundError, OSError: nothing to load at
-            ``path``.
+            ``path``. ImportError: an extra is not installed.
     """
     if name not in _BUILDERS:
         raise ValueError(f"get_localizer: name must be one of {', '.join(LOCALIZERS)}, got {name!r}")
