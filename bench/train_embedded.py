@@ -4,9 +4,11 @@ Stages (each with a budget in minutes, so that a run fits the time there is):
   tower    the vision tower alone; every patch names the thing it belongs to (kind, colour, word, digits, place, ...)
   decoder  tower frozen; several questions per picture, packed block-diagonally behind the picture's tokens
   joint    everything, at a lower learning rate
+  boxes    decoder layers alone, at a lower rate still: tower, projector and words stay as they are, bit for bit
 
-    python bench/train_embedded.py --out RUN --minutes 20 12 70 --export crop/embedded/weights
-    python bench/train_embedded.py --out RUN --minutes 20 12 90 --export ...   # resumes and goes on
+    python bench/train_embedded.py --out RUN --minutes 20 12 70 40 --export crop/embedded/weights
+    python bench/train_embedded.py --out RUN --minutes 20 12 90 40 --export ...   # resumes and goes on
+    python bench/train_embedded.py --out RUN --start crop/embedded/weights --minutes 0 0 0 40 --export NEW
     touch RUN/stop                                                             # ends it with a checkpoint
     python bench/train_embedded.py --evaluate crop/embedded/weights --scenes 400
 
@@ -40,14 +42,15 @@ from torch import Tensor, nn
 from crop.embedded import scenes
 
 NUM_PATCHES = scenes.GRID**2
-MAX_QUESTIONS, MAX_LENGTH = 32, 10
+MAX_QUESTIONS, MAX_BOXES, MAX_LENGTH = 32, 8, 13
 HELD_OUT = 10_000_000  # first seed of the held-out range; training seeds stay below
 SIZES = {  # tower width, tower layers, decoder width, decoder layers, decoder feed-forward
     "small": (128, 5, 128, 8, 320),
     "medium": (192, 6, 192, 8, 512),
     "large": (224, 6, 256, 8, 512),
 }
-EMPHASIS = {"count": 2.0, "total": 2.0, "date": 1.5, "shapes": 1.5, "picture": 0.2, "receipt": 0.2}
+EMPHASIS = {"box": 5.0, "count": 2.0, "total": 2.0, "date": 1.5, "shapes": 1.5, "picture": 0.2, "receipt": 0.2}
+STAGES = ("tower", "decoder", "joint", "boxes")
 WHERE = [f"{v} {h}" for v in ("top", "middle", "bottom") for h in ("left", "center", "right")]
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 KINDS = ("shape", "sign", "shop", "date", "item", "total")
@@ -103,22 +106,29 @@ class Encoder:
         return [self.ids[t] for w in text.split() for t in (w if w.isdigit() else (w,))]
 
 
+def asked(scene: scenes.Scene) -> tuple[scenes.Question, ...]:
+    """The questions of a picture that training and the held-out figures use."""
+    return (*scene.questions[:MAX_QUESTIONS], *scene.grounding[:MAX_BOXES])
+
+
 def encode(scene: scenes.Scene, encoder: Encoder) -> dict[str, np.ndarray]:
-    """One picture as arrays: patches, patch labels and up to MAX_QUESTIONS questions."""
+    """One picture as arrays: patches, patch labels and its questions."""
+    rows = MAX_QUESTIONS + MAX_BOXES
     pixels = np.asarray(scene.image).reshape(scenes.GRID, scenes.PATCH, scenes.GRID, scenes.PATCH, 3)
     out = {
         # (row, column, channel, y, x): the order of a flattened convolution kernel
         "patches": pixels.transpose(0, 2, 4, 1, 3).reshape(NUM_PATCHES, -1).copy(),
         "labels": patch_labels(scene),
-        "ids": np.zeros((MAX_QUESTIONS, MAX_LENGTH), np.int16),
-        "target": np.full((MAX_QUESTIONS, MAX_LENGTH), -100, np.int16),
-        "region": np.zeros((MAX_QUESTIONS, NUM_PATCHES), bool),
-        "local": np.zeros(MAX_QUESTIONS, bool),
-        "weight": np.zeros(MAX_QUESTIONS, np.float32),
+        "ids": np.zeros((rows, MAX_LENGTH), np.int16),
+        "target": np.full((rows, MAX_LENGTH), -100, np.int16),
+        "region": np.zeros((rows, NUM_PATCHES), bool),
+        "local": np.zeros(rows, bool),
+        "weight": np.zeros(rows, np.float32),
         "picture": np.array(scenes.PICTURES.index(scene.picture), np.uint8),
     }
-    count = collections.Counter(q.kind for q in scene.questions)
-    for i, question in enumerate(scene.questions[:MAX_QUESTIONS]):
+    questions = asked(scene)
+    count = collections.Counter(q.kind for q in questions)
+    for i, question in enumerate(questions):
         text, answer = (
             encoder(question.text + " ?"),
             [*encoder(question.answer), encoder.ids["</s>"]],
@@ -347,6 +357,10 @@ class Trainer:
         torch.manual_seed(0)
         self.model = build(args.size, self.encoder.ids).to(self.device)
         self.model.model.language_model.set_attn_implementation("aided")
+        if args.start:
+            from crop import embedded
+
+            self.model.load_state_dict(embedded.load(directory=args.start)[0].state_dict())
         self.heads = nn.Linear(SIZES[args.size][0], sum(HEADS.values())).to(self.device)
         self.state = {"stage": 0, "elapsed": 0.0, "step": 0, "pictures": 0, "log": []}
         self.optimiser_state = None
@@ -377,7 +391,7 @@ class Trainer:
         part.replace(self.checkpoint)
 
     def run(self) -> None:
-        for stage, name in enumerate(("tower", "decoder", "joint")):
+        for stage, name in enumerate(STAGES):
             if stage >= self.state["stage"] and self.args.minutes[stage] > 0:
                 if stage > self.state["stage"]:
                     self.state.update(stage=stage, elapsed=0.0)
@@ -386,23 +400,27 @@ class Trainer:
 
     def train(self, stage: str, budget: float) -> None:
         args, state = self.args, self.state
-        named = [("head.weight", self.heads.weight), ("head.bias", self.heads.bias)] if stage != "decoder" else []
+        named = (
+            [("head.weight", self.heads.weight), ("head.bias", self.heads.bias)] if stage in ("tower", "joint") else []
+        )
         model = self.model.model
         vision = [(f"vision.{n}", p) for n, p in model.vision_tower.named_parameters() if "post_layernorm" not in n]
         language = [(f"text.{n}", p) for n, p in self.model.named_parameters() if "vision_tower" not in n]
-        named += {"tower": vision, "decoder": language, "joint": vision + language}[stage]
+        layers = [(n, p) for n, p in language if "embed_tokens" not in n and "projector" not in n]
+        named += {"tower": vision, "decoder": language, "joint": vision + language, "boxes": layers}[stage]
         for p in self.model.parameters():
             p.requires_grad_(False)
         for _, p in named:
             p.requires_grad_(True)
-        matrix, other = {"tower": args.lr[0:2], "decoder": args.lr[2:4], "joint": args.lr[4:6]}[stage]
+        number = STAGES.index(stage)
+        matrix, other = args.lr[2 * number : 2 * number + 2]
         optimiser = Muon(named, matrix, other)
         if self.optimiser_state is not None:
             optimiser.load_state_dict(self.optimiser_state)
-        features = self.frozen_features if stage == "decoder" else None
+        features = self.frozen_features if stage in ("decoder", "boxes") else None
         first = 1 + self.rank + args.processes * (state["pictures"] + 1000)
         data = Reservoir(self.encoder, first, args.processes, 4000 if stage != "joint" else 1000)
-        batch = args.batch[{"tower": 0, "decoder": 1, "joint": 2}[stage]]
+        batch = args.batch[number]
         fresh, start, last, meter = (
             0.0,
             time.time() - state["elapsed"],
@@ -422,8 +440,8 @@ class Trainer:
                 data.add(16, features)
                 state["pictures"] += 16
                 fresh -= 16
-            full = fraction > {"tower": 0.7, "decoder": 0.92, "joint": 0.85}[stage]
-            full = full or (stage == "joint" and data.rng.random() < 0.6)
+            full = fraction > {"tower": 0.7, "decoder": 0.92, "joint": 0.85, "boxes": 0.85}[stage]
+            full = full or (stage in ("joint", "boxes") and data.rng.random() < 0.6)
             losses = self.losses(stage, data.draw(batch), full)
             for p in (p for _, p in named):
                 p.grad = None if p.grad is None else p.grad.zero_()
@@ -465,13 +483,13 @@ class Trainer:
             return tower_features(self.model, patches, None).bfloat16().cpu()
 
     def losses(self, stage: str, items: list[dict[str, Tensor]], full: bool) -> dict[str, Tensor]:
-        """Joint: every picture keeps equally many tokens, and that number changes from step to step, else the share of
+        """Joint and boxes: every picture keeps equally many tokens, and that number changes from step to step, else the share of
         background among them would give away how many things there are. Before that receipts, which cover more
         patches than the rest, are run apart.
         """
         receipts = [i for i in items if i["picture"] == 2]
         others = [i for i in items if i["picture"] != 2]
-        if full or stage == "joint":
+        if full or stage in ("joint", "boxes"):
             parts = [(items, NUM_PATCHES if full else int(torch.randint(96, 200, ())))]
         else:
             parts = list(zip((receipts, others), {"tower": (118, 74), "decoder": (96, 60)}[stage], strict=True))
@@ -493,7 +511,7 @@ class Trainer:
 
         losses = {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            if stage == "decoder":
+            if stage in ("decoder", "boxes"):
                 features = take("features").float()
             elif stage == "tower":
                 places = keep.to(self.device)
@@ -609,13 +627,13 @@ def quick_scores(model, encoder: Encoder, count: int, first: int = HELD_OUT) -> 
         keep = torch.arange(NUM_PATCHES).expand(len(items), -1)
         right = (answer_logits(model, features, keep, ids).argmax(3) == target) | (target == -100)
         for scene, row in zip(drawn, right.all(2).tolist(), strict=True):
-            for question, ok in zip(scene.questions[:MAX_QUESTIONS], row, strict=False):
+            for question, ok in zip(asked(scene), row, strict=False):
                 scores[question.kind].append(ok)
     return scores
 
 
 def format_scores(scores: dict[str, list[bool]]) -> str:
-    kinds = [k for k in (*scenes.LOCAL_KINDS, *scenes.GLOBAL_KINDS) if k in scores]
+    kinds = [k for k in (*scenes.LOCAL_KINDS, *scenes.GLOBAL_KINDS, scenes.BOX_KIND) if k in scores]
     local = [ok for k in scenes.LOCAL_KINDS for ok in scores.get(k, ())]
     parts = [f"{k} {sum(scores[k]) / len(scores[k]):.3f}" for k in kinds]
     return " ".join(parts) + f" | all local {sum(local) / max(1, len(local)):.3f} (n={len(local)})"
@@ -630,6 +648,7 @@ def evaluate(directory: str, count: int) -> None:
     for seed in range(HELD_OUT + 1000, HELD_OUT + 1000 + count):  # beyond the pictures watched while training
         scene = scenes.scene(seed)
         questions = random.Random(seed).sample(scene.questions, min(8, len(scene.questions)))
+        questions += scene.grounding[seed % len(scene.grounding) :][:1]
         answers = embedded.answer(model, processor, [scene.image] * len(questions), [q.text for q in questions])
         for question, text in zip(questions, answers, strict=True):
             scores[question.kind].append(text == question.answer)
@@ -711,19 +730,20 @@ def worker(rank: int, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="run", help="folder of the run: checkpoint; resumed if there")
+    parser.add_argument("--start", help="directory of weights to begin with instead of random ones")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=1, help="processes that average their weights (CPU)")
     parser.add_argument("--exchange", type=float, default=4, help="seconds between two averages")
     parser.add_argument("--helper-nice", type=int, default=5, help="niceness of all processes but the first")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--minutes", type=float, nargs=3, default=(20, 12, 70), help="wall minutes per stage")
-    parser.add_argument("--batch", type=int, nargs=3, default=(24, 12, 12), help="pictures per step and process")
+    parser.add_argument("--minutes", type=float, nargs=4, default=(20, 12, 70, 40), help="wall minutes per stage")
+    parser.add_argument("--batch", type=int, nargs=4, default=(24, 12, 12, 6), help="pictures per step and process")
     parser.add_argument(
         "--lr",
         type=float,
-        nargs=6,
-        default=(0.02, 2e-3, 0.02, 2e-3, 0.006, 7e-4),
+        nargs=8,
+        default=(0.02, 2e-3, 0.02, 2e-3, 0.006, 7e-4, 0.004, 4e-4),
         help="matrices, rest; per stage",
     )
     parser.add_argument("--questions", type=int, default=10, help="packed questions per picture")

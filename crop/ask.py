@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -104,6 +104,30 @@ class Asker:
             path=self.head if path is None and name == "head" else path,
             min_confidence=min_confidence,
         )
+
+    def encode_batch(self, images: Sequence[Sequence[Image]], questions: Sequence[str]) -> Any:
+        """Model inputs of several questions, padded on the left.
+
+        Args:
+            images: RGB, those of each question. questions: plain text.
+        Returns:
+            What the processor makes of it, on the CPU.
+        Raises:
+            ValueError: no prompt, and the processor has no chat template.
+        """
+        if self.prompt is not None:
+            texts = [self.prompt(question) for question in questions]
+        elif getattr(self.processor, "chat_template", None):
+            turns = [
+                [{"role": "user", "content": [*[{"type": "image"}] * len(row), {"type": "text", "text": question}]}]
+                for row, question in zip(images, questions, strict=True)
+            ]
+            texts = [self.processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+        else:
+            raise ValueError("encode_batch: prompt must be given for a processor without a chat template, got None")
+        self.processor.tokenizer.padding_side = "left"
+        pictures = [list(row) for row in images] if any(len(row) for row in images) else None
+        return self.processor(images=pictures, text=texts, padding=True, return_tensors="pt")
 
     @torch.no_grad()
     def ask(

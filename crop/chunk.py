@@ -13,19 +13,24 @@ import torch
 from torch import Tensor
 
 from .cache import left_fill
+from .late import LatePlan
 from .methods import Method, Selection
 from .region import PoolPlan, Region, VisionLayout
 
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """One image: where its tokens are, how they are pooled, which of the pooled ones stay at which layer."""
+    """One image: where its tokens are, how they are pooled, which of the pooled ones stay at which layer.
+
+    ``late``: the promise that ``plan`` stands in for, or None.
+    """
 
     sample: int
     layout: VisionLayout
     plan: PoolPlan | None
     pooled: VisionLayout
     selections: dict[int, Selection]
+    late: LatePlan | None = None
 
     def tokens_at(self, layer: int) -> int:
         """How many of its tokens decoder layer ``layer`` sees."""
@@ -86,13 +91,15 @@ class SelectStep:
 class ChunkPlan:
     """Everything one prefill does. ``steps``: by decoder layer, the cuts at which a token leaves, ascending.
 
-    ``real`` (batch, seq_len) bool marks what is no padding, before pooling.
+    ``real`` (batch, seq_len) bool marks what is no padding, before pooling. ``text``: positions of the text after each
+    sample's last image, where a late plan asks for it.
     """
 
     images: list[ImagePlan]
     real: Tensor
     pool: PoolStep | None
     steps: dict[int, SelectStep]
+    text: list[Tensor] | None = None
 
 
 def plan_chunk(
@@ -109,9 +116,11 @@ def plan_chunk(
         regions: one per image.
         real: (batch, seq_len) bool, False for padding.
     """
-    pool_plans = [
+    made = [
         _checked_plan(method.plan(layout, region), layout) for (_, layout), region in zip(images, regions, strict=True)
     ]
+    late = [plan if isinstance(plan, LatePlan) else None for plan in made]
+    pool_plans = [plan if promise is None else promise.stand_in() for plan, promise in zip(made, late, strict=True)]
     pool = None
     slots = real
     pooled = [layout for _, layout in images]
@@ -122,12 +131,27 @@ def plan_chunk(
             layout.pool(plan or PoolPlan.identity(len(layout)), _leader_slots(pool, sample, layout, plan))
             for (sample, layout), plan in zip(images, pool_plans, strict=True)
         ]
+        # The kind of a stand-in's tokens says nothing about those that will take their slots.
+        pooled = [
+            after if promise is None else replace(after, kind=torch.zeros_like(after.kind))
+            for after, promise in zip(pooled, late, strict=True)
+        ]
     plans = [
-        ImagePlan(sample, layout, plan, after, _selections(method, after, region))
-        for (sample, layout), plan, after, region in zip(images, pool_plans, pooled, regions, strict=True)
+        ImagePlan(sample, layout, plan, after, _selections(method, after, region), promise)
+        for (sample, layout), plan, after, region, promise in zip(
+            images, pool_plans, pooled, regions, late, strict=True
+        )
     ]
+    text = None
+    if any(promise is not None for promise in late):
+        if method.cuts and not all(region.is_whole for region in regions):
+            raise ValueError(
+                "patch: region must be the whole image where a cut follows a LatePlan, whose tokens have no known place "
+                "beforehand, got boxes"
+            )
+        text = _text_after([image.layout for image in plans], [image.sample for image in plans], real)
     steps = {cut.layer: _select_step(cut, plans, slots) for cut in method.cuts}
-    return ChunkPlan(plans, real, pool, {layer: step for layer, step in steps.items() if step is not None})
+    return ChunkPlan(plans, real, pool, {layer: step for layer, step in steps.items() if step is not None}, text)
 
 
 def _selections(method: Method, layout: VisionLayout, region: Region) -> dict[int, Selection]:
@@ -142,9 +166,24 @@ def _selections(method: Method, layout: VisionLayout, region: Region) -> dict[in
     return found
 
 
-def _checked_plan(plan: PoolPlan | None, layout: VisionLayout) -> PoolPlan | None:
-    if plan is not None and not isinstance(plan, PoolPlan):
-        raise TypeError(f"patch: plan() of a method must return a PoolPlan or None, got {type(plan).__name__}")
+def _text_after(layouts: Sequence[VisionLayout], samples: Sequence[int], real: Tensor) -> list[Tensor]:
+    """(M,) int64 positions of the text after the last image, per sample."""
+    begin = [0] * len(real)
+    for sample, layout in zip(samples, layouts, strict=True):
+        begin[sample] = int(layout.position[-1]) + 1
+    return [torch.nonzero(row[first:]).flatten() + first for row, first in zip(real, begin, strict=True)]
+
+
+def _checked_plan(plan: PoolPlan | LatePlan | None, layout: VisionLayout) -> PoolPlan | LatePlan | None:
+    if plan is not None and not isinstance(plan, (PoolPlan, LatePlan)):
+        raise TypeError(
+            f"patch: plan() of a method must return a PoolPlan, a LatePlan or None, got {type(plan).__name__}"
+        )
+    if isinstance(plan, LatePlan):
+        if not 1 <= plan.num_out <= len(layout):
+            raise ValueError(f"patch: num_out of a LatePlan must be in [1, {len(layout)}], got {plan.num_out}")
+        if int(layout.position[-1] - layout.position[0]) != len(layout) - 1:
+            raise ValueError("patch: a LatePlan needs an image whose tokens follow each other, got text among them")
     if plan is not None and plan.num_tokens != len(layout):
         raise ValueError(f"patch: plan() must cover the image's {len(layout)} tokens, got {plan.num_tokens}")
     return plan

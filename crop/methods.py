@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crop.late import LatePlan
 from crop.plan import MAX_STRIDE, OUTSIDE, PoolPlan, build_plan, check_strides, fit_strides
 from crop.region import PADDING, Region, VisionLayout
 
@@ -76,19 +77,24 @@ class Method:
     ``pool_mode``: reduction of a cell of ``plan``.
     ``cuts``: the methods whose ``select`` applies, one per layer where tokens leave, in ascending order; of itself a
         method is its only cut.
+    ``salience``: whether late plans want the attention inside the vision tower.
     """
 
     layer: int | None = None
     rows: Literal["text", "last"] = "text"
     rope: bool = True
     pool_mode: Literal["mean", "max"] = "mean"
+    salience: bool = False
 
     @property
     def cuts(self) -> tuple[Method, ...]:
         return () if self.layer is None else (self,)
 
-    def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
-        """How to pool the tokens of one image before the language model; None: not at all."""
+    def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | LatePlan | None:
+        """How to pool the tokens of one image before the language model; None: not at all.
+
+        A ``LatePlan`` says how many tokens it will leave, and decides which when their features are there.
+        """
         return None
 
     def select(self, layout: VisionLayout, region: Region) -> Selection | None:
@@ -405,6 +411,10 @@ class Compose(Method):
     @property
     def pool_mode(self) -> Literal["mean", "max"]:
         return self.plc.pool_mode
+
+    @property
+    def salience(self) -> bool:
+        return self.plc.salience
 
     def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
         """As ``plc.plan``."""

@@ -17,6 +17,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -46,12 +47,14 @@ from .inputs import (
     replace_method,
     wants_cache,
 )
+from .late import settle
 from .methods import Method
 from .models import Adapter, Prompt, adapter_for
 from .positions import POLICIES, close_gaps, given_ids, own_ids
 from .prepared import fit_mask, held, refuse_prepared, refuse_short_sight, windows
 from .region import Region
 from .run import Run, Stage, choose, gather_positions, look_up, pruned_mask, score, slot_mask, spread
+from .salience import VisionSalience
 from .stats import PruneStats, mark
 from .tap import tap, unrotated
 
@@ -166,6 +169,9 @@ class _Patch:
                 )
             self.adapter.check(self.config, self.image_processor, self.image_sizes, whole)
         self.stats = PruneStats()
+        self.salience = (
+            VisionSalience(self.adapter.vision_tower(self.base), self.config) if self.method.salience else None
+        )
         self.run: Run | None = None
         self.given: dict[str, Any] | None = None  # to generate()
         self.vision_span: list[Any] = []
@@ -195,6 +201,8 @@ class _Patch:
         for index, layer in enumerate(self.layers):
             door(layer.register_forward_pre_hook(self._layer_hook(index), with_kwargs=True))
         door(language_model.norm.register_forward_pre_hook(self._enter_norm))
+        if self.salience is not None:
+            undo.enter_context(self.salience)
         for cut in self.method.cuts:
             undo.enter_context(self._tap(cut.layer))
 
@@ -311,6 +319,7 @@ class _Patch:
             return args, kwargs
         if pool is not None:
             start = mark(embeds.device)
+            pool = self._settle(run, embeds)
             kwargs["inputs_embeds"] = self._pool(pool, embeds, self.method.pool_mode)
             if kwargs.get("visual_pos_masks") is not None:
                 kwargs |= self._pool_levels(pool, kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"])
@@ -328,6 +337,17 @@ class _Patch:
         if pool is not None:
             self.stats._add("plc", start, mark(embeds.device))
         return args, kwargs
+
+    def _settle(self, run: Run, embeds: Tensor) -> PoolStep:
+        """The pooling of the chunk, late plans decided."""
+        if run.chunk.text is not None:
+            salience = None
+            if self.salience is not None:
+                salience = self.salience.of([image.sample for image in run.chunk.images], self.copies)
+            with torch.no_grad():
+                pool = settle(run.chunk.pool, run.chunk.images, run.chunk.text, embeds, salience)
+            run.chunk = replace(run.chunk, pool=pool)
+        return run.chunk.pool
 
     def _note_positions(self, run: Run, kwargs: dict, embeds: Tensor) -> None:
         """Where ids are or were changed, work on ours from here on: ``run.ids`` and what the model gets."""

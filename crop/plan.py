@@ -200,6 +200,32 @@ class PoolPlan:
         )
 
     @staticmethod
+    def from_cells(cell: Tensor, leader: Tensor) -> PoolPlan:
+        """Build the plan from the cell of each token, on any device and without reading it back.
+
+        Args:
+            cell: (N,) int64 in [-1, num_out), -1 = in no cell.
+            leader: (num_out,) int64, ascending, ``cell[leader[i]] == i``.
+        Returns:
+            PoolPlan over N tokens, level 0; tokens in no cell stand at the end of ``members``, beyond the last offset.
+        """
+        num_out = len(leader)
+        place = torch.where(cell < 0, num_out, cell)
+        count = torch.zeros(num_out + 1, dtype=torch.int64, device=cell.device)
+        count.scatter_add_(0, place, torch.ones_like(place))
+        offsets = torch.nn.functional.pad(count[:-1].cumsum(0), (1, 0))
+        plan = PoolPlan(
+            members=place.argsort(stable=True).int(),
+            offsets=offsets.int(),
+            leader=leader.int(),
+            level=torch.zeros(num_out, dtype=torch.uint8, device=cell.device),
+            num_tokens=len(cell),
+            check=False,
+        )
+        vars(plan)["inverse"] = cell.int()  # known already; the general way would count on every token being a member
+        return plan
+
+    @staticmethod
     def concatenate(plans: Sequence[PoolPlan]) -> PoolPlan:
         """One plan for the tokens of several images laid one after the other.
 

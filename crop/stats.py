@@ -41,8 +41,6 @@ class PruneStats:
         layer_average: vision tokens per image, averaged over the decoder layers; with one cut
             ``(layer * after_plc + (num_layers - layer) * after_ilp) / num_layers``.
         layouts: geometry of each image's tokens before pruning.
-        pooled: geometry after pooling, in the shortened sequence.
-        plans: pooling plan per image, None where it was left whole.
         estimate: what ``patch(auto=True)`` predicted, None otherwise.
     """
 
@@ -52,13 +50,22 @@ class PruneStats:
     tokens_from: dict[int, list[int]] = field(default_factory=dict)
     layer_average: list[float] = field(default_factory=list)
     layouts: list[VisionLayout] = field(default_factory=list)
-    pooled: list[VisionLayout] = field(default_factory=list)
-    plans: list[PoolPlan | None] = field(default_factory=list)
     estimate: Estimate | None = None
     _chunk: ChunkPlan | None = field(default=None, repr=False)
     _num_layers: int = field(default=0, repr=False)
     _selected: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _spans: list[tuple[str, object, object]] = field(default_factory=list, repr=False)
+
+    @property
+    def plans(self) -> list[PoolPlan | None]:
+        """Pooling plan per image, None where it was left whole."""
+        images = [] if self._chunk is None else self._chunk.images
+        return [image.plan if image.late is None else image.late.outcome() for image in images]
+
+    @property
+    def pooled(self) -> list[VisionLayout]:
+        """Geometry of each image's tokens after pooling, in the shortened sequence."""
+        return [] if self._chunk is None else [image.pooled for image in self._chunk.images]
 
     @property
     def kept(self) -> list[Tensor]:
@@ -75,8 +82,7 @@ class PruneStats:
                 for number, row, count in zip(step.images, self._selected[cut].cpu(), step.num_keep, strict=True):
                     kept[number] = torch.searchsorted(self._chunk.images[number].pooled.position, row[:count])
         return [
-            index if image.plan is None else image.plan.leader.long()[index]
-            for image, index in zip(self._chunk.images, kept, strict=True)
+            index if plan is None else plan.leader.long()[index] for plan, index in zip(self.plans, kept, strict=True)
         ]
 
     @property
@@ -95,8 +101,6 @@ class PruneStats:
         self.tokens_after_ilp = [image.tokens_at(num_layers - 1) for image in images]
         self.tokens_from = {layer: [image.tokens_at(layer) for image in images] for layer in (0, *chunk.steps)}
         self.layouts = [image.layout for image in images]
-        self.pooled = [image.pooled for image in images]
-        self.plans = [image.plan for image in images]
         self.layer_average = [
             sum(image.tokens_at(layer) for layer in range(num_layers)) / num_layers for image in images
         ]

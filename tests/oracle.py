@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crop.late import Features, LatePlan
+
 NEAR_TIE = 1e-5  # relative gap below which float32 may decide otherwise
 
 
@@ -296,6 +298,10 @@ class Oracle:
                 cells.append(tuple(((n,), n) for n in range(len(spans[number]))))
                 pooled_layouts.append(layout)
                 continue
+            if isinstance(plan, LatePlan):
+                cells.append(self._late(plan, sample, number, stop))
+                pooled_layouts.append(layout)
+                continue
             edges, members = plan.offsets.tolist(), plan.members.tolist()
             leaders = plan.leader.tolist()
             cells.append(tuple((tuple(members[edges[c] : edges[c + 1]]), leaders[c]) for c in range(len(leaders))))
@@ -322,6 +328,26 @@ class Oracle:
                 kept[number], tie = self._choose(mass, selection)
                 near = near or tie
         return replace(decision, kept=tuple(kept), scores=past.scores + tuple(masses), near_tie=near)
+
+    def _late(self, plan: LatePlan, sample: Sample, number: int, stop: int) -> tuple:
+        """Cells of an image whose method decides by features, from features computed here."""
+        rows, span = self.embed(sample), sample.spans()[number]
+        last = max(s.stop for s in sample.spans() if s.stop <= stop)
+        salience = None
+        if self.model.config.model_type == "llava":
+            salience = self.salience(sample.pixels[number])
+        found = plan.decide(Features(rows[span.start : span.stop], rows[last:stop], salience))
+        cell = found.cell.tolist()
+        return tuple(
+            (tuple(n for n, c in enumerate(cell) if c == own), leader)
+            for own, leader in enumerate(found.leader.tolist())
+        )
+
+    @torch.no_grad()
+    def salience(self, pixels: Tensor) -> Tensor:
+        """(tokens,) attention from the class token of a CLIP tower in the layer before the last, from eager weights."""
+        out = self.model.model.vision_tower(pixels, output_attentions=True)
+        return out.attentions[-2][0].double().mean(0)[0, 1:].float()
 
     def _masses(
         self, sample: Any, decision: Decision, method: Any, fresh: list[int], first: int, stop: int

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from crop.region import Region
 
 __all__ = [
+    "BLOCKS",
+    "BOX_KIND",
     "COLORS",
     "DRAWN_WORDS",
     "GLOBAL_KINDS",
@@ -45,6 +47,7 @@ __all__ = [
     "Question",
     "Scene",
     "Thing",
+    "box_region",
     "scene",
     "vocabulary",
 ]
@@ -64,6 +67,8 @@ LOCAL_KINDS = (
     "shop",
 )
 GLOBAL_KINDS = ("shapes", "picture", "receipt")
+BOX_KIND = "box"  # answered by a place in numbers; see ``Scene.grounding``
+BLOCKS = 8  # blocks per side in which such answers count
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Question:
     """One question about a picture.
 
     Args:
-        kind: one of ``LOCAL_KINDS`` or ``GLOBAL_KINDS``.
+        kind: one of ``LOCAL_KINDS`` or ``GLOBAL_KINDS``, or ``BOX_KIND``.
         text: the question without a final question mark.
         answer: lower-case words or a number.
         boxes: (x0, y0, x1, y1) each, normalised to the image, half-open: where the answer can be seen.
@@ -101,12 +106,31 @@ class Scene:
         questions: in random order (a function of the seed).
         picture: one of ``PICTURES``.
         things: what was drawn, in drawing order.
+        grounding: questions of ``BOX_KIND``, one per thing: where it is, in blocks of an 8 x 8 grid; ``box_region``
+            reads the answers. Apart from ``questions``, which ask what can be seen.
     """
 
     image: Image.Image
     questions: tuple[Question, ...]
     picture: str
     things: tuple[Thing, ...]
+    grounding: tuple[Question, ...]
+
+
+def box_region(answer: str) -> Region | None:
+    """The region that an answer of ``BOX_KIND`` names, None where it names none.
+
+    Args:
+        answer: four digits, spaces aside: xmin, ymin, xmax, ymax, blocks of an 8 x 8 grid, inclusive.
+    Source: the format of regions in CROP (arXiv 2505.21233).
+    """
+    from crop.region import Region
+
+    digits = answer.replace(" ", "")
+    if len(digits) != 4 or not digits.isdecimal():
+        return None
+    x0, y0, x1, y1 = map(int, digits)
+    return Region.from_blocks(x0, y0, x1, y1, BLOCKS) if x0 <= x1 < BLOCKS and y0 <= y1 < BLOCKS else None
 
 
 def scene(seed: int, *, picture: str | None = None, hardness: float = 1.0) -> Scene:
@@ -129,7 +153,9 @@ def scene(seed: int, *, picture: str | None = None, hardness: float = 1.0) -> Sc
     image = draw(things, picture, rng, hardness)
     questions = list(_questions(things, picture, rng))
     rng.shuffle(questions)
-    return Scene(image, tuple(questions), picture, things)
+    # Random numbers of their own, so that the other questions do not depend on these.
+    grounding = list(_box_questions(things, random.Random(f"boxes {seed}")))
+    return Scene(image, tuple(questions), picture, things, tuple(grounding))
 
 
 def _questions(things: tuple[Thing, ...], picture: str, rng: random.Random) -> Iterator[Question]:
@@ -204,6 +230,20 @@ def _receipt_questions(things: tuple[Thing, ...]) -> Iterator[Question]:
             yield Question("total", "what is the total", str(thing.value), (thing.box,), True)
         else:
             yield Question("shop", "what is the shop", str(thing.word), (thing.box,), True)
+
+
+def _box_questions(things: tuple[Thing, ...], rng: random.Random) -> Iterator[Question]:
+    for thing in things:
+        if thing.kind == "shape":
+            name = rng.choice((f"{thing.color} {thing.shape}", str(thing.label)))
+        elif thing.kind == "sign":
+            name = rng.choice((f"{thing.color} sign", str(thing.word)))
+        else:
+            name = str(thing.word) if thing.kind == "item" else thing.kind
+        x0, y0, x1, y1 = thing.cells
+        side = GRID // BLOCKS
+        blocks = (x0 // side, y0 // side, (x1 - 1) // side, (y1 - 1) // side)
+        yield Question(BOX_KIND, f"what box is the {name} in", "".join(map(str, blocks)), (thing.box,), True)
 
 
 def vocabulary() -> tuple[str, ...]:

@@ -1,0 +1,151 @@
+"""Questions to ask: held-out rendered pictures, or any data set as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image
+
+from bench.accuracy.metrics import TEXT_METRICS, Box, iou, parse_box
+from crop.embedded import scenes
+from crop.region import Region
+
+GROUPS = {  # kind of rendered question -> group of the table
+    **dict.fromkeys(("digit", "word", "sign", "price", "item", "total", "date", "shop"), "local text"),
+    **dict.fromkeys(("color", "shape", "where"), "colour, shape, place"),
+    "count": "counting",
+    **dict.fromkeys(scenes.GLOBAL_KINDS, "global"),
+    scenes.BOX_KIND: "grounding",
+}
+LOCAL = ("local text", "colour, shape, place", "counting")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Args:
+        key: unique in its set and the same in every run.
+        question, answers: text; any of the answers is right. Empty answers: a grounding question.
+        group: kind of question, a row of the table.
+        metric: what ``score`` reports: "exact", "anls", "relaxed" or "iou".
+        region: where the answer can be seen, or None where nobody knows.
+        picture: loads the image, RGB.
+        box: the truth of a grounding question, normalised, in what the model is asked to say.
+        read_box: answer -> box.
+    """
+
+    key: str
+    question: str
+    answers: tuple[str, ...]
+    group: str
+    metric: str
+    region: Region | None
+    picture: Callable[[], Image.Image]
+    box: Box | None = None
+    read_box: Callable[[str], Box | None] = parse_box
+
+    def score(self, answer: str) -> float:
+        """Of the answer, in [0, 1]."""
+        if self.metric == "iou":
+            found = self.read_box(answer)
+            return iou(found, self.box) if found is not None else 0.0
+        return TEXT_METRICS[self.metric](answer, self.answers)
+
+
+@lru_cache(maxsize=16)
+def _scene(seed: int) -> scenes.Scene:
+    return scenes.scene(seed)
+
+
+def rendered(first: int, count: int) -> Iterator[Item]:
+    """Questions about ``count`` rendered pictures from seed ``first`` on, about five each.
+
+    Per picture, drawn by its seed: two about text, one each about an attribute, a number of things, the whole picture,
+    and where something is.
+    """
+    for seed in range(first, first + count):
+        rng, drawn = random.Random(seed), _scene(seed)
+        pools: dict[str, list[scenes.Question]] = {}
+        for question in (*drawn.questions, *drawn.grounding):
+            pools.setdefault(GROUPS[question.kind], []).append(question)
+        for group, pool in sorted(pools.items()):
+            for number, question in enumerate(rng.sample(pool, min(2 if group == "local text" else 1, len(pool)))):
+                is_box = question.kind == scenes.BOX_KIND
+                yield Item(
+                    key=f"{seed} {group} {number}",
+                    question=question.text,
+                    answers=(question.answer,),
+                    group=group,
+                    metric="iou" if is_box else "exact",
+                    region=question.region,
+                    picture=lambda seed=seed: _scene(seed).image,
+                    box=_blocks(question.answer) if is_box else None,
+                    read_box=_blocks,
+                )
+
+
+def _blocks(answer: str) -> Box | None:
+    region = scenes.box_region(answer)
+    return None if region is None else region.boxes[0]
+
+
+def json_lines(path: Path, metric: str) -> Iterator[Item]:
+    """Questions of a file: one JSON object a line with ``image`` (path beside the file), ``question``, ``answers``.
+
+    Optional: ``box`` (x0, y0, x1, y1 in pixels: where the answer is; without answers: what is asked for), ``group``.
+
+    Args:
+        metric: for questions with answers.
+    Raises:
+        ValueError: a line without image, question or anything to compare with.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        row = json.loads(line)
+        answers, box = tuple(row.get("answers") or ()), row.get("box")
+        if not row.get("image") or not row.get("question") or not (answers or box):
+            raise ValueError(f"json_lines: line {number} must have image, question and answers or a box, got {line}")
+        place = path.parent / row["image"]
+        region = None
+        if box:
+            with Image.open(place) as image:
+                region = Region.from_pixels(box, image.size)
+        yield Item(
+            key=f"{path.stem} {number}",
+            question=row["question"],
+            answers=answers,
+            group=row.get("group", "all" if answers else "grounding"),
+            metric=metric if answers else "iou",
+            region=region,
+            picture=lambda place=place: Image.open(place).convert("RGB"),
+            box=region.boxes[0] if region is not None and not answers else None,
+        )
+
+
+def convert_receipts(folder: Path, out: Path) -> int:
+    """Write the receipts' questions as JSON lines that ``json_lines`` reads.
+
+    Args:
+        folder: holds ``questions.jsonl`` and ``images/``. out: file to write; images are named by absolute path.
+    Returns:
+        Number of questions.
+    """
+    rows = []
+    for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows.append(
+            {
+                "image": str((folder / "images" / Path(row["image"]).name).resolve()),
+                "question": row["question"],
+                "answers": [row["answer"]],
+                "box": row["box"],
+                "group": row["field"],
+            }
+        )
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return len(rows)

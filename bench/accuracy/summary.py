@@ -1,0 +1,149 @@
+"""From the journal to figures: means with bootstrap intervals, a table, JSON and plots."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DRAWS, LEVEL = 2000, 0.95
+OVERALL = "overall"
+
+
+def interval(scores: np.ndarray, base: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the ratio of means of paired scores.
+
+    Args:
+        scores, base: (n,) of the same questions, pruned and unpruned.
+    Returns:
+        (low, high); NaN where the unpruned model scores nothing.
+    Source: Efron (1979); questions are drawn with replacement, each with both its scores.
+    """
+    drawn = np.random.default_rng(seed).integers(0, len(scores), (DRAWS, len(scores)))
+    top, bottom = scores[drawn].mean(1), base[drawn].mean(1)
+    ratio = np.divide(top, bottom, out=np.full(DRAWS, np.nan), where=bottom > 0)
+    tail = 100 * (1 - LEVEL) / 2
+    return tuple(float(value) for value in np.nanpercentile(ratio, (tail, 100 - tail)))
+
+
+def summarise(rows: Sequence[dict[str, Any]], times: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """One row per job and group of questions.
+
+    Args:
+        rows: of the journal. times: of ``timing.measure``, may be empty.
+    Returns:
+        Rows with contender, budget, counted, group, n, score, relative (to the unpruned model), low, high (its interval),
+        tokens, average (layer average of vision tokens), both as fractions of the image's, ms and time (relative).
+    Raises:
+        ValueError: no unpruned answers to compare with.
+    """
+    by_job: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        if row["job"] != "region":
+            by_job[row["job"]][row["item"]] = row
+    plain = next((found for job, found in by_job.items() if job.startswith("unpruned|")), None)
+    if plain is None:
+        raise ValueError("summarise: rows must hold the unpruned model's answers, got none")
+    out = []
+    for job, answers in by_job.items():
+        contender, budget, counted = job.split("|")
+        groups: dict[str, list[str]] = defaultdict(list)
+        for item, row in answers.items():
+            if item in plain:
+                groups[OVERALL].append(item)
+                groups[row["group"]].append(item)
+        for group, items in groups.items():
+            mine = [answers[item] for item in items]
+            scores = np.array([row["score"] for row in mine])
+            base = np.array([plain[item]["score"] for item in items])
+            low, high = interval(scores, base)
+            out.append(
+                {
+                    "contender": contender, "budget": float(budget), "counted": counted, "group": group,
+                    "n": len(items), "score": round(float(scores.mean()), 4),
+                    "relative": round(float(scores.mean() / base.mean()), 4) if base.any() else None,
+                    "low": round(low, 4), "high": round(high, 4),
+                    "tokens": round(float(np.mean([row["tokens"] / row["before"] for row in mine])), 4),
+                    "average": round(float(np.mean([row["average"] / row["before"] for row in mine])), 4),
+                    "whole": round(float(np.mean([row["whole"] for row in mine])), 4),
+                    "ms": times.get(job, {}).get("ms"), "time": times.get(job, {}).get("ratio"),
+                }
+            )  # fmt: skip
+    return out
+
+
+def at_time(rows: Sequence[dict[str, Any]], group: str, times: Sequence[float]) -> list[dict[str, Any]]:
+    """Score of every contender when it may take no longer than a share of the unpruned time.
+
+    Args:
+        rows: of ``summarise``, with times. times: shares of the unpruned time.
+    Returns:
+        One row per contender: share -> best relative score of its budgets that take no longer; None: none is so quick.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["group"] != group or row["time"] is None or row["contender"] == "unpruned":
+            continue
+        best = found.setdefault(row["contender"], {"contender": row["contender"], **{f"{t:g}": None for t in times}})
+        for limit in times:
+            if row["time"] <= limit and (best[f"{limit:g}"] is None or row["relative"] > best[f"{limit:g}"]):
+                best[f"{limit:g}"] = row["relative"]
+    return list(found.values())
+
+
+def grid(
+    rows: Sequence[dict[str, Any]], group: str, counted: str, budgets: Sequence[float]
+) -> dict[str, dict[float, dict[str, Any]]]:
+    """contender -> budget -> row, for one group and one way of counting."""
+    found: dict[str, dict[float, dict[str, Any]]] = {}
+    for row in rows:
+        if row["group"] == group and row["counted"] == counted and row["budget"] in budgets:
+            found.setdefault(row["contender"], {})[row["budget"]] = row
+    return found
+
+
+def plot(rows: Sequence[dict[str, Any]], group: str, path: Path, axis: str) -> None:
+    """Relative score against ``axis`` ("average" or "time"), one line per contender, intervals as bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["group"] == group and row["counted"] == "average" and row[axis] is not None:
+            lines[row["contender"]].append(row)
+    ours = ("ILP", "PLC", "both")
+    colours = {"ILP": "#c26a00", "PLC": "#1b7f4b", "both": "#1f4fbf"}
+    greys = ["#8a8f98", "#b06c9b", "#5aa5a8", "#a88c52", "#7c7cc0", "#c28079", "#6f9a6a", "#4d4d4d", "#b5b54a"]
+    markers = "osv^D<>PX*"
+    for number, (name, points) in enumerate(sorted(lines.items(), key=lambda pair: pair[0].startswith(ours))):
+        points.sort(key=lambda row: row[axis])
+        x, y = ([100 * row[key] for row in points] for key in (axis, "relative"))
+        error = np.clip(
+            [[100 * (row["relative"] - row["low"]) for row in points],
+             [100 * (row["high"] - row["relative"]) for row in points]], 0, None)  # fmt: skip
+        mine = name.startswith(ours)
+        colour = colours[name.split(",")[0]] if mine else greys[number % len(greys)]
+        style = {"oracle": ":", "predicted": "-"}.get(name.split(", ")[-1], "-." if mine else "-")
+        axes.errorbar(
+            x, y, error, label=name, color=colour, linestyle=style, linewidth=2 if mine else 1.1,
+            marker=markers[number % len(markers)], markersize=5, capsize=2, elinewidth=0.7, alpha=1 if mine else 0.8,
+        )  # fmt: skip
+    axes.axhline(100, color="#999999", linewidth=0.8)
+    if axis == "average":
+        axes.set_xscale("log")
+        ticks = [5.5, 11, 22, 33, 50]
+        axes.set_xticks(ticks, [f"{tick:g} %" for tick in ticks], minor=False)
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel(
+        "vision tokens, average over the decoder layers, of the unpruned" if axis == "average"
+        else "time per question, localizer included, % of the unpruned"
+    )  # fmt: skip
+    axes.set_ylabel(f"score, {group}, % of the unpruned")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
