@@ -331,7 +331,7 @@ class Oracle:
 
     def _late(self, plan: LatePlan, sample: Any, number: int, stop: int) -> tuple:
         """Cells of an image whose method decides by features, from features computed here."""
-        rows, span = self.embed(sample), sample.spans()[number]
+        (rows, _, _), span = self.embed(sample), sample.spans()[number]
         last = max(s.stop for s in sample.spans() if s.stop <= stop)
         salience = None
         if self.model.config.model_type == "llava":
