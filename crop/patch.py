@@ -328,7 +328,7 @@ class _Patch:
             run.moved[0] = moved + run.state.moved.get(0, 0)
             run.ids = gather_positions(run.ids, leader, 0)
         else:
-            run.ids = self._pool(run.chunk.pool, run.ids.movedim(0, 2).float(), "mean").movedim(2, 0)
+            run.ids = self._pool(run.chunk.pool, run.ids.movedim(0, 2).float().contiguous(), "mean").movedim(2, 0)
         kwargs["position_ids"] = given_ids(run.ids)
 
     @staticmethod

@@ -43,9 +43,10 @@ class PyramidOracle(Oracle):
 
 
 def decide(
-    oracle: Oracle, sample: Sample, method: Any, regions: list[Any], layouts: list[Any]
+    oracle: Oracle, sample: Sample, method: Any, regions: list[Any], layouts: list[Any], kind: type | None = None
 ) -> tuple[PyramidOracle, Decision]:
     """Cut by cut: scores under the masks of the earlier cuts, survivors ranked by the cut's own selection."""
+    kind = kind or PyramidOracle
     start = oracle.decide(sample, _Pooling(method), regions, layouts)
     pooled = []
     for layout, region, cells in zip(layouts, regions, start.cells, strict=True):
@@ -54,7 +55,7 @@ def decide(
     cuts: list[Cut] = []
     kept = start.kept
     for cut in method.cuts:
-        now = PyramidOracle(oracle, cuts)
+        now = kind(oracle, cuts)
         masses = now._masses(sample, start, cut, list(range(len(regions))), 0, len(sample.ids))
         chosen = []
         for image, (layout, region) in enumerate(zip(pooled, regions, strict=True)):
@@ -71,7 +72,7 @@ def decide(
             chosen.append(keep)
         kept = tuple(chosen)
         cuts.append((cut.layer, kept))
-    return PyramidOracle(oracle, cuts), replace(start, kept=kept)
+    return kind(oracle, cuts), replace(start, kept=kept)
 
 
 class _Pooling:
