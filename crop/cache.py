@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import ops
+
+if TYPE_CHECKING:
+    from .readmit import Memory
 
 _STATE = "_crop_state"
 
@@ -91,12 +94,14 @@ class CacheState:
 
     ``moved``: (batch,) int64, by first decoder layer, how far renumbered position ids lie below the caller's.
     ``whole_masks``: masks are to be made for all of the caller's tokens, whatever the layers hold.
+    ``memory``: what later questions need to cut anew, where that is wanted.
     """
 
     pooled: Slots | None = None
     cuts: dict[int, Slots] = field(default_factory=dict)
     moved: dict[int, Tensor] = field(default_factory=dict)
     whole_masks: bool = False
+    memory: Memory | None = None
 
     @staticmethod
     def at(table: dict[int, Any], layer: int) -> Any:
@@ -150,7 +155,8 @@ def _take_samples(cache: Any, take: Callable[[Tensor], Tensor]) -> None:
     state = cache_state(cache)
     cuts = {layer: taken(slots) for layer, slots in state.cuts.items()}
     moved = {layer: take(by) for layer, by in state.moved.items()}
-    setattr(cache, _STATE, replace(state, pooled=taken(state.pooled), cuts=cuts, moved=moved))
+    memory = None if state.memory is None else state.memory.take_samples(take)
+    setattr(cache, _STATE, replace(state, pooled=taken(state.pooled), cuts=cuts, moved=moved, memory=memory))
 
 
 _pruned_classes: dict[type, type] = {}
@@ -185,7 +191,7 @@ def make_uniform(cache: Any, take: list[Tensor | None], past: int) -> None:
 
 
 def store_state(cache: Any, **changes: Any) -> None:
-    """Update the thinnings of a cache, which is from now on a pruned variant of its class."""
+    """Update what is known of a cache, which is from now on a pruned variant of its class."""
     setattr(cache, _STATE, replace(cache_state(cache), **changes))
     kind = type(cache)
     if not issubclass(kind, _PrunedCache):

@@ -52,6 +52,7 @@ from .methods import Method
 from .models import Adapter, Prompt, adapter_for
 from .positions import POLICIES, close_gaps, given_ids, own_ids
 from .prepared import fit_mask, held, refuse_prepared, refuse_short_sight, windows
+from .readmit import Images, Memory, all_real, empty_layers, join_ids, recall, refuse_readmission, shift
 from .region import Region
 from .run import Run, Stage, choose, gather_positions, look_up, pruned_mask, score, slot_mask, spread
 from .salience import VisionSalience
@@ -72,6 +73,7 @@ def patch(
     positions: Literal["original", "centroid", "compact"] = "original",
     cache: Literal["ragged", "uniform"] = "ragged",
     auto: bool = False,
+    readmit: bool = False,
 ) -> Iterator[PruneStats]:
     """Prune vision tokens in every prefill inside the block; decode and later turns follow.
 
@@ -91,6 +93,9 @@ def patch(
         cache: "ragged": layers before a cut keep the keys and values of all tokens; "uniform": after a prefill they keep
             those of the tokens that are left at the end, so that all layers are equally long and static caches work.
         auto: leave a prefill unpruned where pruning is predicted not to pay (``estimate``; ``stats.estimate`` tells).
+        readmit: remember the conversation as it was before the first cut (``crop.readmit`` states the cost). The first
+            call of another such block on the same cache then cuts all of it anew, as a fresh run would: ``region`` is one
+            per image of the whole conversation, and tokens that were pruned earlier may come back.
     Yields:
         PruneStats, filled by each prefill.
     Raises:
@@ -99,7 +104,7 @@ def patch(
             processor or image size, unsupported attention mask or cache. Raised before anything runs on the model.
         RuntimeError: the model is patched already.
     """
-    active = _Patch(model, method, region, processor, image_size, positions, cache, auto)
+    active = _Patch(model, method, region, processor, image_size, positions, cache, auto, readmit)
     if active.language_model in _patched:
         raise RuntimeError("patch: model must not be patched already, got a nested patch of the same model")
     with ExitStack() as undo:
@@ -137,6 +142,7 @@ class _Patch:
         positions: str,
         cache: str,
         auto: bool = False,
+        readmit: bool = False,
     ) -> None:
         self.adapter: Adapter = adapter_for(model)
         if method is not None and not isinstance(method, Method):
@@ -168,6 +174,12 @@ class _Patch:
                     f"{type(self.image_processor).__name__} without do_resize"
                 )
             self.adapter.check(self.config, self.image_processor, self.image_sizes, whole)
+        self.readmit = readmit
+        if readmit and auto:
+            raise ValueError("patch: auto must be False with readmit, got True: the first prefill must make the cut")
+        if readmit:
+            refuse_readmission(self.method, self.adapter, positions, self.uniform)
+        self.remembers = False  # the memory of the conversation is this block's own
         self.stats = PruneStats()
         self.salience = (
             VisionSalience(self.adapter.vision_tower(self.base), self.config) if self.method.salience else None
@@ -255,27 +267,53 @@ class _Patch:
         self.stats._begin(chunk, len(self.layers))
         self.stats._add("plan", start, mark(input_ids.device))
         self.run.timed = True
-        if chunk.pool is not None or chunk.steps:
+        if chunk.pool is not None or chunk.steps or self.run.recalled is not None:
             self.run.chunk = chunk
 
     def _leave_base(self, *_: Any) -> None:
         self.run = None
 
     def _plan(self, method: Method, input_ids: Tensor, arguments: Mapping[str, Any]) -> ChunkPlan | None:
-        if not brings_images(arguments):
-            return None
-        ids = input_ids.cpu()
-        if not (ids == self.config.image_token_id).any():
-            return None
+        ids = input_ids.cpu() if brings_images(arguments) or self.readmit else None
+        found = []
+        if brings_images(arguments) and (ids == self.config.image_token_id).any():
+            found = self._images(ids, arguments)
+        if self.readmit:
+            return self._plan_with_memory(ids, found, arguments)
+        return self._plan_images(method, ids, found, real_tokens(arguments, ids), arguments) if found else None
+
+    def _plan_with_memory(self, ids: Tensor, found: Images, arguments: Mapping[str, Any]) -> ChunkPlan | None:
+        """Plan the chunk, or the whole conversation when a new block goes on with it."""
+        cache, layer = cache_of(arguments), self.method.cuts[0].layer
+        past, real = 0 if cache is None else cache.get_seq_length(), real_tokens(arguments, ids)
+        memory = recall(arguments, layer, cache_state(cache)) if past else Memory(layer, [])
+        self.run.noted = {"images": shift(found, past)}
+        anew, self.remembers = past > 0 and not self.remembers, True
+        if anew and (memory.images or found):
+            self.run.recalled = memory
+            found, real = memory.images + self.run.noted["images"], all_real(arguments, len(ids), past + ids.shape[1])
+        chunk = self._plan_images(self.method, ids, found, real, arguments) if found else None
+        if chunk is not None and chunk.pool is not None:
+            raise ValueError(
+                "patch: readmit must be False with Pre-LLM Compression, whose cells cannot be taken apart again, got True; "
+                "else give the whole conversation to a fresh cache"
+            )
+        return chunk
+
+    def _images(self, ids: Tensor, arguments: Mapping[str, Any]) -> Images:
         # generate() repeats every sample for beams, but its caller gave each image once.
         given = arguments if self.given is None else self.given
         prompt = Prompt(self.config, ids[:: self.copies], given, self.image_processor, self.image_sizes)
         found = self.adapter.images(prompt)
-        found = [
+        return [
             (sample * self.copies + copy, layout)
             for sample, layouts in itertools.groupby(found, key=lambda entry: entry[0])
             for copy, layout in itertools.product(range(self.copies), [layout for _, layout in layouts])
         ]
+
+    def _plan_images(
+        self, method: Method, ids: Tensor, found: Images, real: Tensor, arguments: Mapping[str, Any]
+    ) -> ChunkPlan:
         regions = [Region.whole()] if self.regions is None else self.regions
         regions = one_per_image("region", regions, [sample for sample, _ in found], self.copies)
         refuse_unsupported(arguments, ids, self.language_model, self.uniform)
@@ -284,7 +322,9 @@ class _Patch:
             cache = cache_of(arguments)
             total = ids.shape[1] + (0 if cache is None else cache.get_seq_length())
             refuse_short_sight(method.cuts, self.language_model.config, total)
-        return plan_chunk(method, found, regions, real_tokens(arguments, ids))
+        return plan_chunk(method, found, regions, real)
+            refuse_short_sight(self.method.cuts, self.language_model.config, total)
+        return plan_chunk(self.method, found, regions, real)
 
     # Door 1: the language model
 
@@ -299,7 +339,7 @@ class _Patch:
             run.started = mark(embeds.device)
             if len(self.vision_span) == 2:
                 self.stats._add("vision", *self.vision_span)
-        if run.chunk is not None and cache is None and wants_cache(module, kwargs):
+        if (run.chunk is not None or run.noted is not None) and cache is None and wants_cache(module, kwargs):
             # The model would make it inside, where the thinnings could not be attached.
             from transformers import DynamicCache
 
@@ -307,6 +347,10 @@ class _Patch:
         state = cache_state(cache)
         run.cache, run.state, run.pooled = cache, state, state.pooled
         run.capacity = getattr(cache.layers[0], "max_cache_len", None) if getattr(cache, "layers", None) else None
+        if run.recalled is not None:
+            run.state = state = replace(state, cuts={})
+        elif state.memory is not None and run.noted is None:
+            store_state(cache, memory=None)  # it would miss what this call adds
         run.stages |= {layer: Stage(state.cuts.get(layer)) for layer in (state.cuts | state.moved) if layer}
         logical_mask = run.given_mask if self.adapter.makes_masks else kwargs.get("attention_mask")
         run.added = run.slots = embeds.shape[1]
@@ -352,7 +396,11 @@ class _Patch:
     def _note_positions(self, run: Run, kwargs: dict, embeds: Tensor) -> None:
         """Where ids are or were changed, work on ours from here on: ``run.ids`` and what the model gets."""
         changes = run.chunk is not None and self.positions != "original"
-        if changes or run.state.moved:
+        if run.noted is not None:
+            run.noted["ids"] = own_ids(kwargs.get("position_ids"), *embeds.shape[:2], run.past, embeds.device)
+        if run.recalled is not None:
+            run.ids = join_ids([*run.recalled.ids, run.noted["ids"]])
+        elif changes or run.state.moved:
             run.ids = own_ids(kwargs.get("position_ids"), *embeds.shape[:2], run.past, embeds.device)
             if 0 in run.state.moved:
                 run.ids = run.ids - run.state.moved[0].unsqueeze(1)
@@ -406,6 +454,9 @@ class _Patch:
         hidden = output[0]
         if run is not None and run.timed:
             self.stats._add("language_model", run.started, mark(hidden.device))
+        if run is not None and run.noted is not None and run.cache is not None:
+            old = cache_state(run.cache).memory or Memory(self.method.cuts[0].layer, [])
+            store_state(run.cache, memory=old.with_chunk(**run.noted))
         if run is None or run.chunk is None:
             return None
         if run.cache is not None:
@@ -436,6 +487,10 @@ class _Patch:
             return self.run.chunk.steps.get(layer) if self.run is not None and self.run.chunk is not None else None
 
         def read(query: Tensor, key: Tensor, scale: float | None) -> None:
+            if notes():
+                self.run.noted["query"] = query
+            if not needs_scores():
+                return
             start = mark(query.device)
             with torch.no_grad():
                 if not step().rope:
@@ -447,8 +502,11 @@ class _Patch:
         def needs_scores() -> bool:
             return step() is not None and step().rows is not None
 
+        def notes() -> bool:
+            return self.run is not None and self.run.noted is not None and layer == self.method.cuts[0].layer
+
         scoring = self.layers[layer - 1].self_attn
-        return tap(scoring, read, when=needs_scores)
+        return tap(scoring, read, when=lambda: needs_scores() or notes())
 
     def _cut(self, layer: int, step: SelectStep, score: Tensor) -> None:
         run = self.run
@@ -460,10 +518,14 @@ class _Patch:
             if run is None:
                 return None
             run.at = index
-            if run.chunk is not None and self._is_flash():
-                # Gaps in the position ids would send flash attention down its packed-sequence path.
+            if run.chunk is not None:
+                # Only flash attention asks for them, and gaps would send it down its packed-sequence path.
                 kwargs = kwargs | {"position_ids": None}
             hidden = args[0] if args else kwargs["hidden_states"]
+            if run.noted is not None and index == self.method.cuts[0].layer:
+                run.noted["hidden"] = hidden
+                if run.recalled is not None:
+                    hidden = self._recall(index, hidden)
             step = run.chunk.steps.get(index) if run.chunk is not None else None
             if step is not None:
                 hidden = self._thin(index, step, hidden)
@@ -500,6 +562,16 @@ class _Patch:
         self.stats._add("ilp", start, mark(hidden.device))
         return hidden
 
+    def _recall(self, layer: int, hidden: Tensor) -> Tensor:
+        """From here on the call is about the whole conversation."""
+        run = self.run
+        empty_layers(run.cache, layer)
+        hidden = torch.cat([*run.recalled.hidden, hidden], 1)
+        if layer not in run.chunk.steps:
+            every = torch.arange(run.width, device=hidden.device).expand(hidden.shape[0], -1)
+            run.stages[layer] = Stage(Slots(every, run.width, True), every, every, before=hidden, back=every)
+        return hidden
+
     def _is_flash(self) -> bool:
         return "flash" in (self.language_model.config._attn_implementation or "")
 
@@ -530,8 +602,6 @@ class _Patch:
 
         if stage.keep is not None or stage.ids is not None:
             stage.adapt(kwargs, "position_embeddings", tables)
-        if stage.keep is not None and kwargs.get("position_ids") is not None:
-            stage.adapt(kwargs, "position_ids", lambda ids: gather_positions(ids, stage.keep, 0))
         return kwargs
 
     def _enter_norm(self, module: nn.Module, args: tuple) -> tuple | None:
@@ -543,4 +613,6 @@ class _Patch:
             if stage.before is not None:
                 kept = ops.compact([hidden], stage.back)[0]
                 hidden = torch.where((stage.back >= 0).unsqueeze(-1), kept, stage.before)
+        if self.run.recalled is not None:
+            hidden = hidden[:, -self.run.added :]
         return (hidden, *args[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from . import ops
 from .cache import CacheState, Slots, left_fill
 from .chunk import ChunkPlan, PoolStep, SelectStep
 from .positions import close_gaps
+
+if TYPE_CHECKING:
+    from .readmit import Memory
 
 
 @dataclass
@@ -49,6 +52,8 @@ class Run:
     """State of one forward call of the language model."""
 
     chunk: ChunkPlan | None = None
+    recalled: Memory | None = None  # the conversation is cut anew: from the first cut on the chunk is all of it
+    noted: dict[str, Any] | None = None  # for the memory: what this call adds
     cache: Any = None
     state: CacheState = field(default_factory=CacheState)  # of the cache, before this call
     capacity: int | None = None  # slots of a static cache
@@ -73,11 +78,21 @@ class Run:
         """What decoder layer ``layer`` holds."""
         return self.stages[max(first for first in self.stages if first <= layer)]
 
+    @property
+    def begin(self) -> int:
+        """Slots before the chunk, as the layers from the first cut on count."""
+        return self.past_slots if self.recalled is None else 0
+
+    @property
+    def width(self) -> int:
+        """Slots of the chunk, likewise."""
+        return self.past_slots + self.slots - self.begin
+
     def carry_on(self, layer: int) -> None:
         """Let a stage that begins where only earlier chunks were cut take what the stage before it has of this one."""
         stage, before = self.stages[layer], self.stage(layer - 1)
         if before.keep is not None:
-            slots = Slots.extended(stage.slots, self.past_slots, before.keep, self.slots, before.slots.dense)
+            slots = Slots.extended(stage.slots, self.begin, before.keep, self.width, before.slots.dense)
             self.stages[layer] = Stage(slots, before.keep, before.place)
 
     def renumber(self, layer: int) -> None:
@@ -177,6 +192,8 @@ def score(run: Run, stage: Stage, step: SelectStep, query: Tensor, key: Tensor, 
         rows, index = look_up(stage.place, rows), look_up(stage.place[sample], index)
     key = key[:, :, : run.length(stage)]  # a static cache is longer
     past = key.shape[2] - query.shape[2]
+    if run.recalled is not None and stage.keep is None:  # the queries of old text and new
+        query, rows, past = torch.cat([*run.recalled.query, query], 2), step.rows.to(device), 0
     row_key, candidate_key = torch.where(rows >= 0, rows + past, -1), torch.where(index >= 0, index + past, -1)
     real = run.real(stage)
     start = None
@@ -189,6 +206,8 @@ def score(run: Run, stage: Stage, step: SelectStep, query: Tensor, key: Tensor, 
         key = ops.compact([key], keys, token_dim=2)[0]
         start = real.shape[1] - real.sum(1)
         row_key, candidate_key = look_up(slot, row_key), look_up(slot[sample], candidate_key)
+    if run.recalled is not None and stage.keep is None:
+        rows = torch.where(rows >= 0, rows - run.recalled.first, -1)
     visible = row_key + 1
     if run.two_way:
         end = key.shape[2] if start is None else (start + real.sum(1)).unsqueeze(1)
@@ -233,12 +252,14 @@ def choose(run: Run, layer: int, step: SelectStep, score: Tensor) -> tuple[Tenso
     flat = torch.where(kept >= 0, kept + sample.unsqueeze(1) * stays.shape[1], -1)
     flags[flat.flatten()] = True
     keep, place = left_fill(flags[:-1].view_as(stays), step.width)
-    slots = Slots.extended(run.state.at(run.state.cuts, layer), run.past_slots, keep, run.slots, step.dense)
+    slots = Slots.extended(run.state.at(run.state.cuts, layer), run.begin, keep, run.width, step.dense)
     return kept, Stage(slots, keep, place, back=place if stage.keep is None else look_up(place, stage.keep))
 
 
 def pruned_mask(mask: Any, run: Run, stage: Stage, hidden: Tensor, flash: bool) -> Tensor | None:
     """Fit the mask of the layers before the first cut to the slots of a later stage."""
+    if run.recalled is not None:
+        return _causal_mask(run.real(stage), hidden, flash, None if mask is None else mask.dtype)
     columns = stage.slots.columns(run.past_slots + run.slots)
     queries, total = hidden.shape[1], columns.shape[1]
     if mask is None:
@@ -262,6 +283,17 @@ def pruned_mask(mask: Any, run: Run, stage: Stage, hidden: Tensor, flash: bool) 
     real = real[:, None, None, :]
     unseen = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return _fill(mask.masked_fill(~real, unseen), run, unseen)
+
+
+def _causal_mask(real: Tensor | None, hidden: Tensor, flash: bool, dtype: torch.dtype | None) -> Tensor | None:
+    """Mask of a whole sequence whose slots are ``real``, of the kind that the other layers have."""
+    if flash:
+        return real
+    mask = hidden.new_ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()[None, None]
+    mask = mask if real is None else mask & real[:, None, None, :]
+    if dtype is None or not dtype.is_floating_point:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _fill(mask: Tensor, run: Run, unseen: float) -> Tensor:
