@@ -323,8 +323,6 @@ class _Patch:
             total = ids.shape[1] + (0 if cache is None else cache.get_seq_length())
             refuse_short_sight(method.cuts, self.language_model.config, total)
         return plan_chunk(method, found, regions, real)
-            refuse_short_sight(self.method.cuts, self.language_model.config, total)
-        return plan_chunk(self.method, found, regions, real)
 
     # Door 1: the language model
 
