@@ -16,6 +16,12 @@ from .methods import Method
 from .region import Region
 
 
+def unwrapped(model: Any) -> Any:
+    """The Hugging Face model inside a compiled or a PEFT one, whose modules they share."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def as_regions(region: Region | Sequence[Region] | None) -> list[Region] | None:
     if region is None:
         return None
@@ -179,7 +185,14 @@ def refuse_unsupported(arguments: Mapping[str, Any], ids: Tensor, language_model
                 f"patch: attention_mask must be None or of shape (batch, past + seq_len) = {wanted}, got {got}"
             )
     if language_model.training and getattr(language_model, "gradient_checkpointing", False):
-        raise ValueError("patch: gradient checkpointing must be off, got a model in training mode with it on")
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        if "__call__" in vars(GradientCheckpointingLayer):
+            # Up to 5.2x the whole call is run again in the backward pass, hooks included, without the forward's state.
+            raise ValueError(
+                "patch: gradient checkpointing must be off with this version of transformers, got a model in training mode "
+                "with it on; transformers 5.24 leaves hooks outside of it"
+            )
 
 
 def refuse_past(method: Method, arguments: Mapping[str, Any]) -> None:

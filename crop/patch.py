@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -45,6 +46,7 @@ from .inputs import (
     refuse_sliding_window,
     refuse_unsupported,
     replace_method,
+    unwrapped,
     wants_cache,
 )
 from .late import settle
@@ -144,6 +146,7 @@ class _Patch:
         auto: bool = False,
         readmit: bool = False,
     ) -> None:
+        model = unwrapped(model)
         self.adapter: Adapter = adapter_for(model)
         if method is not None and not isinstance(method, Method):
             raise TypeError(f"patch: method must be a crop Method or None, got {type(method).__name__}")
@@ -247,6 +250,11 @@ class _Patch:
         arguments = kwargs
         if args:
             arguments = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs
+        if self.run is not None and self.run.thread is not threading.current_thread() and self.run.thread.is_alive():
+            raise RuntimeError(
+                "patch: one call at a time must run on a patched model, got a second one from another thread; "
+                "use a lock, or a copy of the model per thread"
+            )
         self.run = Run()
         input_ids = arguments.get("input_ids")
         if input_ids is None:
@@ -343,7 +351,7 @@ class _Patch:
 
             cache = kwargs[cache_name(module)] = DynamicCache(config=module.config)
         state = cache_state(cache)
-        run.cache, run.state, run.pooled = cache, state, state.pooled
+        run.cache, run.state, run.pooled, run.device = cache, state, state.pooled, embeds.device
         run.capacity = getattr(cache.layers[0], "max_cache_len", None) if getattr(cache, "layers", None) else None
         if run.recalled is not None:
             run.state = state = replace(state, cuts={})
@@ -445,7 +453,7 @@ class _Patch:
         if stage is None or stage.keep is None:
             return add(hidden, is_vision, level)
         is_vision, level = is_vision.to(hidden.device), level.to(hidden.device, hidden.dtype)
-        return hidden + ops.compact([spread(level, is_vision)], stage.keep)[0]
+        return hidden + ops.compact([spread(level, is_vision)], stage.keep.to(hidden.device))[0]
 
     def _leave_language_model(self, module: nn.Module, args: tuple, output: Any) -> Any:
         run = self.run
@@ -492,9 +500,10 @@ class _Patch:
             start = mark(query.device)
             with torch.no_grad():
                 if not step().rope:
-                    query, key = unrotated(scoring, query, key, self.run.tables)
+                    tables = tuple(table.to(query.device) for table in self.run.tables)
+                    query, key = unrotated(scoring, query, key, tables)
                 mass = score(self.run, self.run.stage(layer - 1), step(), query, key, scale)
-                self._cut(layer, step(), mass)
+                self._cut(layer, step(), mass.to(self.run.device))
             self.stats._add("ilp", start, mark(query.device))
 
         def needs_scores() -> bool:
@@ -548,7 +557,7 @@ class _Patch:
         """Hidden states of the tokens that stay at a cut."""
         run = self.run
         if step.rows is None:
-            self._cut(layer, step, torch.zeros(step.vision_index.shape, device=hidden.device))
+            self._cut(layer, step, torch.zeros(step.vision_index.shape, device=run.device))
         stage = run.stages.get(layer)
         if stage is None or stage.keep is None:
             raise RuntimeError(f"patch: layer {layer - 1} must call transformers' attention interface, got no call")
@@ -556,7 +565,7 @@ class _Patch:
         stage.before = hidden
         before = run.stage(layer - 1)
         take = stage.keep if before.keep is None else look_up(before.place, stage.keep)
-        hidden = ops.compact([hidden], take)[0]
+        hidden = ops.compact([hidden], take.to(hidden.device))[0]
         self.stats._add("ilp", start, mark(hidden.device))
         return hidden
 
@@ -564,9 +573,9 @@ class _Patch:
         """From here on the call is about the whole conversation."""
         run = self.run
         empty_layers(run.cache, layer)
-        hidden = torch.cat([*run.recalled.hidden, hidden], 1)
+        hidden = torch.cat([*(piece.to(hidden.device) for piece in run.recalled.hidden), hidden], 1)
         if layer not in run.chunk.steps:
-            every = torch.arange(run.width, device=hidden.device).expand(hidden.shape[0], -1)
+            every = torch.arange(run.width, device=run.device).expand(hidden.shape[0], -1)
             run.stages[layer] = Stage(Slots(every, run.width, True), every, every, before=hidden, back=every)
         return hidden
 
@@ -609,8 +618,9 @@ class _Patch:
         hidden = args[0]
         for _, stage in sorted(self.run.stages.items(), reverse=True):
             if stage.before is not None:
-                kept = ops.compact([hidden], stage.back)[0]
-                hidden = torch.where((stage.back >= 0).unsqueeze(-1), kept, stage.before)
+                back = stage.back.to(hidden.device)
+                kept = ops.compact([hidden], back)[0]
+                hidden = torch.where((back >= 0).unsqueeze(-1), kept, stage.before.to(hidden.device))
         if self.run.recalled is not None:
             hidden = hidden[:, -self.run.added :]
         return (hidden, *args[1:])

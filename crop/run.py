@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -51,11 +52,13 @@ class Stage:
 class Run:
     """State of one forward call of the language model."""
 
+    thread: threading.Thread = field(default_factory=threading.current_thread)
     chunk: ChunkPlan | None = None
     recalled: Memory | None = None  # the conversation is cut anew: from the first cut on the chunk is all of it
     noted: dict[str, Any] | None = None  # for the memory: what this call adds
     cache: Any = None
     state: CacheState = field(default_factory=CacheState)  # of the cache, before this call
+    device: torch.device | None = None  # where every index lives, whatever devices the layers are on
     capacity: int | None = None  # slots of a static cache
     past: int = 0  # logical positions before this chunk
     past_slots: int = 0  # slots of the layers before the first cut
@@ -189,13 +192,15 @@ def score(run: Run, stage: Stage, step: SelectStep, query: Tensor, key: Tensor, 
     device = query.device
     rows, sample, index = (item.to(device) for item in (step.rows, step.sample, step.vision_index))
     if stage.place is not None:
-        rows, index = look_up(stage.place, rows), look_up(stage.place[sample], index)
+        place = stage.place.to(device)
+        rows, index = look_up(place, rows), look_up(place[sample], index)
     key = key[:, :, : run.length(stage)]  # a static cache is longer
     past = key.shape[2] - query.shape[2]
     if run.recalled is not None and stage.keep is None:  # the queries of old text and new
-        query, rows, past = torch.cat([*run.recalled.query, query], 2), step.rows.to(device), 0
+        query, past = torch.cat([*(piece.to(device) for piece in run.recalled.query), query], 2), 0
     row_key, candidate_key = torch.where(rows >= 0, rows + past, -1), torch.where(index >= 0, index + past, -1)
     real = run.real(stage)
+    real = None if real is None else real.to(device)
     start = None
     if real is not None and past == 0 and (stage.keep is not None or step.first is not None):
         # One span of real keys per sample; after a cut it stands at the right end.
@@ -259,7 +264,7 @@ def choose(run: Run, layer: int, step: SelectStep, score: Tensor) -> tuple[Tenso
 def pruned_mask(mask: Any, run: Run, stage: Stage, hidden: Tensor, flash: bool) -> Tensor | None:
     """Fit the mask of the layers before the first cut to the slots of a later stage."""
     if run.recalled is not None:
-        return _causal_mask(run.real(stage), hidden, flash, None if mask is None else mask.dtype)
+        return _causal_mask(run, stage, hidden.shape[1], flash, None if mask is None else mask.dtype)
     columns = stage.slots.columns(run.past_slots + run.slots)
     queries, total = hidden.shape[1], columns.shape[1]
     if mask is None:
@@ -268,7 +273,7 @@ def pruned_mask(mask: Any, run: Run, stage: Stage, hidden: Tensor, flash: bool) 
         valid = columns >= 0
         if flash:
             return valid
-        place = torch.arange(total, device=hidden.device)
+        place = torch.arange(total, device=run.device)
         return _fill(valid[:, None, None, :] & (place <= place[total - queries :, None]), run, False)
     real = columns >= 0
     columns = columns.clamp(min=0)
@@ -285,11 +290,12 @@ def pruned_mask(mask: Any, run: Run, stage: Stage, hidden: Tensor, flash: bool) 
     return _fill(mask.masked_fill(~real, unseen), run, unseen)
 
 
-def _causal_mask(real: Tensor | None, hidden: Tensor, flash: bool, dtype: torch.dtype | None) -> Tensor | None:
-    """Mask of a whole sequence whose slots are ``real``, of the kind that the other layers have."""
+def _causal_mask(run: Run, stage: Stage, length: int, flash: bool, dtype: torch.dtype | None) -> Tensor | None:
+    """Mask of all of a conversation, of the kind that the other layers have."""
+    real = run.real(stage)
     if flash:
         return real
-    mask = hidden.new_ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()[None, None]
+    mask = torch.ones(length, length, dtype=torch.bool, device=run.device).tril()[None, None]
     mask = mask if real is None else mask & real[:, None, None, :]
     if dtype is None or not dtype.is_floating_point:
         return mask

@@ -42,6 +42,7 @@ def tap(
 
     def enter(module: nn.Module, args: tuple) -> None:
         nonlocal untapped
+        leave()  # an interrupt may have come between
         if when():
             untapped = module.config
             tapped = copy.copy(untapped)

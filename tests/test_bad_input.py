@@ -299,14 +299,6 @@ def test_flex_attention():
     assert_unchanged(before, model)
 
 
-def test_gradient_checkpointing():
-    model = build_model("llava").train()
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="gradient checkpointing must be off"):
-        with patch(model, ILP):
-            model(**standard_batch("llava", "single", 1).inputs)
-
-
 # -------------------------------------------------------------------------------------------- odd but valid
 @pytest.mark.parametrize("region", [None, BOX])
 @pytest.mark.parametrize("name", list(METHODS))
