@@ -289,6 +289,7 @@ lse_mma_kernel(AttentionMassParams p, Partial* partial, int splits) {
         if (threadIdx.x < kUnitColumns)
             column[threadIdx.x] = column_at(p, rows, split.b, split.kv, column0 + threadIdx.x, group, 1.0f);
         __syncthreads();
+        ROLLED
         for (int c = 0; c < existing; c += 8) {
             RowFragment<kDim, kChecked> query;
             query.load(static_cast<const uint16_t*>(p.query) + column[c + g].query, dim, ptx::load_again);

@@ -89,7 +89,8 @@ DEV Piece<T> load_piece(const T* from, int64_t left, bool aligned) {
 template <class T>
 DEV void store_piece(T* to, const Piece<T>& piece, int64_t left, bool aligned) {
     if (aligned && left >= Piece<T>::kCount) {
-        *reinterpret_cast<uint4*>(to) = make_uint4(piece.word[0], piece.word[1], piece.word[2], piece.word[3]);
+        // An instruction of its own: the compiler splits a plain store of 16 bytes into four.
+        ptx::store_once(reinterpret_cast<uint4*>(to), make_uint4(piece.word[0], piece.word[1], piece.word[2], piece.word[3]));
     } else {
         UNROLL
         for (int i = 0; i < Piece<T>::kCount; ++i)

@@ -1,0 +1,93 @@
+"""What the CUDA compiler makes of the kernels, for three architectures and without a GPU: no spill, a budget of registers
+and shared memory, and the instructions that were meant."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import kernel_static as static
+from bench.kernel_static import Kernel
+
+ARCHS = ("80", "90", "100")
+# Kernel: registers at most on sm_80 and 90, on sm_100; bytes of shared memory; warps that must fit on an SM of sm_90.
+# 16 warps with 4 KiB of keys each on their way are four times what hides the latency of memory.
+BUDGET = {
+    r"mass_mma_kernel<64, 1, 0>": (80, 104, 12304, 24),
+    r"mass_mma_kernel<(80|96), 1, 0>": (96, 128, 12304, 16),
+    r"mass_mma_kernel<128, 1, 0>": (112, 128, 12304, 16),
+    r"mass_mma_kernel<64, 2, 0>": (112, 168, 8208, 16),
+    r"mass_mma_kernel<(80|96), 2, 0>": (128, 168, 8208, 16),
+    r"mass_mma_kernel<(128, 2|256, 1), 0>": (152, 168, 8208, 12),
+    r"mass_mma_kernel<128, 1, 1>": (128, 128, 12304, 16),
+    r"mass_mma_kernel<256, 1, 1>": (168, 168, 8208, 12),
+    r"lse_mma_kernel<(64|80|96|128), 0>": (88, 112, 9232, 16),
+    r"lse_mma_kernel<128, 1>": (104, 128, 9232, 16),
+    r"lse_mma_kernel<256, 0>": (128, 144, 5136, 16),
+    r"lse_mma_kernel<256, 1>": (184, 232, 5136, 8),
+    r"mass_fp32_kernel<(few|many)>": (168, 168, 22800, 12),
+    r"lse_fp32_kernel<(few|many)>": (168, 168, 18448, 12),
+    r"lse_combine_kernel": (56, 64, 0, 32),
+    r"select_kernel<256, 4, 1>": (48, 48, 3104, 40),
+    r"select_kernel<1024, (4, 1|8, 0|16, 1)>": (64, 64, 9248, 32),
+    r"compact_kernel": (48, 48, 8192, 40),
+    r"pool_kernel<\w+, 0>": (64, 64, 0, 32),
+    r"pool_kernel<\w+, [12]>": (80, 80, 0, 24),
+    r"pool_backward_kernel<\w+, [02]>": (56, 56, 0, 32),
+    r"pool_weighted_backward_kernel<\w+>": (64, 64, 0, 32),
+}
+
+pytestmark = pytest.mark.skipif(static.find_nvcc() is None, reason="no nvcc")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Kernel]]:
+    """Every source compiled for every architecture, once: spills, local memory and warnings fail here."""
+    folder = tmp_path_factory.mktemp("cubins")
+    return folder, static.compile_kernels(folder, ARCHS)
+
+
+def test_budget(built: tuple[Path, list[Kernel]]) -> None:
+    used = set()
+    for kernel in built[1]:
+        rows = [pattern for pattern in BUDGET if re.fullmatch(pattern, kernel.name)]
+        assert len(rows) == 1, f"{kernel.name} must have one row in the budget, has {rows}"
+        used.add(rows[0])
+        registers, registers_100, shared, warps = BUDGET[rows[0]]
+        assert kernel.registers <= (registers_100 if kernel.arch == "100" else registers), kernel
+        assert kernel.shared <= shared and kernel.spilled == kernel.stack == 0, kernel
+        if kernel.arch == "90":
+            assert kernel.warps(static.threads_of(kernel.name)) >= warps, kernel
+    assert used == set(BUDGET)
+
+
+@pytest.mark.skipif(static.find_cuobjdump() is None, reason="no cuobjdump and nvdisasm")
+def test_instructions(built: tuple[Path, list[Kernel]]) -> None:
+    """Tensor cores and 16-byte accesses where they are meant, local memory and loops over registers nowhere."""
+    for arch in ("80", "90"):
+        code = static.disassemble(built[0], arch)
+        assert set(code) == {kernel.name for kernel in built[1]}
+        for name, lines in code.items():
+
+            def count(pattern: str, lines: list[str] = lines) -> int:
+                return sum(bool(re.match(pattern, line)) for line in lines)
+
+            assert count(r"(LDL|STL)\b") == 0, name
+            # Dependent launches exist from sm_90 on: wait for the kernel ahead, let the next one start.
+            assert (count("ACQBULK"), count("PREEXIT")) == ((1, 1) if arch == "90" else (0, 0)), name
+            wide, wide_stores = count(r"LDG\.E\.\S*128"), count(r"STG\.E\.\S*128")
+            if mma := re.fullmatch(r"(mass|lse)_mma_kernel<(\d+), (?:(\d), )?(\d)>", name):
+                steps, tiles = (int(mma[2]) + 31) // 32 * 2, int(mma[3] or 1)
+                assert count("HMMA.16816.F32.BF16") == count(r"HMMA.16816.F32 ") == steps * tiles, name
+                assert wide >= (0 if mma[4] == "1" else steps * tiles + steps // 2), name
+            elif name.startswith(("mass_fp32", "lse_fp32")):
+                assert count("HMMA") == 0 and count("FFMA") >= 64 and wide >= 2, name
+            elif name.startswith("select"):
+                assert count(r"ATOMS\.POPC\.INC") >= 4 and wide >= 1, name
+            elif name.startswith("compact"):
+                assert wide >= 4 and wide_stores >= 4, name
+            elif name.startswith("pool"):
+                rows = 3 if "weighted_backward" in name else 4
+                assert wide >= rows and wide_stores >= (4 if "pool_backward" in name else 1), name
