@@ -18,19 +18,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from common import header
+from common import header, interleave, table
 from tqdm import tqdm
 
 from crop import embedded
 from crop.ask import EMBEDDED, Answer, Asker, load
 from crop.embedded import scenes
-from crop.localizers import BoxLocalizer, Localizer
+from crop.localizers import BoxLocalizer, Head, Localizer, encode
+from crop.localizers.reading import embeddings
 from crop.methods import by_name
 from crop.region import Region, VisionLayout
+from crop.share import share_vision
 
 GRID = VisionLayout.grid(scenes.GRID, scenes.GRID)
 COLUMNS = ("covered", "all of it", "area", "IoU", "whole", "answers", "localizer ms", "total ms")
@@ -90,6 +93,42 @@ def localizers(asker: Asker, layer: int | None) -> dict[str, Callable[[scenes.Qu
     }
 
 
+def head_cost(asker: Asker) -> list[dict[str, Any]]:
+    """What the head adds to a prefill whose image features exist: multiply-adds, and milliseconds where it can run.
+
+    Multiply-adds of the prefill are those of the decoder layers' matrices alone, which favours no head.
+    """
+    scene = scenes.scene(0)
+    question = scene.questions[0].text
+    read = embeddings(asker.model, asker.processor, scene.image, question, asker.prompt)
+    find = asker.localizer("head")
+    inputs = encode(asker.processor, scene.image, question, asker.prompt)
+    with torch.no_grad(), share_vision(asker.model):
+        times = interleave({"head": lambda: find.region(read), "prefill": lambda: asker.model(**inputs)}, rounds=30)
+    text = asker.model.config.text_config
+    rows = []
+    for name, head, tokens, words, layers, wide, milliseconds in (
+        (
+            "embedded",
+            find.head,
+            len(read.layout),
+            len(read.text),
+            text.num_hidden_layers,
+            text.intermediate_size,
+            times,
+        ),
+        ("7B, 576 tokens", Head(4096), 576, 40, 32, 11008, None),
+        ("7B, 2880 tokens", Head(4096), 2880, 40, 32, 11008, None),
+    ):
+        prefill = (tokens + words) * layers * (4 * head.dim**2 + 3 * head.dim * wide)
+        own = head.multiply_adds(tokens, words)
+        rows.append({"geometry": name, "head, M multiply-adds": own / 1e6, "prefill, M": prefill / 1e6,
+                     "share %": 100 * own / prefill,
+                     "head with boxes, ms": milliseconds and 1e3 * milliseconds["head"].median,
+                     "decoder prefill, ms": milliseconds and 1e3 * milliseconds["prefill"].median})  # fmt: skip
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=100)
@@ -131,6 +170,8 @@ def main() -> None:
         print(title.ljust(28) + "".join(cell.rjust(14) for cell in COLUMNS))
         for name, row in rows.items():
             print(f"  {name} (n={len(row.area)})".ljust(28) + "".join(cell.rjust(14) for cell in row.cells()))
+    print()
+    print(table(head_cost(asker)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from .models import adapter_for
 
 @contextmanager
 def share_vision(model: nn.Module) -> Iterator[None]:
-    """Run the vision tower once for equal images inside the block.
+    """Run the vision tower, and the projector behind it, once for equal images inside the block.
 
     A localizer that reads the model's own attention needs the image features that ``generate`` needs again::
 
@@ -33,27 +33,37 @@ def share_vision(model: nn.Module) -> Iterator[None]:
         TypeError, ValueError: as ``patch`` for an unknown model. RuntimeError: the block is nested for one model.
     """
     adapter = adapter_for(model)
-    tower = adapter.vision_tower(adapter.base(model))
-    if "forward" in vars(tower):
+    base = adapter.base(model)
+    shared = [adapter.vision_tower(base)]
+    if hasattr(base, "multi_modal_projector"):
+        shared.append(base.multi_modal_projector)
+    if any("forward" in vars(module) for module in shared):
         raise RuntimeError("share_vision: the vision tower's forward must not be replaced already, got a nested block")
-    forward = tower.forward
+    try:
+        for module in shared:
+            module.forward = _remembered(module.forward)
+        yield
+    finally:
+        for module in shared:
+            vars(module).pop("forward", None)
+
+
+def _remembered(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a memory of its last call."""
     last: list[tuple[tuple[tuple, dict], Any]] = []
 
-    def shared(*args: Any, **kwargs: Any) -> Any:
+    def remembered(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             return forward(*args, **kwargs)
         # Some families hand every keyword on to the tower, also the one that only the language model reads.
         seen = (args, {name: value for name, value in kwargs.items() if name != "use_cache"})
         if not last or not _same(last[0][0], seen):
             last[:] = [(seen, forward(*args, **kwargs))]
+        output = last[0][1]
         # Models write into the output object they get; the tensors in it stay as they are.
-        return copy.copy(last[0][1])
+        return output if isinstance(output, Tensor) else copy.copy(output)
 
-    tower.forward = shared
-    try:
-        yield
-    finally:
-        del tower.forward
+    return remembered
 
 
 def _same(one: Any, other: Any) -> bool:

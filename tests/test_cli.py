@@ -167,7 +167,7 @@ ERRORS = {
     "clip without model": (["ask", "{image}", "hi", "--localizer", "clip"], "must come with --localizer-model"),
     "model without clip": (["ask", "{image}", "hi", "--localizer-model", "x"], "--localizer clip, detector, vlm or head"),
     "no such second model": (
-        ["ask", "{image}", "hi", "--localizer", "clip", "--localizer-model", "{tmp}/no"], "{tmp}/no"),
+        ["ask", "{image}", "hi", "--localizer", "clip", "--localizer-model", "{tmp}/no"], "path must be an existing folder"),
     "no such head": (["ask", "{image}", "hi", "--localizer", "head", "--localizer-model", "{tmp}/no"], "existing file"),
     "confidence of a box": (["ask", "{image}", "hi", "--region", "0,0,1,1", "--min-confidence", "0.5"], "looks at the image"),
     "box without region": (["ask", "{image}", "hi", "--localizer", "box"], "must come with --region"),

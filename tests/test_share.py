@@ -40,6 +40,18 @@ def test_equal_images_run_once_and_answers_stay(family):
     assert len(again) == 2
 
 
+def test_the_projector_runs_once_too():
+    model = build_model("llava")
+    inputs, calls = standard_batch("llava", "single", 1).inputs, []
+    handle = model.model.multi_modal_projector.linear_1.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        want = model(**inputs).logits
+        with crop.share_vision(model):
+            assert torch.equal(model(**inputs).logits, want) and torch.equal(model(**inputs).logits, want)
+    handle.remove()
+    assert len(calls) == 2  # once outside, once inside
+
+
 @families
 def test_gradients_are_not_shared(family):
     model = build_model(family).requires_grad_(True)

@@ -18,7 +18,7 @@ from crop.models import adapter_for
 from crop.region import Region, VisionLayout
 
 from .boxes import Raster, check_ranges
-from .reading import embeddings
+from .reading import Embeddings, embeddings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -180,9 +180,11 @@ class HeadLocalizer:
             raise ValueError(f"{op}: head must be made for embeddings of width {dim}, got one for {self.head.dim}")
         check_ranges(op, self)
 
-    @torch.no_grad()
     def __call__(self, image: Image, question: str) -> Region:
-        read = embeddings(self.model, self.processor, image, question, self.prompt)
+        return self.region(embeddings(self.model, self.processor, image, question, self.prompt))
+
+    def region(self, read: Embeddings) -> Region:
+        """The head's own part: from what enters the decoder to the region."""
         logits, local = judge(self.head, read.layout, read.vision, read.text)
         return head_region(
             read.layout,
