@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="questions as JSON lines; default: rendered pictures")
     parser.add_argument("--metric", choices=("exact", "anls", "relaxed"), default="exact", help="of --data")
     parser.add_argument("--scenes", type=int, default=12)
+    parser.add_argument("--grounding", action=argparse.BooleanOptionalAction, default=True, help="ask for boxes, too")
     parser.add_argument("--first", type=int, default=10_900_000, help="seed of the first picture")
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--localizer", default="attention")
@@ -108,7 +109,7 @@ def main() -> None:
     if options.data:
         items = list(data.json_lines(options.data, options.metric))
     else:
-        items = list(data.rendered(options.first, options.scenes))
+        items = list(data.rendered(options.first, options.scenes, grounding=options.grounding))
     if options.run:
         cards, note = from_journal(read(options.run), items), f"run in {options.run.name}"
     else:

@@ -69,7 +69,8 @@ class SelectStep:
         priority: int8, weight: float32 or None, both like ``vision_index``.
         num_keep: tokens to keep per image.
         rows: (batch, num_rows) int64 scoring rows, -1 = filler; None where no scores are needed.
-        rope: whether the scores know positions.
+        rope: whether the scores know positions. raters: whether only rows that look at the image count.
+        recycle: per image, tokens kept, kept as they are, and both kept and recycled; None: nothing is recycled.
         first: (batch,) int64 first real token of each sample; None where padding stands between real tokens.
     """
 
@@ -84,6 +85,8 @@ class SelectStep:
     num_keep: list[int]
     rows: Tensor | None
     rope: bool
+    raters: bool
+    recycle: list[tuple[int, int, int]] | None
     first: Tensor | None
 
 
@@ -283,8 +286,30 @@ def _select_step(cut: Method, images: Sequence[ImagePlan], slots: Tensor) -> Sel
         num_keep=[selection.num_keep for _, selection in chosen],
         rows=_scoring_rows(cut.rows, after, slots) if any(one.needs_scores for _, one in chosen) else None,
         rope=cut.rope,
+        raters=cut.rows == "raters",
+        recycle=_recycle(cut, [selection for _, selection in chosen], first=layer == min(images[pruned[0]].selections)),
         first=_first_if_contiguous(slots),
     )
+
+
+def _recycle(cut: Method, selections: Sequence[Selection], first: bool) -> list[tuple[int, int, int]] | None:
+    counts = []
+    for selection in selections:
+        candidates = int((selection.priority >= 0).sum())
+        seeds, taken = cut.recycle(selection.num_keep, candidates)
+        if not (0 <= seeds <= selection.num_keep and 0 <= taken <= candidates - selection.num_keep):
+            raise ValueError(
+                f"patch: recycle() of a method must return at most {selection.num_keep} seeds and "
+                f"{candidates - selection.num_keep} recycled tokens, got {seeds} and {taken}"
+            )
+        counts.append((selection.num_keep, selection.num_keep - seeds, selection.num_keep + (taken if seeds else 0)))
+    if all(kept == reach for kept, _, reach in counts):
+        return None
+    if not first:
+        raise ValueError(
+            "patch: tokens can be recycled at the first cut only, got a method that does so at a later one"
+        )
+    return counts
 
 
 def _first_if_contiguous(real: Tensor) -> Tensor | None:

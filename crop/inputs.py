@@ -57,8 +57,8 @@ def check_method(method: Method, num_layers: int) -> None:
             raise TypeError(f"patch: layer of a method must be an int or None, got {layer!r}")
         if not last < layer < num_layers:
             raise ValueError(f"patch: layer must be in [{last + 1}, num_layers={num_layers} - 1], got {layer}")
-        if cut.rows not in ("text", "last"):
-            raise ValueError(f"patch: rows of a method must be one of ('text', 'last'), got {cut.rows!r}")
+        if cut.rows not in ("text", "last", "raters"):
+            raise ValueError(f"patch: rows of a method must be one of ('text', 'last', 'raters'), got {cut.rows!r}")
         last = layer
     if method.pool_mode not in ("mean", "max"):
         raise ValueError(f"patch: pool_mode of a method must be one of ('mean', 'max'), got {method.pool_mode!r}")

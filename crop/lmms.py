@@ -20,6 +20,7 @@ from tqdm import tqdm
 from crop.ask import load
 from crop.baselines import BASELINES
 from crop.methods import Method, by_name
+from crop.models import adapter_for
 from crop.patch import patch
 from crop.region import Region
 
@@ -34,15 +35,17 @@ def manifest() -> Any:
     return ModelManifest(NAME, simple_class_path="crop.lmms.CropModel")
 
 
-def make_method(name: str, keep: float) -> Method | None:
+def make_method(name: str, keep: float, num_layers: int) -> Method | None:
     """A method of the package or a baseline, by name.
 
+    Args:
+        keep: fraction of the vision tokens that is left in the end. num_layers: of the decoder.
     Raises:
         ValueError: unknown name.
     """
     if name not in (*OURS, *BASELINES):
         raise ValueError(f"make_method: name must be one of {', '.join((*OURS, *BASELINES))}, got {name!r}")
-    return by_name(name, keep) if name in OURS else BASELINES[name](keep)
+    return by_name(name, keep) if name in OURS else BASELINES[name](keep, num_layers)
 
 
 class CropModel(lmms):
@@ -68,8 +71,9 @@ class CropModel(lmms):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.method = make_method(method, float(keep))
         self.asker = load(pretrained, device, dtype)
+        num_layers = len(adapter_for(self.asker.model).language_model(self.asker.model).layers)
+        self.method = make_method(method, float(keep), num_layers)
         self.localizer = self.asker.localizer(localizer)
         self.batch_size = int(batch_size)
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -72,7 +72,8 @@ class Method:
     """A pruning policy. The base keeps everything; a method overrides ``plan``, ``select`` or both.
 
     ``layer``: decoder layer at whose input ``select`` applies, None if it never does.
-    ``rows``: queries whose attention scores the tokens: "text" (all after the image) or "last".
+    ``rows``: queries whose attention scores the tokens: "text" (all after the image), "raters" (those of them that look
+        at the image more than average) or "last".
     ``rope``: whether the scores know positions; False takes query and key before the rotary embedding.
     ``pool_mode``: reduction of a cell of ``plan``.
     ``cuts``: the methods whose ``select`` applies, one per layer where tokens leave, in ascending order; of itself a
@@ -81,7 +82,7 @@ class Method:
     """
 
     layer: int | None = None
-    rows: Literal["text", "last"] = "text"
+    rows: Literal["text", "last", "raters"] = "text"
     rope: bool = True
     pool_mode: Literal["mean", "max"] = "mean"
     salience: bool = False
@@ -104,6 +105,10 @@ class Method:
         (all, if there are no more), by the order of its own ``Selection``; there a negative priority means last.
         """
         return None
+
+    def recycle(self, num_keep: int, num_candidates: int) -> tuple[int, int]:
+        """Of one image at ``layer``: how many of the kept tokens take others in, and how many they take in."""
+        return 0, 0
 
 
 @lru_cache(maxsize=64)
@@ -256,7 +261,7 @@ class InnerLLMPruning(Method):
             tokens already pooled away count as pruned. Not used by "strict".
         mode: "budget", "soft" or "strict".
         layer: decoder layer at whose input tokens leave, >= 1.
-        rows: scoring queries, "text" (all after the image) or "last".
+        rows: scoring queries, "text" (all after the image), "raters" or "last", see ``Method``.
         ring: width of the ring in tokens ("budget").
         floor: side of a floor cell in tokens, 0 for no floor ("budget").
         region_weight: factor of the scores inside the region ("soft").
@@ -271,7 +276,7 @@ class InnerLLMPruning(Method):
     keep: float | int = 0.11
     mode: Literal["budget", "soft", "strict"] = "budget"
     layer: int = 2
-    rows: Literal["text", "last"] = "text"
+    rows: Literal["text", "last", "raters"] = "text"
     ring: int = 1
     floor: int = 4
     region_weight: float = 4.0
@@ -282,7 +287,7 @@ class InnerLLMPruning(Method):
         _check_keep(op, self.keep)
         _check_choice(op, "mode", self.mode, ("budget", "soft", "strict"))
         _check_count(op, "layer", self.layer, 1)
-        _check_choice(op, "rows", self.rows, ("text", "last"))
+        _check_choice(op, "rows", self.rows, ("text", "last", "raters"))
         _check_count(op, "ring", self.ring, 0)
         _check_count(op, "floor", self.floor, 0)
         if not (math.isfinite(self.region_weight) and self.region_weight > 0):

@@ -55,6 +55,7 @@ from .models import Adapter, Prompt, adapter_for
 from .positions import POLICIES, close_gaps, given_ids, own_ids
 from .prepared import fit_mask, held, refuse_prepared, refuse_short_sight, windows
 from .readmit import Images, Memory, all_real, empty_layers, join_ids, recall, refuse_readmission, shift
+from .recycle import recycle
 from .region import Region
 from .run import Run, Stage, choose, gather_positions, look_up, pruned_mask, score, slot_mask, spread
 from .salience import VisionSalience
@@ -564,6 +565,8 @@ class _Patch:
         start = mark(hidden.device)
         stage.before = hidden
         before = run.stage(layer - 1)
+        if stage.recycling is not None:
+            hidden = recycle(hidden, step.sample.tolist(), stage.recycling)
         take = stage.keep if before.keep is None else look_up(before.place, stage.keep)
         hidden = ops.compact([hidden], take.to(hidden.device))[0]
         self.stats._add("ilp", start, mark(hidden.device))

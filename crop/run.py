@@ -14,6 +14,7 @@ from . import ops
 from .cache import CacheState, Slots, left_fill
 from .chunk import ChunkPlan, PoolStep, SelectStep
 from .positions import close_gaps
+from .recycle import Recycling, raters
 
 if TYPE_CHECKING:
     from .readmit import Memory
@@ -36,6 +37,7 @@ class Stage:
     place: Tensor | None = None
     before: Tensor | None = None
     back: Tensor | None = None
+    recycling: Recycling | None = None  # what is merged before it leaves
     ids: Tensor | None = None  # (axes, batch, width) position ids, where they are not the model's
     memo: dict[tuple, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -217,8 +219,12 @@ def score(run: Run, stage: Stage, step: SelectStep, query: Tensor, key: Tensor, 
     if run.two_way:
         end = key.shape[2] if start is None else (start + real.sum(1)).unsqueeze(1)
         visible = torch.where(rows >= 0, end, 0)
+    query = ops.compact([query], rows, token_dim=2)[0]
+    if step.raters:
+        judges = raters(query, key, candidate_key, sample, scale, start, visible)
+        visible = torch.where(judges, visible, 0)
     return ops.attention_mass(
-        ops.compact([query], rows, token_dim=2)[0],
+        query,
         key,
         candidate_key,
         sample=sample,
@@ -258,7 +264,15 @@ def choose(run: Run, layer: int, step: SelectStep, score: Tensor) -> tuple[Tenso
     flags[flat.flatten()] = True
     keep, place = left_fill(flags[:-1].view_as(stays), step.width)
     slots = Slots.extended(run.state.at(run.state.cuts, layer), run.begin, keep, run.width, step.dense)
-    return kept, Stage(slots, keep, place, back=place if stage.keep is None else look_up(place, stage.keep))
+    back = place if stage.keep is None else look_up(place, stage.keep)
+    recycling = None
+    if step.recycle is not None:
+        counts = list(zip(*step.recycle, strict=True))
+        core, reach = (
+            ops.select(score, list(number), weight=weight, priority=priority, index=index) for number in counts[1:]
+        )
+        recycling = Recycling(kept, core, reach, step.recycle)
+    return kept, Stage(slots, keep, place, back=back, recycling=recycling)
 
 
 def pruned_mask(mask: Any, run: Run, stage: Stage, hidden: Tensor, flash: bool) -> Tensor | None:

@@ -364,6 +364,12 @@ class Oracle:
             scoring = [r for r, leader in enumerate(leaders) if leader > last_image_token]
         weights = self.forward(part, replace(decision, layer=None), attentions=True)[3]
         weights = weights[method.layer - 1][0].double()  # (heads, rows, keys)
+        if method.rows == "raters":
+            vision = [r for r, leader in enumerate(leaders) if any(leader in span for span in spans)]
+            looks = [float(weights[:, row, vision].sum()) for row in scoring]
+            scoring = [
+                row for row, look in zip(scoring, looks, strict=True) if look >= sum(looks) / len(looks) * (1 - 1e-6)
+            ]
         result = []
         for span in spans:
             columns = [r for r, leader in enumerate(leaders) if leader in span]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import ATOL, greedy, layouts_of, patched, regions_of
-from tiny_models import FAMILIES, standard_batch
+from oracle import Oracle
+from pyramid import decide
+from tiny_models import FAMILIES, NUM_LAYERS, standard_batch
 from torch.nn.functional import cosine_similarity, normalize
 
 from crop.baselines import BASELINES, CDPruner, DivPrune, TokenMerging, VisionZip
@@ -16,7 +18,52 @@ from crop.region import Region, VisionLayout
 
 families = pytest.mark.parametrize("family", FAMILIES[:2])
 names = pytest.mark.parametrize("name", list(BASELINES))
-LATE = {name: make for name, make in BASELINES.items() if isinstance(make(0.5).plan(VisionLayout.grid(4, 4), Region.whole()), LatePlan)}  # fmt: skip
+
+
+def make(name: str, keep: float | int) -> Method:
+    return BASELINES[name](keep, NUM_LAYERS)
+
+
+LATE = [
+    name for name in BASELINES if isinstance(make(name, 0.5).plan(VisionLayout.grid(4, 4), Region.whole()), LatePlan)
+]
+
+
+class Recycling(Oracle):
+    """An oracle that changes the hidden states of the seeds at the cut, by loops over the tokens."""
+
+    def __init__(self, oracle: Oracle, method: Method) -> None:
+        super().__init__(oracle.model)
+        self.method = method
+
+    def _forward(self, sample, decision, attentions):
+        def merge(module, args, kwargs):
+            hidden = args[0].clone()
+            for number, span in enumerate(sample.spans()):
+                score, kept = decision.scores[number], decision.kept[number]
+                order = sorted(range(len(score)), key=lambda n: (-score[n], n))
+                seeds, taken = self.method.recycle(len(kept), len(score))
+                seeds, taken = order[len(kept) - seeds : len(kept)], order[len(kept) : len(kept) + taken]
+                assert seeds and taken and set(seeds) <= set(kept)
+                rows = args[0][0, torch.tensor(list(span))]
+                parties = {seed: [rows[seed]] for seed in seeds}
+                for token in taken:
+                    parties[max(seeds, key=lambda s: cosine_similarity(rows[token], rows[s], dim=0).item())].append(rows[token])  # fmt: skip
+                for seed, members in parties.items():
+                    hidden[0, span[seed]] = torch.stack(members).mean(0)
+            return (hidden, *args[1:]), kwargs
+
+        if decision.layer is None:
+            return super()._forward(sample, decision, attentions)
+        layer = self.language_model.layers[decision.layer]
+        handle = layer.register_forward_pre_hook(merge, with_kwargs=True)
+        try:
+            return super()._forward(sample, decision, attentions)
+        finally:
+            handle.remove()
+
+    def forward(self, sample, decision, *, attentions=False):
+        return self._forward(sample, decision, attentions)
 
 
 def usable(family: str, name: str) -> None:
@@ -40,12 +87,18 @@ def test_equals_the_oracle(family, name, get_model, get_oracle):
     usable(family, name)
     model, oracle = get_model(family, "sdpa"), get_oracle(family)
     batch = standard_batch(family, "left", 2)
-    method = BASELINES[name](0.3)
+    method = make(name, 0.3)
+    if name == "sparsevlm":
+        oracle = Recycling(oracle, method)
     with patched(model, method) as stats:
         generated = greedy(model, batch, max_new_tokens=3)
     kept = iter(zip(stats.kept, stats.tokens_after_ilp, batch.grids, strict=True))
     for row, sample in enumerate(batch.samples):
-        decision = oracle.decide(sample, method, [Region.whole()] * 2, layouts_of(sample))
+        where = ([Region.whole()] * 2, layouts_of(sample))
+        if name == "pyramiddrop":
+            oracle, decision = decide(get_oracle(family), sample, method, *where)
+        else:
+            decision = oracle.decide(sample, method, *where)
         for image in range(2):
             tokens, after, (height, width) = next(kept)
             assert tokens.tolist() == decision.kept_original(image)
@@ -58,7 +111,7 @@ def test_equals_the_oracle(family, name, get_model, get_oracle):
 @families
 def test_batched_is_single_and_repeatable(family, name, get_model):
     usable(family, name)
-    model, method = get_model(family, "sdpa"), BASELINES[name](9)
+    model, method = get_model(family, "sdpa"), make(name, 0.15)
     batch = standard_batch(family, "right", 2)
     with patched(model, method) as stats:
         together = model(**batch.inputs).logits
@@ -79,7 +132,7 @@ def test_keep_all_is_bit_identical(family, name, get_model):
     usable(family, name)
     model, batch = get_model(family, "sdpa"), standard_batch(family, "left", 1)
     plain = model(**batch.inputs).logits
-    with patched(model, BASELINES[name](1.0)):
+    with patched(model, make(name, 1.0)):
         assert torch.equal(model(**batch.inputs).logits, plain)
 
 
@@ -119,10 +172,10 @@ def test_salience_is_the_towers_attention(get_model, get_oracle):
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 20, 39])
-@pytest.mark.parametrize("name", list(LATE))
+@pytest.mark.parametrize("name", LATE)
 def test_cells_are_sound(name, count):
     given = features()
-    plan = LATE[name](count).plan(VisionLayout.grid(5, 8), Region.whole())
+    plan = make(name, count).plan(VisionLayout.grid(5, 8), Region.whole())
     found = plan.decide(given)
     assert plan.num_out == count == len(found.leader)
     assert (found.leader.diff() > 0).all()

@@ -40,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--metric", choices=("exact", "anls", "relaxed"), default="exact", help="of --data")
     parser.add_argument("--limit", type=int, help="first questions of --data only")
     parser.add_argument("--scenes", type=int, default=60, help="rendered pictures, about five questions each")
+    parser.add_argument("--grounding", action=argparse.BooleanOptionalAction, default=True, help="ask for boxes, too")
     parser.add_argument("--first", type=int, default=10_900_000, help="seed of the first picture")
     parser.add_argument("--localizer", choices=[n for n in LOCALIZERS if n != "box"], default="attention")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
@@ -67,7 +68,7 @@ def main() -> None:
         if options.data:
             items = list(data.json_lines(options.data, options.metric))[: options.limit]
         else:
-            items = list(data.rendered(options.first, options.scenes))
+            items = list(data.rendered(options.first, options.scenes, grounding=options.grounding))
         depth = len(adapter_for(asker.model).language_model(asker.model).layers)
         names = tuple(options.contenders) if options.contenders else None
         wanted = jobs(depth, tuple(options.budgets), names)

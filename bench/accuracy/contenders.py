@@ -27,7 +27,7 @@ class Contender:
         name: of the row.
         region: "none", "oracle" or "predicted".
         average: budget and depth -> the method that meets it on average over the layers.
-        kept: budget -> the method that meets it after its last cut; None where that is the same thing.
+        kept: the same -> the method that meets it after its last cut; None where that is the same thing.
         prepare: changes the picture before the processor sees it.
         ours: drawn apart in the plots.
     """
@@ -35,7 +35,7 @@ class Contender:
     name: str
     region: str
     average: Make
-    kept: Callable[[float], Method] | None = None
+    kept: Make | None = None
     prepare: Callable[[Image.Image, float], Image.Image] | None = None
     ours: bool = False
 
@@ -117,21 +117,40 @@ def shrink(image: Image.Image, keep: float, grid: int = 16) -> Image.Image:
     return canvas
 
 
-def _inner(make: Callable[[float], Method]) -> Make:
-    """Budget of a method with one cut, from its average: the layers before the cut hold everything."""
+def _inner(make: Make) -> Make:
+    """Budget of a method that drops inside the decoder, from its average: the layers before a cut hold more.
+
+    The average grows with what is left in the end, so that bisection finds it.
+    """
 
     def average(budget: float, layers: int) -> Method | None:
-        keep = (budget * layers - CUT) / (layers - CUT)
-        return make(keep) if keep >= 0.01 else None
+        low, high = 0.01, 1.0
+        if _average(make(low, layers), layers) > budget:
+            return None
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if _average(make(middle, layers), layers) <= budget else (low, middle)
+        return make(low, layers)
 
     return average
+
+
+def _average(method: Method, layers: int) -> float:
+    """Fraction of the tokens that a layer sees on average; by the methods' own fractions, before they are rounded."""
+    starts = [0, *(cut.layer for cut in method.cuts), layers]
+    return sum((stop - start) * keep for start, stop, keep in zip(
+        starts, starts[1:], [1.0, *(cut.keep for cut in method.cuts)], strict=True)) / layers  # fmt: skip
+
+
+def _ilp(keep: float, layers: int) -> Method:
+    return InnerLLMPruning(keep, layer=CUT)
 
 
 def crop_both(pool: float, keep: float) -> Method:
     return Compose(PreLLMCompression(keep=pool), InnerLLMPruning(keep, layer=CUT))
 
 
-def _both_kept(budget: float) -> Method:
+def _both_kept(budget: float, layers: int) -> Method:
     return crop_both(math.sqrt(budget), budget)
 
 
@@ -148,13 +167,13 @@ def contenders() -> list[Contender]:
         Contender("down-sampled image", "none", lambda b, _: CornerOnly(b), prepare=shrink),
     ]
     for name, make in BASELINES.items():
-        if name == "fastv":
+        if make(0.5, 8).cuts:
             rows.append(Contender(name, "none", _inner(make), make))
         else:
-            rows.append(Contender(name, "none", lambda b, _, make=make: make(b)))
+            rows.append(Contender(name, "none", make))
     for region in ("oracle", "predicted"):
         rows += [
-            Contender(f"ILP, {region}", region, _inner(InnerLLMPruning), InnerLLMPruning, ours=True),
+            Contender(f"ILP, {region}", region, _inner(_ilp), _ilp, ours=True),
             Contender(f"PLC, {region}", region, lambda b, _: PreLLMCompression(keep=b), ours=True),
             Contender(f"both, {region}", region, _both_average, _both_kept, ours=True),
         ]
@@ -189,7 +208,7 @@ def jobs(num_layers: int, budgets: tuple[float, ...] = BUDGETS, names: tuple[str
             if method is not None:
                 found.append(Job(row, budget, "average", method))
             if row.kept is not None:
-                found.append(Job(row, budget, "kept", row.kept(budget)))
+                found.append(Job(row, budget, "kept", row.kept(budget, num_layers)))
     if names is None:
         return found
     unknown = set(names) - {job.contender.name for job in found}

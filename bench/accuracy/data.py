@@ -63,16 +63,16 @@ def _scene(seed: int) -> scenes.Scene:
     return scenes.scene(seed)
 
 
-def rendered(first: int, count: int) -> Iterator[Item]:
+def rendered(first: int, count: int, *, grounding: bool = True) -> Iterator[Item]:
     """Questions about ``count`` rendered pictures from seed ``first`` on, about five each.
 
     Per picture, drawn by its seed: two about text, one each about an attribute, a number of things, the whole picture,
-    and where something is.
+    and, with ``grounding``, where something is.
     """
     for seed in range(first, first + count):
         rng, drawn = random.Random(seed), _scene(seed)
         pools: dict[str, list[scenes.Question]] = {}
-        for question in (*drawn.questions, *drawn.grounding):
+        for question in (*drawn.questions, *(drawn.grounding if grounding else ())):
             pools.setdefault(GROUPS[question.kind], []).append(question)
         for group, pool in sorted(pools.items()):
             for number, question in enumerate(rng.sample(pool, min(2 if group == "local text" else 1, len(pool)))):

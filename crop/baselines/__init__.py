@@ -2,11 +2,10 @@
 
 Each was written from its paper; what departs from it stands in the class. None looks at the region.
 
-    controls                      published
-    random    RandomTokens        fastv        InnerLLMPruning(rows="last")
-    uniform   UniformGrid         visionzip    VisionZip
-    average   AveragePooling      divprune     DivPrune
-                                  cdpruner     CDPruner
+    controls                      before the decoder           inside it
+    random    RandomTokens        visionzip    VisionZip       fastv         InnerLLMPruning(rows="last")
+    uniform   UniformGrid         divprune     DivPrune        pyramiddrop   Pyramid
+    average   AveragePooling      cdpruner     CDPruner        sparsevlm     SparseVLM
                                   tome         TokenMerging
 """
 
@@ -16,7 +15,8 @@ from collections.abc import Callable
 
 from crop.baselines.controls import AveragePooling, RandomTokens, UniformGrid
 from crop.baselines.features import CDPruner, DivPrune, TokenMerging, VisionZip
-from crop.methods import InnerLLMPruning, Method
+from crop.baselines.inner import SparseVLM, fastv, pyramid_drop
+from crop.methods import Method
 
 __all__ = [
     "BASELINES",
@@ -24,30 +24,25 @@ __all__ = [
     "CDPruner",
     "DivPrune",
     "RandomTokens",
+    "SparseVLM",
     "TokenMerging",
     "UniformGrid",
     "VisionZip",
     "fastv",
+    "pyramid_drop",
 ]
 
 
-def fastv(keep: float | int, layer: int = 2) -> InnerLLMPruning:
-    """FastV: at decoder layer 2 the tokens with most attention from the last row stay.
-
-    Args:
-        keep: fraction or count. layer: where the others leave.
-    Source: FastV (arXiv 2403.06764). Departures: attention is read without eager mode; positions stay original.
-    """
-    return InnerLLMPruning(keep, layer=layer, rows="last", ring=0, floor=0)
-
-
-BASELINES: dict[str, Callable[[float | int], Method]] = {
-    "random": RandomTokens,
-    "uniform": UniformGrid,
-    "average": AveragePooling,
-    "fastv": fastv,
-    "visionzip": VisionZip,
-    "divprune": DivPrune,
-    "cdpruner": CDPruner,
-    "tome": TokenMerging,
+# (fraction that is left in the end, decoder layers of the model) -> method
+BASELINES: dict[str, Callable[[float, int], Method]] = {
+    "random": lambda keep, num_layers: RandomTokens(keep),
+    "uniform": lambda keep, num_layers: UniformGrid(keep),
+    "average": lambda keep, num_layers: AveragePooling(keep),
+    "visionzip": lambda keep, num_layers: VisionZip(keep),
+    "divprune": lambda keep, num_layers: DivPrune(keep),
+    "cdpruner": lambda keep, num_layers: CDPruner(keep),
+    "tome": lambda keep, num_layers: TokenMerging(keep),
+    "fastv": lambda keep, num_layers: fastv(keep),
+    "sparsevlm": lambda keep, num_layers: SparseVLM(keep),
+    "pyramiddrop": lambda keep, num_layers: pyramid_drop(keep, [max(1, num_layers * part // 4) for part in (1, 2, 3)]),
 }
