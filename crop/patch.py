@@ -43,6 +43,7 @@ from .inputs import (
     refuse_generation,
     refuse_past,
     refuse_sliding_window,
+    refuse_transformers,
     refuse_unsupported,
     replace_method,
     unwrapped,
@@ -79,8 +80,8 @@ def patch(
         model: unmodified Hugging Face vision-language model of a supported family.
         method: what to prune, e.g. ``Compose(PreLLMCompression(), InnerLLMPruning())``. None prunes nothing, and lets a
             cache that was pruned earlier be used.
-        region: where the question looks: one Region per image, in prompt order over the whole batch; one alone serves a
-            single image. None: every image whole.
+        region: where the question looks: one Region per image or video, in prompt order over the whole batch; one alone
+            serves a single image. None: every image whole.
         processor: the model's processor (or image processor). Needed by families whose token geometry it decides
             unless every region is whole.
         image_size: (width, height) of the original image, pixels, or one per image. Needed where the processor crops,
@@ -99,7 +100,7 @@ def patch(
         TypeError: not a Hugging Face model; method or region of a wrong type.
         ValueError: unknown family, no vision, layer out of range, number of regions other than of images, missing
             processor or image size, unsupported attention mask or cache. Raised before anything runs on the model.
-        RuntimeError: the model is patched already.
+        RuntimeError: the model is patched already; transformers is too old.
     """
     active = _Patch(model, method, region, processor, image_size, positions, cache, readmit)
     if active.language_model in _patched:
@@ -123,6 +124,7 @@ class _Patch:
         cache: str,
         readmit: bool,
     ) -> None:
+        refuse_transformers()
         model = unwrapped(model)
         self.adapter: Adapter = adapter_for(model)
         if method is not None and not isinstance(method, Method):
@@ -227,7 +229,7 @@ class _Patch:
         self.run = Run()
         input_ids = arguments.get("input_ids")
         if input_ids is None:
-            if arguments.get("pixel_values") is not None:
+            if brings_images(arguments, self.adapter.videos):
                 raise ValueError("patch: input_ids must be given with pixel_values, got inputs_embeds alone")
             return
         if self.adapter.makes_masks:
@@ -247,9 +249,10 @@ class _Patch:
         self.run = None
 
     def _plan(self, input_ids: Tensor, arguments: Mapping[str, Any]) -> ChunkPlan | None:
-        ids = input_ids.cpu() if brings_images(arguments) or self.readmit else None
+        brings = brings_images(arguments, self.adapter.videos)
+        ids = input_ids.cpu() if brings or self.readmit else None
         found = []
-        if brings_images(arguments) and (ids == self.config.image_token_id).any():
+        if brings and self.adapter.is_vision(self.config, ids).any():
             found = self._images(ids, arguments)
         if self.readmit:
             return self._plan_with_memory(ids, found, arguments)

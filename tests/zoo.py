@@ -94,6 +94,30 @@ def patches_image(size: tuple[int, int], seed: int, start: int = VISION_START, e
     return Image((start, *[IMAGE] * (rows * columns), end), arguments, size)
 
 
+def film(stamped: bool) -> Callable[[tuple[int, int], int], Image]:
+    """Wide pictures become videos of four pictures, two frames to the model; others stay images.
+
+    ``stamped``: a time stands before every frame and markers around it, else they are one run.
+    """
+
+    def image(size: tuple[int, int], seed: int) -> Image:
+        if size[0] < size[1]:
+            return patches_image(size, seed)
+        rows, columns = size[1] // (4 * PATCH), size[0] // (4 * PATCH)
+        frame = (VIDEO,) * (rows * columns)
+        arguments = {
+            "pixel_values_videos": pixels(8 * rows * columns, 6 * PATCH * PATCH, seed=seed),
+            "video_grid_thw": torch.tensor([[2, 2 * rows, 2 * columns]]),
+        }
+        if stamped:
+            parts = [(*text_tokens(3, seed + n), VISION_START, *frame, VISION_END) for n in range(2)]
+            return Image(parts[0] + parts[1], arguments, size)
+        arguments["second_per_grid_ts"] = torch.tensor([1.5])
+        return Image((VISION_START, *frame, *frame, VISION_END), arguments, size)
+
+    return image
+
+
 def vision_types(ids: Tensor) -> dict[str, Tensor]:
     return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
 
@@ -352,16 +376,26 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": Family(
         "Qwen3VLForConditionalGeneration", qwen3_vl, patches_image, types=vision_types, note="images; DeepStack"
     ),
+    "qwen2_5_vl_video": Family("Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, film(False), types=vision_types,
+                               sizes=((48, 32), (24, 40)), note="video"),
+    "qwen3_vl_video": Family("Qwen3VLForConditionalGeneration", qwen3_vl, film(True), types=vision_types,
+                             sizes=((48, 32), (24, 40)), note="video; DeepStack"),
     "smolvlm": Family("SmolVLMForConditionalGeneration", smolvlm, idefics3_image, sizes=((48, 24), (20, 40)), join=images_per_sample,
                       processor=idefics3_processor),
 }  # fmt: skip
 
 
 def build_model(name: str, attention: str = "sdpa", seed: int = 0) -> Any:
-    """A tiny random model; equal seeds give equal weights whatever the attention."""
+    """A tiny random model; equal seeds give equal weights whatever the attention.
+
+    The vision tower, which the patch leaves alone, stays eager: under flash attention the Pixtral tower of
+    transformers 5.17 mixes the images of a batch.
+    """
     torch.manual_seed(seed)
     family = FAMILIES[name]
-    return tiny_models.sharpen(getattr(transformers, family.classes)(family.config()), attention)
+    model = tiny_models.sharpen(getattr(transformers, family.classes)(family.config()), attention)
+    tiny_models.set_attention(ADAPTERS[model.config.model_type].vision_tower(model.model), "eager")
+    return model
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -459,7 +493,8 @@ def make_batch(samples: list[Sample], padding: str) -> Batch:
 
 def concatenated(images: list[list[Image]]) -> dict[str, Tensor]:
     flat = [image for row in images for image in row]
-    return {key: torch.cat([image.arguments[key] for image in flat]) for key in flat[0].arguments}
+    keys = dict.fromkeys(key for image in flat for key in image.arguments)
+    return {key: torch.cat([image.arguments[key] for image in flat if key in image.arguments]) for key in keys}
 
 
 def standard_batch(family: str, padding: str, images: int) -> Batch:
