@@ -292,11 +292,13 @@ class _Patch:
         regions = one_per_image("region", regions, [sample for sample, _ in found], self.copies)
         refuse_unsupported(arguments, ids, self.language_model, self.uniform)
         refuse_past(self.method, arguments)
+        chunk = plan_chunk(self.method, found, regions, real)
         if self.adapter.makes_masks:
             cache = cache_of(arguments)
             total = ids.shape[1] + (0 if cache is None else cache.get_seq_length())
-            refuse_short_sight(self.method.cuts, self.language_model.config, total)
-        return plan_chunk(self.method, found, regions, real)
+            scored = [layer for layer, step in chunk.steps.items() if step.rows is not None]
+            refuse_short_sight(scored, self.language_model.config, total)
+        return chunk
 
     # Door 1: the language model
 
