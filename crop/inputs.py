@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from .methods import Method
 from .region import Region
 
+OLDEST = (5, 17)  # transformers
+
 
 def unwrapped(model: Any) -> Any:
     """The Hugging Face model inside a compiled or a PEFT one, whose modules they share."""
@@ -120,6 +122,19 @@ def past_length(cache: Any, mask: Any, added: int) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def refuse_transformers() -> None:
+    """Versions whose masks, caches and positions work in another way."""
+    import transformers
+    from packaging.version import Version
+
+    if Version(transformers.__version__).release < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise RuntimeError(
+            f"patch: transformers must be >= {oldest}, got {transformers.__version__}; "
+            f'pip install --upgrade "transformers>={oldest}"'
+        )
+
+
 def refuse_generation(config: Any, kwargs: Mapping[str, Any], uniform: bool) -> None:
     """Options of generate() that pruning would get wrong."""
 
@@ -205,12 +220,14 @@ def refuse_past(method: Method, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def brings_images(arguments: Mapping[str, Any]) -> bool:
+def brings_images(arguments: Mapping[str, Any], videos: bool) -> bool:
     """Whether a call carries image data; without any, an image token in it is a token like others."""
     encoded = arguments.get("mm_encoder_outputs") or {}
-    if arguments.get("pixel_values_videos") is not None or encoded.get("video") is not None:
-        raise ValueError("patch: the prompt must hold images only, got video")
-    return arguments.get("pixel_values") is not None or encoded.get("image") is not None
+    images = arguments.get("pixel_values") is not None or encoded.get("image") is not None
+    film = arguments.get("pixel_values_videos") is not None or encoded.get("video") is not None
+    if film and not videos:
+        raise ValueError("patch: the prompt must hold images only, got video; give the frames as images")
+    return images or film
 
 
 def wants_cache(language_model: nn.Module, kwargs: Mapping[str, Any]) -> bool:

@@ -44,6 +44,7 @@ from .inputs import (
     refuse_generation,
     refuse_past,
     refuse_sliding_window,
+    refuse_transformers,
     refuse_unsupported,
     replace_method,
     unwrapped,
@@ -84,8 +85,8 @@ def patch(
         model: unmodified Hugging Face vision-language model of a supported family.
         method: what to prune, e.g. ``Compose(PreLLMCompression(), InnerLLMPruning())``. None prunes nothing, and lets a
             cache that was pruned earlier be used.
-        region: where the question looks: one Region per image, in prompt order over the whole batch; one alone serves a
-            single image. None: every image whole.
+        region: where the question looks: one Region per image or video, in prompt order over the whole batch; one alone
+            serves a single image. None: every image whole.
         processor: the model's processor (or image processor). Needed by families whose token geometry it decides
             unless every region is whole.
         image_size: (width, height) of the original image, pixels, or one per image. Needed where the processor crops,
@@ -105,7 +106,7 @@ def patch(
         TypeError: not a Hugging Face model; method or region of a wrong type.
         ValueError: unknown family, no vision, layer out of range, number of regions other than of images, missing
             processor or image size, unsupported attention mask or cache. Raised before anything runs on the model.
-        RuntimeError: the model is patched already.
+        RuntimeError: the model is patched already; transformers is too old.
     """
     active = _Patch(model, method, region, processor, image_size, positions, cache, auto, readmit)
     if active.language_model in _patched:
@@ -147,6 +148,7 @@ class _Patch:
         auto: bool = False,
         readmit: bool = False,
     ) -> None:
+        refuse_transformers()
         model = unwrapped(model)
         self.adapter: Adapter = adapter_for(model)
         if method is not None and not isinstance(method, Method):
@@ -259,7 +261,7 @@ class _Patch:
         self.run = Run()
         input_ids = arguments.get("input_ids")
         if input_ids is None:
-            if arguments.get("pixel_values") is not None:
+            if brings_images(arguments, self.adapter.videos):
                 raise ValueError("patch: input_ids must be given with pixel_values, got inputs_embeds alone")
             return
         if self.adapter.makes_masks:
@@ -283,9 +285,10 @@ class _Patch:
         self.run = None
 
     def _plan(self, method: Method, input_ids: Tensor, arguments: Mapping[str, Any]) -> ChunkPlan | None:
-        ids = input_ids.cpu() if brings_images(arguments) or self.readmit else None
+        brings = brings_images(arguments, self.adapter.videos)
+        ids = input_ids.cpu() if brings or self.readmit else None
         found = []
-        if brings_images(arguments) and (ids == self.config.image_token_id).any():
+        if brings and self.adapter.is_vision(self.config, ids).any():
             found = self._images(ids, arguments)
         if self.readmit:
             return self._plan_with_memory(ids, found, arguments)
@@ -327,11 +330,13 @@ class _Patch:
         regions = one_per_image("region", regions, [sample for sample, _ in found], self.copies)
         refuse_unsupported(arguments, ids, self.language_model, self.uniform)
         refuse_past(method, arguments)
+        chunk = plan_chunk(method, found, regions, real)
         if self.adapter.makes_masks:
             cache = cache_of(arguments)
             total = ids.shape[1] + (0 if cache is None else cache.get_seq_length())
-            refuse_short_sight(method.cuts, self.language_model.config, total)
-        return plan_chunk(method, found, regions, real)
+            scored = [layer for layer, step in chunk.steps.items() if step.rows is not None]
+            refuse_short_sight(scored, self.language_model.config, total)
+        return chunk
 
     # Door 1: the language model
 

@@ -80,15 +80,23 @@ def refuse_prepared(model_type: str, config: Any, positions: str, uniform: bool)
             f"patch: attn_logit_softcapping must be None, got {config.attn_logit_softcapping} (Gemma 2 text model): the "
             "scores would not be the model's attention; use a family without"
         )
-    if any(windows(config)) and (positions != "original" or uniform):
+    if positions != "original" or uniform:
         got = f"positions={positions!r}" if positions != "original" else "cache='uniform'"
-        raise ValueError(f"patch: sliding-window layers need positions='original' and cache='ragged', got {got}")
+        raise ValueError(
+            f"patch: {model_type!r}, whose masks are more than causal, needs positions='original' and cache='ragged', "
+            f"got {got}"
+        )
 
 
-def refuse_short_sight(cuts: Sequence[Any], config: Any, total: int) -> None:
-    """A sliding layer whose window is shorter than the prompt does not see what it would have to score."""
+def refuse_short_sight(layers: Sequence[int], config: Any, total: int) -> None:
+    """A sliding layer whose window is shorter than the prompt does not see what it would have to score.
+
+    Args:
+        layers: where cuts by score are.
+        total: tokens, those of the cache included.
+    """
     seen = windows(config)
-    for layer in (cut.layer for cut in cuts):
+    for layer in layers:
         window = seen[layer - 1]
         if window is not None and total > window:
             full = [number + 1 for number, width in enumerate(seen[:-1]) if width is None]

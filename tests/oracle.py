@@ -96,7 +96,7 @@ class Oracle:
                 if pixels not in inputs:
                     continue
                 encode = getattr(base, f"get_{name}_features")
-                wanted = inspect.signature(encode).parameters
+                wanted = [*inspect.signature(encode).parameters, "image_sizes"]
                 out = encode(**{key: value for key, value in inputs.items() if key in wanted}, return_dict=True)
                 levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
                 streams.append((name, [_rows(level) for level in levels]))

@@ -242,7 +242,7 @@ INPUTS = {
     "no grid": ("qwen2_5_vl", "image_grid_thw must be given", lambda m, x: {**x, "image_grid_thw": None}),
     "two frames": ("qwen2_5_vl", "image_grid_thw must have one frame", lambda m, x: {
         **x, "image_grid_thw": torch.tensor([[2, 6, 16]])}),
-    "a video": ("qwen2_5_vl", "must hold images only, got video", lambda m, x: {
+    "a video": ("llava", "must hold images only, got video", lambda m, x: {
         "input_ids": torch.tensor([[1, 91, 93, 93, 93, 93, 92, 4]]), "pixel_values_videos": torch.zeros(16, 96),
         "video_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": torch.tensor([[0, 0, 2, 2, 2, 2, 0, 0]])}),
 }  # fmt: skip

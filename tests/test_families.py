@@ -164,6 +164,24 @@ def test_second_turn(family, name):
         torch.testing.assert_close(logits[row], wanted, atol=ATOL, rtol=0)
 
 
+@families
+def test_repeated_samples(family):
+    """generate() repeats every sample for return sequences and beams; its caller gave each image, region and size once."""
+    model, batch = get_model(family, "sdpa"), get_batch(family, "left", 1)
+    torch.manual_seed(0)
+    with patched(model, METHODS["both"], batch, regions_of(batch)):
+        out = model.generate(
+            **batch.inputs, max_new_tokens=2, do_sample=True, num_return_sequences=2, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+    decisions, prompt = decided(family, "left", 1, "both"), batch.inputs["input_ids"].shape[1]
+    for row, tokens in enumerate(out.sequences[:, prompt:].tolist()):
+        sample, decision = batch.samples[row // 2], decisions[row // 2]
+        for number in range(2):
+            wanted = get_oracle(family).forward(sample.extended(tokens[:number]), decision)[0][-1]
+            torch.testing.assert_close(out.logits[number][row], wanted, atol=ATOL, rtol=0)
+
+
 @matrix("family,attention", REFUSED)
 def test_unsupported_attention_is_refused(family, attention):
     model = zoo.build_model(family, attention)

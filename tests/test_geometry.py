@@ -16,6 +16,7 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3 import modeling_idefics3
@@ -28,6 +29,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.mistral3 import modeling_mistral3
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from crop.models import ADAPTERS, Prompt
@@ -153,7 +155,31 @@ def see_mistral3(size: tuple[int, int]) -> tuple:
     return see_pixtral(size, merge=2)
 
 
+def see_square(config: Any, processor: Any, patch: int) -> Any:
+    """Gemma 3 averages patches, which is what a mean over a larger patch does."""
+
+    def see(size: tuple[int, int]) -> tuple:
+        out = processor(coordinates(*size), return_tensors="pt")
+        return config, processor, out, patch_colours(out["pixel_values"], processor, patch).flatten(0, 2), 0
+
+    return see
+
+
 CASES = {
+    "gemma3": see_square(
+        transformers.Gemma3Config(vision_config=dict(image_size=112, patch_size=7), mm_tokens_per_image=64),
+        Gemma3ImageProcessorPil(size={"height": 112, "width": 112}),
+        14,
+    ),
+    "paligemma": see_square(
+        transformers.PaliGemmaConfig(
+            vision_config=dict(image_size=112, patch_size=14, model_type="siglip_vision_model")
+        ),
+        SiglipImageProcessorPil(size={"height": 112, "width": 112}),
+        14,
+    ),
+    "qwen2_5_vl": merged(Qwen2VLImageProcessorPil(), transformers.Qwen2_5_VLConfig(), 14),
+    "qwen3_vl": merged(Qwen2VLImageProcessorPil(patch_size=16), transformers.Qwen3VLConfig(), 16),
     "glm4v": merged(Glm4vImageProcessorPil(), transformers.Glm4vConfig(), 14),
     "idefics3": see_idefics3(
         "Idefics3", Idefics3ImageProcessorPil(size={"longest_edge": 224}, max_image_size={"longest_edge": 56})

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,7 +59,8 @@ class Family:
     """A family as users meet it.
 
     Attributes:
-        classes: the transformers class, as README shows it.
+        title: its row in README.
+        classes: the transformers class.
         config: () -> configuration of the tiny model.
         image: (original size, seed) -> Image.
         sizes: two original sizes of different token grids, where the family knows such.
@@ -66,9 +68,9 @@ class Family:
         types: ids -> further arguments that follow from the ids.
         processor: () -> the image processor of `crop.patch`; None where the family needs none.
         attentions: what the family supports; the others are refused.
-        note: what README says about it.
     """
 
+    title: str
     classes: str
     config: Callable[[], Any]
     image: Callable[[tuple[int, int], int], Image]
@@ -77,7 +79,6 @@ class Family:
     types: Callable[[Tensor], dict[str, Tensor]] | None = None
     processor: Callable[[], Any] | None = None
     attentions: tuple[str, ...] = ("eager", "sdpa", "flash_attention_2")
-    note: str = ""
 
 
 def pixels(*shape: int, seed: int) -> Tensor:
@@ -92,6 +93,30 @@ def patches_image(size: tuple[int, int], seed: int, start: int = VISION_START, e
         "image_grid_thw": torch.tensor([[1, 2 * rows, 2 * columns]]),
     }
     return Image((start, *[IMAGE] * (rows * columns), end), arguments, size)
+
+
+def film(stamped: bool) -> Callable[[tuple[int, int], int], Image]:
+    """Wide pictures become videos of four pictures, two frames to the model; others stay images.
+
+    ``stamped``: a time stands before every frame and markers around it, else they are one run.
+    """
+
+    def image(size: tuple[int, int], seed: int) -> Image:
+        if size[0] < size[1]:
+            return patches_image(size, seed)
+        rows, columns = size[1] // (4 * PATCH), size[0] // (4 * PATCH)
+        frame = (VIDEO,) * (rows * columns)
+        arguments = {
+            "pixel_values_videos": pixels(8 * rows * columns, 6 * PATCH * PATCH, seed=seed),
+            "video_grid_thw": torch.tensor([[2, 2 * rows, 2 * columns]]),
+        }
+        if stamped:
+            parts = [(*text_tokens(3, seed + n), VISION_START, *frame, VISION_END) for n in range(2)]
+            return Image(parts[0] + parts[1], arguments, size)
+        arguments["second_per_grid_ts"] = torch.tensor([1.5])
+        return Image((VISION_START, *frame, *frame, VISION_END), arguments, size)
+
+    return image
 
 
 def vision_types(ids: Tensor) -> dict[str, Tensor]:
@@ -293,6 +318,20 @@ def images_per_sample(images: list[list[Image]]) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------- bidirectional attention
+def llava() -> Any:
+    return transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER, image_size=24),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+    )
+
+
+def llava_processor() -> Any:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+
+
 def gemma3() -> Any:
     """Sliding and full layers in turn, on either side of a cut; the window is shorter than the prompts."""
     text = TEXT | dict(head_dim=8, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=20,
@@ -330,38 +369,75 @@ def square_image(side: int, marked: bool) -> Callable[[tuple[int, int], int], Im
 
 
 FAMILIES: dict[str, Family] = {
-    "gemma3": Family("Gemma3ForConditionalGeneration", gemma3, square_image(12, True), attentions=("eager", "sdpa"),
-                     types=lambda ids: {"token_type_ids": (ids == IMAGE).int()}),
-    "paligemma": Family("PaliGemmaForConditionalGeneration", paligemma, square_image(6, False),
-                        attentions=("eager", "sdpa"), types=lambda ids: {"token_type_ids": torch.zeros_like(ids)}),
-    "glm4v": Family("Glm4vForConditionalGeneration", glm4v, patches_image, types=vision_types, note="images"),
-    "idefics3": Family("Idefics3ForConditionalGeneration", idefics3, idefics3_image, sizes=((48, 24), (20, 40)), join=images_per_sample,
-                       processor=idefics3_processor),
-    "internvl": Family("InternVLForConditionalGeneration", internvl, internvl_image, join=None,
-                       sizes=((70, 30), (20, 30)), processor=internvl_processor, note="InternVL 2.5 and 3"),
-    "llava_next": Family("LlavaNextForConditionalGeneration", llava_next, anyres_image(llava_next),
-                         sizes=((44, 22), (15, 30)), join=tiles_padded),
-    "llava_onevision": Family("LlavaOnevisionForConditionalGeneration", llava_onevision, anyres_image(llava_onevision),
-                              sizes=((52, 20), (14, 30)), join=tiles_counted, note="images"),
-    "mistral3": Family("Mistral3ForConditionalGeneration", mistral3, rows_image(2 * PATCH), join=padded),
-    "pixtral": Family("LlavaForConditionalGeneration", pixtral, rows_image(PATCH), sizes=((24, 16), (16, 20)),
-                      join=padded, note="Pixtral tower"),
-    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", qwen2_vl, patches_image, types=vision_types, note="images"),
-    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, patches_image, types=vision_types,
-                         note="images"),
-    "qwen3_vl": Family(
-        "Qwen3VLForConditionalGeneration", qwen3_vl, patches_image, types=vision_types, note="images; DeepStack"
+    "llava": Family(
+        "LLaVA-1.5 (CLIP or SigLIP tower)", "LlavaForConditionalGeneration", llava, square_image(6, False),
+        processor=llava_processor,
     ),
-    "smolvlm": Family("SmolVLMForConditionalGeneration", smolvlm, idefics3_image, sizes=((48, 24), (20, 40)), join=images_per_sample,
-                      processor=idefics3_processor),
+    "pixtral": Family(
+        "Pixtral", "LlavaForConditionalGeneration", pixtral, rows_image(PATCH), sizes=((24, 16), (16, 20)), join=padded
+    ),
+    "llava_next": Family(
+        "LLaVA-NeXT: tiles, unpadding, newlines", "LlavaNextForConditionalGeneration", llava_next,
+        anyres_image(llava_next), sizes=((44, 22), (15, 30)), join=tiles_padded,
+    ),
+    "llava_onevision": Family(
+        "LLaVA-OneVision, images", "LlavaOnevisionForConditionalGeneration", llava_onevision,
+        anyres_image(llava_onevision), sizes=((52, 20), (14, 30)), join=tiles_counted,
+    ),
+    "qwen2_vl": Family(
+        "Qwen2-VL, images", "Qwen2VLForConditionalGeneration", qwen2_vl, patches_image, types=vision_types
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2.5-VL, images", "Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, patches_image, types=vision_types
+    ),
+    "qwen2_5_vl_video": Family(
+        "Qwen2.5-VL, video", "Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, film(False), types=vision_types
+    ),
+    "qwen3_vl": Family(
+        "Qwen3-VL, images, DeepStack", "Qwen3VLForConditionalGeneration", qwen3_vl, patches_image, types=vision_types
+    ),
+    "qwen3_vl_video": Family(
+        "Qwen3-VL, video, DeepStack", "Qwen3VLForConditionalGeneration", qwen3_vl, film(True), types=vision_types
+    ),
+    "glm4v": Family("GLM-4V, images", "Glm4vForConditionalGeneration", glm4v, patches_image, types=vision_types),
+    "internvl": Family(
+        "InternVL 2.5 and 3: tiles", "InternVLForConditionalGeneration", internvl, internvl_image,
+        sizes=((70, 30), (20, 30)), processor=internvl_processor,
+    ),
+    "idefics3": Family(
+        "Idefics3: tiles", "Idefics3ForConditionalGeneration", idefics3, idefics3_image, sizes=((48, 24), (20, 40)),
+        join=images_per_sample, processor=idefics3_processor,
+    ),
+    "smolvlm": Family(
+        "SmolVLM, images: tiles", "SmolVLMForConditionalGeneration", smolvlm, idefics3_image,
+        sizes=((48, 24), (20, 40)), join=images_per_sample, processor=idefics3_processor,
+    ),
+    "mistral3": Family(
+        "Mistral 3", "Mistral3ForConditionalGeneration", mistral3, rows_image(2 * PATCH), join=padded
+    ),
+    "gemma3": Family(
+        "Gemma 3: sliding windows, images see themselves", "Gemma3ForConditionalGeneration", gemma3,
+        square_image(12, True), attentions=("eager", "sdpa"),
+        types=lambda ids: {"token_type_ids": (ids == IMAGE).int()},
+    ),
+    "paligemma": Family(
+        "PaliGemma: prompts see themselves", "PaliGemmaForConditionalGeneration", paligemma, square_image(6, False),
+        attentions=("eager", "sdpa"), types=lambda ids: {"token_type_ids": torch.zeros_like(ids)},
+    ),
 }  # fmt: skip
 
 
 def build_model(name: str, attention: str = "sdpa", seed: int = 0) -> Any:
-    """A tiny random model; equal seeds give equal weights whatever the attention."""
+    """A tiny random model; equal seeds give equal weights whatever the attention.
+
+    The vision tower, which the patch leaves alone, stays eager: under flash attention the Pixtral tower of
+    transformers 5.17 mixes the images of a batch.
+    """
     torch.manual_seed(seed)
     family = FAMILIES[name]
-    return tiny_models.sharpen(getattr(transformers, family.classes)(family.config()), attention)
+    model = tiny_models.sharpen(getattr(transformers, family.classes)(family.config()), attention)
+    tiny_models.set_attention(ADAPTERS[model.config.model_type].vision_tower(model.model), "eager")
+    return model
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -459,7 +535,8 @@ def make_batch(samples: list[Sample], padding: str) -> Batch:
 
 def concatenated(images: list[list[Image]]) -> dict[str, Tensor]:
     flat = [image for row in images for image in row]
-    return {key: torch.cat([image.arguments[key] for image in flat]) for key in flat[0].arguments}
+    keys = dict.fromkeys(key for image in flat for key in image.arguments)
+    return {key: torch.cat([image.arguments[key] for image in flat if key in image.arguments]) for key in keys}
 
 
 def standard_batch(family: str, padding: str, images: int) -> Batch:
@@ -481,3 +558,29 @@ def standard_batch(family: str, padding: str, images: int) -> Batch:
         ]
         return make_batch(samples, padding)
     return make_batch([*samples, make_sample(family, [9], seed=5)], padding)
+
+
+# ---------------------------------------------------------------------------------------- README
+README = Path(__file__).parents[1] / "README.md"
+FENCES = ("<!-- families: written by `python tests/zoo.py` -->\n", "<!-- families: end -->\n")
+
+
+def readme_table() -> str:
+    """What the contract runs over, as README shows it."""
+    lines = ["| family | class | attention | `patch` needs, with a region |", "|---|---|---|---|"]
+    for family in FAMILIES.values():
+        needs = "" if family.processor is None else "`processor`, `image_size`"
+        lines.append(f"| {family.title} | `{family.classes}` | {', '.join(family.attentions)} | {needs} |")
+    return "\n".join(lines) + "\n"
+
+
+def readme_now() -> tuple[str, str, str]:
+    """README before the table, the table, README after it."""
+    before, rest = README.read_text().split(FENCES[0])
+    table, after = rest.split(FENCES[1])
+    return before + FENCES[0], table, FENCES[1] + after
+
+
+if __name__ == "__main__":
+    before, _, after = readme_now()
+    README.write_text(before + readme_table() + after)

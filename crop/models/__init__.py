@@ -29,9 +29,9 @@ ADAPTERS: dict[str, Adapter] = {
         Adapter("llava_onevision", onevision_images),
         Adapter("mistral3", pixtral_images),
         Adapter("paligemma", paligemma_images, makes_masks=True, two_way=True),
-        Adapter("qwen2_vl", merged_images, tower="visual"),
-        Adapter("qwen2_5_vl", merged_images, tower="visual"),
-        Adapter("qwen3_vl", merged_images, tower="visual", adds_again="_deepstack_process"),
+        Adapter("qwen2_vl", merged_images, tower="visual", videos=True),
+        Adapter("qwen2_5_vl", merged_images, tower="visual", videos=True),
+        Adapter("qwen3_vl", merged_images, tower="visual", videos=True, adds_again="_deepstack_process"),
         Adapter("smolvlm", idefics3_images, check=tiled_check, tower="vision_model", decoder="text_model"),
     )
 }

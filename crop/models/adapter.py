@@ -102,6 +102,7 @@ class Adapter:
             once what ``images`` could not do later. None: the family needs neither.
         tower: attribute of the multimodal model that holds the vision encoder.
         decoder: attribute of the multimodal model that holds the language model.
+        videos: ``images`` places videos too; otherwise they are refused.
         adds_again: method of the language model, (hidden_states, vision mask, features), that adds vision features of
             further levels after its first layers; None: there is none.
         makes_masks: the multimodal model makes the attention masks, since they say more than causal and padding.
@@ -113,9 +114,15 @@ class Adapter:
     check: Callable[[Any, Any, Sequence[Size] | None, bool], None] | None = None
     tower: str = "vision_tower"
     decoder: str = "language_model"
+    videos: bool = False
     adds_again: str | None = None
     makes_masks: bool = False
     two_way: bool = False
+
+    def is_vision(self, config: Any, ids: Tensor) -> Tensor:
+        """Which of (batch, seq_len) token ids stand for what an image or a video shows."""
+        found = ids == config.image_token_id
+        return found | (ids == config.video_token_id) if self.videos else found
 
     def base(self, model: nn.Module) -> nn.Module:
         """The multimodal model below the language-model head."""

@@ -5,18 +5,28 @@ from __future__ import annotations
 import torch
 
 from ..region import NEWLINE, VisionLayout
-from .adapter import Placed, Prompt
+from .adapter import Placed, Prompt, stack_views
 
 
 def merged_images(prompt: Prompt) -> Placed:
-    """Qwen2-VL and its kin: ``image_grid_thw`` counts patches, which are merged squarewise into tokens."""
-    merge = prompt.config.vision_config.spatial_merge_size
-    grids = []
-    for frames, height, width in prompt.argument("image_grid_thw").tolist():
-        if frames != 1:
-            raise ValueError(f"patch: image_grid_thw must have one frame per image, got {frames}")
-        grids.append(VisionLayout.grid(height // merge, width // merge))
-    return prompt.place(grids)
+    """Qwen2-VL and its kin: ``image_grid_thw`` counts patches, which are merged squarewise into tokens.
+
+    A video is one entry: each frame that the encoder makes of it (of two pictures) is a view of its own.
+    """
+    found: Placed = []
+    for kind in ("image", "video"):
+        token_id = getattr(prompt.config, f"{kind}_token_id")
+        if not (prompt.ids == token_id).any():
+            continue
+        layouts = []
+        merge = prompt.config.vision_config.spatial_merge_size
+        for frames, height, width in prompt.argument(f"{kind}_grid_thw").tolist():
+            if kind == "image" and frames != 1:
+                raise ValueError(f"patch: image_grid_thw must have one frame per image, got {frames}")
+            frame = VisionLayout.grid(height // merge, width // merge)
+            layouts.append(stack_views([frame] * frames))
+        found += prompt.place(layouts, token_id)
+    return sorted(found, key=lambda entry: (entry[0], int(entry[1].position[0])))
 
 
 def pixtral_images(prompt: Prompt) -> Placed:
