@@ -1,0 +1,140 @@
+"""Fits the ranking of the localizer "ocr" on the development part of the receipts (their annotated text, no OCR).
+
+    python bench/fit_ocr.py            # writes the weights into the package
+
+Logistic regression, ridge towards zero for the shared weights and towards the shared ones for every kind of answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import receipts
+from tqdm import tqdm
+
+from crop.localizers.ocr.encoder import Encoder
+from crop.localizers.ocr.features import FEATURES, Neighbours, features, neighbours
+from crop.localizers.ocr.question import Question
+from crop.localizers.ocr.ranking import OTHER, WEIGHTS, Weights, logistic, with_support
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question on one page."""
+
+    receipt: receipts.Receipt
+    asked: receipts.Asked
+    question: Question
+    beside: Neighbours
+    table: np.ndarray  # (num_lines, len(FEATURES))
+    right: np.ndarray  # (num_lines,) bool: lines that answer
+
+
+def cases(pages: list[receipts.Receipt]) -> list[Case]:
+    encoder, known = Encoder(), {}
+
+    def encode(texts: list[str]) -> np.ndarray:
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        known.update(zip(new, encoder(new), strict=True))
+        return np.stack([known[text] for text in texts]) if texts else encoder(texts)
+
+    found = []
+    for page in tqdm(pages, "pages", disable=None):
+        beside, meanings = neighbours(page.boxes, page.texts), encode(page.texts)
+        for asked in (*page.asked, *page.rephrased, *page.further):
+            question = Question.of(asked.text)
+            examples = encode(list(question.kind.examples))
+            vector = encode([asked.text])[0]
+            table = features(question, page.boxes, page.texts, beside, vector, meanings, examples)
+            right = answers(page, asked)
+            if right.any():
+                found.append(Case(page, asked, question, beside, table, right))
+    return found
+
+
+def answers(page: receipts.Receipt, asked: receipts.Asked) -> np.ndarray:
+    """Lines in the answer's box; those that say the same date or amount elsewhere are as good."""
+    x0, y0, x1, y1 = page.boxes.T
+    box = asked.box
+    common = (np.minimum(x1, box[2]) - np.maximum(x0, box[0])).clip(0) * (np.minimum(y1, box[3]) - np.maximum(y0, box[1])).clip(0)
+    right = common > 0.5 * (x1 - x0) * (y1 - y0)
+    if asked.field in ("date", "total amount"):
+        longer = 40 if asked.field == "date" else 3
+        answer = _fold(asked.answer)
+        right |= np.array([answer in _fold(text) and len(_fold(text)) <= len(answer) + longer for text in page.texts])
+    return right
+
+
+def _fold(text: str) -> str:
+    return re.sub(r"\W", "", text.casefold())
+
+
+def fit(found: list[Case], ridge: float = 0.3) -> Weights:
+    first = _stage(found, [case.table for case in found], ridge)
+    first_only = Weights(first, {})
+    tables = []
+    for case in found:
+        inner = logistic(case.table, first_only.first.get(case.question.kind.name, first[OTHER]))
+        tables.append(with_support(case.table, inner, case.beside))
+    return Weights(first, _stage(found, tables, ridge))
+
+
+def _stage(found: list[Case], tables: list[np.ndarray], ridge: float) -> dict[str, np.ndarray]:
+    number = Counter(case.asked.field for case in found)
+    rights = [case.right.astype(float) for case in found]
+    # Every field counts the same for the shared weights, however many questions it has.
+    weight = [np.full(len(right), 60 / number[case.asked.field]) for case, right in zip(found, rights, strict=True)]
+    start = np.zeros(tables[0].shape[1] + 1)
+    shared = _logistic_regression(*map(np.concatenate, (tables, rights, weight)), start, ridge)
+    fitted = {OTHER: shared}
+    for kind in {case.question.kind.name for case in found} - {OTHER}:
+        mine = [index for index, case in enumerate(found) if case.question.kind.name == kind]
+        table, right = (np.concatenate([parts[index] for index in mine]) for parts in (tables, rights))
+        fitted[kind] = _logistic_regression(table, right, np.ones(len(right)), shared, ridge)
+    return fitted
+
+
+def _logistic_regression(
+    table: np.ndarray, right: np.ndarray, weight: np.ndarray, centre: np.ndarray, ridge: float
+) -> np.ndarray:
+    """Damped Newton; the ridge pulls towards ``centre``, the bias hardly."""
+    rows = np.concatenate([table, np.ones((len(table), 1))], 1)
+    pull = np.full(rows.shape[1], ridge)
+    pull[-1] *= 0.01
+    found = centre.copy()
+    for _ in range(100):
+        guess = logistic(table, found)
+        slope = rows.T @ (weight * (guess - right)) + pull * (found - centre)
+        curve = (rows * (weight * (guess * (1 - guess) + 1e-4))[:, None]).T @ rows + np.diag(pull)
+        step = np.linalg.solve(curve, slope)
+        step *= min(1.0, 2 / np.abs(step).max())
+        found = found - step
+        if np.abs(step).max() < 1e-6:
+            break
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ridge", type=float, default=0.3)
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    options = parser.parse_args()
+    found = cases([page for page in receipts.load() if page.development])
+    weights = fit(found, options.ridge)
+    weights.save(options.out)
+    for name, rows in (("first", weights.first), ("second", weights.second)):
+        print(f"{name:18}" + "".join(f"{kind:>9}" for kind in rows))
+        for index, feature in enumerate((*FEATURES, *(("support",) if name == "second" else ()), "bias")):
+            print(f"{feature:18}" + "".join(f"{row[index]:9.2f}" for row in rows.values()))
+
+
+if __name__ == "__main__":
+    main()

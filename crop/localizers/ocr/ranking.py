@@ -1,0 +1,94 @@
+"""How likely each line of a page is to be (part of) the answer, and which lines to take."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from .features import FEATURES, Neighbours
+from .question import Question
+
+WEIGHTS = Path(__file__).with_name("weights.json")
+OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Two logistic regressions for every kind of answer, the second knows what the first found around a line.
+
+    Args:
+        first: kind -> (len(FEATURES) + 1,) float64, the bias last; "other" serves all kinds that have none.
+        second: kind -> (len(FEATURES) + 2,) float64, the support of the neighbours and the bias last.
+    Source: own choice; fitted by ``bench/fit_ocr.py`` on the development part of the receipts.
+    """
+
+    first: dict[str, np.ndarray]
+    second: dict[str, np.ndarray]
+
+    @staticmethod
+    @cache
+    def shipped() -> Weights:
+        """Those of the package."""
+        stored = json.loads(WEIGHTS.read_text(encoding="utf-8"))
+        if tuple(stored["features"]) != FEATURES:
+            raise ValueError(f"Weights: weights.json must be fitted for {FEATURES}, got {tuple(stored['features'])}")
+        return Weights(*({kind: np.array(row) for kind, row in stored[name].items()} for name in ("first", "second")))
+
+    def save(self, path: Path = WEIGHTS) -> None:
+        """Write what ``shipped`` reads."""
+        stored: dict = {"features": FEATURES}
+        for name in ("first", "second"):
+            stored[name] = {kind: row.round(3).tolist() for kind, row in sorted(getattr(self, name).items())}
+        lines = json.dumps(stored, indent=1).replace("\n   ", " ").replace("\n  ]", "]")
+        path.write_text(lines + "\n", encoding="utf-8")
+
+    def rank(self, question: Question, table: np.ndarray, beside: Neighbours) -> np.ndarray:
+        """(num_lines,) float64 probability of every line to hold the answer or a part of it.
+
+        Args:
+            question: read.
+            table: (num_lines, len(FEATURES)) of ``features``.
+            beside: ``neighbours`` of the page.
+        """
+        kind = question.kind.name
+        found = logistic(table, self.first.get(kind, self.first[OTHER]))
+        return logistic(with_support(table, found, beside), self.second.get(kind, self.second[OTHER]))
+
+
+def logistic(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-(table @ weights + bias))), the bias last in ``weights``."""
+    return 1 / (1 + np.exp(-np.clip(table @ weights[:-1] + weights[-1], -30, 30)))
+
+
+def with_support(table: np.ndarray, found: np.ndarray, beside: Neighbours) -> np.ndarray:
+    """The features, and the best probability among the lines directly above and below."""
+    support = np.where(beside.near, found, 0).max(1, initial=0)
+    return np.concatenate([table, support[:, None]], 1)
+
+
+def choose(found: np.ndarray, area: np.ndarray, *, limit: float, tail: float, sure: float) -> list[int]:
+    """Lines to take, the likeliest first, until what is left is worth little.
+
+    Args:
+        found: (num_lines,) probabilities.
+        area: (num_lines,) of the lines as they will be boxed, as fractions of the image.
+        limit: area at which only ``sure`` lines are still taken.
+        tail: lines whose probabilities together are below this share of the whole are left.
+        sure: probability of lines that are taken up to twice the limit.
+    Source: own choice.
+    """
+    chosen: list[int] = []
+    taken, left, whole = 0.0, found.sum(), found.sum()
+    for line in np.argsort(-found, kind="stable").tolist():
+        if chosen and (left < tail * whole or found[line] < tail):
+            break
+        left -= found[line]
+        if chosen and taken + area[line] > (2 * limit if found[line] >= sure else limit):
+            continue
+        chosen.append(line)
+        taken += area[line]
+    return chosen
