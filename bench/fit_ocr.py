@@ -64,7 +64,9 @@ def answers(page: receipts.Receipt, asked: receipts.Asked) -> np.ndarray:
     """Lines in the answer's box; those that say the same date or amount elsewhere are as good."""
     x0, y0, x1, y1 = page.boxes.T
     box = asked.box
-    common = (np.minimum(x1, box[2]) - np.maximum(x0, box[0])).clip(0) * (np.minimum(y1, box[3]) - np.maximum(y0, box[1])).clip(0)
+    common = (np.minimum(x1, box[2]) - np.maximum(x0, box[0])).clip(0) * (
+        np.minimum(y1, box[3]) - np.maximum(y0, box[1])
+    ).clip(0)
     right = common > 0.5 * (x1 - x0) * (y1 - y0)
     if asked.field in ("date", "total amount"):
         longer = 40 if asked.field == "date" else 3

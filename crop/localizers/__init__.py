@@ -17,9 +17,11 @@ from crop.region import Region
 from .attention import Attention, AttentionLocalizer, score_tokens
 from .base import BoxLocalizer, Localizer, WholeLocalizer, encode
 from .boxes import find_region
+from .cascade import CascadeLocalizer, UnionLocalizer
 from .clip import ClipLocalizer
 from .detector import DetectorLocalizer
 from .head import Head, HeadLocalizer
+from .ocr import OCRLocalizer
 from .vlm import VLMLocalizer
 
 __all__ = [
@@ -27,11 +29,14 @@ __all__ = [
     "Attention",
     "AttentionLocalizer",
     "BoxLocalizer",
+    "CascadeLocalizer",
     "ClipLocalizer",
     "DetectorLocalizer",
     "Head",
     "HeadLocalizer",
     "Localizer",
+    "OCRLocalizer",
+    "UnionLocalizer",
     "VLMLocalizer",
     "WholeLocalizer",
     "encode",
@@ -75,12 +80,20 @@ def _head(given: _Given) -> Localizer:
     return HeadLocalizer(model, processor, Head.load(given.need("path")).to(model.device), given.prompt)
 
 
+def _own(given: _Given) -> Localizer:
+    """The cheapest, which runs on the model itself."""
+    return _head(given) if given.path else _attention(given)
+
+
 _BUILDERS: dict[str, Callable[[_Given], Localizer]] = {
     "attention": _attention,
     "box": lambda given: BoxLocalizer(given.need("region")),
+    "cascade": lambda given: CascadeLocalizer((_own(given), OCRLocalizer())),
     "clip": lambda given: ClipLocalizer.load(given.need("path"), given.device),
     "detector": lambda given: DetectorLocalizer.load(given.need("path"), given.device),
     "head": _head,
+    "ocr": lambda given: OCRLocalizer(),
+    "union": lambda given: UnionLocalizer((_own(given), OCRLocalizer())),
     "vlm": lambda given: VLMLocalizer.load(given.need("path"), given.device),
     "whole": lambda given: WholeLocalizer(),
 }
@@ -103,13 +116,14 @@ def get_localizer(
     Args:
         name: one of ``LOCALIZERS``.
         region: for "box".
-        model, processor, prompt: of the model that answers, for "attention" and "head".
+        model, processor, prompt: of the model that answers, for "attention" and "head", and for "cascade" and "union", which are
+            one of these (head where ``path`` is given) and ocr.
         layer: for "attention".
         path: for "head" the file of its weights; for "clip", "detector" and "vlm" the folder (or hub name) of a model.
-        min_confidence: below it the whole image is returned; None: the localizer's own default. Not for "box", "whole".
+        min_confidence: below it the whole image is returned; None: the localizer's own default. Not for "box", "union", "whole".
     Raises:
         ValueError: unknown name, or something it needs is missing. FileNotFoundError, OSError: nothing to load at
-            ``path``.
+            ``path``. ImportError: an extra is not installed.
     """
     if name not in _BUILDERS:
         raise ValueError(f"get_localizer: name must be one of {', '.join(LOCALIZERS)}, got {name!r}")

