@@ -165,7 +165,8 @@ setup(
     setup_requires=[] if CHOICE == "python" else ["pybind11>=2.12"],
     install_requires=["torch>=2.6", "numpy", "transformers>=5.17"],
     extras_require={
-        "test": ["pytest", "hypothesis", "pillow", "rich", "pybind11>=2.12", "setuptools"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "pillow", "rich", "tqdm", "matplotlib", "peft", "accelerate"]
+        + ["pybind11>=2.12", "setuptools"],
         "demo": ["pillow", "rich"],
         "bench": ["pillow", "tqdm", "rich", "matplotlib"],
         "eval": ["lmms-eval", "tqdm", "pillow"],
