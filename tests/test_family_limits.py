@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import readme_table
 import torch
 import transformers
 import zoo
@@ -25,7 +26,7 @@ ILP = InnerLLMPruning(keep=0.3, layer=2)
 
 
 def test_readme_lists_what_the_contract_runs_over():
-    assert zoo.readme_now()[1] == zoo.readme_table(), "README.md is behind: run `python tests/zoo.py`"
+    assert readme_table.now()[1] == readme_table.table(), "README.md is behind: run `python tests/readme_table.py`"
 
 
 def test_every_adapter_is_in_the_contract():
