@@ -53,7 +53,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "llava_next": Family(
         "LLaVA-NeXT: tiles, unpadding, newlines", "LlavaNextForConditionalGeneration", llava_next,
-        anyres_image(llava_next), sizes=((44, 22), (15, 30)), join=tiles_padded,
+        anyres_image(llava_next), sizes=((44, 10), (10, 44)), join=tiles_padded,
     ),
     "llava_onevision": Family(
         "LLaVA-OneVision, images", "LlavaOnevisionForConditionalGeneration", llava_onevision,
