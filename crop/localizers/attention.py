@@ -143,7 +143,7 @@ class AttentionLocalizer:
             read: called with query, key and scale of the scoring layer, see ``tap``; should end the pass by an exception.
         """
         layers = adapter_for(self.model).language_model(self.model).layers
-        layer = max(1, len(layers) // 16) if self.layer is None else self.layer
+        layer = min(max(1, len(layers) // 16), len(layers) - 1) if self.layer is None else self.layer
         scoring, undo = layers[layer].self_attn, ExitStack()
         undo.enter_context(tap(scoring, read))
         if not self.rope:
