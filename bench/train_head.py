@@ -1,13 +1,14 @@
 """Train the head of ``HeadLocalizer`` for a vision-language model, from (image, question, box) records.
 
     python bench/train_head.py --out crop/embedded/head.safetensors                          # embedded model, rendered set
+    python bench/train_head.py --evaluate crop/embedded/head.safetensors --scenes 100        # held-out pictures
     python bench/train_head.py --model PATH --records train.jsonl --dev dev.jsonl --out head.safetensors
 
 Records: see bench/records.py.
 
 The model runs once per image up to its decoder; what the head needs is kept in --cache. Rendered pictures: training seeds
 from 9 000 000 on, development seeds from 10 500 000 on, where also the confidence is fitted; 10 800 000 and more are left to
-bench_localizers.py.
+bench_localizers.py and --evaluate.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from crop.localizers.reading import embeddings
 from crop.region import Region, VisionLayout
 from crop.share import share_vision
 
-TRAIN_SEED, DEV_SEED = 9_000_000, 10_500_000
+TRAIN_SEED, DEV_SEED, HELD_OUT_SEED = 9_000_000, 10_500_000, 10_800_000
 SETTINGS = {"threshold": 0.2, "gap": 0, "max_boxes": 8, "dilate": 0}
 BACKGROUND = 64  # tokens per image and step that no question wants
 
@@ -233,7 +234,10 @@ def main() -> None:
     parser.add_argument("--model", default=EMBEDDED, help="embedded, a folder or a hub name")
     parser.add_argument("--records", type=Path, help="JSON lines to train on (default: rendered pictures)")
     parser.add_argument("--dev", type=Path, help="JSON lines to fit the confidence on")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="file to write the head to")
+    parser.add_argument(
+        "--evaluate", type=Path, metavar="HEAD", help="judge a head on the held-out pictures, train nothing"
+    )
     parser.add_argument("--cache", type=Path, help="file to keep the features in")
     parser.add_argument(
         "--scenes", type=int, default=3000, help="rendered pictures to train on; a tenth as many to fit on"
@@ -244,10 +248,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="of the model; the head trains on the CPU")
     options = parser.parse_args()
-    if (options.records is None) != (options.dev is None):
+    if options.records is not None and options.dev is None:
         parser.error("--records must come with --dev")
+    if (options.out is None) == (options.evaluate is None):
+        parser.error("one of --out and --evaluate must be given")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.evaluate:
+        held_out = read_jsonl(options.dev) if options.dev else rendered(HELD_OUT_SEED, options.scenes, 8)
+        verdicts = list(
+            judged(Head.load(options.evaluate), *features(load(options.model, options.device, "auto"), held_out, None))
+        )
+        print(header())
+        print(f"{options.dev or f'seeds from {HELD_OUT_SEED}'}, {len(verdicts)} questions")
+        for min_confidence in (0.3, 0.5, 0.7, 0.9):
+            print(report(Head.load(options.evaluate), verdicts, min_confidence))
+        return
     if options.cache and options.cache.is_file():
         sets = torch.load(options.cache, weights_only=False)
     else:
