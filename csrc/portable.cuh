@@ -176,7 +176,3 @@ DEV void grid_launch_dependents() {
 }  // namespace
 }  // namespace crop
 #endif
-
-#ifndef ROLLED
-#define ROLLED
-#endif

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from emu import emulator
+from emu.emulator import Emulated
 from torch import Tensor
 
 from crop import ops
@@ -25,11 +27,14 @@ class Backend:
     name: str  # of crop.use_backend
     device: str = "cpu"
     isa: str | None = None
+    emulated: Emulated | None = None  # CUDA kernels on CPU tensors
 
     def missing(self) -> str | None:
         """Why the backend cannot run here, or None."""
         if self.name == "twin":
             return None
+        if self.emulated:
+            return emulator.missing(self.emulated.flavour)
         if library.native is None:
             return "no kernels were compiled"
         if self.device == "cuda":
@@ -39,6 +44,10 @@ class Backend:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
+        if self.emulated:
+            with self.emulated.active(), ops.use_backend("native"):
+                yield
+            return
         before = library.native.build_info()["cpu_isa"] if self.isa else None
         if self.isa:
             library.native.set_isa(self.isa)  # refused for an instruction set that the CPU lacks
@@ -73,6 +82,7 @@ BACKENDS = {
     "baseline": Backend("native", isa="baseline"),
     "avx2": Backend("native", isa="avx2"),
     "avx512": Backend("native", isa="avx512"),
+    "emulated": Backend("native", emulated=Emulated()),
     "cuda": Backend("native", device="cuda"),
 }
 

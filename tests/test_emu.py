@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -354,14 +352,6 @@ def test_traffic(emu: Selftest) -> None:
 
 def test_sanitizer_build() -> None:
     """AddressSanitizer must be there before Python, hence a process of its own for its share of the tests here."""
-    reason = emulator.missing()
-    if reason or "asan" in os.environ.get("EMU_BUILD", ""):
-        pytest.skip(reason or "this is that process")
-    library = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    env = os.environ | {"LD_PRELOAD": library, "EMU_BUILD": "asan",
-                        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=0:suppress_equal_pcs=0:detect_stack_use_after_return=0"}  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "asan", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    if emulator.missing() or os.environ.get("EMU_BUILD"):
+        pytest.skip(emulator.missing() or "this is that process")
+    emulator.in_sanitizer_process(__file__, "asan")

@@ -611,7 +611,7 @@ def test_repeatable_and_thread_independent(native: Backend, name: str) -> None:
 
     with threads(1):
         expected = run()
-    for count in (1, 2, 8):
+    for count in (1,) if native.emulated else (1, 2, 8):  # of CPU threads
         with threads(count):
             for a, b in zip(run(), expected, strict=True):
                 same(a, b)

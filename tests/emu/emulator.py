@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -114,14 +115,25 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 @functools.cache
-def _module(flavour: str, sources: Path) -> tuple[Any, ctypes.CDLL]:
-    kernels = tuple(sorted(p for p in sources.glob("*.cu") if p.stem != "cuda_error"))
+def _module(flavour: str) -> tuple[Any, ctypes.CDLL]:
+    sources = ROOT / "csrc"
+    kernels = tuple(sorted(path for path in sources.glob("*.cu") if path.stem != "cuda_error"))
     wraps = tuple(f"-Wl,--wrap=launch_{name}" for name in OPERATORS)
-    path = build(flavour, kernels, (ROOT / "csrc" / "bindings.cpp", HERE / "operators.cpp"), wraps)
+    path = build(flavour, kernels, (sources / "bindings.cpp", HERE / "operators.cpp"), wraps)
     spec = importlib.util.spec_from_file_location(f"crop_emulated_{flavour}._C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module, load(path)
+
+
+def in_sanitizer_process(tests: str, keyword: str) -> None:
+    """Run tests with AddressSanitizer ahead of Python; AssertionError with their output if one fails."""
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    options = "detect_leaks=0:halt_on_error=0:suppress_equal_pcs=0:detect_stack_use_after_return=0"
+    env = os.environ | {"LD_PRELOAD": library.strip(), "EMU_BUILD": "asan", "ASAN_OPTIONS": options}
+    command = [sys.executable, "-m", "pytest", "-x", "-k", keyword, "-p", "no:cacheprovider", tests]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 class EmulatorReport(AssertionError):
@@ -136,11 +148,11 @@ class Emulated:
     policy: str = "forward"
     seed: int = 0
     residents: int = 1
-    sources: Path = ROOT / "csrc"
+    without: tuple[str, int] = ("", 0)  # file and line of a barrier that lets everybody through
     has_cuda = True
 
     def __getattr__(self, name: str) -> Any:
-        module, emu = _module(self.flavour, self.sources)
+        module, emu = _module(self.flavour)
         function = getattr(module, name)
         if not name.startswith(OPERATORS):
             return function
@@ -149,6 +161,7 @@ class Emulated:
 
         def launch(cuda: bool, target: int, *args: Any) -> int:
             emu.emu_config(POLICIES[self.policy], self.seed, self.residents)
+            emu.emu_without(self.without[0].encode(), self.without[1])
             code = function(True, 0, *args)
             report = emu.emu_report().decode()
             if code > 0 or report:
@@ -171,6 +184,6 @@ class Emulated:
         """Race build: per kernel what it did since the last call, see emu_statistics."""
         names = ("launches", "blocks", "threads", "switches", "static_bytes", "dynamic_bytes")
         names += ("read", "read_distinct", "written", "written_distinct")
-        lines = _module(self.flavour, self.sources)[1].emu_statistics().decode().splitlines()
+        lines = _module(self.flavour)[1].emu_statistics().decode().splitlines()
         rows = [line.split("\t") for line in lines]
         return {row[0]: dict(zip(names, map(int, row[1:]), strict=True)) for row in rows}

@@ -147,6 +147,5 @@ int launch_compact_cpu(const CompactParams&, int) { return kBadArgument; }
 int launch_adaptive_pool_cpu(const PoolParams&, int) { return kBadArgument; }
 int launch_adaptive_pool_backward_cpu(const PoolBackwardParams&, int) { return kBadArgument; }
 size_t attention_mass_scratch_cpu(const AttentionMassParams&) { return 0; }
-size_t select_scratch_cpu(const SelectParams&) { return 0; }
 
 }  // namespace crop

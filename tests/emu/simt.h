@@ -128,6 +128,7 @@ int launch(bool dependent, const char* name, void (*kernel)(Parameters...), Grid
 #define GLOBAL(threads, blocks) void
 #define DEV inline
 #define UNROLL
+#define ROLLED
 #define SHARED(type, name, extent)           \
     static const char name##_key = 0;        \
     using name##_array = type extent;        \
