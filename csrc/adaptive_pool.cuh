@@ -44,7 +44,7 @@ pool_kernel(PoolParams p, PoolGrid grid, bool aligned) {
     if (!slot.exists) return;
     const int64_t left = p.dim - slot.channel;
     const int first = max(p.offsets[slot.row], 0);
-    const int stop = static_cast<int>(min(static_cast<int64_t>(p.offsets[slot.row + 1]), p.num_members));
+    const int stop = static_cast<int>(min(static_cast<int64_t>(max(p.offsets[slot.row + 1], 0)), p.num_members));
     const int count = max(stop - first, 0);
     auto token_of = [&](int i) {  // clamped: a plan on the device cannot be checked
         return min(max(static_cast<int64_t>(p.members[first + i]), static_cast<int64_t>(0)), p.num_tokens - 1);
@@ -120,6 +120,11 @@ DEV int64_t cell_of(const PoolBackwardParams& p, int64_t token) {
     return cell < p.num_out ? cell : -1;
 }
 
+// Its number of members; whatever the offsets hold, without overflow.
+DEV int count_of(const PoolBackwardParams& p, int64_t cell) {
+    return static_cast<int>(static_cast<unsigned>(p.offsets[cell + 1]) - static_cast<unsigned>(p.offsets[cell]));
+}
+
 // grad_tokens[i] = grad[c] / count (mean), or grad[c] where i won the channel (max), with c = inverse[i]; 0 in no cell.
 //
 // A thread owns one piece of the gradients of four tokens, all on their way at once. Bytes: one row read (cells that are
@@ -146,7 +151,7 @@ pool_backward_kernel(PoolBackwardParams p, PoolGrid grid, bool aligned) {
         members[a] = 1;
         if (cell[a] < 0) continue;
         result[a] = load_piece(static_cast<const T*>(p.grad) + cell[a] * p.dim + slot.channel, left, aligned);
-        if (kMode == kMean) members[a] = p.offsets[cell[a] + 1] - p.offsets[cell[a]];
+        if (kMode == kMean) members[a] = count_of(p, cell[a]);
     }
     UNROLL
     for (int a = 0; a < kAhead; ++a) {
@@ -181,7 +186,7 @@ pool_weighted_backward_kernel(PoolBackwardParams p, bool aligned) {
     const int64_t token = static_cast<int64_t>(blockIdx.x) * (kPoolThreads / 32) + threadIdx.x / 32;
     if (token >= p.num_tokens) return;
     const int64_t lane = threadIdx.x % 32, cell = cell_of(p, token);
-    const int count = cell < 0 ? 1 : p.offsets[cell + 1] - p.offsets[cell];
+    const int count = cell < 0 ? 1 : count_of(p, cell);
     const float sum = cell < 0 ? 0.0f : static_cast<const float*>(p.saved)[cell], weight = p.weight[token];
     const bool by_weight = count != 1 && sum != 0;
     float dot = 0;

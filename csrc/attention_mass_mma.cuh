@@ -316,7 +316,6 @@ lse_mma_kernel(AttentionMassParams p, Partial* partial, int splits) {
             for (int other = 1; other < kWarps; ++other) all = merge(all, part[other * kUnitColumns + threadIdx.x]);
             partials_of(p, partial, split, splits)[rows.first * group + column0 + threadIdx.x] = all;
         }
-        __syncthreads();  // before the next columns
     }
 }
 

@@ -35,6 +35,7 @@ def mass_sizes(run: Backend) -> None:
             ((1, 2, 1, 3, 70, 64), BF16, True),
             ((1, 3, 1, 1, 33, 80), F16, False),
             ((2, 4, 2, 9, 20, 96), BF16, False),
+            ((1, 3, 3, 2, 35, 64), BF16, False),  # three heads for two warps
             ((1, 7, 1, 17, 300, 128), BF16, True),
             ((1, 2, 2, 5, 40, 256), F16, True),
             ((1, 2, 1, 4, 35, 33), BF16, True),
@@ -183,12 +184,47 @@ def test_sanitizer_build() -> None:
         pytest.skip(emulator.missing() or "this is that process")
     emulator.in_sanitizer_process(__file__, "asan")
 
+# --- traffic ----------------------------------------------------------------------------------------------------------
+
+
+def test_traffic_against_the_floor() -> None:
+    """Global bytes of each kernel: what must be read and written at least is, once; what a kernel reads again is bounded."""
+    if emulator.missing():
+        pytest.skip(emulator.missing())
+    emulated = Emulated()
+    run = Backend("native", emulated=emulated)
+
+    def measure(function: Callable[..., object], *args: object, **kwargs: object) -> tuple[int, int, int, int]:
+        emulated.statistics()
+        run(function, *args, **kwargs)
+        counts = emulated.statistics().values()
+        return tuple(sum(c[k] for c in counts) for k in ("read", "read_distinct", "written", "written_distinct"))
+
+    kept = torch.arange(0, 300, 3).expand(2, 100).contiguous()
+    hidden, ids = torch.randn(2, 300, 72), torch.arange(600).view(2, 300)
+    read, distinct, written, once = measure(ops.compact, [hidden, ids], kept, token_dim=[1, 1])
+    rows = 2 * 100 * (72 * 4 + 8)
+    assert (written, once) == (rows, rows) and distinct == rows + 1600 and read == rows + 2 * 1600  # per tensor an index
+
+    score = torch.randn(2, 900)
+    assert measure(ops.select, score, 200) == (2 * 900 * 4, 2 * 900 * 4, 2 * 200 * 8, 2 * 200 * 8)
+
+    plan, tokens = random_plan(400, 100), torch.randn(400, 64).bfloat16()
+    read, distinct, written, once = measure(ops.adaptive_pool, tokens, plan)
+    assert distinct == tokens.nbytes + plan.members.nbytes + plan.offsets.nbytes and written == once == 100 * 64 * 2
+    assert read <= tokens.nbytes + 8 * (plan.members.nbytes + 2 * plan.offsets.nbytes)  # by the 8 threads of a row
+
+    query, key = mass_inputs(1, 8, 2, 4, 256, 128, dtype=BF16)
+    index = torch.arange(256)[None]
+    read, distinct, written, once = measure(ops.attention_mass, query, key, index, lse=torch.full((1, 8, 4), 3.0))
+    assert distinct == key.nbytes + query.nbytes + index.nbytes + 8 * 4 * 4 and written == once == 256 * 4
+    blocks = -(-256 // 16)
+    assert read - key.nbytes <= blocks * 2 * (query.nbytes + 8 * index.nbytes)  # K once; the queries per block
+
 
 # --- barriers ---------------------------------------------------------------------------------------------------------
 
-SYNC = re.compile(r"__syncthreads\w*\(|__syncwarp\(|ptx::cp_wait")
-# Removing these changes nothing that could be seen; each with the reason.
-REDUNDANT: dict[str, str] = {}
+SYNC = re.compile(r"__syncthreads\w*\(|__syncwarp\(")
 
 
 def barriers() -> list[tuple[str, int]]:
