@@ -101,7 +101,7 @@ class Asker:
             processor=self.processor,
             prompt=self.prompt,
             layer=layer,
-            path=self.head if path is None and name == "head" else path,
+            path=self.head if path is None and name in ("head", "cascade", "union") else path,
             min_confidence=min_confidence,
         )
 

@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--localizer", choices=LOCALIZERS,
                      help="who finds the region: head (trained for the model; default where there is one), attention (the "
                      "model's own, early; default elsewhere), clip, detector, vlm (a second model), ocr "
-                     "(lines of text; extra ocr), cascade (attention, then ocr), union (both), box (--region), "
+                     "(lines of text; extra ocr), cascade (head or attention, then ocr), union (both), box (--region), "
                      "whole (nobody: prune by attention alone)")  # fmt: skip
     ask.add_argument("--localizer-model", metavar="PATH",
                      help="folder or hub name of the model for clip, detector or vlm; file of weights for head")  # fmt: skip

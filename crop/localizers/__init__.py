@@ -80,16 +80,21 @@ def _head(given: _Given) -> Localizer:
     return HeadLocalizer(model, processor, Head.load(given.need("path")).to(model.device), given.prompt)
 
 
+def _own(given: _Given) -> Localizer:
+    """The cheapest, which runs on the model itself."""
+    return _head(given) if given.path else _attention(given)
+
+
 _BUILDERS: dict[str, Callable[[_Given], Localizer]] = {
     "attention": _attention,
     "box": lambda given: BoxLocalizer(given.need("region")),
+    "cascade": lambda given: CascadeLocalizer((_own(given), OCRLocalizer())),
     "clip": lambda given: ClipLocalizer.load(given.need("path"), given.device),
     "detector": lambda given: DetectorLocalizer.load(given.need("path"), given.device),
     "head": _head,
-    "vlm": lambda given: VLMLocalizer.load(given.need("path"), given.device),
-    "cascade": lambda given: CascadeLocalizer((_attention(given), OCRLocalizer())),
     "ocr": lambda given: OCRLocalizer(),
-    "union": lambda given: UnionLocalizer((_attention(given), OCRLocalizer())),
+    "union": lambda given: UnionLocalizer((_own(given), OCRLocalizer())),
+    "vlm": lambda given: VLMLocalizer.load(given.need("path"), given.device),
     "whole": lambda given: WholeLocalizer(),
 }
 LOCALIZERS = tuple(_BUILDERS)
@@ -112,10 +117,11 @@ def get_localizer(
         name: one of ``LOCALIZERS``.
         region: for "box".
         model, processor, prompt: of the model that answers, for "attention" and "head", and for "cascade" and "union",
-            which are attention and ocr.
+            which are one of
+            these (head where ``path`` is given) and ocr.
         layer: for "attention".
         path: for "head" the file of its weights; for "clip", "detector" and "vlm" the folder (or hub name) of a model.
-        min_confidence: below it the whole image is returned; None: the localizer's own default. Not for "box", "whole".
+        min_confidence: below it the whole image is returned; None: the localizer's own default. Not for "box", "union", "whole".
     Raises:
         ValueError: unknown name, or something it needs is missing. FileNotFoundError, OSError: nothing to load at
             ``path``. ImportError: an extra is not installed.
