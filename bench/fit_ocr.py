@@ -27,6 +27,8 @@ from crop.localizers.ocr.features import FEATURES, Neighbours, features, neighbo
 from crop.localizers.ocr.question import Question
 from crop.localizers.ocr.ranking import OTHER, WEIGHTS, Weights, logistic, with_support
 
+SUPPORTIVE = ("meaning", "label meaning", "words", "label exact", "own label", "value", "value of label", "example")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -111,19 +113,28 @@ def _stage(found: list[Case], tables: list[np.ndarray], ridge: float) -> dict[st
 def _logistic_regression(
     table: np.ndarray, right: np.ndarray, weight: np.ndarray, centre: np.ndarray, ridge: float
 ) -> np.ndarray:
-    """Damped Newton; the ridge pulls towards ``centre``, the bias hardly."""
+    """Damped, projected Newton; the ridge pulls towards ``centre``, the bias hardly.
+
+    What speaks for a line by its nature must not speak against it, whatever the receipts at hand suggest.
+    """
     rows = np.concatenate([table, np.ones((len(table), 1))], 1)
     pull = np.full(rows.shape[1], ridge)
     pull[-1] *= 0.01
-    found = centre.copy()
+    helps = np.zeros(rows.shape[1], dtype=bool)
+    helps[[FEATURES.index(name) for name in SUPPORTIVE]] = True
+    found = np.where(helps, centre.clip(0), centre)
     for _ in range(100):
         guess = logistic(table, found)
         slope = rows.T @ (weight * (guess - right)) + pull * (found - centre)
         curve = (rows * (weight * (guess * (1 - guess) + 1e-4))[:, None]).T @ rows + np.diag(pull)
-        step = np.linalg.solve(curve, slope)
-        step *= min(1.0, 2 / np.abs(step).max())
-        found = found - step
-        if np.abs(step).max() < 1e-6:
+        held = helps & (found <= 0) & (slope > 0)  # at the border, and the slope points outside
+        free = np.flatnonzero(~held)
+        step = np.zeros_like(found)
+        step[free] = np.linalg.solve(curve[np.ix_(free, free)], slope[free])
+        step *= min(1.0, 2 / max(np.abs(step).max(), 1e-12))
+        before, found = found, found - step
+        found[helps] = found[helps].clip(0)
+        if np.abs(found - before).max() < 1e-6:
             break
     return found
 

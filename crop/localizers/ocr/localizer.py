@@ -60,10 +60,10 @@ class OCRLocalizer:
     """
 
     reader: Reader | None = None
-    limit: float = 0.06
-    tail: float = 0.01
+    limit: float = 0.08
+    tail: float = 0.005
     sure: float = 0.25
-    margin: tuple[float, float] = (0.4, 0.2)
+    margin: tuple[float, float] = (0.6, 0.2)
     min_confidence: float = 0.15
     weights: Weights = field(default_factory=Weights.shipped, repr=False)
 
