@@ -1,8 +1,9 @@
-"""Fits the ranking of the localizer "ocr" on the development part of the receipts (their annotated text, no OCR).
+"""Fits the ranking of the localizer "ocr" on the development part of the receipts: on their annotated text and, with
+--pages, also on what the OCR makes of them.
 
-    python bench/fit_ocr.py            # writes the weights into the package
+    python bench/fit_ocr.py --pages FOLDER            # writes the weights into the package
 
-Logistic regression, ridge towards zero for the shared weights and towards the shared ones for every kind of answer.
+Pages that are not in the folder are read and put there first (seconds each). Logistic regression, ridge towards zero for the shared weights and towards the shared ones for every kind of answer.
 """
 
 from __future__ import annotations
@@ -20,25 +21,28 @@ import numpy as np
 import receipts
 from tqdm import tqdm
 
+from crop.localizers.ocr import Reader
 from crop.localizers.ocr.encoder import Encoder
 from crop.localizers.ocr.features import FEATURES, Neighbours, features, neighbours
 from crop.localizers.ocr.question import Question
 from crop.localizers.ocr.ranking import OTHER, WEIGHTS, Weights, logistic, with_support
+
+SUPPORTIVE = ("meaning", "label meaning", "words", "label exact", "own label", "value", "value of label", "example")
 
 
 @dataclass(frozen=True)
 class Case:
     """One question on one page."""
 
-    receipt: receipts.Receipt
-    asked: receipts.Asked
-    question: Question
+    field: str
+    kind: str
     beside: Neighbours
     table: np.ndarray  # (num_lines, len(FEATURES))
     right: np.ndarray  # (num_lines,) bool: lines that answer
 
 
-def cases(pages: list[receipts.Receipt]) -> list[Case]:
+def cases(found: list[receipts.Receipt], reader: Reader | None) -> list[Case]:
+    """The questions about every receipt on its annotated page and on the page as read."""
     encoder, known = Encoder(), {}
 
     def encode(texts: list[str]) -> np.ndarray:
@@ -46,59 +50,61 @@ def cases(pages: list[receipts.Receipt]) -> list[Case]:
         known.update(zip(new, encoder(new), strict=True))
         return np.stack([known[text] for text in texts]) if texts else encoder(texts)
 
-    found = []
-    for page in tqdm(pages, "pages", disable=None):
-        beside, meanings = neighbours(page.boxes, page.texts), encode(page.texts)
-        for asked in (*page.asked, *page.rephrased, *page.further):
-            question = Question.of(asked.text)
-            examples = encode(list(question.kind.examples))
-            vector = encode([asked.text])[0]
-            table = features(question, page.boxes, page.texts, beside, vector, meanings, examples)
-            right = answers(page, asked)
-            if right.any():
-                found.append(Case(page, asked, question, beside, table, right))
-    return found
+    made = []
+    for receipt in tqdm(found, "pages", disable=None):
+        for page in (receipt.annotated(), *((receipt.read(reader),) if reader else ())):
+            boxes, texts = page.boxes.astype(np.float64), [page.texts[line] for line in range(len(page))]
+            beside, meanings = neighbours(boxes, texts), encode(texts)
+            nothing = receipts.Asked("nothing", receipt.beside, (0.0, 0.0, 0.0, 0.0))
+            for asked in (*receipt.asked, *receipt.rephrased, *receipt.further, nothing):
+                question = Question.of(asked.text)
+                vector, examples = encode([asked.text])[0], encode(list(question.kind.examples))
+                table = features(question, boxes, texts, beside, vector, meanings, examples)
+                right = answers(boxes, texts, asked)
+                if right.any() or asked is nothing:
+                    made.append(Case(asked.field, question.kind.name, beside, table, right))
+    return made
 
 
-def answers(page: receipts.Receipt, asked: receipts.Asked) -> np.ndarray:
+def answers(boxes: np.ndarray, texts: list[str], asked: receipts.Asked) -> np.ndarray:
     """Lines in the answer's box; those that say the same date or amount elsewhere are as good."""
-    x0, y0, x1, y1 = page.boxes.T
-    box = asked.box
-    common = (np.minimum(x1, box[2]) - np.maximum(x0, box[0])).clip(0) * (
-        np.minimum(y1, box[3]) - np.maximum(y0, box[1])
+    x0, y0, x1, y1 = boxes.T
+    left, top, right, bottom = asked.box
+    common = (np.minimum(x1, right) - np.maximum(x0, left)).clip(0) * (
+        np.minimum(y1, bottom) - np.maximum(y0, top)
     ).clip(0)
-    right = common > 0.5 * (x1 - x0) * (y1 - y0)
+    least = np.minimum((x1 - x0) * (y1 - y0), (right - left) * (bottom - top))
+    found = common > 0.5 * np.maximum(least, 1e-9)
     if asked.field in ("date", "total amount"):
         longer = 40 if asked.field == "date" else 3
         answer = _fold(asked.answer)
-        right |= np.array([answer in _fold(text) and len(_fold(text)) <= len(answer) + longer for text in page.texts])
-    return right
+        found |= np.array([answer in _fold(text) and len(_fold(text)) <= len(answer) + longer for text in texts])
+    return found
 
 
 def _fold(text: str) -> str:
     return re.sub(r"\W", "", text.casefold())
 
 
-def fit(found: list[Case], ridge: float = 0.3) -> Weights:
+def fit(found: list[Case], ridge: float) -> Weights:
     first = _stage(found, [case.table for case in found], ridge)
-    first_only = Weights(first, {})
-    tables = []
-    for case in found:
-        inner = logistic(case.table, first_only.first.get(case.question.kind.name, first[OTHER]))
-        tables.append(with_support(case.table, inner, case.beside))
+    tables = [
+        with_support(case.table, logistic(case.table, first.get(case.kind, first[OTHER])), case.beside)
+        for case in found
+    ]
     return Weights(first, _stage(found, tables, ridge))
 
 
 def _stage(found: list[Case], tables: list[np.ndarray], ridge: float) -> dict[str, np.ndarray]:
-    number = Counter(case.asked.field for case in found)
+    number = Counter(case.field for case in found)
     rights = [case.right.astype(float) for case in found]
     # Every field counts the same for the shared weights, however many questions it has.
-    weight = [np.full(len(right), 60 / number[case.asked.field]) for case, right in zip(found, rights, strict=True)]
+    weight = [np.full(len(right), 60 / number[case.field]) for case, right in zip(found, rights, strict=True)]
     start = np.zeros(tables[0].shape[1] + 1)
     shared = _logistic_regression(*map(np.concatenate, (tables, rights, weight)), start, ridge)
-    fitted = {OTHER: shared}
-    for kind in {case.question.kind.name for case in found} - {OTHER}:
-        mine = [index for index, case in enumerate(found) if case.question.kind.name == kind]
+    fitted = {}
+    for kind in sorted({case.kind for case in found}):
+        mine = [index for index, case in enumerate(found) if case.kind == kind]
         table, right = (np.concatenate([parts[index] for index in mine]) for parts in (tables, rights))
         fitted[kind] = _logistic_regression(table, right, np.ones(len(right)), shared, ridge)
     return fitted
@@ -107,19 +113,28 @@ def _stage(found: list[Case], tables: list[np.ndarray], ridge: float) -> dict[st
 def _logistic_regression(
     table: np.ndarray, right: np.ndarray, weight: np.ndarray, centre: np.ndarray, ridge: float
 ) -> np.ndarray:
-    """Damped Newton; the ridge pulls towards ``centre``, the bias hardly."""
+    """Damped, projected Newton; the ridge pulls towards ``centre``, the bias hardly.
+
+    What speaks for a line by its nature must not speak against it, whatever the receipts at hand suggest.
+    """
     rows = np.concatenate([table, np.ones((len(table), 1))], 1)
     pull = np.full(rows.shape[1], ridge)
     pull[-1] *= 0.01
-    found = centre.copy()
+    helps = np.zeros(rows.shape[1], dtype=bool)
+    helps[[FEATURES.index(name) for name in SUPPORTIVE]] = True
+    found = np.where(helps, centre.clip(0), centre)
     for _ in range(100):
         guess = logistic(table, found)
         slope = rows.T @ (weight * (guess - right)) + pull * (found - centre)
         curve = (rows * (weight * (guess * (1 - guess) + 1e-4))[:, None]).T @ rows + np.diag(pull)
-        step = np.linalg.solve(curve, slope)
-        step *= min(1.0, 2 / np.abs(step).max())
-        found = found - step
-        if np.abs(step).max() < 1e-6:
+        held = helps & (found <= 0) & (slope > 0)  # at the border, and the slope points outside
+        free = np.flatnonzero(~held)
+        step = np.zeros_like(found)
+        step[free] = np.linalg.solve(curve[np.ix_(free, free)], slope[free])
+        step *= min(1.0, 2 / max(np.abs(step).max(), 1e-12))
+        before, found = found, found - step
+        found[helps] = found[helps].clip(0)
+        if np.abs(found - before).max() < 1e-6:
             break
     return found
 
@@ -127,9 +142,11 @@ def _logistic_regression(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ridge", type=float, default=0.3)
+    parser.add_argument("--pages", type=Path, help="folder where the read pages are kept")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     options = parser.parse_args()
-    found = cases([page for page in receipts.load() if page.development])
+    reader = options.pages and Reader(folder=options.pages)
+    found = cases([receipt for receipt in receipts.load() if receipt.development], reader)
     weights = fit(found, options.ridge)
     weights.save(options.out)
     for name, rows in (("first", weights.first), ("second", weights.second)):

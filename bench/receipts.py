@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from crop.images import open_image
+from crop.localizers.ocr import Page, Reader
+
 Box = tuple[float, float, float, float]
 FIELDS = ("company", "date", "address", "total amount")
 # Further questions, so that the ranking is not tuned to four of them: asked where exactly one line (or pair of lines in a
@@ -24,6 +27,9 @@ FURTHER = (
     ("change", "How much change was given back?", r"\bchange\b", r"\d[.,]\d\d"),
     ("cash", "How much cash did the customer hand over?", r"\bcash\b(?! sale)", r"\d[.,]\d\d"),
     ("tax id", "What is the GST registration number?", r"\bgst (reg|id|no)", r"\d{6,}"),
+    ("counter", "Which counter was it?", r"\b(counter|cntr)\b", r"\w"),
+    ("salesperson", "Who is the salesperson?", r"\bsales ?(person|man)\b", r"\w"),
+    ("server", "Who served the guests?", r"\b(server|served by|waiter)\b", r"\w{3,}"),
     ("rounding", "What is the rounding adjustment?", r"\bround(ing|ed)? adj", r"\.?\d\d"),
 )
 # The same in other words, so that it is not tuned to one wording either: for the development part, for the other part.
@@ -41,6 +47,16 @@ REPHRASED = {
                       "What is the total of this bill?", "What does it all cost?"),
                      ("What is the grand total?", "How much did the customer have to pay?", "total")),
 }  # fmt: skip
+# What no line of text answers: a localizer should say so.
+BESIDE = (
+    (
+        "What color is the car?",
+        "How many people are in the picture?",
+        "Is the dog sleeping?",
+        "What is the man holding?",
+    ),
+    ("What is the woman wearing?", "What sport is being played?", "Is it raining?", "Which animal is on the left?"),
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,29 @@ class Receipt:
         """Whether it belongs to the part on which settings are chosen; the other part is only measured on."""
         return hashlib.sha256(self.name.encode()).digest()[0] % 2 == 0
 
+    def annotated(self) -> Page:
+        """The page with its annotated text: a perfect OCR."""
+        corners = (self.boxes * np.tile(self.size, 2))[:, [0, 1, 2, 1, 2, 3, 0, 3]]
+        return Page(self.size, np.float32(corners.reshape(-1, 4, 2)), dict(enumerate(self.texts)))
+
+    def read(self, reader: Reader) -> Page:
+        """The page as the OCR reads it."""
+        image = open_image(self.path)
+        page = reader.detect(image)
+        reader.read(image, page)
+        return page
+
+    @property
+    def turn(self) -> int:
+        """A number that chooses among wordings."""
+        return hashlib.sha256(self.name.encode()).digest()[1]
+
+    @property
+    def beside(self) -> str:
+        """A question that no line answers, see ``BESIDE``."""
+        questions = BESIDE[0 if self.development else 1]
+        return questions[self.turn % len(questions)]
+
     @cached_property
     def further(self) -> tuple[Asked, ...]:
         """Questions read off the labels, see ``FURTHER``."""
@@ -87,10 +126,9 @@ class Receipt:
     @cached_property
     def rephrased(self) -> tuple[Asked, ...]:
         """The receipt's own questions in other words, see ``REPHRASED``."""
-        turn = hashlib.sha256(self.name.encode()).digest()[1]
         choices = {field: wordings[0 if self.development else 1] for field, wordings in REPHRASED.items()}
         return tuple(
-            replace(asked, text=choices[asked.field][turn % len(choices[asked.field])]) for asked in self.asked
+            replace(asked, text=choices[asked.field][self.turn % len(choices[asked.field])]) for asked in self.asked
         )
 
     def _labelled(self, field: str, question: str, label: str, value: str) -> Asked | None:

@@ -60,10 +60,10 @@ class OCRLocalizer:
     """
 
     reader: Reader | None = None
-    limit: float = 0.06
-    tail: float = 0.01
+    limit: float = 0.08
+    tail: float = 0.005
     sure: float = 0.25
-    margin: tuple[float, float] = (0.4, 0.2)
+    margin: tuple[float, float] = (0.6, 0.2)
     min_confidence: float = 0.15
     weights: Weights = field(default_factory=Weights.shipped, repr=False)
 
@@ -87,17 +87,18 @@ class OCRLocalizer:
 
     def locate(self, page: Page, question: str) -> Region:
         """The region on a page that has been read, e.g. by another OCR engine."""
-        ranked = self.rank(page, question)
+        return self.select(self.rank(page, question), page.size)
+
+    def select(self, ranked: Ranked, size: tuple[int, int]) -> Region:
+        """From ranked lines to boxes.
+
+        Args:
+            ranked: the lines.
+            size: (width, height) of the image in pixels.
+        """
         if not any(words_of(text) for text in ranked.texts):
             return Region.whole(0.0, "no text could be read in the image")
-        width, height = page.size
-        boxes = ranked.boxes.copy()
-        tall = boxes[:, 3] - boxes[:, 1]
-        across, along = self.margin
-        boxes += np.stack(
-            [-across * tall * height / width, -along * tall, across * tall * height / width, along * tall], 1
-        )
-        boxes = boxes.clip(0, 1)
+        boxes = self.padded(ranked.boxes, size)
         area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         lines = choose(ranked.found, area, limit=self.limit, tail=self.tail, sure=self.sure)
         confidence = float(1 - (1 - ranked.found[lines]).prod())
@@ -105,9 +106,21 @@ class OCRLocalizer:
             return Region.whole(
                 confidence, f"no line of text fits the question: {confidence:.2f} < {self.min_confidence}"
             )
-        lines += self._labels(ranked, lines)
         reason = " | ".join(ranked.texts[line] for line in lines[:3])
+        lines += self._labels(ranked, lines)
         return Region(_blocks(boxes, lines, ranked.beside), confidence, f"text: {reason}")
+
+    def padded(self, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """The boxes of lines with the margin around them.
+
+        Args:
+            boxes: (num_lines, 4) in sides of the image.
+            size: (width, height) of the image in pixels.
+        """
+        width, height = size
+        tall = (boxes[:, 3] - boxes[:, 1])[:, None]
+        pad = tall * np.array([self.margin[0] * height / width, self.margin[1]])
+        return np.concatenate([boxes[:, :2] - pad, boxes[:, 2:] + pad], 1).clip(0, 1)
 
     def rank(self, page: Page, question: str) -> Ranked:
         """How likely each line is, e.g. to look at it."""
@@ -115,10 +128,10 @@ class OCRLocalizer:
         texts = [page.texts.get(line, "") for line in range(len(page))]
         boxes = page.boxes.astype(np.float64)
         if page.notes.get("meanings of") != texts:
-            page.notes["meanings of"], page.notes["meanings"] = texts, self._encoder(texts)
+            page.notes["meanings of"], page.notes["meanings"] = texts, self.encode(texts)
             page.notes["neighbours"] = neighbours(boxes, texts)
         beside = page.notes["neighbours"]
-        vectors = self._encoder([question, *asked.kind.examples])
+        vectors = self.encode([question, *asked.kind.examples])
         table = features(asked, boxes, texts, beside, vectors[0], page.notes["meanings"], vectors[1:])
         return Ranked(boxes, texts, self.weights.rank(asked, table, beside), beside)
 
@@ -133,7 +146,8 @@ class OCRLocalizer:
         return self.reader or Reader()
 
     @cached_property
-    def _encoder(self) -> Encoder:
+    def encode(self) -> Encoder:
+        """Texts -> unit vectors."""
         return Encoder()
 
 

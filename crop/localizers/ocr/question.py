@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
+@lru_cache(maxsize=1 << 16)
 def alike(one: str, other: str) -> float:
     """How far two words are the same, in [0, 1]: forgives endings, words run together and single misread letters."""
     if one == other:

@@ -1,0 +1,261 @@
+"""How well the localizer "ocr" finds the answers on real receipts: coverage, area, time.
+
+    python bench/bench_receipts.py --pages FOLDER                  # the part that nothing was tuned on
+    python bench/bench_receipts.py --pages FOLDER --development    # the other part
+
+Reading takes seconds per image; the pages are kept in FOLDER, so that a run that was stopped goes on where it was.
+"given text" is the same ranking on the annotated text, a perfect OCR. "similarity" takes the lines whose sentence embedding is
+nearest to the question's, up to the mean area of the localizer. Controls: the answer's box (oracle), the whole image, a box
+of the oracle's size in the centre and at random. "inside": share of the answer's box in the region; "all": answers wholly
+inside; "sound": the same without the annotations whose box holds far more text than the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import receipts
+import torch
+from common import ROOT, header, save
+from tqdm import tqdm
+
+from crop.images import open_image
+from crop.localizers.ocr import OCRLocalizer, Page, Reader
+from crop.localizers.ocr.localizer import Ranked
+from crop.region import Region
+
+LIMITS = (0.005, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.13, 0.17, 0.22, 0.3)
+STEPS = ("find the lines", "recognise them", "embed them", "every question")
+SCALES = (0.5, 1, 1.5, 2, 3, 4, 6, 8)  # of the oracle's sides, for the controls' curve
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question, and its lines as the localizer ranked them."""
+
+    receipt: receipts.Receipt
+    asked: receipts.Asked
+    group: str
+    page: Page
+    ranked: Ranked
+    given: Ranked  # the same on the annotated text
+    meaning: np.ndarray  # (num_lines,) similarity of line and question
+
+
+def cases(localizer: OCRLocalizer, reader: Reader, found: list[receipts.Receipt]) -> Iterator[Case]:
+    for receipt in tqdm(found, "receipts", disable=None):
+        page, perfect = receipt.read(reader), receipt.annotated()
+        groups = (("", receipt.asked), (", other words", receipt.rephrased), ("further", receipt.further))
+        for group, questions in groups:
+            for asked in questions:
+                ranked = localizer.rank(page, asked.text)
+                name = group if group == "further" else asked.field + group
+                meaning = page.notes["meanings"] @ localizer.encode([asked.text])[0]
+                yield Case(receipt, asked, name, page, ranked, localizer.rank(perfect, asked.text), meaning)
+
+
+def overlap(region: Region, box: receipts.Box) -> tuple[float, float, float]:
+    """Share of the box inside the region, intersection over union, area of the region."""
+    x0, y0, x1, y1 = np.array((*region.boxes, box)).T
+    xs, ys = np.unique([x0, x1]), np.unique([y0, y1])  # all borders cut the image into pieces
+    x, y = (xs[1:] + xs[:-1]) / 2, (ys[1:] + ys[:-1]) / 2
+    held = ((x0[:, None] < x) & (x < x1[:, None]))[:, None, :] & ((y0[:, None] < y) & (y < y1[:, None]))[:, :, None]
+    size = np.diff(ys)[:, None] * np.diff(xs)
+    inside, answer = held[:-1].any(0), held[-1]
+    both = float(size[inside & answer].sum())
+    return both / float(size[answer].sum()), both / float(size[inside | answer].sum()), float(size[inside].sum())
+
+
+def sound(case: Case) -> bool:
+    """Whether the annotated lines in the answer's box say little beyond the answer."""
+    if not case.asked.answer:
+        return True
+    x0, y0, x1, y1 = case.receipt.boxes.T
+    left, top, right, bottom = case.asked.box
+    middle_x, middle_y = (x0 + x1) / 2, (y0 + y1) / 2
+    inside = (left <= middle_x) & (middle_x <= right) & (top <= middle_y) & (middle_y <= bottom)
+    said = sum(len(re.sub(r"\W", "", case.receipt.texts[line])) for line in np.flatnonzero(inside))
+    longer = 45 if case.asked.field == "date" else 15
+    return said <= 2 * len(re.sub(r"\W", "", case.asked.answer)) + longer
+
+
+def moved(box: receipts.Box, scale: float, rng: random.Random | None) -> Region:
+    """A box of the answer's shape, ``scale`` times its sides, in the centre or anywhere."""
+    width, height = (min(1.0, scale * (box[axis + 2] - box[axis])) for axis in (0, 1))
+    x, y = (rng.uniform(0, 1 - side) if rng else (1 - side) / 2 for side in (width, height))
+    return Region.box(x, y, x + width, y + height)
+
+
+def similar(localizer: OCRLocalizer, limit: float) -> Callable[[Case], Region]:
+    """Lines nearest to the question in meaning, up to an area."""
+
+    def find(case: Case) -> Region:
+        boxes = localizer.padded(case.ranked.boxes, case.page.size)
+        area, taken = 0.0, []
+        for line in np.argsort(-case.meaning):
+            size = float((boxes[line, 2:] - boxes[line, :2]).prod())
+            if taken and area + size > limit:
+                break
+            taken.append(tuple(boxes[line].tolist()))
+            area += size
+        return Region(tuple(taken)) if taken else Region.whole()
+
+    return find
+
+
+def measure(found: Iterable[Case], find: Callable[[Case], Region]) -> dict[str, float]:
+    rows = []
+    for case in found:
+        region = find(case)
+        inside, iou, area = overlap(region, case.asked.box)
+        rows.append((inside, inside > 0.999, sound(case), area, iou, region.is_whole))
+    inside, complete, fair, area, iou, whole = np.array(rows, dtype=float).T
+    return {
+        "n": len(rows),
+        "inside": float(inside.mean()),
+        "all": float(complete.mean()),
+        "sound": float(complete[fair > 0].mean()),
+        "area": float(area.mean()),
+        "IoU": float(iou.mean()),
+        "whole": float(whole.mean()),
+    }
+
+
+def curves(localizer: OCRLocalizer, found: list[Case]) -> dict[str, list[tuple[float, float]]]:
+    """(area, share of answers wholly inside) for every contender at every size."""
+    rng = random.Random(0)
+    contenders: dict[str, list[Callable[[Case], Region]]] = {
+        "ocr": [_ocr(replace(localizer, limit=limit, tail=min(0.01, limit / 6), sure=0.999)) for limit in LIMITS],
+        "ocr, given text": [
+            _given(replace(localizer, limit=limit, tail=min(0.01, limit / 6), sure=0.999)) for limit in LIMITS
+        ],
+        "similarity": [similar(localizer, limit) for limit in LIMITS],
+        "centre": [lambda case, scale=scale: moved(case.asked.box, scale, None) for scale in SCALES],
+        "random": [lambda case, scale=scale: moved(case.asked.box, scale, rng) for scale in SCALES],
+    }
+    points = {}
+    for name, finders in contenders.items():
+        results = [measure(found, find) for find in tqdm(finders, name, disable=None)]
+        points[name] = [(result["area"], result["all"]) for result in results]
+    return points
+
+
+def _ocr(localizer: OCRLocalizer) -> Callable[[Case], Region]:
+    return lambda case: localizer.select(case.ranked, case.page.size)
+
+
+def _given(localizer: OCRLocalizer) -> Callable[[Case], Region]:
+    return lambda case: localizer.select(case.given, case.receipt.size)
+
+
+def plot(points: dict[str, list[tuple[float, float]]], at: tuple[float, float], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), dpi=110, layout="constrained")
+    for name, line in points.items():
+        axes.plot(*zip(*[(100 * area, 100 * share) for area, share in line], strict=True), marker=".", label=name)
+    axes.plot(100 * at[0], 100 * at[1], "k*", markersize=12, label="ocr, default")
+    axes.set(
+        xlabel="mean area of the region, % of the image", ylabel="answers wholly inside, %", xlim=(0, 32), ylim=(0, 101)
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center right")
+    figure.savefig(path, metadata={"Software": None})
+
+
+def timed(found: list[receipts.Receipt]) -> dict[str, float]:
+    """Median milliseconds per step, on images that were never seen."""
+    localizer, spent = OCRLocalizer(Reader()), defaultdict(list)
+    localizer(open_image(found[0].path), "warm up")
+    for receipt in found[1:]:
+        image = open_image(receipt.path)
+        stops = [time.perf_counter()]
+        page = localizer.reader.detect(image)
+        stops.append(time.perf_counter())
+        localizer.reader.read(image, page)
+        stops.append(time.perf_counter())
+        localizer.rank(page, "What is this?")
+        stops.append(time.perf_counter())
+        localizer(image, receipt.asked[0].text)
+        stops.append(time.perf_counter())
+        for name, (start, stop) in zip(STEPS, pairwise(stops), strict=True):
+            spent[name].append(1000 * (stop - start))
+    return {name: median(values) for name, values in spent.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pages", type=Path, required=True, help="existing folder where the read pages are kept")
+    parser.add_argument("--development", action="store_true", help="measure on the development part instead")
+    parser.add_argument("--first", type=int, help="only so many receipts")
+    parser.add_argument("--timed", type=int, default=5, help="images on which the steps are timed")
+    parser.add_argument("--misses", action="store_true", help="print what was missed")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "receipts.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    part = [receipt for receipt in receipts.load() if receipt.development == options.development][: options.first]
+    localizer = OCRLocalizer()
+    found = list(cases(localizer, Reader(folder=options.pages), part))
+    groups: dict[str, list[Case]] = defaultdict(list)
+    for case in found:
+        groups[case.group].append(case)
+    own = [case for case in found if case.group in receipts.FIELDS]
+    groups["all four"] = own
+    rng = random.Random(0)
+    area = measure(own, _ocr(localizer))["area"]
+    contenders = {
+        "ocr": _ocr(localizer),
+        "ocr, given text": _given(localizer),
+        "similarity": similar(localizer, area),
+        "oracle": lambda case: Region((case.asked.box,)),
+        "whole": lambda case: Region.whole(),
+        "centre": lambda case: moved(case.asked.box, 1, None),
+        "random": lambda case: moved(case.asked.box, 1, rng),
+    }
+    rows = []
+    for name, find in contenders.items():
+        for group, members in groups.items():
+            if name.startswith("ocr") or group in (*receipts.FIELDS, "all four"):
+                rows.append({"localizer": name, "question": group, **measure(members, find)})
+    beside = [localizer.locate(receipt.annotated(), receipt.beside) for receipt in part]
+    rows.append({"localizer": "ocr, given text", "question": "no text answers", "n": len(beside), "inside": None, "all": None,
+                 "sound": None, "area": mean(region.area for region in beside), "IoU": None,
+                 "whole": mean(region.is_whole for region in beside)})  # fmt: skip
+    for row in rows:
+        row["ms"] = None
+    for name, spent in timed(part[: options.timed + 1]).items():
+        rows.append({**dict.fromkeys(rows[0]), "localizer": "ocr", "question": name, "n": options.timed, "ms": spent})
+    save(options.out, rows)
+    at = next(row for row in rows if row["localizer"] == "ocr" and row["question"] == "all four")
+    plot(curves(localizer, own), (at["area"], at["all"]), options.out.with_suffix(".png"))
+    print(header(), options.out.with_suffix(".txt").read_text().split("\n\n", 1)[1], sep="\n\n")
+    if options.misses:
+        for case in own:
+            region = contenders["ocr"](case)
+            inside, _, _ = overlap(region, case.asked.box)
+            if inside <= 0.999:
+                best = sorted(zip(case.ranked.found, case.ranked.texts, strict=True), reverse=True)[:6]
+                print(
+                    f"{case.receipt.name} {case.group} {case.asked.answer!r}: {inside:.2f}, area {region.area:.3f}, sound {sound(case)}"
+                )
+                print("   ", " | ".join(f"{share:.2f} {text}" for share, text in best))
+
+
+if __name__ == "__main__":
+    main()
