@@ -184,6 +184,7 @@ def test_sanitizer_build() -> None:
         pytest.skip(emulator.missing() or "this is that process")
     emulator.in_sanitizer_process(__file__, "asan")
 
+
 # --- traffic ----------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +205,9 @@ def test_traffic_against_the_floor() -> None:
     hidden, ids = torch.randn(2, 300, 72), torch.arange(600).view(2, 300)
     read, distinct, written, once = measure(ops.compact, [hidden, ids], kept, token_dim=[1, 1])
     rows = 2 * 100 * (72 * 4 + 8)
-    assert (written, once) == (rows, rows) and distinct == rows + 1600 and read == rows + 2 * 1600  # per tensor an index
+    assert (
+        (written, once) == (rows, rows) and distinct == rows + 1600 and read == rows + 2 * 1600
+    )  # per tensor an index
 
     score = torch.randn(2, 900)
     assert measure(ops.select, score, 200) == (2 * 900 * 4, 2 * 900 * 4, 2 * 200 * 8, 2 * 200 * 8)
