@@ -28,7 +28,7 @@ struct Position {  // of the running thread
 extern Position* here;
 
 enum class Op { kSync, kIndex, kUp, kDown, kXor, kBallot, kAny, kAll, kMatchAny, kMatchAll, kAdd, kMin, kMax, kAnd, kOr,
-                kExclusiveOr, kMatrix, kMultiply, kBarrier, kBarrierCount, kBarrierOr, kBarrierAnd };  // clang-format skip
+                kExclusiveOr, kMatrix, kMultiply, kBarrier, kBarrierCount, kBarrierOr, kBarrierAnd };
 
 struct Call {  // what a lane brings to a warp operation
     Op op;
