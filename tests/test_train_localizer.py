@@ -48,7 +48,7 @@ def test_one_record_is_learnt_by_heart_saved_and_loaded(script, tmp_path):
     batch = script.collate(processor, ask, answer, records)
     said = [processor.decode(row[row != -100]) for row in batch["labels"]]
     assert [line.split() for line in said] == [["2", "4", "3", "5", "</s>"], ["0", "0", "7", "7", "</s>"]]
-    losses = script.train(model, itertools.repeat(batch), steps=30, rate=2e-3)
+    losses = script.train(model, itertools.repeat(batch), steps=16, rate=2e-3)
     assert losses[-1] < 0.2 * losses[0]
     model.config.crop_localizer_prompt = prompt
     model.save_pretrained(tmp_path)
