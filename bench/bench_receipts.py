@@ -37,9 +37,9 @@ from crop.localizers.ocr import OCRLocalizer, Page, Reader
 from crop.localizers.ocr.localizer import Ranked
 from crop.region import Region
 
-LIMITS = (0.005, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.13, 0.17, 0.22, 0.3)
+LIMITS = (0.01, 0.03, 0.06, 0.1, 0.17, 0.3)
 STEPS = ("find the lines", "recognise them", "embed them", "every question")
-SCALES = (0.5, 1, 1.5, 2, 3, 4, 6, 8)  # of the oracle's sides, for the controls' curve
+SCALES = (1, 2, 4, 6, 8)  # of the oracle's sides, for the controls' curve
 
 
 @dataclass(frozen=True)

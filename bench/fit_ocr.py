@@ -141,7 +141,7 @@ def _logistic_regression(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ridge", type=float, default=0.3)
+    parser.add_argument("--ridge", type=float, default=3.0)
     parser.add_argument("--pages", type=Path, help="folder where the read pages are kept")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     options = parser.parse_args()

@@ -60,11 +60,11 @@ class OCRLocalizer:
     """
 
     reader: Reader | None = None
-    limit: float = 0.08
+    limit: float = 0.09
     tail: float = 0.005
     sure: float = 0.25
     margin: tuple[float, float] = (0.6, 0.2)
-    min_confidence: float = 0.15
+    min_confidence: float = 0.1
     weights: Weights = field(default_factory=Weights.shipped, repr=False)
 
     def __post_init__(self) -> None:
