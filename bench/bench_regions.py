@@ -65,7 +65,7 @@ def methods(keep: float) -> dict[str, Method]:
     for ring in (0, 1):
         for floor in (0, 4):
             found[f"ILP, ring {ring}, floor {floor}"] = InnerLLMPruning(keep, ring=ring, floor=floor)
-    for ring, floor in ((0, 0), (1, 4)):
+    for ring, floor in ((0, 0), (1, 0), (1, 4)):
         plc = PreLLMCompression(keep=math.sqrt(keep), ring=2 * ring)
         found[f"both, ring {ring}, floor {floor}"] = Compose(plc, InnerLLMPruning(keep, ring=ring, floor=floor))
     return found

@@ -247,9 +247,10 @@ class PreLLMCompression(Method):
 class InnerLLMPruning(Method):
     """ILP: drop vision tokens at the input of a decoder layer, guided by region and attention.
 
-    ``budget`` keeps exactly ``keep`` tokens: those of the region, then of the ring, then a thin
-    uniform floor (one token per ``floor`` x ``floor`` cell outside, which guards against a wrong
-    box), then the rest, by attention score within each tier; processor padding comes last.
+    ``budget`` keeps exactly ``keep`` tokens: those of the region, then of the ring, then, where
+    asked for, a thin uniform floor (one token per ``floor`` x ``floor`` cell outside, for models whose
+    attention is no guard against a wrong box), then the rest, by attention score within each tier;
+    processor padding comes last.
     ``soft`` keeps exactly ``keep`` tokens by score alone, multiplied inside the region: a prior, not
     a promise. ``strict`` keeps exactly the tokens of the region, without scores.
 
@@ -263,7 +264,7 @@ class InnerLLMPruning(Method):
         layer: decoder layer at whose input tokens leave, >= 1.
         rows: scoring queries, "text" (all after the image), "raters" or "last", see ``Method``.
         ring: width of the ring in tokens ("budget").
-        floor: side of a floor cell in tokens, 0 for no floor ("budget").
+        floor: side of a floor cell in tokens, 0 for no floor ("budget"); ``bench/bench_regions.py`` tells why 0.
         region_weight: factor of the scores inside the region ("soft").
         rope: False scores without positions, which takes away the liking for the bottom of the image
             (arXiv 2412.13180); only for prompts that are not preceded by a cache.
@@ -278,7 +279,7 @@ class InnerLLMPruning(Method):
     layer: int = 2
     rows: Literal["text", "last", "raters"] = "text"
     ring: int = 1
-    floor: int = 4
+    floor: int = 0
     region_weight: float = 4.0
     rope: bool = True
 
