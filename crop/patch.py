@@ -209,16 +209,17 @@ class _Patch:
         tower, language_model = self.adapter.vision_tower(self.base), self.language_model
         if self.adapter.adds_again is not None:
             replace_method(language_model, self.adapter.adds_again, self._add_again, undo)
-        door(tower.register_forward_pre_hook(self._enter_vision_tower, with_kwargs=True))
-        door(tower.register_forward_hook(self._leave_vision_tower))
-        door(self.base.register_forward_pre_hook(self._enter_base, with_kwargs=True))
-        door(self.base.register_forward_hook(self._leave_base, always_call=True))
-        enter = self._enter_language_model
-        door(language_model.register_forward_pre_hook(enter, with_kwargs=True))
-        door(language_model.register_forward_hook(self._leave_language_model))
+        # A compiled model calls the hooks as they are; what it compiled before the block knows nothing of them.
+        plain = torch.compiler.disable
+        door(tower.register_forward_pre_hook(plain(self._enter_vision_tower), with_kwargs=True))
+        door(tower.register_forward_hook(plain(self._leave_vision_tower)))
+        door(self.base.register_forward_pre_hook(plain(self._enter_base), with_kwargs=True))
+        door(self.base.register_forward_hook(plain(self._leave_base), always_call=True))
+        door(language_model.register_forward_pre_hook(plain(self._enter_language_model), with_kwargs=True))
+        door(language_model.register_forward_hook(plain(self._leave_language_model)))
         for index, layer in enumerate(self.layers):
-            door(layer.register_forward_pre_hook(self._layer_hook(index), with_kwargs=True))
-        door(language_model.norm.register_forward_pre_hook(self._enter_norm))
+            door(layer.register_forward_pre_hook(plain(self._layer_hook(index)), with_kwargs=True))
+        door(language_model.norm.register_forward_pre_hook(plain(self._enter_norm)))
         if self.salience is not None:
             undo.enter_context(self.salience)
         for cut in self.method.cuts:

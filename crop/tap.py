@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-_numbers = itertools.count()
+_naming = threading.Lock()
 
 
 @contextmanager
@@ -37,9 +39,15 @@ def tap(
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = f"crop_tap_{next(_numbers)}"
+    # The first free name: compiled code is compiled again for every new one.
+    with _naming:
+        name = next(
+            name for name in map("crop_tap_{}".format, itertools.count()) if name not in ALL_ATTENTION_FUNCTIONS
+        )
+        ALL_ATTENTION_FUNCTIONS[name] = None
     untapped: Any = None
 
+    @torch.compiler.disable
     def enter(module: nn.Module, args: tuple) -> None:
         nonlocal untapped
         leave()  # an interrupt may have come between
@@ -49,11 +57,13 @@ def tap(
             tapped._attn_implementation_internal = name
             module.config = tapped
 
+    @torch.compiler.disable
     def leave(*_: Any) -> None:
         nonlocal untapped
         if untapped is not None:
             module.config, untapped = untapped, None
 
+    @torch.compiler.disable
     def attend(called: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         leave()
         read(query, key, kwargs.get("scaling"))
