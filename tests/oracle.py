@@ -137,9 +137,10 @@ class Oracle:
         if not grids:
             return torch.arange(len(sample.ids)).expand(3, -1)
         more = {name: inputs[name] for name in ("second_per_grid_ts",) if name in inputs}
-        found, _ = self.model.model.get_rope_index(
-            inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"], **grids, **more
-        )
+        kinds = torch.zeros_like(inputs["mm_token_type_ids"])
+        for span in sample.spans():  # a placeholder without an image is text
+            kinds[:, span] = inputs["mm_token_type_ids"][:, span]
+        found, _ = self.model.model.get_rope_index(inputs["input_ids"], mm_token_type_ids=kinds, **grids, **more)
         return found[:, 0]
 
     def visible(self, sample: Any, kind: str) -> Tensor:

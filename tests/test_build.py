@@ -90,10 +90,8 @@ C = importlib.util.module_from_spec(spec); spec.loader.exec_module(C)
 """
 SELECT = """
 import array
-score, kept, scratch = array.array("f", [1, 3, 2]), array.array("q", [-7] * 2), bytearray(64)
-import ctypes
-work = (ctypes.c_char * 64).from_buffer(scratch)
-code = C.select({cuda}, {target}, score.buffer_info()[0], 0, 0, 0, [2], kept.buffer_info()[0], ctypes.addressof(work), 64, 1, 3, 2)
+score, kept = array.array("f", [1, 3, 2]), array.array("q", [-7] * 2)
+code = C.select({cuda}, {target}, score.buffer_info()[0], 0, 0, 0, [2], kept.buffer_info()[0], 1, 3, 2)
 print(code, list(kept), C.last_error())
 """
 USE = """
