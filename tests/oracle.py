@@ -100,7 +100,7 @@ class Oracle:
                 out = encode(**{key: value for key, value in inputs.items() if key in wanted}, return_dict=True)
                 levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
                 streams.append((name, [_rows(level) for level in levels]))
-            ids = torch.tensor(sample.ids)
+            ids = inputs["input_ids"][0]
             tokens = {name: getattr(self.model.config, f"{name}_token_id") for name, _ in streams}
             is_vision = sum((ids == token for token in tokens.values()), torch.zeros(len(ids), dtype=torch.bool))
             merged = [torch.zeros(int(is_vision.sum()), level.shape[1]) for level in streams[0][1]] if streams else []

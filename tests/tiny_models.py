@@ -166,8 +166,10 @@ class Sample:
         return replace(self, ids=self.ids[:stop])
 
     def inputs(self, family: str) -> dict[str, torch.Tensor]:
-        """What the model takes for this sample alone."""
-        return make_batch(family, [self], "none").inputs
+        """What the model takes for this sample alone; a placeholder that belongs to no image stands there as text."""
+        mine = {position for span in self.spans() for position in span}
+        ids = tuple(1 if token == IMAGE and n not in mine else token for n, token in enumerate(self.ids))
+        return make_batch(family, [replace(self, ids=ids)], "none").inputs
 
     def extended(self, tokens: list[int]) -> Sample:
         """The same sample followed by more text tokens."""
