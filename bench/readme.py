@@ -41,22 +41,33 @@ def _percent(cell: dict[str, Any] | None) -> str:
 
 
 def accuracy(content: dict[str, Any]) -> list[str]:
-    """All questions, by layer average; the best of each column is bold among rows that do not know the true region."""
+    """All questions, by layer average; a cell that spent more than its budget says how much.
+
+    The best of each column is bold, among cells that do not know the true region and kept to the budget.
+    """
     from bench.accuracy.summary import OVERALL, grid
 
     rows = content["rows"]
     budgets = sorted({row["budget"] for row in rows if row["counted"] == "average"}, reverse=True)
     plain = next(row for row in rows if row["contender"] == "unpruned" and row["group"] == OVERALL)
     cells = grid(rows, OVERALL, "average", budgets)
-    fair = [found for name, found in cells.items() if "oracle" not in name]
-    best = {b: max((found[b]["relative"] for found in fair if b in found), default=None) for b in budgets}
+
+    def fair(name: str, cell: dict[str, Any] | None, budget: float) -> bool:
+        return cell is not None and "oracle" not in name and cell["average"] <= 1.05 * budget
+
+    best = {
+        b: max((found[b]["relative"] for name, found in cells.items() if fair(name, found.get(b), b)), default=None)
+        for b in budgets
+    }
     table = []
     for name, found in cells.items():
         line = []
         for budget in budgets:
             cell = found.get(budget)
             text = _percent(cell)
-            bold = cell is not None and "oracle" not in name and cell["relative"] == best[budget]
+            if cell is not None and cell["average"] > 1.05 * budget:
+                text += f" (spent {cell['average']:.0%})"
+            bold = fair(name, cell, budget) and cell["relative"] == best[budget]
             line.append(f"**{text}**" if bold else text)
         table.append([name, *line])
     head = [f"% of the unpruned score ({plain['score']:.3f}, {plain['n']} questions)", *(f"{b:.1%}" for b in budgets)]
