@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="questions as JSON lines; default: rendered pictures")
     parser.add_argument("--metric", choices=("exact", "anls", "relaxed"), default="exact", help="of --data")
     parser.add_argument("--scenes", type=int, default=12)
-    parser.add_argument("--grounding", action=argparse.BooleanOptionalAction, default=True, help="ask for boxes, too")
+    parser.add_argument("--grounding", action=argparse.BooleanOptionalAction, default=False, help="ask for boxes, too")
     parser.add_argument("--first", type=int, default=10_900_000, help="seed of the first picture")
     parser.add_argument("--model", default=EMBEDDED)
     parser.add_argument("--localizer", default="attention")

@@ -76,6 +76,8 @@ def write_report(path: Path, title: str, cards: Iterable[Card], note: str = "") 
         title=html.escape(title),
         note=html.escape(note),
         rows="".join(rows),
+        number=len(names),
+        open=" open" if len(names) <= 8 else "",
         names=options(names),
         groups=options(groups),
         cards="".join(map(_card, cards)),
@@ -141,7 +143,7 @@ dialog::backdrop {{ background: rgba(0, 0, 0, .8) }}
 dialog img {{ display: block; max-width: 96vw; max-height: 90vh; min-width: min(70vw, 70vh); cursor: zoom-out }}
 dialog p {{ color: #fff; text-align: center; padding: 8px }}
 </style></head><body>
-<header><h1>{title}</h1><p>{note}</p><table>{rows}</table></header>
+<header><h1>{title}</h1><p>{note}</p><details{open}><summary>right answers of {number}</summary><table>{rows}</table></details></header>
 <nav><label>answers of <select id="name">{names}</select></label>
 <label>are <select id="verdict"><option>any</option><option>right</option><option>wrong</option></select></label>
 <label>about <select id="group"><option>any</option>{groups}</select></label>

@@ -86,6 +86,28 @@ def test_things_are_drawn_where_their_boxes_say():
         assert inside.mean() > 0.3 and change.sum() - inside.sum() < 0.1 * inside.sum()
 
 
+def test_grounding_questions_name_the_blocks_of_their_things():
+    vocabulary, texts = set(scenes.vocabulary()), collections.defaultdict(set)
+    for seed in range(30):
+        scene = scenes.scene(seed)
+        assert len(scene.grounding) == len(scene.things)
+        for question, thing in zip(scene.grounding, scene.things, strict=True):
+            region = scenes.box_region(question.answer)
+            (x0, y0, x1, y1), (a, b, c, d) = region.boxes[0], thing.cells
+            side = scenes.GRID
+            # Outward to whole blocks of two patches, and no farther.
+            assert x0 * side <= a < x0 * side + 2 and y0 * side <= b < y0 * side + 2
+            assert x1 * side >= c > x1 * side - 2 and y1 * side >= d > y1 * side - 2
+            assert set(words(question.text + " " + question.answer)) <= vocabulary
+            texts[seed, question.text].add(question.answer)
+    assert all(len(answers) == 1 for answers in texts.values())
+
+
+@pytest.mark.parametrize("answer", ["", "123", "12345", "a123", "5123", "0804", "1589"])
+def test_answers_without_a_box(answer):
+    assert scenes.box_region(answer) is None
+
+
 def test_a_question_gives_a_region():
     region = scenes.scene(3).questions[0].region
     assert 0 < region.area <= 1

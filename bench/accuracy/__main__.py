@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--metric", choices=("exact", "anls", "relaxed"), default="exact", help="of --data")
     parser.add_argument("--limit", type=int, help="first questions of --data only")
     parser.add_argument("--scenes", type=int, default=60, help="rendered pictures, about five questions each")
-    parser.add_argument("--grounding", action=argparse.BooleanOptionalAction, default=True, help="ask for boxes, too")
+    parser.add_argument("--grounding", action=argparse.BooleanOptionalAction, default=False, help="ask for boxes, too")
     parser.add_argument("--first", type=int, default=10_900_000, help="seed of the first picture")
     parser.add_argument("--localizer", choices=[n for n in LOCALIZERS if n != "box"], default="attention")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
@@ -89,7 +89,7 @@ def main() -> None:
     show(rows, tuple(options.budgets))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        command = {name: str(value) for name, value in vars(options).items() if name not in ("json", "summary")}
+        command = {name: str(value) for name, value in vars(options).items() if name not in ("json", "summary", "out")}
         content = {"machine": machine(), "command": command, "rows": rows}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
         for axis in ("average", "time"):

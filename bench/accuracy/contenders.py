@@ -137,9 +137,11 @@ def _inner(make: Make) -> Make:
 
 def _average(method: Method, layers: int) -> float:
     """Fraction of the tokens that a layer sees on average; by the methods' own fractions, before they are rounded."""
-    starts = [0, *(cut.layer for cut in method.cuts), layers]
-    return sum((stop - start) * keep for start, stop, keep in zip(
-        starts, starts[1:], [1.0, *(cut.keep for cut in method.cuts)], strict=True)) / layers  # fmt: skip
+    borders = [0, *(cut.layer for cut in method.cuts), layers]
+    kept = [1.0, *(cut.keep for cut in method.cuts)]
+    return (
+        sum((stop - start) * keep for start, stop, keep in zip(borders[:-1], borders[1:], kept, strict=True)) / layers
+    )
 
 
 def _ilp(keep: float, layers: int) -> Method:

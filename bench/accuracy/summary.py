@@ -38,7 +38,7 @@ def summarise(rows: Sequence[dict[str, Any]], times: dict[str, dict[str, float]]
         Rows with contender, budget, counted, group, n, score, relative (to the unpruned model), low, high (its interval),
         tokens, average (layer average of vision tokens), both as fractions of the image's, ms and time (relative).
     Raises:
-        ValueError: no unpruned answers to compare with.
+        ValueError: no unpruned answers to compare with, or no question that all have answered.
     """
     by_job: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
@@ -47,12 +47,16 @@ def summarise(rows: Sequence[dict[str, Any]], times: dict[str, dict[str, float]]
     plain = next((found for job, found in by_job.items() if job.startswith("unpruned|")), None)
     if plain is None:
         raise ValueError("summarise: rows must hold the unpruned model's answers, got none")
+    # Of a run that is not through, the questions that every contender has answered.
+    everywhere = set.intersection(*(set(found) for found in by_job.values()))
+    if not everywhere:
+        raise ValueError("summarise: rows must hold a question that every contender has answered, got none")
     out = []
     for job, answers in by_job.items():
         contender, budget, counted = job.split("|")
         groups: dict[str, list[str]] = defaultdict(list)
         for item, row in answers.items():
-            if item in plain:
+            if item in everywhere:
                 groups[OVERALL].append(item)
                 groups[row["group"]].append(item)
         for group, items in groups.items():

@@ -1,0 +1,139 @@
+"""Write the tables of README from the figures in bench/results, so that no number is typed by hand.
+
+    python -m bench.readme            # rewrite
+    python -m bench.readme --check    # only say what differs
+
+A table stands between ``<!-- table NAME -->`` and ``<!-- end NAME -->``; its maker is an entry of ``TABLES``. To add one:
+write a function from the JSON's content to lines of Markdown, name its file, and put the two marks into README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a table's figures are, and how they become lines."""
+
+    file: str
+    make: Callable[[dict[str, Any]], list[str]]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; all columns but the first are numbers."""
+    lines = [f"| {' | '.join(header)} |", "|---|" + "--:|" * (len(header) - 1)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _percent(cell: dict[str, Any] | None) -> str:
+    return "-" if cell is None or cell["relative"] is None else f"{100 * cell['relative']:.1f}"
+
+
+def accuracy(content: dict[str, Any]) -> list[str]:
+    """All questions, by layer average; a cell that spent more than its budget says how much.
+
+    The best of each column is bold, among cells that do not know the true region and kept to the budget.
+    """
+    from bench.accuracy.summary import OVERALL, grid
+
+    rows = content["rows"]
+    budgets = sorted({row["budget"] for row in rows if row["counted"] == "average"}, reverse=True)
+    plain = next(row for row in rows if row["contender"] == "unpruned" and row["group"] == OVERALL)
+    cells = grid(rows, OVERALL, "average", budgets)
+
+    def fair(name: str, cell: dict[str, Any] | None, budget: float) -> bool:
+        return cell is not None and "oracle" not in name and cell["average"] <= 1.05 * budget
+
+    best = {
+        b: max((found[b]["relative"] for name, found in cells.items() if fair(name, found.get(b), b)), default=None)
+        for b in budgets
+    }
+    table = []
+    for name, found in cells.items():
+        line = []
+        for budget in budgets:
+            cell = found.get(budget)
+            text = _percent(cell)
+            if cell is not None and cell["average"] > 1.05 * budget:
+                text += f" (spent {cell['average']:.0%})"
+            bold = fair(name, cell, budget) and cell["relative"] == best[budget]
+            line.append(f"**{text}**" if bold else text)
+        table.append([name, *line])
+    head = [f"% of the unpruned score ({plain['score']:.3f}, {plain['n']} questions)", *(f"{b:.1%}" for b in budgets)]
+    return markdown(head, table)
+
+
+def accuracy_groups(content: dict[str, Any]) -> list[str]:
+    """By kind of question, at 11 % layer average, with bootstrap intervals."""
+    from bench.accuracy.summary import OVERALL, grid
+
+    rows, budget = content["rows"], 0.11
+    groups = sorted({row["group"] for row in rows} - {OVERALL})
+    by_group = {group: grid(rows, group, "average", [budget]) for group in groups}
+    table = []
+    for name in dict.fromkeys(name for found in by_group.values() for name in found):
+        cells = (by_group[group].get(name, {}).get(budget) for group in groups)
+        table.append(
+            [name, *(f"{_percent(c)} ({100 * c['low']:.0f} to {100 * c['high']:.0f})" if c else "-" for c in cells)]
+        )
+    return markdown([f"{budget:.0%} of the tokens, layer average", *groups], table)
+
+
+TABLES = {
+    "accuracy": Source("accuracy.json", accuracy),
+    "accuracy-groups": Source("accuracy.json", accuracy_groups),
+}
+
+
+def marks(name: str) -> tuple[str, str]:
+    """The two lines around a table."""
+    return f"<!-- table {name} -->", f"<!-- end {name} -->"
+
+
+def rewrite(text: str, results: Path = RESULTS) -> str:
+    """README with every table made anew.
+
+    Args:
+        text: README as it is. results: folder of the JSON files.
+    Raises:
+        ValueError: a mark of an unknown table, or one without its end.
+    """
+    for name in re.findall(r"<!-- table (\S+) -->", text):
+        if name not in TABLES:
+            raise ValueError(f"rewrite: table must be one of {', '.join(TABLES)}, got {name!r}")
+        begin, end = marks(name)
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+            raise ValueError(f"rewrite: {begin} must stand once and be followed by {end}, got another order or number")
+        content = json.loads((results / TABLES[name].file).read_text())
+        inside = "\n".join(TABLES[name].make(content))
+        text = f"{text[: text.index(begin)]}{begin}\n{inside}\n{text[text.index(end) :]}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 if something differs")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    made = rewrite(text)
+    if options.check:
+        sys.exit("README differs from bench/results: run python -m bench.readme" if made != text else 0)
+    path.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
