@@ -53,9 +53,9 @@ from .inputs import (
 from .late import settle
 from .methods import Method
 from .models import Adapter, Prompt, adapter_for
-from .positions import POLICIES, close_gaps, given_ids, own_ids
+from .positions import POLICIES, close_gaps, given_ids, num_axes, own_ids
 from .prepared import fit_mask, held, refuse_prepared, refuse_short_sight, windows
-from .readmit import Images, Memory, all_real, empty_layers, join_ids, recall, refuse_readmission, shift
+from .readmit import Images, Memory, all_real, empty_layers, recall, refuse_readmission, shift
 from .recycle import recycle
 from .region import Region
 from .run import Run, Stage, choose, gather_positions, look_up, pruned_mask, score, slot_mask, spread
@@ -409,12 +409,13 @@ class _Patch:
     def _note_positions(self, run: Run, kwargs: dict, embeds: Tensor) -> None:
         """Where ids are or were changed, work on ours from here on: ``run.ids`` and what the model gets."""
         changes = run.chunk is not None and self.positions != "original"
+        axes = num_axes(self.language_model.config)
         if run.noted is not None:
-            run.noted["ids"] = own_ids(kwargs.get("position_ids"), *embeds.shape[:2], run.past, embeds.device)
+            run.noted["ids"] = own_ids(kwargs.get("position_ids"), axes, *embeds.shape[:2], run.past, embeds.device)
         if run.recalled is not None:
-            run.ids = join_ids([*run.recalled.ids, run.noted["ids"]])
+            run.ids = torch.cat([*run.recalled.ids, run.noted["ids"]], -1)
         elif changes or run.state.moved:
-            run.ids = own_ids(kwargs.get("position_ids"), *embeds.shape[:2], run.past, embeds.device)
+            run.ids = own_ids(kwargs.get("position_ids"), axes, *embeds.shape[:2], run.past, embeds.device)
             if 0 in run.state.moved:
                 run.ids = run.ids - run.state.moved[0].unsqueeze(1)
             kwargs["position_ids"] = given_ids(run.ids)

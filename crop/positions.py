@@ -7,7 +7,7 @@ width), so that no family needs code of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,16 +16,22 @@ Policy = Literal["original", "centroid", "compact"]
 POLICIES = get_args(Policy)
 
 
-def own_ids(position_ids: Tensor | None, batch: int, added: int, past: int, device: torch.device) -> Tensor:
+def num_axes(config: Any) -> int:
+    """Axes of a language model's rotary embedding: 3 where its frequencies are shared out, else 1."""
+    return 3 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1
+
+
+def own_ids(position_ids: Tensor | None, axes: int, batch: int, added: int, past: int, device: torch.device) -> Tensor:
     """(axes, batch, added) ids of a chunk, from what the language model received; None: counted from ``past``.
 
-    Where four axes are given the first counts text for packed sequences and takes no part in the rotation.
+    Text alone may come with one axis for all. Where four axes are given the first counts text for packed sequences and takes no part in the rotation.
     """
     if position_ids is None:
-        return (torch.arange(added, device=device) + past).expand(1, batch, added)
+        return (torch.arange(added, device=device) + past).expand(axes, batch, added)
     if position_ids.dim() == 3 and position_ids.shape[0] == 4:
         position_ids = position_ids[1:]
-    return position_ids.expand(*position_ids.shape[:-2], batch, added).reshape(-1, batch, added)
+    ids = position_ids.expand(*position_ids.shape[:-2], batch, added).reshape(-1, batch, added)
+    return ids.expand(axes, batch, added)
 
 
 def given_ids(ids: Tensor) -> Tensor:

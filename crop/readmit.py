@@ -11,7 +11,7 @@ keys and values), and one query per text token; per new region the later layers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -84,12 +84,6 @@ def all_real(arguments: Mapping[str, Any], batch: int, total: int) -> Tensor:
     """(batch, total) bool on the CPU: the tokens of the conversation that are no padding."""
     mask = arguments.get("attention_mask")
     return torch.ones(batch, total, dtype=torch.bool) if mask is None else mask.cpu().to(torch.bool)
-
-
-def join_ids(pieces: Sequence[Tensor]) -> Tensor:
-    """(axes, batch, total) position ids; text alone may have come with one axis where images have three."""
-    axes = max(len(piece) for piece in pieces)
-    return torch.cat([piece.expand(axes, -1, -1) for piece in pieces], -1)
 
 
 def empty_layers(cache: Any, first: int) -> None:
