@@ -1,0 +1,447 @@
+"""The CUDA kernels against their floors and against peers.
+
+    python bench/bench_kernels.py [--only select ...] [--json bench/results/kernels.json]
+
+Times are medians in microseconds of CUDA-graph replay (one call after another in one graph, L2 warm; or each call after a
+write of 256 MiB that empties L2, the write's own time taken off: cold) and of eager calls. The floor of a row is what the
+hardware cannot beat: bytes over the copy bandwidth measured in the same run, or products and exponentials over the rates of
+an H100 (assumed: 798 TFLOP/s, 3.9 T/s). Every contender is checked against the same operation in float64 or against
+the definition before it is timed; a wrong one is listed as wrong, an absent one as not installed. Losing rows stay.
+
+Without a GPU the contenders are checked on small shapes on the CPU, and every time reads "not measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bench_ops import region_plan
+from common import header, save, table
+from torch import Tensor
+
+from crop import ops
+from crop.plan import PoolPlan
+
+Call = Callable[[], Any]
+MMA, EXP = 798e12, 3.9e12  # per second
+FLUSH = 256 << 20
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+BF16 = torch.bfloat16
+
+
+@dataclass
+class Case:
+    """One row. ``peers``: name -> call, or the name of a module that is not installed."""
+
+    op: str
+    shape: str
+    crop: Call
+    peers: dict[str, Call | str]
+    wrong: Callable[[Any], float]  # 0 where a result is right, else its error
+    bytes: float
+    flop: float = 0.0
+    exps: float = 0.0
+    most_us: float | None = None  # bars: graph replay at most
+    most_floors: float | None = None  # at most so many floors
+    least: dict[str, float] = field(default_factory=dict)  # at least so many times as fast as a peer
+
+    def floor(self, bandwidth: float) -> float:
+        return max(self.bytes / bandwidth, self.flop / MMA, self.exps / EXP) * 1e6
+
+
+def small(size: int, least: int = 64) -> int:
+    """The size itself, or a small one where nothing is timed."""
+    return size if GPU else max(least, size // 64)
+
+
+# --- score, select, compact -----------------------------------------------------------------------------------------
+
+HEADS, KV_HEADS, DIM, WIDTH = 32, 8, 128, 4096
+
+
+@dataclass
+class Scene:
+    """A cut inside a decoder layer: scoring rows, keys, their log-sum-exp, candidates and what is to be moved."""
+
+    batch: int
+    tokens: int
+    rows: int
+    kv_heads: int = KV_HEADS
+
+    def __post_init__(self) -> None:
+        g = torch.Generator(DEVICE).manual_seed(0)
+        shape = {"generator": g, "device": DEVICE, "dtype": BF16}
+        self.query = torch.randn(self.batch, HEADS, self.rows, DIM, **shape)
+        self.key = torch.randn(self.batch, self.kv_heads, self.tokens, DIM, **shape)
+        self.hidden = torch.randn(self.batch, self.tokens, WIDTH if GPU else 64, **shape)
+        self.index = torch.arange(self.tokens, device=DEVICE).expand(self.batch, self.tokens).contiguous()
+        self.keep = self.tokens // 4
+        exact = [self.logits(b).logsumexp(-1) for b in range(self.batch)]
+        self.lse = torch.stack(exact).flatten(1, 2).float()
+        self.mass = torch.stack([self.exact(b, lse) for b, lse in enumerate(exact)])
+        self.largest = float(self.lse.abs().max())
+
+    def logits(self, b: int) -> Tensor:
+        grouped = self.query[b].unflatten(0, (self.kv_heads, -1)).double()
+        return torch.einsum("kgmd,ktd->kgmt", grouped, self.key[b].double()) * DIM**-0.5
+
+    def exact(self, b: int, lse: Tensor) -> Tensor:
+        return torch.exp(self.logits(b) - lse[..., None]).mean((0, 1, 2))
+
+    def wrong_mass(self, mass: Tensor) -> float:
+        error = float((mass.double() / self.mass - 1).abs().max())
+        return 0.0 if error < 2e-6 * (4 + self.largest) else error
+
+    def wrong_kept(self, kept: Tensor) -> float:
+        """Tokens that differ from the exact choice without being at the threshold, as a share."""
+        chosen = torch.zeros_like(self.mass, dtype=torch.bool).scatter_(1, kept, True)
+        threshold = self.mass.topk(self.keep, 1).values[:, -1:]
+        sure = (self.mass / threshold - 1).abs() > 1e-4
+        ascending = bool((kept.diff(dim=1) > 0).all())
+        return float(((chosen != (self.mass >= threshold)) & sure).double().mean()) if ascending else 1.0
+
+    def rows_form(self) -> Tensor:
+        """The scoring rows in plain torch, as one writes it: repeated keys, float32 softmax."""
+        keys = self.key.repeat_interleave(HEADS // self.kv_heads, 1)
+        return ((self.query @ keys.mT) * DIM**-0.5).float().softmax(-1).mean((1, 2))
+
+    def grouped_form(self) -> Tensor:
+        """The same without repeated keys."""
+        grouped = self.query.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
+        return ((grouped @ self.key.mT) * DIM**-0.5).float().softmax(-1).mean((1, 2))
+
+    @property
+    def score_bytes(self) -> float:
+        return 2.0 * (self.key.numel() + self.query.numel())
+
+    @property
+    def work(self) -> dict[str, float]:
+        exps = float(self.batch * HEADS * self.rows * self.tokens)
+        return {"flop": 2 * DIM * exps, "exps": exps}
+
+
+SHAPES = [(1, 576, 1), (1, 576, 64), (1, 2304, 64), (1, 4096, 1), (1, 4096, 32), (1, 4096, 64), (1, 4096, 128)]
+SHAPES += [(1, 16384, 32), (8, 576, 64), (8, 4096, 32), (32, 576, 64), (32, 2304, 64)]
+
+
+def scenes() -> Iterator[tuple[str, Scene]]:
+    for batch, tokens, rows in SHAPES if GPU else SHAPES[:2]:
+        yield f"B{batch} N{tokens} M{rows}", Scene(batch, tokens if GPU else 96, rows)
+
+
+def pipeline_cases() -> Iterator[Case]:
+    for name, s in scenes():
+
+        def crop(s: Scene = s) -> Any:
+            kept = ops.region_topk(s.query, s.key, s.index, s.keep, lse=s.lse)
+            return kept, ops.compact([s.hidden], kept)[0]
+
+        def plain(s: Scene = s) -> Any:
+            kept = s.rows_form().topk(s.keep, 1, sorted=False).indices.sort().values
+            return kept, s.hidden.gather(1, kept[..., None].expand(-1, -1, s.hidden.shape[2]))
+
+        def wrong(result: Any, s: Scene = s) -> float:
+            kept, moved = result
+            same = torch.equal(moved, s.hidden.gather(1, kept[..., None].expand_as(moved)))
+            return s.wrong_kept(kept) if same else 1.0
+
+        moved = 2.0 * s.batch * s.keep * s.hidden.shape[2] * 2
+        case = Case("score + select + compact", name, crop, {"torch rows + topk + sort + gather": plain}, wrong,
+                    s.score_bytes + moved, **s.work)  # fmt: skip
+        if s.batch == 1 and s.tokens <= 4096 and s.rows <= 64:
+            case.most_us = 12.0
+        case.most_floors = 1.4  # where the floor is 60 us or more
+        yield case
+
+
+def absent(module: str) -> str:
+    return module
+
+
+def mass_cases() -> Iterator[Case]:
+    for name, s in scenes():
+        peers: dict[str, Call | str] = {"torch rows": s.rows_form, "torch grouped": s.grouped_form}
+        peers |= {"flash_colreduce": absent("flash_colreduce"), "keys_values": absent("keys_values")}
+        given = lambda s=s: ops.attention_mass(s.query, s.key, s.index, lse=s.lse)  # noqa: E731
+        own = lambda s=s: ops.attention_mass(s.query, s.key, s.index)  # noqa: E731
+        bars = {"torch rows": 5.0, "flash_colreduce": 1.5, "keys_values": 1.5}
+        yield Case("attention_mass, lse given", name, given, peers, s.wrong_mass, s.score_bytes, **s.work, least=bars)
+        twice = {key: 2 * value for key, value in s.work.items()}
+        yield Case("attention_mass, lse computed", name, own, peers, s.wrong_mass, 2 * s.score_bytes, **twice)
+
+
+def select_cases() -> Iterator[Case]:
+    for batch, tokens in ((1, 576), (1, 2304), (1, 4096), (1, 8192), (1, 16384), (32, 4096), (32, 16384)):
+        tokens = small(tokens)
+        g = torch.Generator(DEVICE).manual_seed(tokens)
+        score = torch.randn(batch, tokens, generator=g, device=DEVICE).div(4).exp() / tokens  # like masses: few exponents
+        keep = tokens // 4
+        expected = score.sort(stable=True, descending=True).indices[:, :keep].sort().values
+
+        def wrong(kept: Tensor, expected: Tensor = expected) -> float:
+            return float((kept.long() != expected).double().mean())
+
+        def topk(score: Tensor = score, keep: int = keep) -> Tensor:
+            return score.topk(keep, 1, sorted=False).indices.sort().values
+
+        def stable(score: Tensor = score, keep: int = keep) -> Tensor:
+            return score.sort(stable=True, descending=True).indices[:, :keep].sort().values
+
+        def flashinfer(score: Tensor = score, keep: int = keep) -> Tensor:
+            module = importlib.import_module("flashinfer")
+            return module.top_k(score, keep, deterministic=True)[1].sort().values
+
+        peers = {"torch.topk + sort": topk, "torch.sort stable": stable}
+        peers |= {"flashinfer.top_k + sort": flashinfer if installed("flashinfer") else "flashinfer",
+                  "sgl_kernel.fast_topk_v2": absent("sgl_kernel"), "vllm top_k_per_row": absent("vllm")}  # fmt: skip
+        crop = lambda score=score, keep=keep: ops.select(score, keep)  # noqa: E731
+        yield Case("select", f"B{batch} N{tokens} k{keep}", crop, peers, wrong, 4.0 * score.numel() + 8 * batch * keep,
+                   most_us=5.0 if (batch, tokens) == (1, 8192) else None, least={"torch.topk + sort": 2.0})  # fmt: skip
+
+
+def compact_cases() -> Iterator[Case]:
+    for batch, tokens, names in ((1, 4096, "hidden"), (1, 4096, "hidden + K + V"), (1, 576, "hidden + K + V + 3 ids"),
+                                 (8, 4096, "hidden"), (8, 4096, "hidden + K + V")):  # fmt: skip
+        tokens = small(tokens)
+        width = WIDTH if GPU else 64
+        tensors, dims = [torch.randn(batch, tokens, width, device=DEVICE).to(BF16)], [1]
+        if "K + V" in names:
+            tensors += [torch.randn(batch, KV_HEADS, tokens, DIM, device=DEVICE).to(BF16) for _ in range(2)]
+            dims += [2, 2]
+        if "ids" in names:
+            tensors += [torch.arange(tokens, device=DEVICE).expand(batch, tokens).contiguous() for _ in range(3)]
+            dims += [1, 1, 1]
+        one = torch.randperm(tokens, device=DEVICE)[: tokens // 4].sort().values
+        index = one.expand(batch, -1).contiguous()  # the same for every sample, so that index_select can take part
+
+        def each(tensors: Any = tensors, dims: Any = dims, one: Tensor = one) -> list[Tensor]:
+            return [tensor.index_select(dim, one) for tensor, dim in zip(tensors, dims, strict=True)]
+
+        def wrong(outs: list[Tensor], expected: Any = tuple(each())) -> float:
+            return float(not all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True)))
+
+        crop = lambda tensors=tensors, dims=dims, index=index: ops.compact(tensors, index, token_dim=dims)  # noqa: E731
+        moved = sum(t.numel() * t.element_size() for t in tensors) / 4
+        bar = 1.0 if len(tensors) < 3 else 1.01
+        yield Case("compact", f"B{batch} N{tokens} {names}", crop, {"index_select each": each}, wrong, 2 * moved,
+                   least={"index_select each": bar})  # fmt: skip
+
+
+# --- pooling --------------------------------------------------------------------------------------------------------
+
+
+def repeat_plan(plan: PoolPlan, images: int) -> PoolPlan:
+    """The plan of so many equal images, their tokens one after another."""
+    shift = torch.arange(images)[:, None]
+    members = (plan.members + shift * plan.num_tokens).flatten().int()
+    starts = (plan.offsets[:-1] + shift * len(plan.members)).flatten()
+    offsets = torch.cat([starts, torch.tensor([len(members)])]).int()
+    leader = (plan.leader + shift * plan.num_tokens).flatten().int()
+    return PoolPlan(members, offsets, leader, plan.level.repeat(images), images * plan.num_tokens)
+
+
+def pool_cases() -> Iterator[Case]:
+    for side, width, images in ((24, 4096, 1), (24, 4096, 32), (64, 3584, 1), (128, 3584, 1), (128, 3584, 8)):
+        if not GPU:
+            width, images = 64, min(images, 2)
+        if not GPU and side > 24:
+            continue
+        single, _, _, crops = region_plan(side)
+        plan = repeat_plan(single, images).to(DEVICE)
+        tokens = torch.randn(images * side * side, width, device=DEVICE).to(BF16)
+        members, offsets = plan.members.long(), plan.offsets.long()
+        count = offsets.diff()
+        cell = torch.repeat_interleave(torch.arange(plan.num_out, device=DEVICE), count)
+        exact = torch.zeros(plan.num_out, width, dtype=torch.float64, device=DEVICE)
+        exact.index_add_(0, cell, tokens[members].double()).div_(count[:, None])
+
+        def bag(x: Tensor = tokens, members: Tensor = members, offsets: Tensor = offsets) -> Tensor:
+            return F.embedding_bag(members, x, offsets, mode="mean", include_last_offset=True)
+
+        def pooled(x: Tensor = tokens, side: int = side, images: int = images, crops: Any = crops) -> Tensor:
+            grid = x.view(images, side, side, -1).permute(0, 3, 1, 2)
+            return torch.cat([F.avg_pool2d(grid[:, :, y, x], s).flatten(2) for y, x, s in crops], 2).mT.contiguous()
+
+        def segments(x: Tensor = tokens, members: Tensor = members, offsets: Tensor = offsets) -> Tensor:
+            return torch.segment_reduce(x[members].float(), "mean", offsets=offsets).to(x.dtype)
+
+        number = torch.arange(side * side).view(side, side)
+        leaders = torch.cat([number[y, x][::s, ::s].flatten() for y, x, s in crops]).argsort().to(DEVICE)
+
+        def wrong(out: Tensor, exact: Tensor = exact, leaders: Tensor = leaders, images: int = images) -> float:
+            if out.dim() == 3:  # crops come in another order
+                out = out[:, leaders].flatten(0, 1)
+            error = float((out.double() - exact).abs().max())
+            return 0.0 if error < 0.02 else error
+
+        name = f"{images} x {side}x{side}x{width} -> {plan.num_out}"
+        crop = lambda x=tokens, plan=plan: ops.adaptive_pool(x, plan)  # noqa: E731
+        peers = {"embedding_bag": bag, "crops + avg_pool2d + cat": pooled, "segment_reduce": segments}
+        moved = 2.0 * (plan.num_tokens + plan.num_out) * width
+        bars: dict[str, Any] = {"most_us": 5.0 if (side, images) == (24, 1) else None}
+        bars["most_floors"] = 1 / 0.85 if moved >= 100e6 else None
+        yield Case("adaptive_pool", name, crop, peers, wrong, moved,
+                   least={"embedding_bag": 1.5, "crops + avg_pool2d + cat": 5.0}, **bars)  # fmt: skip
+
+        # The gradient alone: the very operator that autograd calls, and autograd itself for the peer.
+        grad = torch.randn(plan.num_out, width, device=DEVICE).to(BF16)
+        want = torch.empty(plan.num_tokens, width, dtype=torch.float64, device=DEVICE)
+        want[members] = grad[cell].double() / count[cell][:, None]
+        saved, inverse = torch.empty(0, device=DEVICE), plan.inverse
+
+        def backward(grad: Tensor = grad, saved: Tensor = saved, plan: PoolPlan = plan, inverse: Tensor = inverse) -> Tensor:
+            args = (grad, None, None, saved, plan.offsets, inverse, None, "mean")
+            return torch.ops.crop.adaptive_pool_backward.default(*args)[0]
+
+        leaf = tokens.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            out = bag(leaf)
+
+        def bag_backward(out: Tensor = out, leaf: Tensor = leaf, grad: Tensor = grad) -> Tensor:
+            return torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]
+
+        def wrong_gradient(result: Tensor, want: Tensor = want) -> float:
+            error = float((result.double() - want).abs().max())
+            return 0.0 if error < 0.02 else error
+
+        yield Case("adaptive_pool, gradient", name, backward, {"embedding_bag": bag_backward}, wrong_gradient, moved, **bars)
+
+
+CASES = {"pipeline": pipeline_cases, "mass": mass_cases, "select": select_cases, "compact": compact_cases, "pool": pool_cases}
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def event_us(call: Call, rounds: int) -> float:
+    """Median time of a call on the device."""
+    times = []
+    for turn in range(rounds + 3):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        if turn >= 3:
+            times.append(start.elapsed_time(stop) * 1e3)
+    return statistics.median(times)
+
+
+def graph(call: Call, repeat: int) -> Call:
+    """A CUDA graph of so many calls; the call has run before."""
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for _ in range(repeat):
+            call()
+    return captured.replay
+
+
+def bandwidth() -> float:
+    """Bytes per second of a copy inside the device's memory, read and write."""
+    source = torch.empty(1 << 29, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (event_us(lambda: target.copy_(source), 20) * 1e-6)
+
+
+def times_of(call: Call, rounds: int) -> dict[str, float | None]:
+    """Microseconds of a call: graph replay warm and cold, eager."""
+    for _ in range(3):
+        call()
+    repeat = 20
+    eager = event_us(lambda: [call() for _ in range(repeat)], rounds) / repeat
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device=DEVICE)
+
+    def flushed() -> None:
+        flush.zero_()
+        call()
+
+    try:
+        warm = event_us(graph(call, repeat), rounds) / repeat
+        empty, cold = graph(flush.zero_, 5), graph(flushed, 5)
+    except RuntimeError:  # it synchronises or allocates in a way that no graph may
+        torch.cuda.synchronize()
+        return {"warm": None, "cold": None, "eager": eager}
+    return {"warm": warm, "cold": max(event_us(cold, rounds) - event_us(empty, rounds), 0.0) / 5, "eager": eager}
+
+
+def measure(case: Case, rounds: int, rate: float | None) -> list[dict[str, Any]]:
+    """Check and time crop and its peers: one row each."""
+    rows, floor = [], case.floor(rate) if rate else None
+    timed: dict[str, float] = {}
+    for name, call in {"crop": case.crop, **case.peers}.items():
+        row: dict[str, Any] = {"op": case.op, "shape": case.shape, "contender": name, "MB": case.bytes / 1e6, "floor us": floor}
+        row |= {"graph warm us": "not measured", "graph cold us": "not measured", "eager us": "not measured", "note": ""}
+        rows.append(row)
+        if isinstance(call, str):
+            row["note"] = "not installed" if not installed(call) else "installed, no adapter for its version"
+            continue
+        error = case.wrong(call())
+        if error and name == "crop":
+            raise SystemExit(f"{case.op} {case.shape}: crop is wrong, error {error:.3g}")
+        if error:
+            row["note"] = f"wrong: error {error:.3g}"
+            continue
+        if rate is None:
+            row["note"] = "checked on a small shape"
+            continue
+        result = times_of(call, rounds)
+        row |= {"graph warm us": result["warm"], "graph cold us": result["cold"], "eager us": result["eager"]}
+        timed[name] = result["warm"] or result["eager"] or 0.0
+        if floor and result["cold"]:
+            row["x floor, cold"] = result["cold"] / floor
+    if "crop" in timed:
+        rows[0]["note"] = verdict(case, timed, floor or 0.0)
+    return rows
+
+
+def verdict(case: Case, timed: dict[str, float], floor: float) -> str:
+    """Which bars the row has met."""
+    mine, words = timed["crop"], []
+    if case.most_us:
+        words.append(f"{'met' if mine <= case.most_us else 'NOT MET'}: at most {case.most_us:g} us")
+    if case.most_floors and (floor >= 60 or "pool" in case.op):
+        words.append(f"{'met' if mine <= case.most_floors * floor else 'NOT MET'}: at most {case.most_floors:.3g} floors")
+    for peer, least in case.least.items():
+        if peer in timed:
+            ratio = timed[peer] / mine
+            words.append(f"{'met' if ratio >= least else 'NOT MET'}: {ratio:.2f} x {peer}, bar {least:g}")
+    return "; ".join(words)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path, help="also write the table here, and as text beside it")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print(header())
+    rate = bandwidth() if GPU else None
+    print(f"{'copy:':14}{f'{rate / 1e12:.2f} TB/s' if rate else 'not measured, no GPU'}\n")
+    rows: list[dict[str, Any]] = []
+    with torch.no_grad():
+        for name in args.only:
+            for case in CASES[name]():
+                rows += measure(case, args.rounds, rate)
+    for row in rows:
+        row.setdefault("x floor, cold", None)
+    print(table(rows))
+    if args.json:
+        save(args.json, rows)
+
+
+if __name__ == "__main__":
+    main()
