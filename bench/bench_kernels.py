@@ -183,7 +183,9 @@ def select_cases() -> Iterator[Case]:
     for batch, tokens in ((1, 576), (1, 2304), (1, 4096), (1, 8192), (1, 16384), (32, 4096), (32, 16384)):
         tokens = small(tokens)
         g = torch.Generator(DEVICE).manual_seed(tokens)
-        score = torch.randn(batch, tokens, generator=g, device=DEVICE).div(4).exp() / tokens  # like masses: few exponents
+        score = (
+            torch.randn(batch, tokens, generator=g, device=DEVICE).div(4).exp() / tokens
+        )  # like masses: few exponents
         keep = tokens // 4
         expected = score.sort(stable=True, descending=True).indices[:, :keep].sort().values
 
@@ -298,7 +300,9 @@ def pool_cases() -> Iterator[Case]:
         want[members] = grad[cell].double() / count[cell][:, None]
         saved, inverse = torch.empty(0, device=DEVICE), plan.inverse
 
-        def backward(grad: Tensor = grad, saved: Tensor = saved, plan: PoolPlan = plan, inverse: Tensor = inverse) -> Tensor:
+        def backward(
+            grad: Tensor = grad, saved: Tensor = saved, plan: PoolPlan = plan, inverse: Tensor = inverse
+        ) -> Tensor:
             args = (grad, None, None, saved, plan.offsets, inverse, None, "mean")
             return torch.ops.crop.adaptive_pool_backward.default(*args)[0]
 
@@ -313,10 +317,18 @@ def pool_cases() -> Iterator[Case]:
             error = float((result.double() - want).abs().max())
             return 0.0 if error < 0.02 else error
 
-        yield Case("adaptive_pool, gradient", name, backward, {"embedding_bag": bag_backward}, wrong_gradient, moved, **bars)
+        yield Case(
+            "adaptive_pool, gradient", name, backward, {"embedding_bag": bag_backward}, wrong_gradient, moved, **bars
+        )
 
 
-CASES = {"pipeline": pipeline_cases, "mass": mass_cases, "select": select_cases, "compact": compact_cases, "pool": pool_cases}
+CASES = {
+    "pipeline": pipeline_cases,
+    "mass": mass_cases,
+    "select": select_cases,
+    "compact": compact_cases,
+    "pool": pool_cases,
+}
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -382,8 +394,19 @@ def measure(case: Case, rounds: int, rate: float | None) -> list[dict[str, Any]]
     rows, floor = [], case.floor(rate) if rate else None
     timed: dict[str, float] = {}
     for name, call in {"crop": case.crop, **case.peers}.items():
-        row: dict[str, Any] = {"op": case.op, "shape": case.shape, "contender": name, "MB": case.bytes / 1e6, "floor us": floor}
-        row |= {"graph warm us": "not measured", "graph cold us": "not measured", "eager us": "not measured", "note": ""}
+        row: dict[str, Any] = {
+            "op": case.op,
+            "shape": case.shape,
+            "contender": name,
+            "MB": case.bytes / 1e6,
+            "floor us": floor,
+        }
+        row |= {
+            "graph warm us": "not measured",
+            "graph cold us": "not measured",
+            "eager us": "not measured",
+            "note": "",
+        }
         rows.append(row)
         if isinstance(call, str):
             row["note"] = "not installed" if not installed(call) else "installed, no adapter for its version"
@@ -413,7 +436,9 @@ def verdict(case: Case, timed: dict[str, float], floor: float) -> str:
     if case.most_us:
         words.append(f"{'met' if mine <= case.most_us else 'NOT MET'}: at most {case.most_us:g} us")
     if case.most_floors and (floor >= 60 or "pool" in case.op):
-        words.append(f"{'met' if mine <= case.most_floors * floor else 'NOT MET'}: at most {case.most_floors:.3g} floors")
+        words.append(
+            f"{'met' if mine <= case.most_floors * floor else 'NOT MET'}: at most {case.most_floors:.3g} floors"
+        )
     for peer, least in case.least.items():
         if peer in timed:
             ratio = timed[peer] / mine
