@@ -228,7 +228,9 @@ def compact_cases() -> Iterator[Case]:
         def each(tensors: Any = tensors, dims: Any = dims, one: Tensor = one) -> list[Tensor]:
             return [tensor.index_select(dim, one) for tensor, dim in zip(tensors, dims, strict=True)]
 
-        def wrong(outs: list[Tensor], expected: Any = tuple(each())) -> float:
+        gathered = each()
+
+        def wrong(outs: list[Tensor], expected: Any = gathered) -> float:
             return float(not all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True)))
 
         crop = lambda tensors=tensors, dims=dims, index=index: ops.compact(tensors, index, token_dim=dims)  # noqa: E731
