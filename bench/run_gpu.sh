@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in parts, from a source tree and without network:
+#
+#   bench/run_gpu.sh OUT [--only tests|sanitizer|kernels|e2e]...
+#
+#   tests      operator tests on the GPU, graphs, streams, patched models on flash attention
+#   sanitizer  compute-sanitizer memcheck, racecheck and synccheck on small shapes
+#   kernels    bench/bench_kernels.py
+#   e2e        bench/bench_prefill.py
+#
+# A part writes OUT/<part>.txt (benches also .json) and its line of OUT/summary.json; one that has succeeded is not run
+# again unless --only names it. Without a GPU a part says that it was skipped and why; the kernel bench checks its
+# contenders on small shapes. Settings: PYTHON (python3), CROP_CUDA_ARCHS (that of the GPU), PART_SECONDS (120).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+usage() { sed -n '4p' "$0" | cut -c3- >&2; exit 2; }
+
+parts=(tests sanitizer kernels e2e)
+[ $# -ge 1 ] && [[ "$1" != -* ]] || usage
+mkdir -p "$1" || exit 1
+out=$(cd "$1" && pwd)
+shift
+only=()
+while [ $# -gt 0 ]; do
+    [ "$1" = --only ] && [ $# -ge 2 ] && [[ " ${parts[*]} " == *" $2 "* ]] || usage
+    only+=("$2")
+    shift 2
+done
+
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "")') || exit 1
+if [ -n "$arch" ]; then
+    CROP_BUILD=cuda CROP_CUDA_ARCHS=${CROP_CUDA_ARCHS:-$arch} "$python" setup.py -q build_ext --inplace > "$out/build.txt" 2>&1 ||
+        { tail -20 "$out/build.txt" >&2; exit 1; }
+fi
+"$python" -c 'import sys; sys.path.insert(0, "bench"); from common import header; print(header())' > "$out/machine.txt"
+
+seconds=${PART_SECONDS:-120}
+limited() { timeout "$seconds" "$@"; }
+skip() {
+    echo "skipped: $1"
+    return 77
+}
+
+run_tests() {
+    limited "$python" -m pytest tests/test_ops.py tests/test_cuda.py -k cuda -rs --durations=5
+    local code=$?
+    [ $code -ne 0 ] && return $code
+    [ -n "$arch" ] || skip "no GPU: every test above skipped itself"
+}
+
+run_sanitizer() {
+    [ -n "$arch" ] || { skip "no GPU"; return; }
+    command -v compute-sanitizer > /dev/null || { skip "compute-sanitizer is not installed"; return; }
+    local code=0 tool
+    for tool in memcheck racecheck synccheck; do
+        echo "== $tool"
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $((seconds / 3)) compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$python" -m pytest tests/test_ops.py -k "cuda and (by_hand or special or many or visibility)" || code=$?
+    done
+    return $code
+}
+
+run_kernels() { limited "$python" bench/bench_kernels.py --json "$out/kernels.json"; }
+
+run_e2e() {
+    [ -n "$arch" ] || { skip "no GPU"; return; }
+    limited "$python" bench/bench_prefill.py --json "$out/e2e.json"
+}
+
+note() { # part, status, seconds
+    "$python" - "$out/summary.json" "$@" << 'END'
+import json, pathlib, sys
+path, part, status, seconds = sys.argv[1:]
+path = pathlib.Path(path)
+summary = json.loads(path.read_text()) if path.exists() else {}
+path.write_text(json.dumps(summary | {part: {"status": status, "seconds": int(seconds)}}, indent=1) + "\n")
+END
+}
+succeeded() { grep -q "\"status\": \"ok\"" <(grep -A1 "\"$1\"" "$out/summary.json" 2> /dev/null); }
+
+failed=0
+for part in "${only[@]:-${parts[@]}}"; do
+    if [ ${#only[@]} -eq 0 ] && succeeded "$part"; then
+        echo "$part: done before"
+        continue
+    fi
+    start=$SECONDS
+    "run_$part" > "$out/$part.log" 2>&1
+    code=$?
+    { cat "$out/machine.txt"; echo; cat "$out/$part.log"; } > "$out/$part.txt"
+    rm "$out/$part.log"
+    case $code in
+        0) status=ok ;;
+        77) status=skipped ;;
+        124) status="out of time" ;;
+        *) status=failed ;;
+    esac
+    note "$part" "$status" $((SECONDS - start))
+    echo "$part: $status, $((SECONDS - start)) s, $out/$part.txt"
+    [ $code -eq 0 ] || [ $code -eq 77 ] || { failed=1; tail -5 "$out/$part.txt" >&2; }
+done
+exit $failed
