@@ -142,6 +142,7 @@ SOURCES = sorted(
     for path in (ROOT / "csrc").iterdir()
     if path.suffix == ".cpp" or (path.suffix == ".cu" and CHOICE == "cuda")
 )
+DISASSEMBLER = [f"nvidia-cuda-{tool}; sys_platform == 'linux'" for tool in ("cuobjdump", "nvdisasm")]  # 6 MB
 README = ROOT / "README.md"
 
 setup(
@@ -165,7 +166,18 @@ setup(
     setup_requires=[] if CHOICE == "python" else ["pybind11>=2.12"],
     install_requires=["torch>=2.6", "numpy", "transformers>=5.17"],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "pillow", "rich", "tqdm", "matplotlib", "peft", "accelerate"]
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "pillow",
+            "rich",
+            "tqdm",
+            "matplotlib",
+            "peft",
+            "accelerate",
+            *DISASSEMBLER,
+        ]
         + ["pybind11>=2.12", "setuptools"],
         "demo": ["pillow", "rich"],
         "bench": ["pillow", "tqdm", "rich", "matplotlib", "peft"],

@@ -1,4 +1,5 @@
-"""What the CUDA compiler makes of the kernels, without a GPU: registers, shared memory, occupancy, spills, instructions.
+"""What can be said of the CUDA kernels without a GPU: what the compiler makes of them (registers, shared memory, spills, warps
+of an SM) and, from the emulator of the tests, the bytes they ask of global memory against the floor.
 
     python bench/kernel_static.py [--archs 80 90 100] [--out bench/results/kernels_static.txt]
 
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
@@ -158,6 +160,58 @@ def table(rows: Sequence[dict[str, object]]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def traffic() -> list[dict[str, object]]:
+    """Bytes of global memory per operator, counted by the emulator on one shape each.
+
+    distinct: different bytes read and written. floor: what every implementation must read and write. asked: with what a
+    kernel reads again; most of that comes from L1 and L2.
+    """
+    import torch
+
+    from bench.bench_ops import region_plan
+    from crop import ops
+    from tests.emu.emulator import Emulated, missing
+
+    if missing():
+        return []
+    emulated, bf16 = Emulated(), torch.bfloat16
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 32, 8, 128).to(bf16), torch.randn(1, 8, 576, 128).to(bf16)
+    index, lse = torch.arange(576)[None], torch.full((1, 32, 8), 3.0)
+    score, kept = torch.rand(1, 8192), torch.arange(0, 576, 4)[None]
+    hidden = torch.randn(1, 576, 4096).to(bf16)
+    caches = [torch.randn(1, 8, 576, 128).to(bf16) for _ in range(2)]
+    plan, tokens = region_plan(24)[0], torch.randn(576, 1024).to(bf16)
+    grad = torch.randn(plan.num_out, 1024).to(bf16)
+    inputs = key.nbytes + query.nbytes + 8 * 576 + 4 * 576  # and index, mass
+    pooled = tokens.nbytes + grad.nbytes
+    back = (grad, None, None, torch.empty(0), plan.offsets, plan.inverse, None, "mean")
+    cases = [
+        ("attention_mass, lse given", "B1 N576 M8 32/8 heads d128 bf16", inputs + lse.nbytes,
+         lambda: ops.attention_mass(query, key, index, lse=lse)),
+        ("attention_mass, lse computed", "the same", inputs, lambda: ops.attention_mass(query, key, index)),
+        ("select", "B1 N8192 k2048", score.nbytes + 8 * 2048, lambda: ops.select(score, 2048)),
+        ("compact", "hidden D4096 + K + V, 144 of 576, bf16", 2 * 144 * (4096 + 2 * 8 * 128) * 2 + kept.nbytes,
+         lambda: ops.compact([hidden, *caches], kept, token_dim=[1, 2, 2])),
+        ("adaptive_pool", f"24x24x1024 -> {plan.num_out} bf16", pooled, lambda: ops.adaptive_pool(tokens, plan)),
+        ("adaptive_pool, gradient", "the same", pooled,
+         lambda: torch.ops.crop.adaptive_pool_backward.default(*back)),
+    ]  # fmt: skip
+    rows = []
+    for op, shape, floor, call in cases:
+        with emulated.active(), torch.no_grad():
+            emulated.statistics()
+            call()
+        counts = emulated.statistics()
+        read, distinct, _, written = (
+            sum(c[k] for c in counts.values()) for k in ("read", "read_distinct", "written", "written_distinct")
+        )
+        rows.append({"operator": op, "shape": shape, "launches": sum(c["launches"] for c in counts.values()),
+                     "floor bytes": floor, "distinct bytes": distinct + written, "asked bytes": read + written,
+                     "distinct / floor": f"{(distinct + written) / floor:.3f}"})  # fmt: skip
+    return rows
+
+
 def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,6 +222,9 @@ def main() -> None:
         parser.exit(1, "kernel_static: nvcc must be installed, found none\n")
     with tempfile.TemporaryDirectory() as folder:
         text = table(rows(compile_kernels(Path(folder), args.archs)))
+    sys.path.insert(0, str(CSRC.parent))
+    if moved := traffic():
+        text += f"\n\n{table(moved)}\n\ntimes on a GPU: not measured"
     print(text)
     if args.out:
         args.out.write_text(text + "\n")
