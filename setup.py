@@ -166,19 +166,8 @@ setup(
     setup_requires=[] if CHOICE == "python" else ["pybind11>=2.12"],
     install_requires=["torch>=2.6", "numpy", "transformers>=5.17"],
     extras_require={
-        "test": [
-            "pytest",
-            "pytest-xdist",
-            "hypothesis",
-            "pillow",
-            "rich",
-            "tqdm",
-            "matplotlib",
-            "peft",
-            "accelerate",
-            *DISASSEMBLER,
-        ]
-        + ["pybind11>=2.12", "setuptools"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "pillow", "rich", "tqdm", "matplotlib", "peft", "accelerate"]
+        + ["pybind11>=2.12", "setuptools", *DISASSEMBLER],
         "demo": ["pillow", "rich"],
         "bench": ["pillow", "tqdm", "rich", "matplotlib", "peft"],
         "eval": ["lmms-eval", "tqdm", "pillow"],
