@@ -25,7 +25,7 @@ from crop.localizers.ocr import Reader
 from crop.localizers.ocr.encoder import Encoder
 from crop.localizers.ocr.features import FEATURES, Neighbours, features, neighbours
 from crop.localizers.ocr.question import Question
-from crop.localizers.ocr.ranking import OTHER, WEIGHTS, Weights, logistic, with_support
+from crop.localizers.ocr.ranking import OTHER, SUPPORT, WEIGHTS, Weights, logistic, with_support
 
 SUPPORTIVE = ("meaning", "label meaning", "words", "label exact", "own label", "value", "value of label", "example")
 
@@ -141,7 +141,7 @@ def _logistic_regression(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ridge", type=float, default=3.0)
+    parser.add_argument("--ridge", type=float, default=10.0)
     parser.add_argument("--pages", type=Path, help="folder where the read pages are kept")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     options = parser.parse_args()
@@ -151,7 +151,7 @@ def main() -> None:
     weights.save(options.out)
     for name, rows in (("first", weights.first), ("second", weights.second)):
         print(f"{name:18}" + "".join(f"{kind:>9}" for kind in rows))
-        for index, feature in enumerate((*FEATURES, *(("support",) if name == "second" else ()), "bias")):
+        for index, feature in enumerate((*FEATURES, *(SUPPORT if name == "second" else ()), "bias")):
             print(f"{feature:18}" + "".join(f"{row[index]:9.2f}" for row in rows.values()))
 
 

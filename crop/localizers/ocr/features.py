@@ -23,12 +23,19 @@ class Neighbours:
     Args:
         left: (num_lines,) int64 nearest line with letters to the left in the same row: the label of a value.
         above: (num_lines,) int64 nearest line with letters above in the same column, not far.
-        near: (num_lines, num_lines) bool lines of one block: directly above or below each other.
+        over: (num_lines, num_lines) bool the first line stands directly above the second, as in a block of text.
+        unfinished: (num_lines,) bool lines that end as if they went on below, with a comma, say.
     """
 
     left: np.ndarray
     above: np.ndarray
-    near: np.ndarray
+    over: np.ndarray
+    unfinished: np.ndarray
+
+    @property
+    def near(self) -> np.ndarray:
+        """(num_lines, num_lines) bool directly above or below each other."""
+        return self.over | self.over.T
 
 
 def neighbours(boxes: np.ndarray, texts: list[str]) -> Neighbours:
@@ -51,7 +58,8 @@ def neighbours(boxes: np.ndarray, texts: list[str]) -> Neighbours:
     upper = same_column & ~same_row & lettered & ((y0 + y1)[:, None] > y0 + y1) & (gap < 2 * height[:, None])
     above = _nearest(np.where(upper, gap, np.inf))
     near = same_column & ~same_row & (np.maximum(gap, gap.T) < 1.0 * least)
-    return Neighbours(left, above, near)
+    unfinished = np.array([text.rstrip().endswith((",", "-", "&", "/")) for text in texts], dtype=bool).reshape(count)
+    return Neighbours(left, above, near & ((y0 + y1)[:, None] < y0 + y1), unfinished)
 
 
 def _nearest(distance: np.ndarray) -> np.ndarray:

@@ -50,7 +50,7 @@ class OCRLocalizer:
     Args:
         reader: how pages are read; None: with the defaults of ``Reader``, on first use.
         limit: area, as a fraction of the image, up to which likely lines are taken; twice as much for ``sure`` ones.
-        tail: lines are taken until the others together are below this share of the probability.
+        tail: lines below this share of the probability of all lines are left.
         sure: probability from which a line is taken nearly whatever the area, and brings its label along.
         margin: of every box around its line, in heights of the line, (across, up and down).
         min_confidence: below it the whole image is returned.
@@ -60,8 +60,8 @@ class OCRLocalizer:
     """
 
     reader: Reader | None = None
-    limit: float = 0.09
-    tail: float = 0.005
+    limit: float = 0.11
+    tail: float = 0.008
     sure: float = 0.25
     margin: tuple[float, float] = (0.6, 0.2)
     min_confidence: float = 0.1

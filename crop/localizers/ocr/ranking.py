@@ -14,6 +14,7 @@ from .question import Question
 
 WEIGHTS = Path(__file__).with_name("weights.json")
 OTHER = "other"
+SUPPORT = ("support", "between", "run on")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Weights:
 
     Args:
         first: kind -> (len(FEATURES) + 1,) float64, the bias last; "other" serves all kinds that have none.
-        second: kind -> (len(FEATURES) + 2,) float64, the support of the neighbours and the bias last.
+        second: kind -> (len(FEATURES) + len(SUPPORT) + 1,) float64.
     Source: own choice; fitted by ``bench/fit_ocr.py`` on the development part of the receipts.
     """
 
@@ -65,30 +66,34 @@ def logistic(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def with_support(table: np.ndarray, found: np.ndarray, beside: Neighbours) -> np.ndarray:
-    """The features, and the best probability among the lines directly above and below."""
-    support = np.where(beside.near, found, 0).max(1, initial=0)
-    return np.concatenate([table, support[:, None]], 1)
+    """The features, and the ``SUPPORT`` that each line gets from the probabilities of those directly above and below.
+
+    Returns:
+        (num_lines, len(FEATURES) + len(SUPPORT)): the better of both sides; the worse, high inside a block; the best of
+        those that the text runs on to or from.
+    """
+    over, on = beside.over, beside.over & beside.unfinished[:, None]
+    above, below, joined = (np.where(side, found, 0).max(1, initial=0) for side in (over.T, over, on | on.T))
+    support = np.stack([np.maximum(above, below), np.minimum(above, below), joined], 1)
+    return np.concatenate([table, support], 1)
 
 
 def choose(found: np.ndarray, area: np.ndarray, *, limit: float, tail: float, sure: float) -> list[int]:
-    """Lines to take, the likeliest first, until what is left is worth little.
+    """Lines to take, the likeliest first; the first always.
 
     Args:
         found: (num_lines,) probabilities.
         area: (num_lines,) of the lines as they will be boxed, as fractions of the image.
         limit: area at which only ``sure`` lines are still taken.
-        tail: lines whose probabilities together are below this share of the whole are left.
+        tail: lines below this share of the probability of all lines together (of 1, where that is less) are left.
         sure: probability of lines that are taken up to twice the limit.
     Source: own choice.
     """
     chosen: list[int] = []
-    taken, left, whole = 0.0, found.sum(), found.sum()
+    taken, least = 0.0, tail * max(found.sum(), 1.0)
     for line in np.argsort(-found, kind="stable").tolist():
-        if chosen and (left < tail * whole or found[line] < tail):
-            break
-        left -= found[line]
-        if chosen and taken + area[line] > (2 * limit if found[line] >= sure else limit):
-            continue
-        chosen.append(line)
-        taken += area[line]
+        likely = found[line] >= least and taken + area[line] <= (2 * limit if found[line] >= sure else limit)
+        if likely or not chosen:
+            chosen.append(line)
+            taken += area[line]
     return chosen
