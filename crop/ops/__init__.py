@@ -173,18 +173,12 @@ def compact(
     dims = [token_dim] * len(tensors) if isinstance(token_dim, int) else list(token_dim)
     if len(dims) != len(tensors):
         raise ValueError(f"{op}: token_dim must have one entry per tensor ({len(tensors)}), got {len(dims)}")
-    _check(op, "index", index, _INTS, (None, None))
-    device, batch = index.device, index.shape[0]
+    if type(index) is not Tensor or index.dtype not in _INTS or index.dim() != 2:  # spares the usual call one check
+        _check(op, "index", index, _INTS, (None, None))
+    device = index.device
     for i, tensor in enumerate(tensors):
-        shape, dim = tensor.shape, dims[i]
         if tensor.device != device:
             raise ValueError(f"{op}: tensors[{i}] must be on {device}, got {tensor.device}")
-        if dim < 0:
-            dims[i] = dim = dim + len(shape)
-        if not 1 <= dim < len(shape):
-            raise ValueError(f"{op}: token_dim[{i}] must be in [1, {len(shape)}), got {dim}")
-        if shape[0] != batch:
-            raise ValueError(f"{op}: tensors[{i}] must have batch size {batch}, got shape {tuple(shape)}")
     return library.compact(tensors, index, dims)
 
 

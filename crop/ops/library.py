@@ -16,7 +16,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads, is_grad_enabled
+from torch._C import _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from crop import reference
@@ -48,9 +52,8 @@ def use_backend(name: str) -> Iterator[None]:
         _backend.reset(token)
 
 
-@functools.lru_cache(maxsize=1024)  # sizes repeat from layer to layer, and this is called for every tensor
 def row_layout(
-    shape: tuple[int, ...], strides: tuple[int, ...], element: int, dim: int, num_kept: int, i: int
+    shape: tuple[int, ...], strides: tuple[int, ...], element: int, dim: int, batch: int, num_kept: int, i: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """How `compact` sees tensors[i] of `element` bytes an element: the axes between batch and token axis merge into one
     (outer), the axes after it into a row.
@@ -59,8 +62,14 @@ def row_layout(
         The shape of its output; size of outer, number of tokens, bytes of a row, bytes from one sample, outer and token
         to the next.
     """
+    axes = len(shape)
+    dim = dim + axes if dim < 0 else dim
+    if not 1 <= dim < axes:
+        raise ValueError(f"compact: token_dim[{i}] must be in [1, {axes}), got {dim}")
+    if shape[0] != batch:
+        raise ValueError(f"compact: tensors[{i}] must have batch size {batch}, got shape {tuple(shape)}")
     row = 1
-    for axis in range(len(shape) - 1, dim, -1):
+    for axis in range(axes - 1, dim, -1):
         if shape[axis] != 1:
             if strides[axis] != row:
                 raise ValueError(f"compact: tensors[{i}] must be contiguous after axis {dim}, got strides {strides}")
@@ -79,6 +88,9 @@ def row_layout(
     return (*shape[:dim], num_kept, *shape[dim + 1 :]), (outer, shape[dim], row * element, *steps)
 
 
+_known_layout = functools.lru_cache(maxsize=1024)(row_layout)  # sizes repeat from layer to layer
+
+
 _library = torch.library.Library("crop", "DEF")
 
 
@@ -87,14 +99,9 @@ _PLAIN = frozenset((type(None), int, float, str, list))  # spares them isinstanc
 
 def _observed(args: tuple[Any, ...]) -> bool:
     """Whether anyone beside the kernel must see a call: a gradient, a compiler, a transform, a mode, a profiler."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
-    ):
+    if is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None or _profiler_enabled():
         return True
-    grad = torch.is_grad_enabled()
+    grad = is_grad_enabled()
     for value in args[0] if type(args[0]) is list else args:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
@@ -124,7 +131,7 @@ def _register(name: str, schema: str, twin: Callable[..., Any], fake: Callable[.
                 raise RuntimeError(
                     f'{name}: use_backend must be "auto" or "twin" without compiled kernels, {_REINSTALL}'
                 )
-            return launch(*args, False, torch.get_num_threads())
+            return launch(*args, False, get_num_threads())
 
         def cuda(*args: Any) -> Any:
             if _backend.get() == "twin":
@@ -276,13 +283,15 @@ def select(
 
 
 def _compact_fake(tensors: list[Tensor], index: Tensor, token_dim: list[int]) -> list[Tensor]:
-    shapes = ((*t.shape[:dim], index.shape[1], *t.shape[dim + 1 :]) for t, dim in zip(tensors, token_dim, strict=True))
-    return [t.new_empty(shape) for t, shape in zip(tensors, shapes, strict=True)]
+    layouts = (
+        row_layout(tensor.shape, tensor.stride(), 1, dim, *index.shape, i)
+        for i, (tensor, dim) in enumerate(zip(tensors, token_dim, strict=True))
+    )
+    return [tensor.new_empty(shape) for tensor, (shape, _) in zip(tensors, layouts, strict=True)]
 
 
 def _compact_twin(tensors: list[Tensor], index: Tensor, token_dim: list[int]) -> list[Tensor]:
-    for i, (tensor, dim) in enumerate(zip(tensors, token_dim, strict=True)):
-        row_layout(tensor.shape, tensor.stride(), 1, dim, 0, i)  # refuses what the kernels refuse
+    _compact_fake(tensors, index, token_dim)  # refuses what the kernels refuse
     return reference.compact(tensors, index, token_dim=token_dim)
 
 
@@ -297,7 +306,9 @@ def compact(tensors: list[Tensor], index: Tensor, token_dim: list[int], cuda: bo
     batch, num_kept = index.shape
     outs, table = [], []
     for i, tensor in enumerate(tensors):
-        shape, layout = row_layout(tensor.shape, tensor.stride(), tensor.element_size(), token_dim[i], num_kept, i)
+        shape, layout = _known_layout(
+            tensor.shape, tensor.stride(), tensor.element_size(), token_dim[i], batch, num_kept, i
+        )
         out = tensor.new_empty(*shape)
         outs.append(out)
         table.append((tensor.data_ptr(), out.data_ptr(), *layout))
