@@ -184,12 +184,21 @@ def slot_mask(logical: Tensor | None, before: Slots | None, run: Run, pool: Pool
     return torch.cat([past, chunk], dim=1)
 
 
-def score(run: Run, stage: Stage, step: SelectStep, query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+def score(
+    run: Run,
+    stage: Stage,
+    step: SelectStep,
+    query: Tensor,
+    key: Tensor,
+    scale: float | None,
+    lse: Tensor | None,
+) -> Tensor:
     """Attention mass of every candidate, (num_images, num_candidates) float32.
 
     Args:
         stage: what the scoring layer holds.
         query: (batch, num_heads, slots, head_dim), key: (batch, num_kv_heads, past + slots, head_dim), rotated.
+        lse: (batch, num_heads, slots) float32 log-sum-exp of what each query sees, None: not known.
     """
     device = query.device
     rows, sample, index = (item.to(device) for item in (step.rows, step.sample, step.vision_index))
@@ -220,6 +229,8 @@ def score(run: Run, stage: Stage, step: SelectStep, query: Tensor, key: Tensor, 
         end = key.shape[2] if start is None else (start + real.sum(1)).unsqueeze(1)
         visible = torch.where(rows >= 0, end, 0)
     query = ops.compact([query], rows, token_dim=2)[0]
+    if lse is not None:
+        lse = lse.gather(2, rows.clamp(min=0).unsqueeze(1).expand(-1, lse.shape[1], -1))
     if step.raters:
         judges = raters(query, key, candidate_key, sample, scale, start, visible)
         visible = torch.where(judges, visible, 0)
@@ -228,6 +239,7 @@ def score(run: Run, stage: Stage, step: SelectStep, query: Tensor, key: Tensor, 
         key,
         candidate_key,
         sample=sample,
+        lse=lse,
         scale=scale,
         visible_start=start,
         visible_len=visible,

@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .lse import call_with_lse
+
 _naming = threading.Lock()
 
 
 @contextmanager
 def tap(
     module: nn.Module,
-    read: Callable[[Tensor, Tensor, float | None], None],
+    read: Callable[..., None],
     *,
     when: Callable[[], bool] = lambda: True,
+    with_lse: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
-    """Call ``read(query, key, scale)`` before every attention call of ``module`` inside the block.
+    """Call ``read(query, key, scale)`` at every attention call of ``module`` inside the block.
 
     The module looks its attention function up by the name in its configuration; while its forward
     runs, it carries a copy of the configuration that names a function of ours, which reads and then
@@ -35,6 +38,8 @@ def tap(
             head_dim), rotated, and the scale of their product. An exception leaves the model as it
             was before the call.
         when: asked at the start of each forward of ``module``; False leaves that call alone.
+        with_lse: asked at each attention call; True lets the attention run first, and ``read`` receives the log-sum-exp
+            that it returned as a fourth argument (``crop.lse``; None where it returns none).
     Source: own choice; config copy instead of a process-wide switch of the attention function.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -66,11 +71,18 @@ def tap(
     @torch.compiler.disable
     def attend(called: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         leave()
-        read(query, key, kwargs.get("scaling"))
         eager = getattr(sys.modules[type(called).__module__], "eager_attention_forward", None)
-        attention = called.config._attn_implementation
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(attention, eager)
-        return function(called, query, key, value, mask, **kwargs)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(called.config._attn_implementation, eager)
+
+        def call(function: Callable[..., Any]) -> Any:
+            return function(called, query, key, value, mask, **kwargs)
+
+        if not with_lse():
+            read(query, key, kwargs.get("scaling"))
+            return call(function)
+        out, lse = call_with_lse(function, query, call)
+        read(query, key, kwargs.get("scaling"), lse)
+        return out
 
     handles = []
     ALL_ATTENTION_FUNCTIONS[name] = attend

@@ -51,7 +51,7 @@ class PruningDoor(Door):
         def step() -> SelectStep | None:
             return self.run.chunk.steps.get(layer) if self.run is not None and self.run.chunk is not None else None
 
-        def read(query: Tensor, key: Tensor, scale: float | None) -> None:
+        def read(query: Tensor, key: Tensor, scale: float | None, lse: Tensor | None = None) -> None:
             if notes():
                 self.run.noted["query"] = query
             if not needs_scores():
@@ -61,7 +61,7 @@ class PruningDoor(Door):
                 if not step().rope:
                     tables = tuple(table.to(query.device) for table in self.run.tables)
                     query, key = unrotated(scoring, query, key, tables)
-                mass = score(self.run, self.run.stage(layer - 1), step(), query, key, scale)
+                mass = score(self.run, self.run.stage(layer - 1), step(), query, key, scale, lse)
                 self._cut(layer, step(), mass.to(self.run.device))
             self.stats._add("ilp", start, mark(query.device))
 
@@ -71,8 +71,12 @@ class PruningDoor(Door):
         def notes() -> bool:
             return self.run is not None and self.run.noted is not None and layer == self.method.cuts[0].layer
 
+        def asks_of_the_same() -> bool:
+            """Whether the rows that score, and what they see, are those of the attention call itself."""
+            return needs_scores() and step().rope and self.run.recalled is None
+
         scoring = self.layers[layer - 1].self_attn
-        return tap(scoring, read, when=lambda: needs_scores() or notes())
+        return tap(scoring, read, when=lambda: needs_scores() or notes(), with_lse=asks_of_the_same)
 
     def _cut(self, layer: int, step: SelectStep, score: Tensor) -> None:
         run = self.run
