@@ -123,8 +123,12 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def save(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Machine and rows as JSON, and the printed table beside it as text."""
+def save(
+    path: Path, rows: Sequence[Mapping[str, Any]], more: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
+) -> None:
+    """Machine and rows as JSON, and the printed table beside it as text; ``more``: further tables by name, printed first."""
+    more = more or {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "rows": list(rows)}, indent=1) + "\n")
-    path.with_suffix(".txt").write_text(f"{header()}\n\n{table(rows)}\n")
+    path.write_text(json.dumps({"machine": machine(), **more, "rows": list(rows)}, indent=1) + "\n")
+    tables = "\n\n".join(table(found) for found in (*more.values(), rows))
+    path.with_suffix(".txt").write_text(f"{header()}\n\n{tables}\n")

@@ -13,10 +13,13 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench import latency_tables
+from bench.latency_tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -28,12 +31,6 @@ class Source:
 
     file: str
     make: Callable[[dict[str, Any]], list[str]]
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table; all columns but the first are numbers."""
-    lines = [f"| {' | '.join(header)} |", "|---|" + "--:|" * (len(header) - 1)]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _percent(cell: dict[str, Any] | None) -> str:
@@ -93,6 +90,10 @@ def accuracy_groups(content: dict[str, Any]) -> list[str]:
 TABLES = {
     "accuracy": Source("accuracy.json", accuracy),
     "accuracy-groups": Source("accuracy.json", accuracy_groups),
+    "e2e": Source("e2e.json", latency_tables.e2e),
+    "e2e-bars": Source("e2e.json", latency_tables.bars),
+    "small": Source("small.json", latency_tables.small),
+    "scale": Source("scale.json", latency_tables.scale),
 }
 
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from .models import adapter_for
+from . import ops
+from .chunk import ChunkPlan, plan_chunk
+from .methods import Method, by_name
 from .planner import Planner
-
-if TYPE_CHECKING:
-    from .chunk import ChunkPlan
-    from .methods import Method
-    from .region import Region
+from .region import Region, VisionLayout
 
 MARGIN = 0.02  # a saving below this share of the prefill is within what such an estimate can be wrong by
-PLAN_SECONDS = 2e-3  # planning and the small tensors of one prefill, as measured on one core; grows little with tokens
+_CPU = torch.device("cpu")
 _SIZES = (16, 64, 256, 1024)  # tokens at which a layer's matrices are timed
 
 
@@ -99,12 +98,17 @@ class Speed:
     Args:
         matrices: seconds of one layer's matrices at each of ``_SIZES`` tokens.
         attention: seconds per FLOP of causal attention.
-        hook: seconds per hook call.
+        hook: seconds per hook: registered, called once, removed.
+        call: seconds of planning a prefill, whatever it holds. image: the same per image.
+        step: seconds of the operators of one cut or pooling on few tokens, which is what their calls cost.
     """
 
     matrices: tuple[float, ...]
     attention: float
     hook: float
+    call: float
+    image: float
+    step: float
 
     def matrix_seconds(self, tokens: int) -> float:
         """Between the measured sizes on a line, beyond them in proportion."""
@@ -138,14 +142,59 @@ def measure_speed(geometry: Geometry, device: torch.device, dtype: torch.dtype) 
     query = torch.randn(1, geometry.num_heads, length, geometry.head_dim, device=device, dtype=dtype)
     attend = torch.nn.functional.scaled_dot_product_attention
     attention = _seconds(lambda: attend(query, query, query, is_causal=True), device)
-    hooked, empty = nn.Identity(), torch.empty(0)
-    hooked.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs), with_kwargs=True)
+    call, image = _planning_seconds()
     with torch.no_grad():
         return Speed(
             matrices=tuple(matrices(tokens) for tokens in _SIZES),
             attention=attention / geometry.attention_flops(length),
-            hook=_seconds(lambda: hooked(empty), torch.device("cpu")),
+            hook=_hook_seconds(),
+            call=call,
+            image=image,
+            step=_step_seconds(geometry, device, dtype),
         )
+
+
+def _hook_seconds() -> float:
+    hooked, empty = nn.Identity(), torch.empty(0)
+
+    def once() -> None:
+        call = torch.compiler.disable(lambda module, args, kwargs: (args, kwargs))
+        handle = hooked.register_forward_pre_hook(call, with_kwargs=True)
+        hooked(empty)
+        handle.remove()
+
+    return _seconds(once, _CPU)
+
+
+def _planning_seconds() -> tuple[float, float]:
+    """Of a prefill, and of each image in it: pooling and a cut, a grid of 16 x 16 tokens."""
+
+    def plan(images: int) -> float:
+        def once() -> None:
+            layouts = [(0, VisionLayout.grid(16, 16, start=256 * number)) for number in range(images)]
+            region = Region.box(0.3, 0.25, 0.7, 0.55 + next(fresh))  # plans are remembered by region
+            plan_chunk(method, layouts, [region] * images, torch.ones(1, 256 * images + 32, dtype=torch.bool))
+
+        return _seconds(once, _CPU)
+
+    method, fresh = by_name("crop", 0.11), itertools.count(1e-6, 1e-6)
+    one, four = plan(1), plan(4)
+    image = max(0.0, (four - one) / 3)
+    return max(0.0, one - image), image
+
+
+def _step_seconds(geometry: Geometry, device: torch.device, dtype: torch.dtype) -> float:
+    index = torch.arange(16, device=device).unsqueeze(0)
+    key = torch.randn(1, geometry.num_kv_heads, 32, geometry.head_dim, device=device, dtype=dtype)
+    query = torch.randn(1, geometry.num_heads, 4, geometry.head_dim, device=device, dtype=dtype)
+    hidden = torch.randn(1, 32, geometry.hidden, device=device, dtype=dtype)
+
+    def once() -> None:
+        kept = ops.select(ops.attention_mass(query, key, index), 8)
+        for _ in range(4):  # hidden states, rotary tables, and the way back
+            ops.compact([hidden], kept)
+
+    return _seconds(once, device)
 
 
 def _seconds(call: Callable[[], Any], device: torch.device, rounds: int = 3) -> float:
@@ -160,12 +209,7 @@ def _seconds(call: Callable[[], Any], device: torch.device, rounds: int = 3) -> 
     return min(once() for _ in range(rounds))  # what disturbs only adds
 
 
-def lengths(chunk: ChunkPlan, layer: int | None) -> list[int]:
-    """Tokens per sample that decoder layer ``layer`` sees; None: unpruned."""
-    found = chunk.real.sum(1).tolist()
-    for image in chunk.images:
-        found[image.sample] -= len(image.layout) - (len(image.layout) if layer is None else image.tokens_at(layer))
-    return found
+Stages = list[tuple[int, list[int]]]  # (first decoder layer, tokens per sample from there on), ascending from layer 0
 
 
 def compare(chunk: ChunkPlan, language_model: nn.Module, localizer_seconds: float = 0.0) -> Estimate:
@@ -178,27 +222,68 @@ def compare(chunk: ChunkPlan, language_model: nn.Module, localizer_seconds: floa
     Returns:
         Estimate.
     """
-    geometry, weight = Geometry.of(language_model), next(language_model.layers[0].parameters())
-    speed = measure_speed(geometry, weight.device, weight.dtype)
-    layers = range(geometry.num_layers)
-    full = lengths(chunk, None)
-    before = _cost(geometry, speed, [full for _ in layers], weight.element_size())
-    pruned = _cost(geometry, speed, [lengths(chunk, layer) for layer in layers], weight.element_size())
-    own = PLAN_SECONDS + speed.hook * (geometry.num_layers + 8)
+    layers = range(len(language_model.layers))
+    stages = [(layer, _lengths(chunk, layer)) for layer in (0, *chunk.steps)]
+    scored = 0.0
     for layer, step in chunk.steps.items():
         if step.rows is not None:
-            seen = lengths(chunk, layer - 1)
-            flops = sum(geometry.score_flops(step.rows.shape[1], seen[sample]) for sample in step.sample.tolist())
-            own += flops * speed.attention * 2  # logits once; exponentials weigh as much again
-    after = Cost(
-        [sum(image.tokens_at(layer) for layer in layers) / geometry.num_layers for image in chunk.images],
-        pruned.flops,
-        pruned.kv_bytes,
-        pruned.seconds + own,
-    )
-    before = Cost([float(len(image.layout)) for image in chunk.images], before.flops, before.kv_bytes, before.seconds)
-    saved = before.seconds - after.seconds - localizer_seconds
-    prune = saved > MARGIN * before.seconds
+            seen = _lengths(chunk, layer - 1)
+            scored += sum(step.rows.shape[1] * seen[sample] for sample in step.sample.tolist())
+    before = [float(len(image.layout)) for image in chunk.images]
+    after = [sum(image.tokens_at(layer) for layer in layers) / len(layers) for image in chunk.images]
+    steps = len(chunk.steps) + (chunk.pool is not None)
+    return _estimate(language_model, _lengths(chunk, None), stages, scored, steps, before, after, localizer_seconds)
+
+
+def glance(
+    method: Method, real: list[int], vision: list[int], language_model: nn.Module, localizer_seconds: float = 0.0
+) -> Estimate:
+    """The most that a prefill can gain, before it is planned: planning alone would be too dear for the smallest ones.
+
+    Args:
+        method: what to prune.
+        real, vision: tokens and vision tokens per sample.
+        language_model, localizer_seconds: as in ``compare``.
+    Returns:
+        Estimate, tokens per sample; where its ``prune`` is False, that of ``compare`` would be too, but for what rounding
+        does to several images of a sample.
+    """
+    left = [method.least(count) for count in vision]
+    count = len(language_model.layers)
+    stages: Stages = []
+    for layer in sorted({0, *(layer for one in left for layer in one)}):
+        held = [_at(one, layer) for one in left]
+        stages.append((layer, [all_ - seen + kept for all_, seen, kept in zip(real, vision, held, strict=True)]))
+    before = [float(seen) for seen in vision if seen]
+    after = [
+        sum(_at(one, layer) for layer in range(count)) / count for one, seen in zip(left, vision, strict=True) if seen
+    ]
+    return _estimate(language_model, real, stages, 0.0, 0, before, after, localizer_seconds)
+
+
+def _at(table: dict[int, int], layer: int) -> int:
+    return table[max(first for first in table if first <= layer)]
+
+
+def _estimate(
+    language_model: nn.Module,
+    full: list[int],
+    stages: Stages,
+    scored: float,
+    steps: int,
+    tokens_before: list[float],
+    tokens_after: list[float],
+    localizer_seconds: float,
+) -> Estimate:
+    """Price both ways. scored: rows x keys of all scoring; steps: cuts and poolings."""
+    geometry, weight = Geometry.of(language_model), next(language_model.layers[0].parameters())
+    speed = measure_speed(geometry, weight.device, weight.dtype)
+    before = _cost(geometry, speed, [(0, full)], weight.element_size(), tokens_before)
+    after = _cost(geometry, speed, stages, weight.element_size(), tokens_after)
+    own = speed.call + speed.image * len(tokens_before) + speed.hook * (geometry.num_layers + 8) + speed.step * steps
+    own += geometry.score_flops(1, 1) * scored * speed.attention * 2  # logits once; exponentials weigh as much again
+    after = replace(after, seconds=after.seconds + own)
+    prune = before.seconds - after.seconds - localizer_seconds > MARGIN * before.seconds
     share = f"{1000 * before.seconds:.1f} ms of prefill, {1000 * after.seconds:.1f} ms pruned"
     if localizer_seconds:
         share += f" and {1000 * localizer_seconds:.1f} ms for the localizer"
@@ -206,16 +291,25 @@ def compare(chunk: ChunkPlan, language_model: nn.Module, localizer_seconds: floa
     return Estimate(before, after, prune, f"{verdict}: {share} (predicted)")
 
 
-def _cost(geometry: Geometry, speed: Speed, per_layer: Sequence[list[int]], element_size: int) -> Cost:
+def _lengths(chunk: ChunkPlan, layer: int | None) -> list[int]:
+    """Tokens per sample that decoder layer ``layer`` sees; None: unpruned."""
+    found = chunk.real.sum(1).tolist()
+    for image in chunk.images:
+        found[image.sample] -= len(image.layout) - (len(image.layout) if layer is None else image.tokens_at(layer))
+    return found
+
+
+def _cost(geometry: Geometry, speed: Speed, stages: Stages, element_size: int, tokens: list[float]) -> Cost:
     flops, seconds, kv_tokens = 0.0, 0.0, 0
-    for counts in per_layer:
-        padded = len(counts) * max(counts)
+    for (layer, counts), (end, _) in zip(stages, [*stages[1:], (geometry.num_layers, [])], strict=True):
         attention = sum(geometry.attention_flops(count) for count in counts)
-        flops += geometry.matrix_flops(sum(counts)) + attention
         padded_attention = len(counts) * geometry.attention_flops(max(counts))
-        seconds += speed.matrix_seconds(padded) + speed.attention * padded_attention
-        kv_tokens += sum(counts)
-    return Cost([], flops, 2 * geometry.num_kv_heads * geometry.head_dim * element_size * kv_tokens, seconds)
+        matrices = speed.matrix_seconds(len(counts) * max(counts))
+        flops += (end - layer) * (geometry.matrix_flops(sum(counts)) + attention)
+        seconds += (end - layer) * (matrices + speed.attention * padded_attention)
+        kv_tokens += (end - layer) * sum(counts)
+    held = 2 * geometry.num_kv_heads * geometry.head_dim * element_size * kv_tokens
+    return Cost(tokens, flops, held, seconds)
 
 
 def estimate(
@@ -227,6 +321,7 @@ def estimate(
     processor: Any = None,
     image_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
     localizer_seconds: float = 0.0,
+    plan: bool = True,
 ) -> Estimate:
     """Predict what pruning one prompt saves; nothing runs on the model.
 
@@ -234,13 +329,18 @@ def estimate(
         model, method, region, processor, image_size: as for ``patch``.
         inputs: what the model would be called with: ``input_ids``, ``pixel_values`` and so on.
         localizer_seconds: what finding the region costs, to be earned back.
+        plan: False asks at a glance, before a region is known: what the method can gain at most, tokens per sample. Takes a
+            tenth of a millisecond.
     Returns:
         Estimate: tokens and FLOPs are exact, seconds come from measured constants of this device
         (``measure_speed``, a fraction of a second at first use).
     Raises:
         TypeError, ValueError: as ``patch``; ValueError: the prompt holds no image.
     """
-    chunk = Planner(model, method, region, processor, image_size).plan(inputs)
-    if chunk is None:
+    planner = Planner(model, method, region, processor, image_size)
+    found = planner.plan(inputs) if plan else planner.counts(inputs)
+    if found is None:
         raise ValueError("estimate: the prompt must hold an image, got none")
-    return compare(chunk, adapter_for(model).language_model(model), localizer_seconds)
+    if plan:
+        return compare(found, planner.language_model, localizer_seconds)
+    return glance(planner.method, *found, planner.language_model, localizer_seconds)

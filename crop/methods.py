@@ -57,6 +57,12 @@ def budget_of(op: str, keep: float | int, layout: VisionLayout) -> int:
     return min(max(count, 1), len(layout))
 
 
+def budget_alone(keep: float | int, tokens: int) -> int:
+    """As ``budget_of`` where no more is known of an image than its number of tokens."""
+    count = int(keep) if isinstance(keep, Integral) else round(keep * tokens)
+    return min(max(count, 1), tokens)
+
+
 def _check_count(op: str, name: str, value: int, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
@@ -106,6 +112,13 @@ class Method:
         (all, if there are no more), by the order of its own ``Selection``; there a negative priority means last.
         """
         return None
+
+    def least(self, tokens: int) -> dict[int, int]:
+        """The fewest of an image's ``tokens`` that can be left, by the first decoder layer that sees no more, from 0 on.
+
+        Known before the image's geometry is: what cannot pay need not be planned.
+        """
+        return {0: 0}
 
     def recycle(self, num_keep: int, num_candidates: int) -> tuple[int, int]:
         """Of one image at ``layer``: how many of the kept tokens take others in, and how many they take in."""
@@ -221,6 +234,10 @@ class PreLLMCompression(Method):
     def pool_mode(self) -> Literal["mean", "max"]:
         return self.mode
 
+    def least(self, tokens: int) -> dict[int, int]:
+        """The budget, or as if all were outside the region."""
+        return {0: tokens // self.outside**2 if self.keep is None else budget_alone(self.keep, tokens)}
+
     def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
         """Cells of one image.
 
@@ -334,6 +351,10 @@ class InnerLLMPruning(Method):
             priority += 1
         return Selection(num_keep, torch.from_numpy(priority), weight)
 
+    def least(self, tokens: int) -> dict[int, int]:
+        """The budget; "strict" may find an empty region."""
+        return {0: tokens, self.layer: 0 if self.mode == "strict" else budget_alone(self.keep, tokens)}
+
     def _floor(self, layout: VisionLayout, level: Tensor) -> np.ndarray:
         """Indices of the patches nearest to the middle of each floor cell outside the ring."""
         label = layout.block(self.floor).masked_fill(layout.group(level) != OUTSIDE, -1)
@@ -368,6 +389,10 @@ class Pyramid(Method):
     @property
     def cuts(self) -> tuple[Method, ...]:
         return self.stages
+
+    def least(self, tokens: int) -> dict[int, int]:
+        """That of every stage."""
+        return {layer: count for stage in self.stages for layer, count in stage.least(tokens).items()}
 
     @classmethod
     def steps(cls, layers: Sequence[int], keep: float = 0.5, **more: Any) -> Pyramid:
@@ -426,6 +451,11 @@ class Compose(Method):
     def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
         """As ``plc.plan``."""
         return self.plc.plan(layout, region)
+
+    def least(self, tokens: int) -> dict[int, int]:
+        """That of ``ilp``, of what ``plc`` leaves."""
+        start = self.plc.least(tokens)[0]
+        return {layer: min(start, count) for layer, count in self.ilp.least(tokens).items()}
 
     def select(self, layout: VisionLayout, region: Region) -> Selection | None:
         """As ``ilp.select``."""

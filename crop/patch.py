@@ -73,6 +73,5 @@ def patch(
     with ExitStack() as undo:
         _patched.add(planner.language_model)
         undo.callback(_patched.discard, planner.language_model)
-        for door in (Calls(block, auto), PoolingDoor(block), PruningDoor(block)):
-            door.install(undo)
+        Calls(block, (PoolingDoor(block), PruningDoor(block)), auto).install(undo)
         yield block.stats

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -112,6 +113,21 @@ class Planner:
         real = real_tokens(arguments, ids) if found else None
         return self._plan_images(method or self.method, ids, found, real, arguments) if found else None
 
+    def counts(self, arguments: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
+        """Real tokens and vision tokens per sample of one call; None: it holds no image."""
+        if not brings_images(arguments, self.adapter.videos):
+            return None
+        ids = arguments["input_ids"].cpu()
+        vision = self.adapter.is_vision(self.model.config, ids).sum(1).tolist()
+        return (real_tokens(arguments, ids).sum(1).tolist(), vision) if any(vision) else None
+
+    def unpruned(self, arguments: Mapping[str, Any]) -> Callable[[], ChunkPlan]:
+        """The plan of one call that prunes nothing, made when somebody asks; holds no pixels, features or cache."""
+        later = copy.copy(self)
+        later.readmit, later.given = False, None if self.given is None else _light(self.given)
+        arguments = _light(arguments)
+        return lambda: later.plan(arguments, method=Method())
+
     def _plan_with_memory(self, ids: Tensor, found: Images, arguments: Mapping[str, Any], run: Run) -> ChunkPlan | None:
         """Plan the call, or the whole conversation when a new block goes on with it."""
         cache, layer = cache_of(arguments), self.method.cuts[0].layer
@@ -155,3 +171,13 @@ class Planner:
             scored = [layer for layer, step in chunk.steps.items() if step.rows is not None]
             refuse_short_sight(scored, self.language_model.config, total)
         return chunk
+
+
+def _light(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call with True in the place of whatever is large and says nothing of the geometry."""
+    heavy = ("pixel_values", "pixel_values_videos")
+    light = {name: value for name, value in arguments.items() if name not in ("cache", "past_key_values", "streamer")}
+    light |= {name: True for name in heavy if light.get(name) is not None}
+    if light.get("mm_encoder_outputs"):
+        light["mm_encoder_outputs"] = dict.fromkeys(light["mm_encoder_outputs"], True)
+    return light

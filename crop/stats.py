@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .chunk import ChunkPlan
+from .chunk import ChunkPlan, ImagePlan
 from .estimate import Estimate
 from .plan import PoolPlan
 from .region import VisionLayout
@@ -41,31 +43,59 @@ class PruneStats:
         layer_average: vision tokens per image, averaged over the decoder layers; with one cut
             ``(layer * after_plc + (num_layers - layer) * after_ilp) / num_layers``.
         layouts: geometry of each image's tokens before pruning.
-        estimate: what ``patch(auto=True)`` predicted, None otherwise.
+        estimate: what ``patch(auto=True)`` predicted, None otherwise. Where it left a prefill alone, ``seconds`` is empty.
     """
 
-    tokens_before: list[int] = field(default_factory=list)
-    tokens_after_plc: list[int] = field(default_factory=list)
-    tokens_after_ilp: list[int] = field(default_factory=list)
-    tokens_from: dict[int, list[int]] = field(default_factory=dict)
-    layer_average: list[float] = field(default_factory=list)
-    layouts: list[VisionLayout] = field(default_factory=list)
     estimate: Estimate | None = None
-    _chunk: ChunkPlan | None = field(default=None, repr=False)
+    _planned: Callable[[], ChunkPlan] | None = field(default=None, repr=False)
     _num_layers: int = field(default=0, repr=False)
     _selected: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _spans: list[tuple[str, object, object]] = field(default_factory=list, repr=False)
 
+    @cached_property
+    def _chunk(self) -> ChunkPlan | None:
+        return None if self._planned is None else self._planned()
+
+    @property
+    def _images(self) -> Sequence[ImagePlan]:
+        return () if self._chunk is None else self._chunk.images
+
+    @property
+    def layouts(self) -> list[VisionLayout]:
+        return [image.layout for image in self._images]
+
+    @property
+    def tokens_before(self) -> list[int]:
+        return [image.layout.num_original for image in self._images]
+
+    @property
+    def tokens_after_plc(self) -> list[int]:
+        return [len(image.pooled) for image in self._images]
+
+    @property
+    def tokens_after_ilp(self) -> list[int]:
+        return [image.tokens_at(self._num_layers - 1) for image in self._images]
+
+    @property
+    def tokens_from(self) -> dict[int, list[int]]:
+        if self._chunk is None:
+            return {}
+        return {layer: [image.tokens_at(layer) for image in self._images] for layer in (0, *self._chunk.steps)}
+
+    @property
+    def layer_average(self) -> list[float]:
+        layers = range(self._num_layers)
+        return [sum(image.tokens_at(layer) for layer in layers) / len(layers) for image in self._images]
+
     @property
     def plans(self) -> list[PoolPlan | None]:
         """Pooling plan per image, None where it was left whole."""
-        images = [] if self._chunk is None else self._chunk.images
-        return [image.plan if image.late is None else image.late.outcome() for image in images]
+        return [image.plan if image.late is None else image.late.outcome() for image in self._images]
 
     @property
     def pooled(self) -> list[VisionLayout]:
         """Geometry of each image's tokens after pooling, in the shortened sequence."""
-        return [] if self._chunk is None else [image.pooled for image in self._chunk.images]
+        return [image.pooled for image in self._images]
 
     @property
     def kept(self) -> list[Tensor]:
@@ -93,17 +123,10 @@ class PruneStats:
             total[stage] = total.get(stage, 0.0) + elapsed(start, stop)
         return total
 
-    def _begin(self, chunk: ChunkPlan, num_layers: int) -> None:
-        self._chunk, self._num_layers, self._selected, self._spans = chunk, num_layers, {}, []
-        images = chunk.images
-        self.tokens_before = [image.layout.num_original for image in images]
-        self.tokens_after_plc = [len(image.pooled) for image in images]
-        self.tokens_after_ilp = [image.tokens_at(num_layers - 1) for image in images]
-        self.tokens_from = {layer: [image.tokens_at(layer) for image in images] for layer in (0, *chunk.steps)}
-        self.layouts = [image.layout for image in images]
-        self.layer_average = [
-            sum(image.tokens_at(layer) for layer in range(num_layers)) / num_layers for image in images
-        ]
+    def _begin(self, planned: Callable[[], ChunkPlan], num_layers: int) -> None:
+        """A prefill begins; its plan is asked for when somebody looks."""
+        self._planned, self._num_layers, self._selected, self._spans = planned, num_layers, {}, []
+        self.__dict__.pop("_chunk", None)
 
     def _add(self, stage: str, start: object, stop: object) -> None:
         self._spans.append((stage, start, stop))

@@ -12,11 +12,14 @@ from tiny_models import build_model, standard_batch
 
 import crop
 from crop.estimate import Geometry, Speed
+from crop.planner import Planner
 
 module = sys.modules["crop.estimate"]  # its name in the package is the function
 REGION = crop.Region.box(0.0, 0.0, 0.5, 0.5)
-SLOW_MATRICES = Speed(matrices=(1.0, 4.0, 16.0, 64.0), attention=0.0, hook=0.0)  # in proportion to the tokens
-SLOW_HOOKS = Speed(matrices=(1e-6,) * 4, attention=0.0, hook=1.0)
+FREE = dict(attention=0.0, hook=0.0, call=0.0, image=0.0, step=0.0)
+SLOW_MATRICES = Speed(**FREE | dict(matrices=(1.0, 4.0, 16.0, 64.0)))  # in proportion to the tokens
+SLOW_HOOKS = Speed(**FREE | dict(matrices=(1e-6,) * 4, hook=1.0))
+SLOW_STEPS = Speed(**FREE | dict(matrices=(1.0, 4.0, 16.0, 64.0), step=1e3))
 
 
 @pytest.fixture(params=["llava", "qwen2_5_vl"])
@@ -64,7 +67,7 @@ def test_flops_by_hand(prompt: tuple[Any, dict[str, Any]]) -> None:
     assert predicted.before.flops == per_layer * config.num_hidden_layers
 
 
-@pytest.mark.parametrize(("speed", "prunes"), [(SLOW_MATRICES, True), (SLOW_HOOKS, False)])
+@pytest.mark.parametrize(("speed", "prunes"), [(SLOW_MATRICES, True), (SLOW_HOOKS, False), (SLOW_STEPS, False)])
 def test_auto_follows_the_estimate(
     prompt: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, speed: Speed, prunes: bool
 ) -> None:
@@ -81,6 +84,64 @@ def test_auto_follows_the_estimate(
     assert torch.equal(plain, auto) is not prunes
 
 
+def test_what_cannot_pay_is_neither_planned_nor_hooked(
+    prompt: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = prompt
+    monkeypatch.setattr(module, "measure_speed", lambda *_: SLOW_HOOKS)
+    planned = []
+    monkeypatch.setattr(Planner, "plan", lambda self, *args, plan=Planner.plan, **kw: planned.append(1) or plan(self, *args, **kw))  # fmt: skip
+    decoder = model.model.language_model
+    with torch.no_grad(), crop.patch(model, METHODS[2], regions(inputs), auto=True) as stats:
+        cache = model(**inputs, use_cache=True).past_key_values
+        assert not planned and not any(layer._forward_pre_hooks for layer in decoder.layers)
+        assert not decoder._forward_pre_hooks
+        count = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
+        assert stats.tokens_before == stats.tokens_after_ilp == count and planned
+        assert stats.seconds == {} and [len(kept) for kept in stats.kept] == count
+        monkeypatch.setattr(module, "measure_speed", lambda *_: SLOW_MATRICES)
+        model(**inputs)  # the next one pays: the doors open
+        assert decoder.layers[0]._forward_pre_hooks and max(stats.tokens_after_ilp) < max(count)
+        assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+    assert not decoder.layers[0]._forward_pre_hooks
+
+
+def test_a_cache_that_was_pruned_is_used_under_auto(
+    prompt: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = prompt
+    inputs = standard_batch(model.config.model_type, "single", 1).inputs
+    text = torch.tensor([[5, 6, 7]])
+    monkeypatch.setattr(module, "measure_speed", lambda *_: SLOW_HOOKS)
+
+    def second_turn(**more: Any) -> torch.Tensor:
+        with torch.no_grad():
+            with crop.patch(model, METHODS[2], regions(inputs)):
+                cache = model(**inputs, use_cache=True).past_key_values
+            with crop.patch(model, METHODS[2], **more):
+                return model(input_ids=text, past_key_values=cache).logits
+
+    assert torch.equal(second_turn(auto=True), second_turn())
+
+
+@pytest.mark.parametrize("method", [*METHODS, crop.PreLLMCompression(), crop.InnerLLMPruning(mode="strict", layer=1),
+                                    crop.Pyramid.steps((1, 2), 0.5)])  # fmt: skip
+def test_a_glance_promises_no_less_than_the_plan(prompt: tuple[Any, dict[str, Any]], method: crop.Method) -> None:
+    model = prompt[0]
+    inputs = standard_batch(model.config.model_type, "single", 1).inputs
+    planner = Planner(model, method, regions(inputs), None, None)
+    if isinstance(method, crop.InnerLLMPruning) and method.mode == "strict":
+        planner = Planner(model, method, [REGION], _Resize(), None)
+    chunk, decoder = planner.plan(inputs), model.model.language_model
+    seen, known = module.glance(method, *planner.counts(inputs), decoder), module.compare(chunk, decoder)
+    assert (seen.before.flops, seen.before.kv_bytes, seen.before.tokens) == (known.before.flops, known.before.kv_bytes,
+                                                                             known.before.tokens)  # fmt: skip
+    assert seen.after.flops <= known.after.flops and seen.after.tokens <= known.after.tokens
+    assert seen.after.seconds <= known.after.seconds
+    if method in METHODS:
+        assert seen.after.flops == known.after.flops and seen.after.tokens == known.after.tokens
+
+
 def test_localizer_must_be_earned_back(prompt: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = prompt
     monkeypatch.setattr(module, "measure_speed", lambda *_: SLOW_MATRICES)
@@ -92,14 +153,15 @@ def test_localizer_must_be_earned_back(prompt: tuple[Any, dict[str, Any]], monke
 
 
 def test_speed_is_interpolated() -> None:
-    speed = Speed(matrices=(1.0, 2.0, 4.0, 16.0), attention=0.0, hook=0.0)
+    speed = Speed(**FREE | dict(matrices=(1.0, 2.0, 4.0, 16.0)))
     assert [speed.matrix_seconds(n) for n in (1, 16, 40, 64, 256, 1024, 2048)] == [1, 1, 1.5, 2, 4, 16, 32]
 
 
 def test_measured_speed_is_positive_and_remembered(prompt: tuple[Any, dict[str, Any]]) -> None:
     geometry = Geometry.of(prompt[0].model.language_model)
     speed = module.measure_speed(geometry, torch.device("cpu"), torch.float32)
-    assert min(*speed.matrices, speed.attention, speed.hook) > 0
+    assert min(*speed.matrices, speed.attention, speed.hook, speed.step) > 0
+    assert min(speed.call, speed.image) >= 0 and speed.call + speed.image > 0
     assert module.measure_speed(geometry, torch.device("cpu"), torch.float32) is speed
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crop.methods import Method, budget_of, check_keep
+from crop.methods import Method, budget_alone, budget_of, check_keep
 from crop.plan import PoolPlan
 from crop.region import PADDING, Region, VisionLayout
 
@@ -60,6 +60,10 @@ class _Control(Method):
             return None
         level = torch.zeros(len(layout), dtype=torch.uint8)
         return PoolPlan.from_labels(self._label(layout, count), layout.row, layout.col, level)
+
+    def least(self, tokens: int) -> dict[int, int]:
+        """The budget."""
+        return {0: budget_alone(self.keep, tokens)}
 
     def _label(self, layout: VisionLayout, count: int) -> Tensor:
         raise NotImplementedError

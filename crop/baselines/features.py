@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crop.late import Cells, Features, LatePlan
-from crop.methods import Method, budget_of, check_keep
+from crop.methods import Method, budget_alone, budget_of, check_keep
 from crop.region import Region, VisionLayout
 
 
@@ -29,6 +29,10 @@ class _ByFeatures(Method):
         if count == len(layout):
             return None
         return LatePlan(count, len(layout), lambda features: self._decide(features, count))
+
+    def least(self, tokens: int) -> dict[int, int]:
+        """The budget."""
+        return {0: budget_alone(self.keep, tokens)}
 
     def _decide(self, features: Features, count: int) -> Cells:
         raise NotImplementedError

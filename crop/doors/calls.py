@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 
-from ..estimate import compare
-from ..inputs import brings_images, refuse_generation, replace_method
-from ..methods import Method
+from ..cache import cache_state
+from ..estimate import compare, glance
+from ..inputs import brings_images, cache_of, refuse_generation, replace_method
 from ..run import Run
 from ..stats import mark
 from .block import Block, Door, device_of, hook
@@ -22,12 +22,14 @@ class Calls(Door):
     """Begins and ends every call of the model.
 
     Args:
-        auto: leave a prefill alone where pruning is predicted not to pay.
+        behind: the doors that a call meets next.
+        auto: leave a prefill alone where pruning is predicted not to pay. The doors behind stay out of the model until a
+            call needs them.
     """
 
-    def __init__(self, block: Block, auto: bool) -> None:
+    def __init__(self, block: Block, behind: Sequence[Door], auto: bool) -> None:
         super().__init__(block)
-        self.auto = auto
+        self.closed, self.auto = list(behind), auto
 
     def install(self, undo: ExitStack) -> None:
         """Register the hooks, and their removal with ``undo``."""
@@ -42,6 +44,13 @@ class Calls(Door):
         hook(undo, tower.register_forward_hook, self._leave_vision_tower)
         hook(undo, base.register_forward_pre_hook, self._enter, with_kwargs=True)
         hook(undo, base.register_forward_hook, self._leave, always_call=True)
+        self.undo = undo
+        if not self.auto or self.block.salience is not None:  # that must see the vision tower
+            self._open()
+
+    def _open(self) -> None:
+        while self.closed:
+            self.closed.pop(0).install(self.undo)
 
     # generate(): refuse what cannot be right, note how often every sample is repeated
 
@@ -78,6 +87,9 @@ class Calls(Door):
                 "use a lock, or a copy of the model per thread"
             )
         self.block.run = run = Run()
+        state = cache_state(cache_of(arguments))
+        if state.pooled is not None or state.cuts or state.moved:
+            self._open()  # an earlier block has pruned it
         input_ids = arguments.get("input_ids")
         if input_ids is None:
             if brings_images(arguments, self.adapter.videos):
@@ -86,19 +98,34 @@ class Calls(Door):
         if self.adapter.makes_masks:
             run.given_mask = arguments.get("attention_mask")
             run.two_way = self.adapter.two_way and arguments.get("token_type_ids") is not None
+        if self.auto and not self._may_pay(arguments):
+            return
         start = mark(input_ids.device)
         chunk = self.planner.plan(arguments, run)
         if chunk is None:
             return
-        if self.auto and (chunk.pool is not None or chunk.steps):
+        if self.auto:
             self.stats.estimate = compare(chunk, self.language_model)
             if not self.stats.estimate.prune:
-                chunk = self.planner.plan(arguments, run, Method())
-        self.stats._begin(chunk, len(self.layers))
+                self.stats._begin(self.planner.unpruned(arguments), len(self.layers))
+                return
+            self._open()
+        self.stats._begin(lambda: chunk, len(self.layers))
         self.stats._add("plan", start, mark(input_ids.device))
         run.timed = True
         if chunk.pool is not None or chunk.steps or run.recalled is not None:
             run.chunk = chunk
+
+    def _may_pay(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call is worth planning; notes why not."""
+        counts = self.planner.counts(arguments)
+        if counts is None:
+            return False
+        found = glance(self.method, *counts, self.language_model)
+        if not found.prune:
+            self.stats.estimate = found
+            self.stats._begin(self.planner.unpruned(arguments), len(self.layers))
+        return found.prune
 
     def _leave(self, *_: Any) -> None:
         self.block.run = None
