@@ -165,7 +165,7 @@ def main() -> None:
                     tables["head, by kind"][question.kind].add(answer, question)
     print(header())
     print(f"# seeds {options.first}..{options.first + options.scenes - 1}, method {options.method}, keep {options.keep}; "
-          f"ms: medians, vision tower included once; weights {digest}")  # fmt: skip
+          f"ms: medians, the vision tower is no part of the localizer's; weights {digest}")  # fmt: skip
     for title, rows in tables.items():
         print(title.ljust(28) + "".join(cell.rjust(14) for cell in COLUMNS))
         for name, row in rows.items():

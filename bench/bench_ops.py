@@ -2,7 +2,9 @@
 
 Every contender is checked before anything is timed; a wrong one stops the run. Contenders take turns, so that a busy
 machine slows all of them alike, and the ratio is the median over rounds of (best torch form / crop) within one round.
-Losing rows stay in the table. Run:
+Losing rows stay in the table. Where `floor us` stands, the same rounds also timed what no program can leave out: one read of
+the keys (one scoring row) or the bare product of queries and keys in float32 (more rows); `most` is the ratio that a program
+of exactly this length would reach. Run:
 
     python bench/bench_ops.py [--op select] [--threads 1] [--clock cpu] [--json bench/results/ops.json]
 """
@@ -39,6 +41,7 @@ class Case:
     peers: dict[str, Call]
     same: Callable[[Any, Any], bool]
     bar: float  # required ratio
+    floor: Call | None = None  # the work that cannot be left out
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -84,6 +87,17 @@ def mass_forms(query: Tensor, key: Tensor, keep: int) -> dict[str, Call]:
     return {"repeat": repeat, "grouped": grouped, "einsum": einsum, "sdpa lse": flash_lse}
 
 
+def mass_floor(query: Tensor, key: Tensor) -> Call:
+    """One read of the keys for one row; the bare product in float32, into memory that is there, for more."""
+    if query.shape[2] == 1:
+        words = key.view(torch.float32)
+        return lambda: words.sum()
+    left = query.float().unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    right = key.float().mT
+    out = left @ right
+    return lambda: torch.matmul(left, right, out=out)
+
+
 def mass_cases() -> Iterator[Case]:
     for heads, groups, dim in ((32, 8, 128), (28, 4, 128), (16, 16, 64)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -109,6 +123,7 @@ def mass_cases() -> Iterator[Case]:
                     peers,
                     same,
                     (2.0 if rows <= 32 else 1.0) if tokens >= 4096 else 0.0,
+                    mass_floor(query, key),
                 )
 
 
@@ -255,7 +270,7 @@ def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, An
     for name, peer in case.peers.items():
         if not case.same(peer(), mine):
             raise SystemExit(f"{case.op} {case.shape} {case.dtype}: {name} disagrees with crop")
-    calls = {"crop": case.crop, **case.peers}
+    calls = {"crop": case.crop, **case.peers} | ({"floor": case.floor} if case.floor else {})
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     repeat = 1
     for turn in range(rounds + 1):  # the first round warms up and finds how many calls last a millisecond
@@ -270,6 +285,10 @@ def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, An
     best = min(case.peers, key=lambda name: statistics.median(seconds[name]))
     ratios = sorted(b / c for b, c in zip(seconds[best], seconds["crop"], strict=True))
     ratio = statistics.median(ratios)
+
+    def ratio_of(name: str) -> float:
+        return round(statistics.median(b / c for b, c in zip(seconds[best], seconds[name], strict=True)), 2)
+
     return {
         "op": case.op,
         "shape": case.shape,
@@ -280,6 +299,8 @@ def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, An
         "ratio": round(ratio, 2),
         "p10": round(ratios[len(ratios) // 10], 2),
         "p90": round(ratios[len(ratios) * 9 // 10], 2),
+        "floor us": round(statistics.median(seconds["floor"]) * 1e6, 1) if case.floor else None,
+        "most": ratio_of("floor") if case.floor else None,
         "bar": case.bar or None,
         "met": None if not case.bar else "yes" if ratio >= case.bar else "NO",
     }

@@ -92,10 +92,11 @@ def interleave(
             _wait()
             if turn >= warmup:
                 seconds[name].append((time.perf_counter() - start) / repeat)
-    return {name: _timing(values) for name, values in seconds.items()}
+    return {name: timing(values) for name, values in seconds.items()}
 
 
-def _timing(values: list[float]) -> Timing:
+def timing(values: Sequence[float]) -> Timing:
+    """Median and spread of measured values."""
     if len(values) == 1:
         return Timing(values[0], values[0], values[0])
     deciles = statistics.quantiles(values, n=10, method="inclusive")

@@ -6,11 +6,12 @@
 #   tests      operator tests on the GPU, graphs, streams, patched models on flash attention
 #   sanitizer  compute-sanitizer memcheck, racecheck and synccheck on small shapes
 #   kernels    bench/bench_kernels.py
-#   e2e        bench/bench_prefill.py
+#   e2e        python -m bench.e2e: whole models of full size
 #
 # A part writes OUT/<part>.txt (benches also .json) and its line of OUT/summary.json; one that has succeeded is not run
 # again unless --only names it. Without a GPU a part says that it was skipped and why; the kernel bench checks its
-# contenders on small shapes. Settings: PYTHON (python3), CROP_CUDA_ARCHS (that of the GPU), PART_SECONDS (120).
+# contenders on small shapes. Settings: PYTHON (python3), CROP_CUDA_ARCHS (that of the GPU), PART_SECONDS (120), E2E_SECONDS
+# (170: begins no row in the last 50; called again with --only e2e, it goes on with those that are missing).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 usage() { sed -n '4p' "$0" | cut -c3- >&2; exit 2; }
@@ -66,7 +67,8 @@ run_kernels() { limited "$python" bench/bench_kernels.py --json "$out/kernels.js
 
 run_e2e() {
     [ -n "$arch" ] || { skip "no GPU"; return; }
-    limited "$python" bench/bench_prefill.py --json "$out/e2e.json"
+    local most=${E2E_SECONDS:-170}
+    timeout "$most" "$python" -m bench.e2e --time $((most - 50)) --json "$out/e2e.json"
 }
 
 note() { # part, status, seconds

@@ -53,7 +53,7 @@ class Answer:
         region: what the localizer returned.
         tokens: counts.
         layout, plan, kept: for ``visualize.overlay``.
-        seconds: time of each stage in ``STAGES``. "vision" is nearly zero where the localizer has run the tower already;
+        seconds: time of each stage in ``STAGES``. The vision tower counts as "vision", also where the localizer ran it;
             "prefill" is the language model's, pooling and scoring included; "decode" the rest of generate().
     """
 
@@ -151,10 +151,11 @@ class Asker:
             Answer.
         """
         model = self.model
-        with share_vision(model):
+        with share_vision(model) as vision:
             times = [time.perf_counter()]
             region = localizer(image, question)
             times.append(time.perf_counter())
+            seen = vision.seconds  # by the localizer
             inputs = encode(self.processor, image, question, self.prompt).to(model.device, dtype=model.dtype)
             times.append(time.perf_counter())
             with patch(model, method, region, processor=self.processor, image_size=image.size) as stats:
@@ -164,10 +165,10 @@ class Asker:
         localized, encoded, generated = (stop - start for start, stop in pairwise(times))
         spent = stats.seconds
         seconds = {
-            "localizer": localized,
+            "localizer": localized - seen,
             "preprocess": encoded,
             "plan": spent["plan"],
-            "vision": spent["vision"],
+            "vision": seen + spent["vision"],
             "prefill": spent["language_model"],
         }
         seconds["decode"] = localized + encoded + generated - sum(seconds.values())

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .models import adapter_for
+from .planner import Planner
 
 if TYPE_CHECKING:
     from .chunk import ChunkPlan
@@ -239,9 +240,7 @@ def estimate(
     Raises:
         TypeError, ValueError: as ``patch``; ValueError: the prompt holds no image.
     """
-    from .patch import plan_prompt
-
-    chunk = plan_prompt(model, inputs, method, region, processor=processor, image_size=image_size)
+    chunk = Planner(model, method, region, processor, image_size).plan(inputs)
     if chunk is None:
         raise ValueError("estimate: the prompt must hold an image, got none")
     return compare(chunk, adapter_for(model).language_model(model), localizer_seconds)

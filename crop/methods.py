@@ -35,7 +35,8 @@ class Selection:
     needs_scores: bool = True
 
 
-def _check_keep(op: str, keep: float | int) -> None:
+def check_keep(op: str, keep: float | int) -> None:
+    """Refuse what is neither a fraction in (0, 1] nor a token count: TypeError or ValueError in the name of ``op``."""
     if isinstance(keep, bool) or not isinstance(keep, Real):
         raise TypeError(f"{op}: keep must be a float in (0, 1] or an int >= 1, got {keep!r}")
     if isinstance(keep, Integral):
@@ -45,8 +46,8 @@ def _check_keep(op: str, keep: float | int) -> None:
         raise ValueError(f"{op}: keep as a fraction must be in (0, 1], got {keep}")
 
 
-def _budget(op: str, keep: float | int, layout: VisionLayout) -> int:
-    """Tokens that ``keep`` allows for this image, in [1, len(layout)]."""
+def budget_of(op: str, keep: float | int, layout: VisionLayout) -> int:
+    """Tokens that ``keep`` allows for this image, in [1, len(layout)]; ValueError: a count above its original tokens."""
     if isinstance(keep, Integral):
         if keep > layout.num_original:
             raise ValueError(f"{op}: keep as a token count must be <= num_original={layout.num_original}, got {keep}")
@@ -206,7 +207,7 @@ class PreLLMCompression(Method):
         _check_count(op, "ring", self.ring, 0)
         _check_choice(op, "mode", self.mode, ("mean", "max"))
         if self.keep is not None:
-            _check_keep(op, self.keep)
+            check_keep(op, self.keep)
             if self._strides != (1, 2, 4):
                 raise ValueError(
                     f"{op}: strides must be left at their defaults when keep is given, got {self._strides}"
@@ -236,7 +237,7 @@ class PreLLMCompression(Method):
         if self.keep is None:
             plan = plan_by_strides(layout, region, self.ring, self._strides)
         else:
-            budget = _budget("PreLLMCompression", self.keep, layout)
+            budget = budget_of("PreLLMCompression", self.keep, layout)
             if budget == len(layout):
                 return None
             plan = plan_by_budget(layout, region, self.ring, budget)
@@ -285,7 +286,7 @@ class InnerLLMPruning(Method):
 
     def __post_init__(self) -> None:
         op = "InnerLLMPruning"
-        _check_keep(op, self.keep)
+        check_keep(op, self.keep)
         _check_choice(op, "mode", self.mode, ("budget", "soft", "strict"))
         _check_count(op, "layer", self.layer, 1)
         _check_choice(op, "rows", self.rows, ("text", "last", "raters"))
@@ -315,7 +316,7 @@ class InnerLLMPruning(Method):
             if num_keep == len(layout):
                 return None
             return Selection(num_keep, inside.to(torch.int8) * 2 - 1, needs_scores=False)
-        num_keep = _budget("InnerLLMPruning", self.keep, layout)
+        num_keep = budget_of("InnerLLMPruning", self.keep, layout)
         if num_keep == len(layout):
             return None
         weight = None
@@ -448,7 +449,7 @@ def by_name(name: Literal["crop", "plc", "ilp", "none"], keep: float) -> Method 
     _check_choice("by_name", "name", name, ("crop", "plc", "ilp", "none"))
     if not isinstance(keep, float):
         raise TypeError(f"by_name: keep must be a float in (0, 1], got {keep!r}")
-    _check_keep("by_name", keep)
+    check_keep("by_name", keep)
     if name == "none":
         return None
     if name == "plc":

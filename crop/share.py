@@ -11,24 +11,42 @@ import torch
 from torch import Tensor, nn
 
 from .models import adapter_for
+from .stats import elapsed, mark
+
+_CPU = torch.device("cpu")
+
+
+class SharedVision:
+    """What ``share_vision`` yields."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[Any, Any]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Time that tower and projector have really run so far, whoever called them; waits for the device."""
+        return sum(elapsed(start, stop) for start, stop in self._spans)
 
 
 @contextmanager
-def share_vision(model: nn.Module) -> Iterator[None]:
+def share_vision(model: nn.Module) -> Iterator[SharedVision]:
     """Run the vision tower, and the projector behind it, once for equal images inside the block.
 
     A localizer that reads the model's own attention needs the image features that ``generate`` needs again::
 
-        with crop.share_vision(model):
+        with crop.share_vision(model) as vision:
             region = localizer(image, question)
             with crop.patch(model, method, region, processor=processor, image_size=image.size):
                 model.generate(**inputs)
+        print(vision.seconds)
 
     The last output is kept and handed out again when every tensor argument is equal, bit for bit. Calls that record
     gradients are never shared.
 
     Args:
         model: unmodified Hugging Face vision-language model of a supported family.
+    Yields:
+        SharedVision, with the time that the vision passes took.
     Raises:
         TypeError, ValueError: as ``patch`` for an unknown model. RuntimeError: the block is nested for one model.
     """
@@ -39,17 +57,18 @@ def share_vision(model: nn.Module) -> Iterator[None]:
         shared.append(base.multi_modal_projector)
     if any("forward" in vars(module) for module in shared):
         raise RuntimeError("share_vision: the vision tower's forward must not be replaced already, got a nested block")
+    vision = SharedVision()
     try:
         for module in shared:
-            module.forward = _remembered(module.forward)
-        yield
+            module.forward = _remembered(module.forward, vision._spans)
+        yield vision
     finally:
         for module in shared:
             vars(module).pop("forward", None)
 
 
-def _remembered(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a memory of its last call."""
+def _remembered(forward: Callable[..., Any], spans: list[tuple[Any, Any]]) -> Callable[..., Any]:
+    """The function with a memory of its last call; ``spans`` takes start and stop of the calls that it makes."""
     last: list[tuple[tuple[tuple, dict], Any]] = []
 
     def remembered(*args: Any, **kwargs: Any) -> Any:
@@ -58,7 +77,10 @@ def _remembered(forward: Callable[..., Any]) -> Callable[..., Any]:
         # Some families hand every keyword on to the tower, also the one that only the language model reads.
         seen = (args, {name: value for name, value in kwargs.items() if name != "use_cache"})
         if not last or not _same(last[0][0], seen):
+            device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), _CPU)
+            start = mark(device)
             last[:] = [(seen, forward(*args, **kwargs))]
+            spans.append((start, mark(device)))
         output = last[0][1]
         # Models write into the output object they get; the tensors in it stay as they are.
         return output if isinstance(output, Tensor) else copy.copy(output)

@@ -121,7 +121,8 @@ int compact(bool cuda, int64_t target, const std::vector<CompactRow>& table, Poi
             int64_t num_kept) {
     std::vector<crop::CompactTensor> tensors;
     for (const auto& [source, result, outer, num_tokens, row_bytes, batch_stride, outer_stride, token_stride] : table) {
-        if (outer < 1 || num_tokens < 0 || row_bytes < 1) return fail("compact: sizes must be positive");
+        if (negative({outer, num_tokens, row_bytes})) return fail("compact: sizes must not be negative");
+        if (outer == 0 || row_bytes == 0) continue;
         tensors.push_back({to<char>(source), to<char>(result), outer, num_tokens, row_bytes, batch_stride, outer_stride,
                            token_stride});
     }

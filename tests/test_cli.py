@@ -78,7 +78,8 @@ def test_json_schema_counts_and_times(capsys, image, tmp_path):
     seconds = found["seconds"]
     assert sum(seconds[stage] for stage in STAGES[:-1]) == pytest.approx(seconds["total"])
     assert seconds["localizer"] > 0 and seconds["decode"] > 0 and found["compare"]["seconds"]["prefill"] > 0
-    assert seconds["vision"] < 0.5 * found["compare"]["seconds"]["vision"]  # the localizer ran the tower already
+    # The localizer ran the tower, but it is counted where it belongs.
+    assert seconds["vision"] > 0.2 * found["compare"]["seconds"]["vision"]
     assert Image.open(out).width == 448
 
 

@@ -25,12 +25,15 @@ def test_equal_images_run_once_and_answers_stay(family):
     with torch.no_grad():
         want, want_other = model(**inputs).logits, model(**other).logits
         calls, handle = count_calls(model)
-        with crop.share_vision(model):
+        with crop.share_vision(model) as vision:
+            assert vision.seconds == 0
             copies = {name: value.clone() for name, value in inputs.items()}
-            got = [model(**inputs).logits, model(**copies).logits]
-            assert len(calls) == 1
+            got = [model(**inputs).logits]
+            spent = vision.seconds
+            got.append(model(**copies).logits)
+            assert len(calls) == 1 and vision.seconds == spent > 0
             assert torch.equal(model(**other).logits, want_other)
-            assert len(calls) == 2
+            assert len(calls) == 2 and vision.seconds > spent
         handle.remove()
         assert all(torch.equal(logits, want) for logits in got)
         again, handle = count_calls(model)

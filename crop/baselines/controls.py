@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crop.methods import Method, _budget, _check_keep
+from crop.methods import Method, budget_of, check_keep
 from crop.plan import PoolPlan
 from crop.region import PADDING, Region, VisionLayout
 
@@ -51,11 +51,11 @@ class _Control(Method):
     keep: float | int = 0.11
 
     def __post_init__(self) -> None:
-        _check_keep(type(self).__name__, self.keep)
+        check_keep(type(self).__name__, self.keep)
 
     def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
         """Cells of one image; None if all tokens stay. Raises ValueError for a count beyond the image's."""
-        count = _budget(type(self).__name__, self.keep, layout)
+        count = budget_of(type(self).__name__, self.keep, layout)
         if count == len(layout):
             return None
         level = torch.zeros(len(layout), dtype=torch.uint8)

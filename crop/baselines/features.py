@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crop.late import Cells, Features, LatePlan
-from crop.methods import Method, _budget, _check_keep
+from crop.methods import Method, budget_of, check_keep
 from crop.region import Region, VisionLayout
 
 
@@ -21,11 +21,11 @@ class _ByFeatures(Method):
     keep: float | int = 0.11
 
     def __post_init__(self) -> None:
-        _check_keep(type(self).__name__, self.keep)
+        check_keep(type(self).__name__, self.keep)
 
     def plan(self, layout: VisionLayout, region: Region) -> LatePlan | None:
         """Promise of the count; None if all tokens stay. Raises ValueError for a count beyond the image's."""
-        count = _budget(type(self).__name__, self.keep, layout)
+        count = budget_of(type(self).__name__, self.keep, layout)
         if count == len(layout):
             return None
         return LatePlan(count, len(layout), lambda features: self._decide(features, count))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crop import reference
 from crop.ops import library
-from crop.ops.library import DTYPES, MODES, row_layout, use_backend
+from crop.ops.library import DTYPES, MODES, use_backend
 
 if TYPE_CHECKING:
     from crop.plan import PoolPlan
@@ -45,9 +45,10 @@ def _check(
     got = tensor.shape
     if len(got) != len(shape):
         raise ValueError(f"{op}: {name} must have {len(shape)} dimensions, got shape {tuple(got)}")
-    if got != shape and any(want is not None and size != want for size, want in zip(got, shape, strict=True)):
-        expected = tuple("any" if want is None else want for want in shape)
-        raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(got)}".replace("'", ""))
+    for size, want in zip(got, shape, strict=True):
+        if want is not None and size != want:
+            expected = tuple("any" if want is None else want for want in shape)
+            raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(got)}".replace("'", ""))
     if unit_stride and tensor.stride(-1) != 1 and got[-1] > 1:
         raise ValueError(f"{op}: {name} must have a last stride of 1, got strides {tensor.stride()}")
 
@@ -172,18 +173,12 @@ def compact(
     dims = [token_dim] * len(tensors) if isinstance(token_dim, int) else list(token_dim)
     if len(dims) != len(tensors):
         raise ValueError(f"{op}: token_dim must have one entry per tensor ({len(tensors)}), got {len(dims)}")
-    _check(op, "index", index, _INTS, (None, None))
+    if type(index) is not Tensor or index.dtype not in _INTS or index.dim() != 2:  # spares the usual call one check
+        _check(op, "index", index, _INTS, (None, None))
+    device = index.device
     for i, tensor in enumerate(tensors):
-        if tensor.device != index.device:
-            raise ValueError(f"{op}: tensors[{i}] must be on {index.device}, got {tensor.device}")
-        dims[i] = dims[i] + tensor.dim() if dims[i] < 0 else dims[i]
-        if not 1 <= dims[i] < tensor.dim():
-            raise ValueError(f"{op}: token_dim[{i}] must be in [1, {tensor.dim()}), got {dims[i]}")
-        if tensor.shape[0] != index.shape[0]:
-            raise ValueError(
-                f"{op}: tensors[{i}] must have batch size {index.shape[0]}, got shape {tuple(tensor.shape)}"
-            )
-        row_layout(tensor, dims[i], i)
+        if tensor.device != device:
+            raise ValueError(f"{op}: tensors[{i}] must be on {device}, got {tensor.device}")
     return library.compact(tensors, index, dims)
 
 

@@ -8,6 +8,7 @@ functions in `crop.ops` check the arguments; the launchers repeat what protects 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -15,7 +16,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads, is_grad_enabled
+from torch._C import _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from crop import reference
@@ -47,30 +52,43 @@ def use_backend(name: str) -> Iterator[None]:
         _backend.reset(token)
 
 
-def row_layout(tensor: Tensor, dim: int, i: int) -> tuple[int, int, int]:
-    """How the rows of a tensor lie: the axes between batch and token axis, merged into one, and the axes after it.
+def row_layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], element: int, dim: int, batch: int, num_kept: int, i: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How `compact` sees tensors[i] of `element` bytes an element: the axes between batch and token axis merge into one
+    (outer), the axes after it into a row.
 
     Returns:
-        Size and stride of the merged axis, and the number of elements of a row (contiguous), all in elements.
+        The shape of its output; size of outer, number of tokens, bytes of a row, bytes from one sample, outer and token
+        to the next.
     """
-    shape, strides = tensor.shape, tensor.stride()
+    axes = len(shape)
+    dim = dim + axes if dim < 0 else dim
+    if not 1 <= dim < axes:
+        raise ValueError(f"compact: token_dim[{i}] must be in [1, {axes}), got {dim}")
+    if shape[0] != batch:
+        raise ValueError(f"compact: tensors[{i}] must have batch size {batch}, got shape {tuple(shape)}")
     row = 1
-    for axis in range(len(shape) - 1, dim, -1):
+    for axis in range(axes - 1, dim, -1):
         if shape[axis] != 1:
             if strides[axis] != row:
                 raise ValueError(f"compact: tensors[{i}] must be contiguous after axis {dim}, got strides {strides}")
             row *= shape[axis]
-    size, stride = 1, 0
+    outer, stride = 1, 0
     for axis in range(dim - 1, 0, -1):
         if shape[axis] != 1:
-            if size == 1:
+            if outer == 1:
                 stride = strides[axis]
-            elif strides[axis] != size * stride:
+            elif strides[axis] != outer * stride:
                 raise ValueError(
                     f"compact: tensors[{i}] must have axes 1..{dim - 1} that merge into one, got strides {strides}"
                 )
-            size *= shape[axis]
-    return size, stride, row
+            outer *= shape[axis]
+    steps = (strides[0] * element, stride * element, strides[dim] * element)
+    return (*shape[:dim], num_kept, *shape[dim + 1 :]), (outer, shape[dim], row * element, *steps)
+
+
+_known_layout = functools.lru_cache(maxsize=1024)(row_layout)  # sizes repeat from layer to layer
 
 
 _library = torch.library.Library("crop", "DEF")
@@ -81,14 +99,9 @@ _PLAIN = frozenset((type(None), int, float, str, list))  # spares them isinstanc
 
 def _observed(args: tuple[Any, ...]) -> bool:
     """Whether anyone beside the kernel must see a call: a gradient, a compiler, a transform, a mode, a profiler."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
-    ):
+    if is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None or _profiler_enabled():
         return True
-    grad = torch.is_grad_enabled()
+    grad = is_grad_enabled()
     for value in args[0] if type(args[0]) is list else args:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
@@ -118,7 +131,7 @@ def _register(name: str, schema: str, twin: Callable[..., Any], fake: Callable[.
                 raise RuntimeError(
                     f'{name}: use_backend must be "auto" or "twin" without compiled kernels, {_REINSTALL}'
                 )
-            return launch(*args, False, torch.get_num_threads())
+            return launch(*args, False, get_num_threads())
 
         def cuda(*args: Any) -> Any:
             if _backend.get() == "twin":
@@ -134,12 +147,11 @@ def _register(name: str, schema: str, twin: Callable[..., Any], fake: Callable[.
         _library.impl(name, cpu, "CPU")
         _library.impl(name, cuda, "CUDA")
         dispatch = getattr(torch.ops.crop, name).default
-        direct = {"cpu": cpu, "cuda": cuda}
 
         def call(*args: Any) -> Any:
             first = args[0][0] if type(args[0]) is list else args[0]
-            run = direct.get(first.device.type)
-            return dispatch(*args) if run is None or _observed(args) else run(*args)
+            run = cpu if first.is_cpu else cuda if first.is_cuda else dispatch
+            return dispatch(*args) if _observed(args) else run(*args)
 
         return call
 
@@ -190,14 +202,14 @@ def attention_mass(
     cuda: bool,
     target: int,
 ) -> Tensor:
-    mass = torch.empty(vision_index.shape, dtype=torch.float32, device=query.device)
+    mass = vision_index.new_empty(*vision_index.shape, dtype=torch.float32)
     if mass.numel() == 0:
         return mass
     index, sample, start, length = (_int64(t) for t in (vision_index, sample, visible_start, visible_len))
     lse = None if lse is None else lse.contiguous()
     sizes = (*query.shape[:2], key.shape[1], query.shape[2], key.shape[2], query.shape[3], *vision_index.shape)
     num_bytes = native.attention_mass_scratch(cuda, sizes, lse is None)
-    scratch = torch.empty(num_bytes, dtype=torch.uint8, device=query.device)
+    scratch = mass.new_empty(num_bytes, dtype=torch.uint8)
     _raise(
         native.attention_mass(
             cuda,
@@ -247,7 +259,7 @@ def select(
     target: int,
 ) -> Tensor:
     width = max(num_keep, default=0)
-    kept = torch.empty((score.shape[0], width), dtype=torch.int64, device=score.device)
+    kept = score.new_empty(score.shape[0], width, dtype=torch.int64)
     if kept.numel() == 0:
         return kept
     score, index = score.contiguous(), _int64(index)
@@ -271,29 +283,36 @@ def select(
 
 
 def _compact_fake(tensors: list[Tensor], index: Tensor, token_dim: list[int]) -> list[Tensor]:
-    shapes = ((*t.shape[:dim], index.shape[1], *t.shape[dim + 1 :]) for t, dim in zip(tensors, token_dim, strict=True))
-    return [t.new_empty(shape) for t, shape in zip(tensors, shapes, strict=True)]
+    layouts = (
+        row_layout(tensor.shape, tensor.stride(), 1, dim, *index.shape, i)
+        for i, (tensor, dim) in enumerate(zip(tensors, token_dim, strict=True))
+    )
+    return [tensor.new_empty(shape) for tensor, (shape, _) in zip(tensors, layouts, strict=True)]
+
+
+def _compact_twin(tensors: list[Tensor], index: Tensor, token_dim: list[int]) -> list[Tensor]:
+    _compact_fake(tensors, index, token_dim)  # refuses what the kernels refuse
+    return reference.compact(tensors, index, token_dim=token_dim)
 
 
 @_register(
     "compact",
     "(Tensor[] tensors, Tensor index, int[] token_dim) -> Tensor[]",
-    twin=lambda tensors, index, token_dim: reference.compact(tensors, index, token_dim=token_dim),
+    twin=_compact_twin,
     fake=_compact_fake,
 )
 def compact(tensors: list[Tensor], index: Tensor, token_dim: list[int], cuda: bool, target: int) -> list[Tensor]:
     index = _int64(index)
-    num_kept = index.shape[1]
+    batch, num_kept = index.shape
     outs, table = [], []
-    for i, (tensor, dim) in enumerate(zip(tensors, token_dim, strict=True)):
-        shape, strides, size = tensor.shape, tensor.stride(), tensor.element_size()
-        out = tensor.new_empty((*shape[:dim], num_kept, *shape[dim + 1 :]))
+    for i, tensor in enumerate(tensors):
+        shape, layout = _known_layout(
+            tensor.shape, tensor.stride(), tensor.element_size(), token_dim[i], batch, num_kept, i
+        )
+        out = tensor.new_empty(*shape)
         outs.append(out)
-        if out.numel():
-            outer, outer_stride, row = row_layout(tensor, dim, i)
-            steps = (strides[0] * size, outer_stride * size, strides[dim] * size)
-            table.append((tensor.data_ptr(), out.data_ptr(), outer, shape[dim], row * size, *steps))
-    _raise(native.compact(cuda, target, table, index.data_ptr(), *index.shape))
+        table.append((tensor.data_ptr(), out.data_ptr(), *layout))
+    _raise(native.compact(cuda, target, table, index.data_ptr(), batch, num_kept))
     return outs
 
 

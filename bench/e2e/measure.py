@@ -1,0 +1,157 @@
+"""One row: a workload and a budget, all contenders checked, their memory taken, then timed in turns."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import crop
+from bench.common import timing
+
+from . import localize
+from .clock import PARTS, clocked
+from .contenders import CUT, Answer, Contender, answer, contenders, verify
+from .fastv import NotPlain
+from .memory import peak
+from .workload import Workload
+
+NO_ROOM = (torch.cuda.OutOfMemoryError, MemoryError)
+
+
+class Mismatch(RuntimeError):
+    """A contender does not do what it was asked for; nothing is timed."""
+
+
+def measure(
+    work: Workload, keep: float, localizer: str, *, rounds: int, seconds: float, decode: int, twins: bool = True
+) -> dict[str, Any]:
+    """Everything about one workload at one budget.
+
+    Args:
+        work: see there. keep: fraction of the vision tokens. localizer: as ``localize.make``.
+        rounds: timed rounds, contenders in turns; fewer, but at least two, where they would take more than ``seconds``.
+        decode: tokens after the first.
+        twins: also run ours in plain torch.
+    Returns:
+        {"timed", "preprocess", "weights", "flash", "contenders": {name: figures, or {"reason": why there are none}}}, seconds and
+        bytes. Ours is timed with the localizer in front, whose share is a part.
+    Raises:
+        Mismatch: an output or a token count is not as planned.
+    """
+    device = work.model.model.device
+    find = localize.make(localizer, work)
+    rows: dict[str, dict[str, Any]] = {}
+    runs: dict[Contender, list[Answer]] = {}
+    with clocked(work.model, CUT) as clock:
+
+        def run(who: Contender, tokens: int = 0) -> Answer:
+            return answer(who, work, find, clock, _timer(device), tokens)
+
+        plain: Answer | None = None
+        one_round = 0.0
+        for who in contenders(keep, twins):
+            try:
+                found = run(who)
+                start = time.perf_counter()
+                memory = peak(lambda who=who: run(who), device)
+            except (*NO_ROOM, NotPlain) as error:
+                rows[who.name] = {"reason": _reason(error)}
+                _clear(device)
+                continue
+            one_round += time.perf_counter() - start
+            if who.name == "unpatched":
+                plain, everything = found, Contender("keep all", crop.InnerLLMPruning(1.0))
+                _check(everything, run(everything), plain, work)
+            _check(who, found, plain, work)
+            rows[who.name] = {"tokens": found.tokens[0], "kv_bytes": found.kv_bytes, "memory": memory}
+            runs[who] = []
+        timed = min(rounds, max(2, int(seconds / max(one_round, 1e-9))))
+        for _ in range(timed):
+            for who, answers in runs.items():
+                answers.append(run(who, decode))
+    for who, answers in runs.items():
+        rows[who.name] |= _figures(answers)
+    _predict(work, runs, rows)
+    return {
+        "timed": timed,
+        "preprocess": work.preprocess,
+        "weights": work.model.weights,
+        "flash": _runs_on_flash(work) if device.type == "cuda" and plain is not None else None,
+        "contenders": rows,
+    }
+
+
+def _check(who: Contender, found: Answer, plain: Answer | None, work: Workload) -> None:
+    problem = verify(who, found, plain, work)
+    if problem:
+        raise Mismatch(f"{who.name}: {problem}")
+
+
+def _figures(answers: Sequence[Answer]) -> dict[str, Any]:
+    first = timing([one.first for one in answers])
+    median = {part: timing([one.parts[part] for one in answers]).median for part in PARTS}
+    decode = [one.per_token for one in answers if one.per_token is not None]
+    return {
+        "first": first.median,
+        "first_p10": first.p10,
+        "first_p90": first.p90,
+        "parts": median,
+        "select": timing([one.own for one in answers]).median,
+        "per_token": timing(decode).median if decode else None,
+    }
+
+
+def _predict(work: Workload, runs: Sequence[Contender], rows: dict[str, dict[str, Any]]) -> None:
+    """FLOPs of the decoder, the time they ask for in proportion, and what the advice says.
+
+    The ideal of a contender is the unpatched model's time with the share of its decoder layers scaled by FLOPs; FastV's
+    attention matrix is not counted.
+    """
+    plain = rows["unpatched"]
+    for who in runs:
+        row, method = rows[who.name], who.method
+        if method is None:
+            method = crop.InnerLLMPruning(who.keep, rows="last", layer=CUT)
+        regions = work.regions if who.ours else None
+        found = crop.estimate(
+            work.model.model, work.inputs, method, regions, **work.where, localizer_seconds=row["parts"]["localizer"]
+        )
+        row["flops"] = found.after.flops if who.keep < 1 else found.before.flops
+        row["advice"] = found.prune if who.ours else None
+        if "first" in plain:
+            layers = plain["parts"]["before"] + plain["parts"]["after"]
+            row["ideal"] = plain["first"] - layers * (1 - row["flops"] / found.before.flops)
+
+
+def _runs_on_flash(work: Workload) -> bool:
+    """Whether every attention of the unpatched model can be, and hence is, a flash kernel."""
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.no_grad():
+            work.model.model(**work.inputs, logits_to_keep=1)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _timer(device: torch.device) -> Callable[[], float]:
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+def _reason(error: BaseException) -> str:
+    return f"does not fit: {str(error).splitlines()[0]}" if isinstance(error, NO_ROOM) else str(error)
+
+
+def _clear(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
