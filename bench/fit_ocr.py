@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from crop.localizers.ocr import Reader
 from crop.localizers.ocr.encoder import Encoder
-from crop.localizers.ocr.features import FEATURES, Neighbours, features, neighbours
+from crop.localizers.ocr.features import FEATURES, OUTLINE, Neighbours, features, neighbours, outline
 from crop.localizers.ocr.question import Question
 from crop.localizers.ocr.ranking import OTHER, SUPPORT, WEIGHTS, Weights, logistic, with_support
 
@@ -37,6 +37,7 @@ class Case:
     field: str
     kind: str
     beside: Neighbours
+    outline: np.ndarray  # (num_lines, len(OUTLINE))
     table: np.ndarray  # (num_lines, len(FEATURES))
     right: np.ndarray  # (num_lines,) bool: lines that answer
 
@@ -62,7 +63,7 @@ def cases(found: list[receipts.Receipt], reader: Reader | None) -> list[Case]:
                 table = features(question, boxes, texts, beside, vector, meanings, examples)
                 right = answers(boxes, texts, asked)
                 if right.any() or asked is nothing:
-                    made.append(Case(asked.field, question.kind.name, beside, table, right))
+                    made.append(Case(asked.field, question.kind.name, beside, outline(boxes), table, right))
     return made
 
 
@@ -87,12 +88,13 @@ def _fold(text: str) -> str:
 
 
 def fit(found: list[Case], ridge: float) -> Weights:
+    place = _stage(found, [case.outline for case in found], 1.0)
     first = _stage(found, [case.table for case in found], ridge)
     tables = [
         with_support(case.table, logistic(case.table, first.get(case.kind, first[OTHER])), case.beside)
         for case in found
     ]
-    return Weights(first, _stage(found, tables, ridge))
+    return Weights(place, first, _stage(found, tables, ridge))
 
 
 def _stage(found: list[Case], tables: list[np.ndarray], ridge: float) -> dict[str, np.ndarray]:
@@ -121,7 +123,8 @@ def _logistic_regression(
     pull = np.full(rows.shape[1], ridge)
     pull[-1] *= 0.01
     helps = np.zeros(rows.shape[1], dtype=bool)
-    helps[[FEATURES.index(name) for name in SUPPORTIVE]] = True
+    if table.shape[1] != len(OUTLINE):
+        helps[[FEATURES.index(name) for name in SUPPORTIVE]] = True
     found = np.where(helps, centre.clip(0), centre)
     for _ in range(100):
         guess = logistic(table, found)
@@ -149,9 +152,14 @@ def main() -> None:
     found = cases([receipt for receipt in receipts.load() if receipt.development], reader)
     weights = fit(found, options.ridge)
     weights.save(options.out)
-    for name, rows in (("first", weights.first), ("second", weights.second)):
+    tables = (
+        ("place", weights.place, OUTLINE),
+        ("first", weights.first, FEATURES),
+        ("second", weights.second, FEATURES + SUPPORT),
+    )
+    for name, rows, columns in tables:
         print(f"{name:18}" + "".join(f"{kind:>9}" for kind in rows))
-        for index, feature in enumerate((*FEATURES, *(SUPPORT if name == "second" else ()), "bias")):
+        for index, feature in enumerate((*columns, "bias")):
             print(f"{feature:18}" + "".join(f"{row[index]:9.2f}" for row in rows.values()))
 
 

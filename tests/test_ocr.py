@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,14 +107,17 @@ def test_a_rendered_page_is_detected_read_and_remembered(tmp_path, monkeypatch):
     region = first(image, "What is the total amount?")
     assert not region.is_whole and region.contains(np_point(290 / 420, 195 / 260)) and "17.17" in region.reason
     assert not region.contains(np_point(290 / 420, 45 / 260))
-    stored = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert "17-06-2018" in stored["texts"].values()
+    [file] = tmp_path.glob("*.json")
+    stored = json.loads(file.read_text())["texts"].values()
+    assert "17.17" in stored and "17-06-2018" not in stored  # the top of the page was not read for the total
+    assert "17-06-2018" in first(image, "What is the date?").reason
+    assert "17-06-2018" in json.loads(file.read_text())["texts"].values()
 
     def fail(*_, **__):
         raise AssertionError("read again")
 
     monkeypatch.setattr(first._reader, "_engine", fail)
-    assert first(image, "What is the date?").reason.count("17-06-2018") == 1  # from memory
+    region = first(image, "What is the total amount?")  # from memory
     again = Reader(folder=tmp_path)
     monkeypatch.setattr(again, "_engine", fail)
     assert OCRLocalizer(again)(image, "What is the total amount?") == region  # from the folder
@@ -123,6 +127,34 @@ def np_point(x: float, y: float):
     import torch
 
     return torch.tensor([[x, y]], dtype=torch.float32)
+
+
+@extra
+def test_what_is_read_first_depends_on_the_question_and_rows_stay_together(localizer):
+    given = page()
+    lines = {name: localizer.likely(given, f"What is the {name}?") for name in ("company", "date", "total amount")}
+    assert 0 in lines["company"] and len(lines["company"]) < len(given) / 2
+    values = [line for line, text in given.texts.items() if text in ("17.17", "TOTAL")]
+    assert set(values) <= set(lines["total amount"]) and 0 not in lines["total amount"]
+    everything = replace(localizer, unread=0.0)
+    assert everything.likely(given, "What is the total amount?") == list(range(len(given)))
+
+
+@extra
+def test_where_the_likely_lines_do_not_answer_the_others_are_read(localizer, monkeypatch):
+    given, asked = page(), []
+    hidden = Page(given.size, given.quads)
+
+    def read(image, page, lines=None):
+        asked.append(lines)
+        page.texts.update({line: given.texts[line] for line in (lines or range(len(page)))})
+
+    monkeypatch.setattr(localizer.reader, "detect", lambda image: hidden)
+    monkeypatch.setattr(localizer.reader, "read", read)
+    picture = Image.new("RGB", SIZE)
+    assert not localizer(picture, "What is the total amount?").is_whole and len(asked) == 1 < len(given) - len(asked[0])
+    assert localizer(picture, "Is the man smiling?").confidence < localizer.enough
+    assert asked[2] is None and len(hidden.texts) == len(given)
 
 
 @extra

