@@ -15,24 +15,24 @@ Without a GPU the contenders are checked on small shapes on the CPU, and every t
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 import torch.nn.functional as F
 from bench_ops import region_plan
 from common import header, save, table
+from peers import Call
 from torch import Tensor
 
 from crop import ops
 from crop.plan import PoolPlan
 
-Call = Callable[[], Any]
 MMA, EXP = 798e12, 3.9e12  # per second
 FLUSH = 256 << 20
 GPU = torch.cuda.is_available()
@@ -113,16 +113,6 @@ class Scene:
         ascending = bool((kept.diff(dim=1) > 0).all())
         return float(((chosen != (self.mass >= threshold)) & sure).double().mean()) if ascending else 1.0
 
-    def rows_form(self) -> Tensor:
-        """The scoring rows in plain torch, as one writes it: repeated keys, float32 softmax."""
-        keys = self.key.repeat_interleave(HEADS // self.kv_heads, 1)
-        return ((self.query @ keys.mT) * DIM**-0.5).float().softmax(-1).mean((1, 2))
-
-    def grouped_form(self) -> Tensor:
-        """The same without repeated keys."""
-        grouped = self.query.unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
-        return ((grouped @ self.key.mT) * DIM**-0.5).float().softmax(-1).mean((1, 2))
-
     @property
     def score_bytes(self) -> float:
         return 2.0 * self.batch * DIM * (self.kv_heads * self.tokens + HEADS * self.rows)
@@ -150,7 +140,7 @@ def pipeline_cases() -> Iterator[Case]:
             return kept, ops.compact([s.hidden], kept)[0]
 
         def plain(s: Scene = s) -> Any:
-            kept = s.rows_form().topk(s.keep, 1, sorted=False).indices.sort().values
+            kept = peers.topk_sort(peers.torch_rows(s.query, s.key), s.keep)
             return kept, s.hidden.gather(1, kept[..., None].expand(-1, -1, s.hidden.shape[2]))
 
         def wrong(result: Any, s: Scene = s) -> float:
@@ -170,25 +160,41 @@ def pipeline_cases() -> Iterator[Case]:
 
 def mass_cases() -> Iterator[Case]:
     for name, s in scenes():
-        peers: dict[str, Call | str] = {"torch rows": s.rows_form, "torch grouped": s.grouped_form}
-        peers |= {"flash_colreduce": "flash_colreduce", "keys_values": "keys_values"}
-        given = lambda s=s: ops.attention_mass(s.query, s.key, s.index, lse=s.lse)  # noqa: E731
-        own = lambda s=s: ops.attention_mass(s.query, s.key, s.index)  # noqa: E731
-        bars = {"torch rows": 5.0, "flash_colreduce": 1.5, "keys_values": 1.5}
+        pair, keys_values = (s.query, s.key), "keys_values.attention.flashinfer_wrapper"
+        own: dict[str, Call | str] = {
+            "torch rows": partial(peers.torch_rows, *pair),
+            "torch grouped": partial(peers.torch_grouped, *pair),
+            "torch flash lse, grouped": partial(peers.torch_flash_lse, *pair),
+            "flash_attn lse, grouped": peers.call("flash_attn", peers.flash_attn_then, *pair, peers.torch_grouped),
+            "flash_colreduce": peers.call("flash_colreduce", peers.flash_colreduce, *pair),
+            "flag_attn": peers.call("flag_attn", peers.flag_attn, *pair),
+        }
+        given = {
+            "torch rows": own["torch rows"],
+            "torch grouped, lse given": partial(peers.torch_grouped, *pair, s.lse),
+            "flash_colreduce": own["flash_colreduce"],
+            "keys_values": peers.call(keys_values, peers.keys_values, *pair, s.lse),
+        }
         yield Case(
             "attention_mass, lse given",
             name,
+            lambda s=s: ops.attention_mass(s.query, s.key, s.index, lse=s.lse),
             given,
-            peers,
             s.wrong_mass,
             s.score_bytes,
             **s.work,
-            least=bars,
+            least={"torch rows": 5.0, "flash_colreduce": 1.5, "keys_values": 1.5},
             rough=0.05,
         )
-        twice = {key: 2 * value for key, value in s.work.items()}
         yield Case(
-            "attention_mass, lse computed", name, own, peers, s.wrong_mass, 2 * s.score_bytes, **twice, rough=0.05
+            "attention_mass, lse computed",
+            name,
+            lambda s=s: ops.attention_mass(s.query, s.key, s.index),
+            own,
+            s.wrong_mass,
+            2 * s.score_bytes,
+            **{key: 2 * value for key, value in s.work.items()},
+            rough=0.05,
         )
 
 
@@ -205,21 +211,19 @@ def select_cases() -> Iterator[Case]:
         def wrong(kept: Tensor, expected: Tensor = expected) -> float:
             return float((kept.long() != expected).double().mean())
 
-        def topk(score: Tensor = score, keep: int = keep) -> Tensor:
-            return score.topk(keep, 1, sorted=False).indices.sort().values
-
-        def stable(score: Tensor = score, keep: int = keep) -> Tensor:
-            return score.sort(stable=True, descending=True).indices[:, :keep].sort().values
-
-        def flashinfer(score: Tensor = score, keep: int = keep) -> Tensor:
-            module = importlib.import_module("flashinfer")
-            return module.top_k(score, keep, deterministic=True)[1].sort().values
-
-        peers = {"torch.topk + sort": topk, "torch.sort stable": stable}
-        peers |= {"flashinfer.top_k + sort": flashinfer if installed("flashinfer") else "flashinfer",
-                  "sgl_kernel.fast_topk_v2": "sgl_kernel", "vllm top_k_per_row": "vllm"}  # fmt: skip
+        lengths = torch.full((batch,), tokens, dtype=torch.int32, device=DEVICE)
+        rows = (score, keep, torch.zeros_like(lengths), lengths)
+        others: dict[str, Call | str] = {
+            "torch.topk + sort": partial(peers.topk_sort, score, keep),
+            "torch.sort stable": partial(peers.stable_sort, score, keep),
+            "flashinfer.top_k + sort": peers.call("flashinfer", peers.flashinfer, score, keep),
+            "flashinfer ragged + sort": peers.call("flashinfer", peers.flashinfer_ragged, *rows),
+            "vllm top_k_per_row + sort": peers.call("vllm._C", peers.vllm, *rows),
+        }
+        if full // 4 == 2048:
+            others["sgl fast_topk_v2 + sort"] = peers.call("sgl_kernel", peers.sgl, score, keep, lengths)
         crop = lambda score=score, keep=keep: ops.select(score, keep)  # noqa: E731
-        yield Case("select", f"B{batch} N{full} k{full // 4}", crop, peers, wrong, batch * (4.0 * full + 8 * (full // 4)),
+        yield Case("select", f"B{batch} N{full} k{full // 4}", crop, others, wrong, batch * (4.0 * full + 8 * (full // 4)),
                    most_us=5.0 if (batch, full) == (1, 8192) else None, least={"torch.topk + sort": 2.0})  # fmt: skip
 
 
@@ -246,10 +250,17 @@ def compact_cases() -> Iterator[Case]:
             return float(not all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True)))
 
         crop = lambda tensors=tensors, dims=dims, index=index: ops.compact(tensors, index, token_dim=dims)  # noqa: E731
+        others: dict[str, Call | str] = {"index_select each": each}
+        if names == "hidden":
+            others["gather"] = lambda x=tensors[0], index=index: [
+                x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+            ]
+            first = peers.call("flash_attn.bert_padding", peers.first_axis, tensors[0], index)
+            others["flash_attn index_first_axis"] = first if isinstance(first, str) else lambda first=first: [first()]
         kept = batch * (full // 4)
         moved = kept * sum(WIDTH * 2 if t.dim() == 3 else 2 * KV_HEADS * DIM if t.dim() == 4 else 8 for t in tensors)
         bar = 1.0 if len(tensors) < 3 else 1.01
-        yield Case("compact", f"B{batch} N{full} {names}", crop, {"index_select each": each}, wrong, 2 * moved,
+        yield Case("compact", f"B{batch} N{full} {names}", crop, others, wrong, 2 * moved,
                    least={"index_select each": bar})  # fmt: skip
 
 
@@ -299,11 +310,17 @@ def pool_cases() -> Iterator[Case]:
 
         name = f"{count} x {side}x{side}x{dim} -> {count * single.num_out}"
         crop = lambda x=tokens, plan=plan: ops.adaptive_pool(x, plan)  # noqa: E731
-        peers = {"embedding_bag": bag, "crops + avg_pool2d + cat": pooled, "segment_reduce": segments}
+        others: dict[str, Call | str] = {
+            "embedding_bag": bag,
+            "crops + avg_pool2d + cat": pooled,
+            "segment_reduce": segments,
+            "index_add": partial(peers.index_add, tokens, members, cell, members_of),
+            "torch_scatter.segment_csr": peers.call("torch_scatter", peers.segment_csr, tokens, members, offsets),
+        }
         moved = 2.0 * count * (single.num_tokens + single.num_out) * dim
         bars: dict[str, Any] = {"most_us": 5.0 if (side, count) == (24, 1) else None}
         bars["most_floors"] = 1 / 0.85 if moved >= 100e6 else None
-        yield Case("adaptive_pool", name, crop, peers, wrong, moved,
+        yield Case("adaptive_pool", name, crop, others, wrong, moved,
                    least={"embedding_bag": 1.5, "crops + avg_pool2d + cat": 5.0}, **bars)  # fmt: skip
 
         # The gradient alone: the very operator that autograd calls, and autograd itself for the peer.
@@ -344,10 +361,6 @@ CASES = {
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
-
-
-def installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def event_us(call: Call, rounds: int) -> float:
@@ -421,9 +434,15 @@ def measure(case: Case, rounds: int, rate: float | None) -> list[dict[str, Any]]
         }
         rows.append(row)
         if isinstance(call, str):
-            row["note"] = "not installed" if not installed(call) else "installed, no adapter for its version"
+            row["note"] = "not installed"
             continue
-        error = case.wrong(call())
+        try:
+            error = case.wrong(call())
+        except Exception as reason:
+            if name == "crop":
+                raise
+            row["note"] = f"fails: {type(reason).__name__}: {str(reason).splitlines()[0][:80] if str(reason) else ''}"
+            continue
         if error and name == "crop":
             raise SystemExit(f"{case.op} {case.shape}: crop is wrong, error {error:.3g}")
         if error > case.rough:

@@ -231,6 +231,17 @@ def _gather_rows(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
     return bits.gather(dim, rows).masked_fill((index < 0).view(view), 0).view(tensor.dtype)
 
 
+def invert_index(index: Tensor, num_tokens: int) -> Tensor:  # (B, K) -> (B, num_tokens)
+    """Where each token went: ``inverse[b, index[b, k]] = k`` and -1 for a token that was dropped, int64.
+
+    The gradient of :func:`compact` is :func:`compact` by the inverse; an index that is negative or too large is left out.
+    """
+    place = torch.arange(index.shape[1], device=index.device).expand(index.shape)
+    slot = torch.where((index < 0) | (index >= num_tokens), num_tokens, index).long()
+    inverse = torch.full((index.shape[0], num_tokens + 1), -1, dtype=torch.int64, device=index.device)
+    return inverse.scatter(1, slot, place)[:, :num_tokens].contiguous()
+
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 

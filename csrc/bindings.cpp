@@ -131,6 +131,13 @@ int compact(bool cuda, int64_t target, const std::vector<CompactRow>& table, Poi
     return launch(cuda, target, p, crop::launch_compact_cpu, CROP_ON_CUDA(crop::launch_compact));
 }
 
+int invert_index(bool cuda, int64_t target, Pointer index, Pointer inverse, int64_t batch, int64_t num_kept,
+                 int64_t num_tokens) {
+    if (negative({batch, num_kept, num_tokens})) return fail("invert_index: sizes must not be negative");
+    const crop::InverseParams p{to<int64_t>(index), to<int64_t>(inverse), batch, num_kept, num_tokens};
+    return launch(cuda, target, p, crop::launch_invert_index_cpu, CROP_ON_CUDA(crop::launch_invert_index));
+}
+
 int adaptive_pool(bool cuda, int64_t target, Pointer tokens, Pointer members, Pointer offsets, Pointer weight,
                   Pointer out, Pointer saved, int64_t num_tokens, int64_t dim, int64_t num_members, int64_t num_out,
                   int64_t token_stride, int dtype, int mode) {
@@ -179,6 +186,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("attention_mass", &bind::attention_mass);
     m.def("select", &bind::select);
     m.def("compact", &bind::compact);
+    m.def("invert_index", &bind::invert_index);
     m.def("adaptive_pool", &bind::adaptive_pool);
     m.def("adaptive_pool_backward", &bind::adaptive_pool_backward);
 }

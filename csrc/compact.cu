@@ -1,4 +1,4 @@
-// Launcher of compact: one launch for up to kCopyTensors tensors. The backward pass is the same kernel with the inverse index.
+// Launchers of compact: one launch for up to kCopyTensors tensors. The backward pass is the same kernel with the inverse index.
 #include "compact.cuh"
 
 namespace crop {
@@ -44,6 +44,12 @@ extern "C" int launch_compact(const CompactParams* params, void* stream) {
         if (error) return error;
     }
     return 0;
+}
+
+extern "C" int launch_invert_index(const InverseParams* params, void* stream) {
+    if (params->batch == 0 || params->num_tokens == 0) return 0;
+    if (params->batch > kMaxGrid) return fail("invert_index: batch must be below 2^31");
+    return LAUNCH_DEPENDENT(params->batch, kInvertThreads, 0, stream, invert_index_kernel, *params);
 }
 
 }  // namespace crop

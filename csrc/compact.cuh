@@ -8,6 +8,7 @@ namespace {
 constexpr int kCopyThreads = 256;
 constexpr int kCopyUnits = 4;                              // units of a thread, all on their way at once
 constexpr int kBlockUnits = kCopyThreads * kCopyUnits;     // of a block
+constexpr int kInvertThreads = 1024;
 constexpr int kCopyTensors = 32;                           // of a launch: the table is a kernel parameter
 
 // A tensor cut into units of 2^unit_log2 bytes and these into blocks of (rows, lanes): whole rows where they are short,
@@ -77,6 +78,25 @@ compact_kernel(CopyTable table, const int64_t* index, int64_t batch, int64_t num
         case 2: return copy_block<unsigned>(job, num_rows, row0, unit0, offset, 0);
         case 1: return copy_block<unsigned short>(job, num_rows, row0, unit0, offset, 0);
         default: return copy_block<unsigned char>(job, num_rows, row0, unit0, offset, 0);
+    }
+}
+
+// inverse[b, index[b, k]] = k and -1 elsewhere; an index that is negative or too large is left out.
+//
+// A block owns a sample: it writes -1 everywhere, then the places of what was kept. Bytes: the index is read once, the inverse
+// written once, kept places twice. Deterministic: an index has no place twice.
+GLOBAL(kInvertThreads, 2)
+invert_index_kernel(InverseParams p) {
+    ptx::grid_wait();
+    ptx::grid_launch_dependents();
+    const int64_t b = blockIdx.x;
+    const int64_t* index = p.index + b * p.num_kept;
+    int64_t* inverse = p.inverse + b * p.num_tokens;
+    for (int64_t n = threadIdx.x; n < p.num_tokens; n += kInvertThreads) inverse[n] = -1;
+    __syncthreads();
+    for (int64_t k = threadIdx.x; k < p.num_kept; k += kInvertThreads) {
+        const int64_t j = index[k];
+        if (j >= 0 && j < p.num_tokens) inverse[j] = k;
     }
 }
 

@@ -109,4 +109,16 @@ int compact(const CompactParams& p, int threads) {
     return 0;
 }
 
+int invert_index(const InverseParams& p, int) {  // a few thousand numbers: waking threads would cost more
+    for (int64_t b = 0; b < p.batch; ++b) {
+        int64_t* inverse = p.inverse + b * p.num_tokens;
+        __builtin_memset(inverse, 0xff, sizeof(int64_t) * p.num_tokens);
+        for (int64_t k = 0; k < p.num_kept; ++k) {
+            const int64_t j = p.index[b * p.num_kept + k];
+            if (j >= 0 && j < p.num_tokens) inverse[j] = k;
+        }
+    }
+    return 0;
+}
+
 }  // namespace crop::CROP_ISA

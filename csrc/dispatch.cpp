@@ -15,12 +15,13 @@ namespace crop {
     size_t attention_mass_scratch(const AttentionMassParams&);               \
     int select(const SelectParams&, int threads);                            \
     int compact(const CompactParams&, int threads);                          \
+    int invert_index(const InverseParams&, int threads);                     \
     int adaptive_pool(const PoolParams&, int threads);                       \
     int adaptive_pool_backward(const PoolBackwardParams&, int threads);      \
     }
 #define CROP_KERNELS(isa)                                                                                        \
-    {#isa, isa::attention_mass, isa::attention_mass_scratch, isa::select, isa::compact, isa::adaptive_pool,      \
-     isa::adaptive_pool_backward}
+    {#isa, isa::attention_mass, isa::attention_mass_scratch, isa::select, isa::compact, isa::invert_index,       \
+     isa::adaptive_pool, isa::adaptive_pool_backward}
 
 CROP_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -36,6 +37,7 @@ struct Kernels {
     size_t (*attention_mass_scratch)(const AttentionMassParams&);
     int (*select)(const SelectParams&, int);
     int (*compact)(const CompactParams&, int);
+    int (*invert_index)(const InverseParams&, int);
     int (*adaptive_pool)(const PoolParams&, int);
     int (*adaptive_pool_backward)(const PoolBackwardParams&, int);
 };
@@ -101,6 +103,7 @@ int set_isa(const char* name) {
 int launch_attention_mass_cpu(const AttentionMassParams& p, int threads) { return active->attention_mass(p, threads); }
 int launch_select_cpu(const SelectParams& p, int threads) { return active->select(p, threads); }
 int launch_compact_cpu(const CompactParams& p, int threads) { return active->compact(p, threads); }
+int launch_invert_index_cpu(const InverseParams& p, int threads) { return active->invert_index(p, threads); }
 int launch_adaptive_pool_cpu(const PoolParams& p, int threads) { return active->adaptive_pool(p, threads); }
 int launch_adaptive_pool_backward_cpu(const PoolBackwardParams& p, int threads) {
     return active->adaptive_pool_backward(p, threads);

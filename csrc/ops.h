@@ -53,6 +53,14 @@ struct CompactParams {
     int64_t num_tensors, batch, num_kept;
 };
 
+// inverse[b, index[b, k]] = k and -1 elsewhere; what is negative or too large is left out. The gradient of compact is compact by
+// the inverse.
+struct InverseParams {
+    const int64_t* index;  // (batch, num_kept), no place twice
+    int64_t* inverse;      // (batch, num_tokens)
+    int64_t batch, num_kept, num_tokens;
+};
+
 struct PoolParams {
     const void* tokens;      // (num_tokens, dim), rows `token_stride` apart
     const int32_t* members;  // (num_members,)
@@ -81,6 +89,7 @@ struct PoolBackwardParams {
 int launch_attention_mass_cpu(const AttentionMassParams& params, int threads);
 int launch_select_cpu(const SelectParams& params, int threads);
 int launch_compact_cpu(const CompactParams& params, int threads);
+int launch_invert_index_cpu(const InverseParams& params, int threads);
 int launch_adaptive_pool_cpu(const PoolParams& params, int threads);
 int launch_adaptive_pool_backward_cpu(const PoolBackwardParams& params, int threads);
 size_t attention_mass_scratch_cpu(const AttentionMassParams& params);
@@ -89,6 +98,7 @@ extern "C" {
 int launch_attention_mass(const AttentionMassParams* params, void* stream);
 int launch_select(const SelectParams* params, void* stream);
 int launch_compact(const CompactParams* params, void* stream);
+int launch_invert_index(const InverseParams* params, void* stream);
 int launch_adaptive_pool(const PoolParams* params, void* stream);
 int launch_adaptive_pool_backward(const PoolBackwardParams* params, void* stream);
 }

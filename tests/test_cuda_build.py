@@ -33,6 +33,7 @@ BUDGET = {
     r"select_kernel<256, 4, 1>": (48, 48, 3104, 40),
     r"select_kernel<1024, (4, 1|8, 0|16, 1)>": (64, 64, 9248, 32),
     r"compact_kernel": (48, 48, 8192, 40),
+    r"invert_index_kernel": (32, 32, 0, 64),
     r"pool_kernel<\w+, 0>": (64, 64, 0, 32),
     r"pool_kernel<\w+, [12]>": (80, 80, 0, 24),
     r"pool_backward_kernel<\w+, [02]>": (56, 56, 0, 32),

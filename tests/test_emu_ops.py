@@ -111,6 +111,7 @@ def compact_lies(run: Backend) -> None:
     (out,) = run(torch.ops.crop.compact.default, [tensor], index, [2])
     inside = torch.where((index >= 0) & (index < 7), index, -1)
     same(out, reference.compact([tensor], inside, token_dim=[2])[0])
+    same(run(torch.ops.crop.invert_index.default, index, 7), reference.invert_index(index, 7))
 
 
 def pool_modes(run: Backend) -> None:

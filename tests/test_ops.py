@@ -453,10 +453,22 @@ def test_compact_strides_and_sizes(backend: Backend) -> None:
     assert backend(ops.compact, [torch.randn(0, 9, 3)], index[:0, :4])[0].shape == (0, 4, 3)
 
 
+def test_invert_index(backend: Backend) -> None:
+    """What is negative or too large is left out; any order."""
+    index = torch.tensor([[4, -1, 0, 2**40], [1, 2, -(2**63), 5]])
+    invert = torch.ops.crop.invert_index.default
+    assert backend(invert, index, 5).tolist() == [[2, -1, -1, -1, 0], [-1, 0, 1, -1, -1]]
+    assert backend(invert, index.clamp(-9, 9).int(), 2).tolist() == [[2, -1], [-1, 0]]
+    assert backend(invert, index[:, :0], 2).tolist() == [[-1, -1]] * 2
+    assert backend(invert, index, 0).shape == (2, 0) and backend(invert, index[:0], 3).shape == (0, 3)
+    order = torch.rand(2, 3000).argsort(1)
+    assert torch.equal(backend(invert, order, 3000), order.argsort(1))
+
+
 def test_compact_gradient(backend: Backend) -> None:
     hidden = torch.randn(2, 9, 5, requires_grad=True)
-    cache = torch.randn(2, 3, 9, 4, requires_grad=True)
-    index = torch.tensor([[0, 3, -1], [2, 7, 8]])
+    cache = torch.randn(2, 3, 12, 4, requires_grad=True)  # more tokens than the others
+    index = torch.tensor([[0, -1, 3], [2, 7, 8]])
     with backend.active():
         outs = ops.compact(
             [backend.move(hidden), torch.arange(18).view(2, 9).to(backend.device), backend.move(cache)],
@@ -656,6 +668,7 @@ def test_opcheck() -> None:
     check(crop.select.default, (score, [3, 7], None, None, None))
     check(crop.select.default, (score, [3, 7], score, priority, index))
     check(crop.compact.default, ([hidden, hidden.detach().transpose(1, 2)], index[:, ::3].contiguous(), [1, 2]))
+    check(crop.invert_index.default, (index, 40))
     for mode in MODES:
         w = weight if mode == "weighted" else None
         check(crop.adaptive_pool.default, (tokens, plan.members, plan.offsets, plan.inverse, w, mode))

@@ -316,6 +316,19 @@ def compact(tensors: list[Tensor], index: Tensor, token_dim: list[int], cuda: bo
     return outs
 
 
+@_register(
+    "invert_index",
+    "(Tensor index, SymInt num_tokens) -> Tensor",
+    twin=reference.invert_index,
+    fake=lambda index, num_tokens: index.new_empty((index.shape[0], num_tokens), dtype=torch.int64),
+)
+def invert_index(index: Tensor, num_tokens: int, cuda: bool, target: int) -> Tensor:
+    index = _int64(index)
+    inverse = index.new_empty(index.shape[0], num_tokens)
+    _raise(native.invert_index(cuda, target, index.data_ptr(), inverse.data_ptr(), *index.shape, num_tokens))
+    return inverse
+
+
 def _pool_fake(
     tokens: Tensor, members: Tensor, offsets: Tensor, inverse: Tensor | None, weight: Tensor | None, mode: str
 ) -> tuple[Tensor, Tensor]:
@@ -443,16 +456,18 @@ def _compact_save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
 
 def _compact_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, None, None]:
     # The gradient of a gather of unique rows is a gather by the inverse map: dropped rows read -1, hence zero.
+    # One inverse and one launch for all tensors that have the same number of tokens: in practice, all.
     (index,) = ctx.saved_tensors
-    place = torch.arange(index.shape[1], device=index.device).expand(index.shape)
-    result: list[Tensor | None] = []
-    for grad, dim, size in zip(grads, ctx.token_dim, ctx.num_tokens, strict=True):
-        if grad is None:
-            result.append(None)
-            continue
-        inverse = torch.full((index.shape[0], size + 1), -1, dtype=torch.int64, device=index.device)
-        inverse = inverse.scatter(1, torch.where(index < 0, size, index).long(), place)[:, :size]
-        result += compact([grad.contiguous()], inverse, [dim])
+    result: list[Tensor | None] = [None] * len(grads)
+    left = [i for i, grad in enumerate(grads) if grad is not None]
+    while left:
+        size = ctx.num_tokens[left[0]]
+        places = [i for i in left if ctx.num_tokens[i] == size]
+        left = [i for i in left if i not in places]
+        moved = [grads[i].contiguous() for i in places]  # type: ignore[union-attr]
+        out = compact(moved, invert_index(index, size), [ctx.token_dim[i] for i in places])
+        for i, tensor in zip(places, out, strict=True):
+            result[i] = tensor
     return result, None, None
 
 

@@ -94,6 +94,15 @@ int __wrap_launch_compact(const CompactParams* params, void* stream) {
     return __real_launch_compact(&p, stream);
 }
 
+int __real_launch_invert_index(const InverseParams*, void*);
+int __wrap_launch_invert_index(const InverseParams* params, void* stream) {
+    InverseParams p = *params;
+    Device device;
+    device.in("index", p.index, p.batch * p.num_kept);
+    device.out("inverse", p.inverse, p.batch * p.num_tokens);
+    return __real_launch_invert_index(&p, stream);
+}
+
 int __real_launch_adaptive_pool(const PoolParams*, void*);
 int __wrap_launch_adaptive_pool(const PoolParams* params, void* stream) {
     PoolParams p = *params;
@@ -144,6 +153,7 @@ int set_isa(const char*) { return kBadArgument; }
 int launch_attention_mass_cpu(const AttentionMassParams&, int) { return kBadArgument; }
 int launch_select_cpu(const SelectParams&, int) { return kBadArgument; }
 int launch_compact_cpu(const CompactParams&, int) { return kBadArgument; }
+int launch_invert_index_cpu(const InverseParams&, int) { return kBadArgument; }
 int launch_adaptive_pool_cpu(const PoolParams&, int) { return kBadArgument; }
 int launch_adaptive_pool_backward_cpu(const PoolBackwardParams&, int) { return kBadArgument; }
 size_t attention_mass_scratch_cpu(const AttentionMassParams&) { return 0; }
