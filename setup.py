@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -113,8 +114,8 @@ class BuildKernels(build_ext):
         jobs = os.environ.get("MAX_JOBS")
         ninja = shutil.which("ninja")
         if not ninja:
-            for _, _, command in steps:
-                self.call(command)
+            with ThreadPoolExecutor(int(jobs or os.cpu_count() or 1)) as pool:
+                list(pool.map(self.call, (command for _, _, command in steps)))
             return
         lines = ["rule compile\n command = $command\n depfile = $out.d\n deps = gcc\n"]
         for out, source, command in steps:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -397,7 +398,7 @@ def times_of(call: Call, rounds: int) -> dict[str, float | None]:
     """Microseconds of a call: graph replay warm and cold, eager."""
     for _ in range(3):
         call()
-    repeat = 20
+    repeat = min(20, max(1, int(2000 / event_us(call, 3))))  # two milliseconds of them
     eager = event_us(lambda: [call() for _ in range(repeat)], rounds) / repeat
     flush = torch.empty(FLUSH, dtype=torch.uint8, device=DEVICE)
 
@@ -482,22 +483,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=CASES, nargs="+", default=list(CASES))
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", type=Path, help="also write the table here, and as text beside it")
+    parser.add_argument(
+        "--time", type=float, help="begin no case after so many seconds; ends with 124 if some are missing"
+    )
+    parser.add_argument("--json", type=Path, help="also write the table here after every case, and as text beside it")
     args = parser.parse_args()
     torch.manual_seed(0)
     print(header())
     rate = bandwidth() if GPU else None
     print(f"{'copy:':14}{f'{rate / 1e12:.2f} TB/s' if rate else 'not measured, no GPU'}\n")
     rows: list[dict[str, Any]] = []
+    start, complete = time.monotonic(), True
     with torch.no_grad():
         for name in args.only:
             for case in CASES[name]():
-                rows += measure(case, args.rounds, rate)
-    for row in rows:
-        row.setdefault("x floor, cold", None)
+                if args.time and time.monotonic() - start > args.time:
+                    print(f"out of time at {case.op} {case.shape}")
+                    complete = False
+                    break
+                rows += [{**row, "x floor, cold": row.get("x floor, cold")} for row in measure(case, args.rounds, rate)]
+                if args.json and GPU:
+                    save(args.json, rows)  # what is measured stays, whatever comes
     print(table(rows))
     if args.json:
         save(args.json, rows)
+    if not complete:
+        raise SystemExit(124)
 
 
 if __name__ == "__main__":

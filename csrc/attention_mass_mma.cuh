@@ -160,7 +160,7 @@ mass_mma_kernel(AttentionMassParams p, int subtiles, float lse_unit) {
         }
     };
     // With few columns a warp starts with the head of its number, and its keys may come while the rows are counted.
-    const bool early = p.num_rows * group <= kUnitColumns;
+    const bool early = p.num_rows * group <= kUnitColumns && p.num_keys > 0;  // a key that is nowhere reads the first
     if (early && way < heads) fetch(way);
 
     const Rows rows = find_rows<32 * kWarps>(p, b, found);

@@ -12,7 +12,7 @@ import pytest
 import torch
 from emu import emulator
 from emu.emulator import Emulated, EmulatorReport
-from ops_cases import Backend, assert_mass, mass_inputs, mass_oracle, pool_oracle, random_plan, select_oracle
+from ops_cases import BACKENDS, Backend, assert_mass, mass_inputs, mass_oracle, pool_oracle, random_plan, select_oracle
 from torch import Tensor
 
 from crop import ops, reference
@@ -127,9 +127,11 @@ def pool_modes(run: Backend) -> None:
         weight = torch.rand(60).requires_grad_() if mode == "weighted" else None
         inputs = [tokens] if weight is None else [tokens, weight]
         expected = torch.autograd.grad(reference.adaptive_pool(tokens, plan, mode, weight).float().sum(), inputs)
+        moved = [run.move(t.detach()).requires_grad_() for t in inputs]
         with run.active():
-            out = ops.adaptive_pool(tokens, plan, mode, weight)
-            actual = torch.autograd.grad(out.float().sum(), inputs)
+            out = ops.adaptive_pool(moved[0], plan, mode, *moved[1:])
+            actual = [grad.cpu() for grad in torch.autograd.grad(out.float().sum(), moved)]
+        out = out.cpu()
         tolerance = {F32: 2e-5, BF16: 4e-3, F16: 5e-4}[dtype]
         oracle = pool_oracle(tokens.detach(), plan, mode, None if weight is None else weight.detach())
         torch.testing.assert_close(out.double(), oracle, rtol=tolerance, atol=2e-6)
@@ -161,9 +163,10 @@ CASES: dict[str, Callable[[Backend], None]] = {
     for case in (mass_sizes, mass_ragged, mass_lies, select_sizes, select_large, compact_types, compact_lies, pool_modes, pool_lies)
 }  # fmt: skip
 RUNS = {  # test_ops.py has the race build, forward
-    "race-random": Emulated("race", "random", 7),
-    "race-reverse": Emulated("race", "reverse", residents=4),
-    "asan": Emulated("asan"),
+    "race-random": Backend("native", emulated=Emulated("race", "random", 7)),
+    "race-reverse": Backend("native", emulated=Emulated("race", "reverse", residents=4)),
+    "asan": Backend("native", emulated=Emulated("asan")),
+    "cuda": BACKENDS["cuda"],
 }
 
 
@@ -172,11 +175,10 @@ RUNS = {  # test_ops.py has the race build, forward
 def test_operators(run: str, case: str) -> None:
     if run == "race-reverse" and not case.endswith("lies"):
         pytest.skip("reverse: only what test_ops.py does not have")
-    backend = Backend("native", emulated=RUNS[run])
-    if backend.missing():
-        pytest.skip(backend.missing())
+    if RUNS[run].missing():
+        pytest.skip(RUNS[run].missing())
     torch.manual_seed(0)
-    CASES[case](backend)
+    CASES[case](RUNS[run])
 
 
 def test_sanitizer_build() -> None:

@@ -210,7 +210,9 @@ def test_mass_empty(backend: Backend) -> None:
     assert backend(ops.attention_mass, query, key, index[:, :0]).shape == (2, 0)
     assert backend(ops.attention_mass, query[:0], key[:0], index[:0]).shape == (0, 4)
     assert not backend(ops.attention_mass, query[:, :, :0], key, index).any()
-    assert not backend(ops.attention_mass, query, key[:, :, :0], torch.full((2, 4), -1)).any()
+    for dtype, lse in itertools.product(FLOATS, (None, torch.zeros(2, 4, 3))):
+        keyless = (query.to(dtype), key[:, :, :0].to(dtype), torch.full((2, 4), -1))
+        assert not backend(ops.attention_mass, *keyless, lse=lse).any()
     assert backend(ops.attention_mass, query, key, index[:0], sample=torch.zeros(0, dtype=torch.int64)).shape == (0, 4)
 
 
