@@ -4,10 +4,12 @@
     python bench/bench_receipts.py --pages FOLDER --development    # the other part
 
 Reading takes seconds per image; the pages are kept in FOLDER, so that a run that was stopped goes on where it was.
-"given text" is the same ranking on the annotated text, a perfect OCR. "similarity" takes the lines whose sentence embedding is
-nearest to the question's, up to the mean area of the localizer. Controls: the answer's box (oracle), the whole image, a box
-of the oracle's size in the centre and at random. "inside": share of the answer's box in the region; "all": answers wholly
-inside; "sound": the same without the annotations whose box holds far more text than the answer.
+"all lines read" leaves no line unread; "given text" is that ranking on the annotated text, a perfect OCR; "similarity" takes the
+lines whose sentence embedding is nearest to the question's, up to the mean area of the localizer. "attention" is the embedded
+model's, which has never seen a real page; "cascade" and "union" join it with "ocr". "head" needs a model that reads receipts.
+Controls: the answer's box (oracle), the whole image, a box of the oracle's size in the centre and at random. coverage: share of
+the answer's box in the region; containment: answers wholly inside; "sound": the same without the annotations whose box holds far
+more text than the answer; read: share of the lines recognised.
 """
 
 from __future__ import annotations
@@ -32,13 +34,15 @@ import torch
 from common import ROOT, header, save
 from tqdm import tqdm
 
+from crop.ask import EMBEDDED, load
 from crop.images import open_image
+from crop.localizers import BoxLocalizer, CascadeLocalizer, UnionLocalizer
 from crop.localizers.ocr import OCRLocalizer, Page, Reader
 from crop.localizers.ocr.localizer import Ranked
 from crop.region import Region
 
 LIMITS = (0.01, 0.03, 0.06, 0.1, 0.17, 0.3)
-STEPS = ("find the lines", "recognise them", "embed them", "every question")
+STEPS = ("find the lines", "the first question", "recognise the rest", "embed the rest", "every question")
 SCALES = (1, 2, 4, 6, 8)  # of the oracle's sides, for the controls' curve
 
 
@@ -50,21 +54,42 @@ class Case:
     asked: receipts.Asked
     group: str
     page: Page
-    ranked: Ranked
+    hasty: Ranked  # after reading no more lines than the localizer does
+    read: float  # share of the lines it read
+    ranked: Ranked  # all lines read
     given: Ranked  # the same on the annotated text
     meaning: np.ndarray  # (num_lines,) similarity of line and question
+    attention: Region | None  # of the embedded model; None where it was not asked
+    milliseconds: float  # of its pass
 
 
 def cases(localizer: OCRLocalizer, reader: Reader, found: list[receipts.Receipt]) -> Iterator[Case]:
+    attend = load(EMBEDDED, "cpu", "auto").localizer("attention")
     for receipt in tqdm(found, "receipts", disable=None):
-        page, perfect = receipt.read(reader), receipt.annotated()
+        page, perfect, image = receipt.read(reader), receipt.annotated(), open_image(receipt.path)
         groups = (("", receipt.asked), (", other words", receipt.rephrased), ("further", receipt.further))
         for group, questions in groups:
             for asked in questions:
                 ranked = localizer.rank(page, asked.text)
+                hasty, read = hurried(localizer, page, asked.text)
                 name = group if group == "further" else asked.field + group
                 meaning = page.notes["meanings"] @ localizer.encode([asked.text])[0]
-                yield Case(receipt, asked, name, page, ranked, localizer.rank(perfect, asked.text), meaning)
+                start = time.perf_counter()
+                region = None if group else attend(image, asked.text)
+                spent = 1000 * (time.perf_counter() - start)
+                given = localizer.rank(perfect, asked.text)
+                yield Case(receipt, asked, name, page, hasty, read, ranked, given, meaning, region, spent)
+
+
+def hurried(localizer: OCRLocalizer, page: Page, question: str) -> tuple[Ranked, float]:
+    """What the localizer sees when the question is the first about a page, and the share of the lines it reads."""
+    fresh = Page(page.size, page.quads, notes=dict(page.notes))
+    for lines in (localizer.likely(fresh, question), page.texts):
+        fresh.texts.update({line: page.texts[line] for line in lines})
+        ranked = localizer.rank(fresh, question)
+        if localizer.select(ranked, page.size).confidence >= localizer.enough:
+            break
+    return ranked, len(fresh.texts) / max(len(page), 1)
 
 
 def overlap(region: Region, box: receipts.Box) -> tuple[float, float, float]:
@@ -125,8 +150,8 @@ def measure(found: Iterable[Case], find: Callable[[Case], Region]) -> dict[str, 
     inside, complete, fair, area, iou, whole = np.array(rows, dtype=float).T
     return {
         "n": len(rows),
-        "inside": float(inside.mean()),
-        "all": float(complete.mean()),
+        "coverage": float(inside.mean()),
+        "containment": float(complete.mean()),
         "sound": float(complete[fair > 0].mean()),
         "area": float(area.mean()),
         "IoU": float(iou.mean()),
@@ -138,7 +163,10 @@ def curves(localizer: OCRLocalizer, found: list[Case]) -> dict[str, list[tuple[f
     """(area, share of answers wholly inside) for every contender at every size."""
     rng = random.Random(0)
     contenders: dict[str, list[Callable[[Case], Region]]] = {
-        "ocr": [_ocr(replace(localizer, limit=limit, tail=min(0.01, limit / 6), sure=0.999)) for limit in LIMITS],
+        "ocr": [_hasty(replace(localizer, limit=limit, tail=min(0.01, limit / 6), sure=0.999)) for limit in LIMITS],
+        "attention": [lambda case: case.attention],
+        "cascade": [_joined(CascadeLocalizer, replace(localizer, limit=limit)) for limit in LIMITS],
+        "union": [_joined(UnionLocalizer, replace(localizer, limit=limit)) for limit in LIMITS],
         "ocr, given text": [
             _given(replace(localizer, limit=limit, tail=min(0.01, limit / 6), sure=0.999)) for limit in LIMITS
         ],
@@ -149,12 +177,26 @@ def curves(localizer: OCRLocalizer, found: list[Case]) -> dict[str, list[tuple[f
     points = {}
     for name, finders in contenders.items():
         results = [measure(found, find) for find in tqdm(finders, name, disable=None)]
-        points[name] = [(result["area"], result["all"]) for result in results]
+        points[name] = [(result["area"], result["containment"]) for result in results]
     return points
 
 
 def _ocr(localizer: OCRLocalizer) -> Callable[[Case], Region]:
     return lambda case: localizer.select(case.ranked, case.page.size)
+
+
+def _hasty(localizer: OCRLocalizer) -> Callable[[Case], Region]:
+    return lambda case: localizer.select(case.hasty, case.page.size)
+
+
+def _joined(kind: type, localizer: OCRLocalizer) -> Callable[[Case], Region]:
+    """ "cascade" or "union" of what attention and ocr found."""
+
+    def find(case: Case) -> Region:
+        members = case.attention, localizer.select(case.hasty, case.page.size)
+        return kind(tuple(map(BoxLocalizer, members)))(None, case.asked.text)
+
+    return find
 
 
 def _given(localizer: OCRLocalizer) -> Callable[[Case], Region]:
@@ -183,10 +225,12 @@ def timed(found: list[receipts.Receipt]) -> dict[str, float]:
     """Median milliseconds per step, on images that were never seen."""
     localizer, spent = OCRLocalizer(Reader()), defaultdict(list)
     localizer(open_image(found[0].path), "warm up")
-    for receipt in found[1:]:
+    for number, receipt in enumerate(found[1:]):
         image = open_image(receipt.path)
         stops = [time.perf_counter()]
         page = localizer.reader.detect(image)
+        stops.append(time.perf_counter())
+        localizer(image, receipt.asked[number % len(receipt.asked)].text)
         stops.append(time.perf_counter())
         localizer.reader.read(image, page)
         stops.append(time.perf_counter())
@@ -204,7 +248,7 @@ def main() -> None:
     parser.add_argument("--pages", type=Path, required=True, help="existing folder where the read pages are kept")
     parser.add_argument("--development", action="store_true", help="measure on the development part instead")
     parser.add_argument("--first", type=int, help="only so many receipts")
-    parser.add_argument("--timed", type=int, default=5, help="images on which the steps are timed")
+    parser.add_argument("--timed", type=int, default=8, help="images on which the steps are timed")
     parser.add_argument("--misses", action="store_true", help="print what was missed")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "receipts.json")
     options = parser.parse_args()
@@ -218,11 +262,15 @@ def main() -> None:
     own = [case for case in found if case.group in receipts.FIELDS]
     groups["all four"] = own
     rng = random.Random(0)
-    area = measure(own, _ocr(localizer))["area"]
+    area = measure(own, _hasty(localizer))["area"]
     contenders = {
-        "ocr": _ocr(localizer),
+        "ocr": _hasty(localizer),
+        "ocr, all lines read": _ocr(localizer),
         "ocr, given text": _given(localizer),
         "similarity": similar(localizer, area),
+        "attention": lambda case: case.attention,
+        "cascade": _joined(CascadeLocalizer, localizer),
+        "union": _joined(UnionLocalizer, localizer),
         "oracle": lambda case: Region((case.asked.box,)),
         "whole": lambda case: Region.whole(),
         "centre": lambda case: moved(case.asked.box, 1, None),
@@ -234,16 +282,26 @@ def main() -> None:
             if name.startswith("ocr") or group in (*receipts.FIELDS, "all four"):
                 rows.append({"localizer": name, "question": group, **measure(members, find)})
     beside = [localizer.locate(receipt.annotated(), receipt.beside) for receipt in part]
-    rows.append({"localizer": "ocr, given text", "question": "no text answers", "n": len(beside), "inside": None, "all": None,
+    rows.append({"localizer": "ocr, given text", "question": "no text answers", "n": len(beside), "coverage": None, "containment": None,
                  "sound": None, "area": mean(region.area for region in beside), "IoU": None,
                  "whole": mean(region.is_whole for region in beside)})  # fmt: skip
+    steps = timed(part[: options.timed + 1])
+    new = steps["find the lines"] + steps["the first question"]
+    attention = median(case.milliseconds for case in own)
+    milliseconds = {"ocr": new, "attention": attention, "union": attention + new}
     for row in rows:
-        row["ms"] = None
-    for name, spent in timed(part[: options.timed + 1]).items():
+        name = row["localizer"]
+        members = groups.get(row["question"], [])
+        row["read"] = mean(case.read for case in members) if name == "ocr" and members else None
+        if name == "cascade":  # ocr is asked where attention is not sure
+            asked = mean(case.attention.is_whole or case.attention.confidence < 0.5 for case in members)
+            milliseconds[name] = attention + asked * new
+        row["ms"] = milliseconds.get(name)
+    for name, spent in steps.items():
         rows.append({**dict.fromkeys(rows[0]), "localizer": "ocr", "question": name, "n": options.timed, "ms": spent})
     save(options.out, rows)
     at = next(row for row in rows if row["localizer"] == "ocr" and row["question"] == "all four")
-    plot(curves(localizer, own), (at["area"], at["all"]), options.out.with_suffix(".png"))
+    plot(curves(localizer, own), (at["area"], at["containment"]), options.out.with_suffix(".png"))
     print(header(), options.out.with_suffix(".txt").read_text().split("\n\n", 1)[1], sep="\n\n")
     if options.misses:
         for case in own:

@@ -87,6 +87,22 @@ def accuracy_groups(content: dict[str, Any]) -> list[str]:
     return markdown([f"{budget:.0%} of the tokens, layer average", *groups], table)
 
 
+def receipts(content: dict[str, Any]) -> list[str]:
+    """Answers wholly inside the region per field, and over all fields area, IoU, lines read and time on a new image."""
+    rows = {(row["localizer"], row["question"]): row for row in content["rows"]}
+    fields = ("company", "date", "address", "total amount")
+    head = ["answer's box wholly inside, %", *fields, "all four", "coverage", "mean area", "IoU", "lines read", "ms"]
+    table = []
+    for name in dict.fromkeys(name for name, question in rows if question == "all four"):
+        every = rows[name, "all four"]
+        shares = [rows[name, field]["containment"] for field in fields] + [
+            every[key] for key in ("containment", "coverage", "area", "IoU", "read")
+        ]
+        cells = ["-" if share is None else f"{100 * share:.1f}" for share in shares]
+        table.append([name, *cells, "-" if every["ms"] is None else f"{every['ms']:.0f}"])
+    return markdown(head, table)
+
+
 TABLES = {
     "accuracy": Source("accuracy.json", accuracy),
     "accuracy-groups": Source("accuracy.json", accuracy_groups),
@@ -94,6 +110,7 @@ TABLES = {
     "e2e-bars": Source("e2e.json", latency_tables.bars),
     "small": Source("small.json", latency_tables.small),
     "scale": Source("scale.json", latency_tables.scale),
+    "receipts": Source("receipts.json", receipts),
 }
 
 

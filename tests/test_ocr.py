@@ -103,7 +103,7 @@ def test_a_rendered_page_is_detected_read_and_remembered(tmp_path, monkeypatch):
     for number, (label, value) in enumerate([("DATE", "17-06-2018"), ("TEA", "4.20"), ("TOTAL", "17.17")]):
         draw.text((20, 30 + 75 * number), label, fill="black", font=font)
         draw.text((240, 30 + 75 * number), value, fill="black", font=font)
-    first = OCRLocalizer(Reader(folder=tmp_path))
+    first = OCRLocalizer(Reader(folder=tmp_path), unread=0.05)
     region = first(image, "What is the total amount?")
     assert not region.is_whole and region.contains(np_point(290 / 420, 195 / 260)) and "17.17" in region.reason
     assert not region.contains(np_point(290 / 420, 45 / 260))

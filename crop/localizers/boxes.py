@@ -36,15 +36,17 @@ class Raster:
             layout: N tokens, not pooled. score: (N,), not read where there is no patch; NaN counts as 0.
         """
         number, row, col = (axis.numpy() for axis in (layout.view, layout.row, layout.col))
-        patch = (layout.kind == PATCH).numpy()
+        patch, cells = (layout.kind == PATCH).numpy(), layout.cells
         values = np.where(patch, np.nan_to_num(score.double().cpu().numpy()), 0.0)
+        views = np.unique(number)
         pictures = []
-        for view in np.unique(number):
-            here = number == view
+        for view in views:
+            here = slice(None) if len(views) == 1 else number == view
             at = row[here] - row[here].min(), col[here] - col[here].min()
-            picture = Raster(*(np.zeros((at[0].max() + 1, at[1].max() + 1, *more)) for more in ((), (), (4,))))
-            picture.values[at], picture.valid[at], picture.cell[at] = values[here], patch[here], layout.cells[here]
-            pictures.append(Raster(picture.values, picture.valid.astype(bool), picture.cell))
+            shape = at[0].max() + 1, at[1].max() + 1
+            picture = Raster(np.zeros(shape), np.zeros(shape, dtype=bool), np.zeros((*shape, 4)))
+            picture.values[at], picture.valid[at], picture.cell[at] = values[here], patch[here], cells[here]
+            pictures.append(picture)
         return pictures[0] if len(pictures) == 1 else _joined(pictures)
 
     def boxes(self, chosen: np.ndarray, *, gap: int, max_boxes: int, dilate: int) -> list[TokenBox]:

@@ -199,7 +199,7 @@ class HeadLocalizer:
         )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def judge(head: Head, layout: VisionLayout, vision: Tensor, text: Tensor) -> tuple[Tensor, float]:
     """What the head makes of one image and one question.
 
@@ -226,7 +226,8 @@ def clues(raster: Raster, inside: np.ndarray, local: float) -> Tensor:
     values = raster.values
     peaks = np.sort(values[inside])[-max(1, int(inside.sum()) // 2) :].mean() if inside.any() else 0.0
     share = values[inside].sum() / max(values.sum(), 1e-6)
-    return torch.tensor([local, *torch.logit(torch.tensor([peaks, share]), eps=1e-4)], dtype=torch.float32)
+    sure = np.clip([peaks, share], 1e-4, 1 - 1e-4)
+    return torch.tensor([local, *np.log(sure / (1 - sure)).tolist()], dtype=torch.float32)
 
 
 def head_region(
