@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -209,6 +211,7 @@ def _seconds(call: Callable[[], Any], device: torch.device, rounds: int = 3) -> 
     return min(once() for _ in range(rounds))  # what disturbs only adds
 
 
+Facts = tuple[Geometry, torch.device, torch.dtype]
 Stages = list[tuple[int, list[int]]]  # (first decoder layer, tokens per sample from there on), ascending from layer 0
 
 
@@ -232,7 +235,10 @@ def compare(chunk: ChunkPlan, language_model: nn.Module, localizer_seconds: floa
     before = [float(len(image.layout)) for image in chunk.images]
     after = [sum(image.tokens_at(layer) for layer in layers) / len(layers) for image in chunk.images]
     steps = len(chunk.steps) + (chunk.pool is not None)
-    return _estimate(language_model, _lengths(chunk, None), stages, scored, steps, before, after, localizer_seconds)
+    facts = _facts(language_model)
+    return _estimate(
+        facts, measure_speed(*facts), _lengths(chunk, None), stages, scored, steps, before, after, localizer_seconds
+    )
 
 
 def glance(
@@ -248,17 +254,42 @@ def glance(
         Estimate, tokens per sample; where its ``prune`` is False, that of ``compare`` would be too, but for what rounding
         does to several images of a sample.
     """
-    left = [method.least(count) for count in vision]
-    count = len(language_model.layers)
+    facts = _facts(language_model)
+    key = (method, tuple(real), tuple(vision), facts, measure_speed(*facts), localizer_seconds)
+    try:
+        hash(method)
+    except TypeError:  # a method of the user's that cannot be remembered
+        return _glance.__wrapped__(*key)
+    return _glance(*key)
+
+
+@lru_cache(maxsize=256)
+def _glance(
+    method: Method, real: tuple[int, ...], vision: tuple[int, ...], facts: Facts, speed: Speed, localizer_seconds: float
+) -> Estimate:
+    left, count = [method.least(count) for count in vision], facts[0].num_layers
     stages: Stages = []
     for layer in sorted({0, *(layer for one in left for layer in one)}):
         held = [_at(one, layer) for one in left]
         stages.append((layer, [all_ - seen + kept for all_, seen, kept in zip(real, vision, held, strict=True)]))
+    steps = sum(one != other for (_, one), (_, other) in pairwise([(0, list(real)), *stages]))
     before = [float(seen) for seen in vision if seen]
     after = [
         sum(_at(one, layer) for layer in range(count)) / count for one, seen in zip(left, vision, strict=True) if seen
     ]
-    return _estimate(language_model, real, stages, 0.0, 0, before, after, localizer_seconds)
+    return _estimate(facts, speed, list(real), stages, 0.0, steps, before, after, localizer_seconds)
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, Facts] = weakref.WeakKeyDictionary()
+
+
+def _facts(language_model: nn.Module) -> Facts:
+    """Of a decoder; its sizes are read once."""
+    weight = next(language_model.layers[0].parameters())
+    found = _known.get(language_model)
+    if found is None or found[1:] != (weight.device, weight.dtype):
+        found = _known[language_model] = (Geometry.of(language_model), weight.device, weight.dtype)
+    return found
 
 
 def _at(table: dict[int, int], layer: int) -> int:
@@ -266,7 +297,8 @@ def _at(table: dict[int, int], layer: int) -> int:
 
 
 def _estimate(
-    language_model: nn.Module,
+    facts: Facts,
+    speed: Speed,
     full: list[int],
     stages: Stages,
     scored: float,
@@ -276,14 +308,14 @@ def _estimate(
     localizer_seconds: float,
 ) -> Estimate:
     """Price both ways. scored: rows x keys of all scoring; steps: cuts and poolings."""
-    geometry, weight = Geometry.of(language_model), next(language_model.layers[0].parameters())
-    speed = measure_speed(geometry, weight.device, weight.dtype)
-    before = _cost(geometry, speed, [(0, full)], weight.element_size(), tokens_before)
-    after = _cost(geometry, speed, stages, weight.element_size(), tokens_after)
+    geometry, _, dtype = facts
+    before = _cost(geometry, speed, [(0, full)], dtype.itemsize, tokens_before)
+    after = _cost(geometry, speed, stages, dtype.itemsize, tokens_after)
     own = speed.call + speed.image * len(tokens_before) + speed.hook * (geometry.num_layers + 8) + speed.step * steps
     own += geometry.score_flops(1, 1) * scored * speed.attention * 2  # logits once; exponentials weigh as much again
     after = replace(after, seconds=after.seconds + own)
-    prune = before.seconds - after.seconds - localizer_seconds > MARGIN * before.seconds
+    # Our own work counts twice: measured alone it is quicker than among the layers, and it is surely paid.
+    prune = before.seconds - after.seconds - localizer_seconds > MARGIN * before.seconds + own
     share = f"{1000 * before.seconds:.1f} ms of prefill, {1000 * after.seconds:.1f} ms pruned"
     if localizer_seconds:
         share += f" and {1000 * localizer_seconds:.1f} ms for the localizer"
