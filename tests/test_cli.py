@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import runpy
 import sys
@@ -16,6 +17,7 @@ import crop.ask
 from crop import cli
 from crop.ask import STAGES
 from crop.embedded import scenes
+from crop.localizers.ocr.reader import PACKAGES
 from crop.region import Region
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loaded_once")
@@ -130,6 +132,21 @@ def test_the_answer_is_right_with_few_tokens(capsys, image):
     assert found["answer"] == QUESTION.answer
     found = json.loads(run(capsys, *words)[0])
     assert found["localizer"] == "head" and found["answer"] == QUESTION.answer
+
+
+@pytest.mark.parametrize("name", ["attention", "head", "ocr", "cascade", "union"])
+def test_every_localizer_that_needs_no_second_model_on_a_receipt(name, capsys, tmp_path):
+    if name not in ("attention", "head") and not all(map(importlib.util.find_spec, PACKAGES)):
+        pytest.skip("extra ocr is not installed")
+    scene = scenes.scene(10_000_002, picture="receipt")
+    question = next(question for question in scene.questions if question.local)
+    scene.image.resize((512, 512)).save(tmp_path / "receipt.png")
+    words = ["ask", str(tmp_path / "receipt.png"), question.text, "--json", "--localizer", name, "--method", "ilp"]
+    found = json.loads(run(capsys, *words)[0])
+    assert found["localizer"] == name and found["seconds"]["localizer"] > 0
+    assert found["region"]["area"] < 0.5 or found["region"]["reason"]
+    if name != "ocr":  # 28 tokens of an unsure one are not enough
+        assert found["answer"] == question.answer and found["region"]["area"] < 0.5
 
 
 def test_text_output(capsys, image):

@@ -1,10 +1,14 @@
 """share_vision: the tower runs once for equal images, the answers do not change, nothing stays behind."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import FAMILIES, build_model, standard_batch
 
 import crop
+from crop.ask import load
+from crop.embedded import scenes
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -81,3 +85,15 @@ def test_restored_after_an_exception_and_refused_twice():
     with pytest.raises(TypeError, match="vision-language model"):
         with crop.share_vision(torch.nn.Linear(1, 1)):
             pass
+
+
+def test_localizers_and_shared_vision_take_a_peft_model():
+    peft = pytest.importorskip("peft")
+    asker, scene = load("embedded", "cpu", "auto"), scenes.scene(0)
+    question = next(question.text for question in scene.questions if question.local)
+    plain = [asker.localizer(name)(scene.image, question) for name in ("attention", "head")]
+    asker = replace(asker, model=peft.get_peft_model(asker.model, peft.LoraConfig(target_modules=["q_proj"], r=2)))
+    with crop.share_vision(asker.model):
+        assert [asker.localizer(name)(scene.image, question).boxes for name in ("attention", "head")] == [
+            region.boxes for region in plain
+        ]

@@ -126,6 +126,8 @@ class Adapter:
 
     def base(self, model: nn.Module) -> nn.Module:
         """The multimodal model below the language-model head."""
+        if hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
         return model.model if hasattr(model, "lm_head") else model
 
     def vision_tower(self, base: nn.Module) -> nn.Module:
