@@ -24,8 +24,8 @@ def rendered(first: int, count: int, questions: int) -> Iterator[Record]:
     for seed in range(first, first + count):
         scene, rng = scenes.scene(seed), random.Random(seed)
         known = {question.text for question in scene.questions}
-        chosen = rng.sample(scene.questions, min(questions, len(scene.questions)))
-        for question in chosen:
+        asked = (*scene.questions, *scene.grounding)
+        for question in rng.sample(asked, min(questions, len(asked))):
             yield scene.image, question.text, question.boxes
         absent = [q.text for q in before if q.text not in known and foreign(q, scene)]
         if absent:
