@@ -5,12 +5,10 @@ from __future__ import annotations
 import sys
 
 import pytest
-import test_families as contract
 import torch
-from test_families import get_batch, get_model, patched, regions_of
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from zoo import FAMILIES
+from zoo.cases import SUPPORTED, get_batch, get_model, patched, regions_of
 
 from crop import lse, ops
 from crop.methods import InnerLLMPruning, Pyramid
@@ -18,7 +16,6 @@ from crop.methods import InnerLLMPruning, Pyramid
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
 matrix = pytest.mark.parametrize
-SUPPORTED = [(family, attention) for family in FAMILIES for attention in FAMILIES[family].attentions]
 CUTS = (InnerLLMPruning(keep=0.6, layer=1, floor=3), InnerLLMPruning(keep=0.3, layer=2, ring=1))
 
 
@@ -58,11 +55,9 @@ def test_not_where_the_scores_ask_something_else(scored):
     model, batch = get_model("llava", "sdpa"), get_batch("llava", "left", 1)
     with patched(model, InnerLLMPruning(keep=0.3, rope=False), batch, regions_of(batch)):
         model(**batch.inputs)
-    cache = None
+    cache, question = None, torch.tensor([[7, 21, 3, 40]] * len(batch.samples))
     for _ in range(2):
-        make, question = FAMILIES["llava"].processor, torch.tensor([[7, 21, 3, 40]] * len(batch.samples))
-        more = {"region": regions_of(batch), "processor": make(), "image_size": contract.sizes_of(batch)}
-        with contract.patch(model, InnerLLMPruning(keep=0.3), readmit=True, **more):
+        with patched(model, InnerLLMPruning(keep=0.3), batch, regions_of(batch), readmit=True):
             if cache is None:
                 cache = model(**batch.inputs).past_key_values
                 continue
