@@ -18,13 +18,12 @@ from contract import ATOL, REGIONS, assert_unchanged, snapshot
 from oracle import Steps
 from peft import LoraConfig, get_peft_model
 from pyramid import decide
-from test_families import METHODS, get_batch, get_model, get_oracle, greedy, greedy_steps, patched, regions_of, sizes_of
 from test_patch_training import HOOKS_INSIDE
 from test_patch_wrapped import Quantised
 from zoo import FAMILIES, NUM_LAYERS
+from zoo.cases import METHODS, get_batch, get_model, get_oracle, greedy, greedy_steps, patched, regions_of
 
 from crop.methods import Pyramid
-from crop.patch import patch
 from crop.region import Region
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,14 +56,8 @@ def assert_refused(family, reason, **more):
     model, batch = get_model(family, "sdpa"), get_batch(family, "left", 1)
     before = snapshot(model)
     with pytest.raises(ValueError, match=reason):
-        patched_with(model, METHODS["ilp"], batch, regions_of(batch), **more).__enter__()
+        patched(model, METHODS["ilp"], batch, regions_of(batch), **more).__enter__()
     assert_unchanged(before, model)
-
-
-def patched_with(model, method, batch, regions, **more):
-    make = FAMILIES[batch.family].processor
-    processor = None if make is None else make()
-    return patch(model, method, regions, processor=processor, image_size=sizes_of(batch), **more)
 
 
 @families
@@ -142,7 +135,7 @@ def test_static_cache(family):
     model, batch = get_model(family, "sdpa"), get_batch(family, "left", 1)
     found = []
     for more in ({}, {"cache_implementation": "static"}):
-        with patched_with(model, METHODS["both"], batch, regions_of(batch), cache="uniform"):
+        with patched(model, METHODS["both"], batch, regions_of(batch), cache="uniform"):
             out = model.generate(**batch.inputs, max_new_tokens=3, do_sample=False, output_logits=True,
                                  return_dict_in_generate=True, **more)  # fmt: skip
         found.append(torch.stack(out.logits))
@@ -164,13 +157,13 @@ def test_another_question(family):
     regions = regions_of(batch)
     elsewhere = [Region.box(1 - x1, 1 - y1, 1 - x0, 1 - y0) for r in regions for x0, y0, x1, y1 in r.boxes[:1]]
     more = {"max_new_tokens": 2, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    with patched_with(model, METHODS["ilp"], batch, regions, readmit=True) as stats:
+    with patched(model, METHODS["ilp"], batch, regions, readmit=True) as stats:
         out = model.generate(**batch.inputs, **more)
     first = stats.kept
     ids = torch.cat([out.sequences, torch.tensor([(7, 21, 3, 40)] * len(batch.samples))], 1)
     mask = torch.ones_like(ids)
     mask[:, : batch.inputs["attention_mask"].shape[1]] = batch.inputs["attention_mask"]
-    with patched_with(model, METHODS["ilp"], batch, elsewhere, readmit=True) as stats:
+    with patched(model, METHODS["ilp"], batch, elsewhere, readmit=True) as stats:
         again = model.generate(ids, attention_mask=mask, past_key_values=out.past_key_values, **more)
     kept = [index.tolist() for index in stats.kept]
     assert any(set(b) - set(a.tolist()) for a, b in zip(first, kept, strict=True))
@@ -179,7 +172,7 @@ def test_another_question(family):
         for row, sample in enumerate(batch.samples)
     ]
     fresh = zoo.make_batch(grown, "left")
-    with patched_with(model, METHODS["ilp"], batch, elsewhere) as stats:
+    with patched(model, METHODS["ilp"], batch, elsewhere) as stats:
         wanted = model.generate(**fresh.inputs, **more)
     assert kept == [index.tolist() for index in stats.kept]
     torch.testing.assert_close(torch.stack(again.logits), torch.stack(wanted.logits), atol=ATOL, rtol=0)
