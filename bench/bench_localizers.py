@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from common import header, interleave, table
+from common import header, interleave, save, table
 from tqdm import tqdm
 
 from crop import embedded
@@ -62,10 +62,16 @@ class Row:
         self.localizer.append(1000 * answer.seconds["localizer"])
         self.total.append(1000 * answer.seconds["total"])
 
-    def cells(self) -> list[str]:
+    def figures(self) -> list[float]:
+        """In the order of ``COLUMNS``."""
         complete = [value > 0.999 for value in self.covered]
-        shares = map(mean, (self.covered, complete, self.area, self.iou, self.whole, self.right))
-        return [*(f"{share:.3f}" for share in shares), *(f"{median(t):.1f}" for t in (self.localizer, self.total))]
+        shares = (self.covered, complete, self.area, self.iou, self.whole, self.right)
+        return [*map(mean, shares), median(self.localizer), median(self.total)]
+
+    def cells(self) -> list[str]:
+        return [
+            f"{value:.{1 if name.endswith('ms') else 3}f}" for name, value in zip(COLUMNS, self.figures(), strict=True)
+        ]
 
 
 def moved(true: Region, rng: random.Random | None) -> Region:
@@ -138,6 +144,7 @@ def main() -> None:
     parser.add_argument("--method", choices=("crop", "plc", "ilp"), default="ilp")
     parser.add_argument("--keep", type=float, default=0.11)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     digest = hashlib.sha256((embedded.WEIGHTS / "model.safetensors").read_bytes()).hexdigest()[:12]
@@ -170,8 +177,21 @@ def main() -> None:
         print(title.ljust(28) + "".join(cell.rjust(14) for cell in COLUMNS))
         for name, row in rows.items():
             print(f"  {name} (n={len(row.area)})".ljust(28) + "".join(cell.rjust(14) for cell in row.cells()))
+    costs = head_cost(asker)
     print()
-    print(table(head_cost(asker)))
+    print(table(costs))
+    if options.json:
+        found = [
+            {
+                "questions": title,
+                "localizer": name,
+                "n": len(row.area),
+                **dict(zip(COLUMNS, row.figures(), strict=True)),
+            }
+            for title, rows in tables.items()
+            for name, row in rows.items()
+        ]
+        save(options.json, found, {"cost of the head": costs})
 
 
 if __name__ == "__main__":

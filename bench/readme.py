@@ -103,6 +103,30 @@ def receipts(content: dict[str, Any]) -> list[str]:
     return markdown(head, table)
 
 
+def regions(content: dict[str, Any]) -> list[str]:
+    """Exact answers by method and by where the region came from."""
+    plain, *rows = content["rows"]
+    sources = [name for name in rows[0] if name != "method"]
+    table = [[row["method"], *(f"{100 * row[source]:.0f}" for source in sources)] for row in rows]
+    return markdown([f"exact answers, % (unpruned {100 * plain['whole image']:.0f})", *sources], table)
+
+
+def localizers(content: dict[str, Any]) -> list[str]:
+    """Questions that a part of the picture answers: how well the region is found, what it costs, what is answered."""
+    rows = [row for row in content["rows"] if row["questions"] == "a part answers"]
+    table = [
+        [
+            f"{row['localizer']} (n={row['n']})",
+            *(f"{100 * row[name]:.1f} %" for name in ("covered", "area", "answers")),
+            *(f"{row[name]:.1f}" for name in ("localizer ms", "total ms")),
+        ]
+        for row in rows
+    ]
+    return markdown(
+        ["region from", "covers the true one", "area", "right answers", "localizer, ms", "total, ms"], table
+    )
+
+
 TABLES = {
     "accuracy": Source("accuracy.json", accuracy),
     "accuracy-groups": Source("accuracy.json", accuracy_groups),
@@ -111,6 +135,8 @@ TABLES = {
     "small": Source("small.json", latency_tables.small),
     "scale": Source("scale.json", latency_tables.scale),
     "receipts": Source("receipts.json", receipts),
+    "regions": Source("regions.json", regions),
+    "localizers": Source("localizers.json", localizers),
 }
 
 
