@@ -130,7 +130,7 @@ def main() -> None:
           f"share of exact answers; unpruned {unpruned:.3f}")  # fmt: skip
     print(table(shares))
     if options.json:
-        save(options.json, [{"method": "unpruned", "whole image": unpruned}, *shares])
+        save(options.json, shares, {"unpruned": [{"questions": len(asked), "exact": unpruned}]})
 
 
 if __name__ == "__main__":

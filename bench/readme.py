@@ -105,10 +105,10 @@ def receipts(content: dict[str, Any]) -> list[str]:
 
 def regions(content: dict[str, Any]) -> list[str]:
     """Exact answers by method and by where the region came from."""
-    plain, *rows = content["rows"]
+    rows, plain = content["rows"], content["unpruned"][0]["exact"]
     sources = [name for name in rows[0] if name != "method"]
     table = [[row["method"], *(f"{100 * row[source]:.0f}" for source in sources)] for row in rows]
-    return markdown([f"exact answers, % (unpruned {100 * plain['whole image']:.0f})", *sources], table)
+    return markdown([f"exact answers, % (unpruned {100 * plain:.0f})", *sources], table)
 
 
 def localizers(content: dict[str, Any]) -> list[str]:
