@@ -49,7 +49,7 @@ skip() {
 passed() { [ "$(grep -c '[0-9] passed' "$out/$1.log")" -ge "$2" ] || { echo "no test has run on the GPU"; return 1; }; }
 
 run_tests() {
-    limited "$python" -m pytest tests/test_ops.py tests/test_emu_ops.py tests/test_cuda.py -k cuda -rs --durations=5
+    limited "$python" -m pytest tests/test_ops*.py tests/test_emu_ops.py tests/test_cuda.py -k cuda -rs --durations=5
     local code=$?
     [ $code -ne 0 ] && return $code
     [ -n "$arch" ] || { skip "no GPU: every test above skipped itself"; return; }

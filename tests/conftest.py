@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from ops_cases import BACKENDS, Backend
 from oracle import Oracle
 
 
@@ -51,3 +52,19 @@ def flash() -> Iterator[tiny_models.FlashCalls]:
     """CPU kernels behind transformers' flash integration, with a record of their calls."""
     with tiny_models.flash_on_cpu() as record:
         yield record
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: Any) -> Backend:
+    reason = BACKENDS[request.param].missing()
+    if reason:
+        pytest.skip(reason)
+    return BACKENDS[request.param]
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name != "twin"])
+def native(request: Any) -> Backend:
+    reason = BACKENDS[request.param].missing()
+    if reason:
+        pytest.skip(reason)
+    return BACKENDS[request.param]

@@ -18,6 +18,7 @@ from crop.ops import library
 from crop.plan import PoolPlan
 
 INF, NAN = float("inf"), float("nan")
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @dataclass(frozen=True)
@@ -211,3 +212,28 @@ def pool_oracle(tokens: Tensor, plan: PoolPlan, mode: str, weight: Tensor | None
         else:
             out[i] = x.mean(0)
     return out
+
+
+def same(a: Tensor, b: Tensor) -> None:
+    assert a.dtype == b.dtype and a.shape == b.shape
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def spread(tensor: Tensor, offset: int = 1, gap: int = 3) -> Tensor:
+    """The same values as a view whose rows lie apart and start off the alignment."""
+    shape = torch.Size((*tensor.shape[:-1], tensor.shape[-1] + gap))
+    storage = torch.zeros(shape.numel() + offset)
+    view = storage.to(tensor.dtype)[offset:].view(shape)[..., : tensor.shape[-1]]
+    return view.copy_(tensor)
+
+
+def fill(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Random bits, NaN patterns included."""
+    size = torch.empty(0, dtype=dtype).element_size()
+    if dtype == torch.bool:
+        return torch.randint(0, 2, shape).bool()
+    return torch.randint(-128, 128, (*shape[:-1], shape[-1] * size), dtype=torch.int8).view(dtype)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the emulator beyond test_ops.py (which runs there forward): another schedule, the sanitizer build, lengths
+"""The CUDA kernels on the emulator beyond test_ops*.py (which run there forward): another schedule, the sanitizer build, lengths
 and indices on the device that lie, the traffic, and every barrier removed once."""
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ CASES: dict[str, Callable[[Backend], None]] = {
     case.__name__: case
     for case in (mass_sizes, mass_ragged, mass_lies, select_sizes, select_large, compact_types, compact_lies, pool_modes, pool_lies)
 }  # fmt: skip
-RUNS = {  # test_ops.py has the race build, forward
+RUNS = {  # test_ops*.py have the race build, forward
     "race-random": Backend("native", emulated=Emulated("race", "random", 7)),
     "race-reverse": Backend("native", emulated=Emulated("race", "reverse", residents=4)),
     "asan": Backend("native", emulated=Emulated("asan")),
@@ -174,7 +174,7 @@ RUNS = {  # test_ops.py has the race build, forward
 @pytest.mark.parametrize("run", RUNS)
 def test_operators(run: str, case: str) -> None:
     if run == "race-reverse" and not case.endswith("lies"):
-        pytest.skip("reverse: only what test_ops.py does not have")
+        pytest.skip("reverse: only what test_ops*.py do not have")
     if RUNS[run].missing():
         pytest.skip(RUNS[run].missing())
     torch.manual_seed(0)
