@@ -22,10 +22,8 @@ from __future__ import annotations
 
 import argparse
 import collections
-import math
 import os
 import random
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -33,267 +31,18 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from embedded_data import HEADS, NUM_PATCHES, Encoder, Reservoir, asked, encode, keep_tokens
+from embedded_model import AIDS, SIZES, answer_logits, build, export, tower_features, vocabulary
 from torch import Tensor, nn
 
 from crop.embedded import scenes
 
-NUM_PATCHES = scenes.GRID**2
-MAX_QUESTIONS, MAX_BOXES, MAX_LENGTH = 32, 8, 13
 HELD_OUT = 10_000_000  # first seed of the held-out range; training seeds stay below
-SIZES = {  # tower width, tower layers, decoder width, decoder layers, decoder feed-forward
-    "small": (128, 5, 128, 8, 320),
-    "medium": (192, 6, 192, 8, 512),
-    "large": (224, 6, 256, 8, 512),
-}
-EMPHASIS = {"box": 5.0, "count": 2.0, "total": 2.0, "date": 1.5, "shapes": 1.5, "picture": 0.2, "receipt": 0.2}
 STAGES = ("tower", "decoder", "joint", "boxes")
-WHERE = [f"{v} {h}" for v in ("top", "middle", "bottom") for h in ("left", "center", "right")]
-CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-KINDS = ("shape", "sign", "shop", "date", "item", "total")
-HEADS = {  # classes per patch label; class 0 is "none" everywhere
-    "kind": len(KINDS) + 1, "color": len(scenes.COLORS) + 1, "shape": len(scenes.SHAPES) + 1,
-    "word": len(scenes.DRAWN_WORDS) + 1, "tens": 11, "ones": 11, "where": 10, "character": len(CHARACTERS) + 1,
-    "same_color": 7, "same_shape": 7, "things": 7,
-}  # fmt: skip
 COUNTS = ("same_color", "same_shape", "things")  # slow to learn, weighted double
-
-
-# ---------------------------------------------------------------------------------------------------------------- data
-def patch_labels(scene: scenes.Scene) -> np.ndarray:
-    """(256, len(HEADS)) uint8: what the thing under each patch is."""
-    label = np.zeros((scenes.GRID, scenes.GRID, len(HEADS)), np.uint8)
-    for thing in scene.things:
-        digits = f"{thing.value:>2}" if thing.value else "  "
-        same = [sum(getattr(o, a) == getattr(thing, a) for o in scene.things) for a in ("color", "shape")]
-        row = [
-            1 + KINDS.index(thing.kind),
-            1 + list(scenes.COLORS).index(thing.color) if thing.color else 0,
-            1 + scenes.SHAPES.index(thing.shape) if thing.shape else 0,
-            1 + scenes.DRAWN_WORDS.index(thing.word) if thing.word else 0,
-            0 if digits[0] == " " else 1 + int(digits[0]),
-            0 if digits[1] == " " else 1 + int(digits[1]),
-            1 + WHERE.index(thing.where) if thing.where and thing.color else 0,
-            0,
-            *((same[0], same[1], len(scene.things)) if thing.kind == "shape" else (0, 0, 0)),
-        ]
-        x0, y0, x1, y1 = thing.cells
-        label[y0:y1, x0:x1] = row
-        for x, y, character in thing.text:
-            label[y, x, list(HEADS).index("character")] = 1 + CHARACTERS.index(character)
-    return label.reshape(NUM_PATCHES, -1)
-
-
-def region_mask(question: scenes.Question) -> np.ndarray:
-    """(256,) bool: patches whose centre lies in the question's boxes."""
-    centre = (np.arange(scenes.GRID) + 0.5) / scenes.GRID
-    mask = np.zeros((scenes.GRID, scenes.GRID), bool)
-    for x0, y0, x1, y1 in question.boxes:
-        mask |= ((centre >= y0) & (centre < y1))[:, None] & ((centre >= x0) & (centre < x1))[None]
-    return mask.reshape(-1)
-
-
-class Encoder:
-    """Words to token ids, without the tokenizer's overhead (the test suite checks that both agree)."""
-
-    def __init__(self, vocabulary: dict[str, int]) -> None:
-        self.ids = vocabulary
-
-    def __call__(self, text: str) -> list[int]:
-        return [self.ids[t] for w in text.split() for t in (w if w.isdigit() else (w,))]
-
-
-def asked(scene: scenes.Scene) -> tuple[scenes.Question, ...]:
-    """The questions of a picture that training and the held-out figures use."""
-    return (*scene.questions[:MAX_QUESTIONS], *scene.grounding[:MAX_BOXES])
-
-
-def encode(scene: scenes.Scene, encoder: Encoder) -> dict[str, np.ndarray]:
-    """One picture as arrays: patches, patch labels and its questions."""
-    rows = MAX_QUESTIONS + MAX_BOXES
-    pixels = np.asarray(scene.image).reshape(scenes.GRID, scenes.PATCH, scenes.GRID, scenes.PATCH, 3)
-    out = {
-        # (row, column, channel, y, x): the order of a flattened convolution kernel
-        "patches": pixels.transpose(0, 2, 4, 1, 3).reshape(NUM_PATCHES, -1).copy(),
-        "labels": patch_labels(scene),
-        "ids": np.zeros((rows, MAX_LENGTH), np.int16),
-        "target": np.full((rows, MAX_LENGTH), -100, np.int16),
-        "region": np.zeros((rows, NUM_PATCHES), bool),
-        "local": np.zeros(rows, bool),
-        "weight": np.zeros(rows, np.float32),
-        "picture": np.array(scenes.PICTURES.index(scene.picture), np.uint8),
-    }
-    questions = asked(scene)
-    count = collections.Counter(q.kind for q in questions)
-    for i, question in enumerate(questions):
-        text, answer = (
-            encoder(question.text + " ?"),
-            [*encoder(question.answer), encoder.ids["</s>"]],
-        )
-        line = text + answer[:-1]
-        out["ids"][i, : len(line)] = line
-        out["target"][i, len(text) - 1 : len(line)] = answer
-        out["region"][i], out["local"][i] = region_mask(question), question.local
-        if question.kind == "shapes":  # a global question for the user; attention is led to the shapes all the same
-            out["region"][i], out["local"][i] = out["labels"][:, 0] > 0, True
-        # Every kind equally likely, except that hard ones are asked more, trivial ones and counts of one less.
-        weight = EMPHASIS.get(question.kind, 1.0) / count[question.kind]
-        out["weight"][i] = weight * (0.4 if question.kind == "count" and question.answer == "1" else 1)
-    return out
-
-
-class Reservoir:
-    """Recently rendered pictures; each is used several times before a new one takes its place."""
-
-    def __init__(self, encoder: Encoder, first_seed: int, stride: int, size: int, hardness: float = 1.0) -> None:
-        self.encoder, self.seed, self.stride, self.size, self.hardness = (
-            encoder,
-            first_seed,
-            stride,
-            size,
-            hardness,
-        )
-        self.store: list[dict[str, Tensor]] = []
-        self.cursor = 0
-        self.rng = random.Random(first_seed)
-
-    def add(self, count: int, features: object = None) -> None:
-        fresh = []
-        for picture in self.rng.choices(scenes.PICTURES, (4, 3, 3), k=count):
-            drawn = scenes.scene(self.seed, picture=picture, hardness=self.hardness)
-            fresh.append({k: torch.from_numpy(v) for k, v in encode(drawn, self.encoder).items()})
-            self.seed += self.stride
-        if features is not None:
-            for item, feature in zip(fresh, features(torch.stack([f["patches"] for f in fresh])), strict=True):
-                item["features"] = feature
-        for item in fresh:
-            if len(self.store) < self.size:
-                self.store.append(item)
-            else:
-                self.store[self.cursor] = item
-                self.cursor = (self.cursor + 1) % self.size
-
-    def draw(self, count: int) -> list[dict[str, Tensor]]:
-        return self.rng.sample(self.store, count)
-
-
-def keep_tokens(labels: Tensor, count: int) -> Tensor:
-    """(B, count) ascending patch ids: things first, background at random."""
-    noise = torch.rand(labels.shape[:2]) + 2 * (labels[..., 0] > 0)
-    return noise.topk(count, 1).indices.sort(1).values
-
-
-# --------------------------------------------------------------------------------------------------------------- model
-def build(size: str, vocabulary: dict[str, int]):
-    from transformers import (
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        SiglipVisionConfig,
-    )
-
-    tower, tower_layers, width, layers, inner = SIZES[size]
-    vision = SiglipVisionConfig(
-        hidden_size=tower, intermediate_size=2 * tower, num_hidden_layers=tower_layers, num_attention_heads=4,
-        image_size=scenes.SIZE, patch_size=scenes.PATCH, vision_use_head=False,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True,
-        bos_token_id=vocabulary["<s>"], eos_token_id=vocabulary["</s>"], pad_token_id=vocabulary["<pad>"],
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=vocabulary["<image>"], image_seq_length=NUM_PATCHES,
-        vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlavaForConditionalGeneration(config)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2:
-            std = 0.07 if "embed_tokens" in name else 0.8 / math.sqrt(parameter[0].numel())
-            nn.init.normal_(parameter, std=std)
-    # Rows and columns in sines: neighbours are then a fixed rotation apart from the first step on.
-    place = model.model.vision_tower.embeddings.position_embedding.weight
-    axis = (
-        torch.arange(scenes.GRID)[:, None]
-        * 2
-        * math.pi
-        / torch.logspace(math.log2(3), math.log2(64), tower // 4, base=2)
-    )
-    wave = torch.cat((axis.sin(), axis.cos()), 1)
-    grid = torch.cat((wave[:, None].expand(-1, scenes.GRID, -1), wave[None].expand(scenes.GRID, -1, -1)), 2)
-    place.data.copy_(grid.reshape(NUM_PATCHES, tower) * 0.4)
-    return model
-
-
-class Aids:
-    """What the attention of some decoder layers contributes to the loss (training only)."""
-
-    mass_layers, mass_heads, blind_layers = (1, 3), 2, (0, 1)
-
-    def __init__(self) -> None:
-        self.on = False
-
-    def start(self, prefix: int, region: Tensor, rows: Tensor) -> None:
-        """region: (B, text, T) bool keys of each row's answer; rows: (B, text) bool rows to supervise."""
-        self.on, self.prefix, self.region, self.rows = True, prefix, region, rows
-        self.mass, self.value = {}, []
-
-    def __call__(self, module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-        if self.on and module.layer_idx in self.mass_layers:
-            heads = self.mass_heads
-            logits = query[:, :heads, self.prefix :] @ key[:, :heads].transpose(2, 3) * scaling
-            logits = logits.float().masked_fill(~mask[:, :, self.prefix :], -1e9)
-            inside = logits.masked_fill(~self.region[:, None], -1e9).logsumexp(3) - logits.logsumexp(3)
-            picked = inside.transpose(1, 2)[self.rows]
-            self.mass[module.layer_idx] = -picked.clamp_min(-12).mean()
-        if self.on and module.layer_idx in self.blind_layers:
-            self.value.append(value[:, :, 1 : self.prefix].float().square().mean())
-        return out.transpose(1, 2).contiguous(), None
-
-
-AIDS = Aids()
-
-
-def tower_features(model, patches: Tensor, keep: Tensor | None) -> Tensor:
-    """Output of the stock tower's encoder for patches (B, n, 768) uint8 at grid places keep (B, n)."""
-    tower = model.model.vision_tower
-    kernel = tower.embeddings.patch_embedding
-    pixels = patches.to(kernel.weight.device).float() / 127.5 - 1
-    place = tower.embeddings.position_embedding.weight
-    place = place if keep is None else place[keep]
-    hidden = F.linear(pixels, kernel.weight.flatten(1), kernel.bias) + place
-    return tower.encoder(inputs_embeds=hidden).last_hidden_state
-
-
-def packed_mask(prefix: int, questions: int, length: int) -> Tensor:
-    """(1, 1, T, T) bool: a causal prefix that every question sees, and questions that see nothing of each other."""
-    total = prefix + questions * length
-    mask = torch.zeros(total, total, dtype=torch.bool)
-    mask[:, :prefix] = True
-    mask[:prefix, :prefix] = torch.ones(prefix, prefix).tril().bool()
-    block = torch.ones(length, length).tril().bool()
-    mask[prefix:, prefix:] = torch.block_diag(*[block] * questions).bool()
-    return mask[None, None]
-
-
-def answer_logits(model, vision: Tensor, keep: Tensor, ids: Tensor) -> Tensor:
-    """Logits (B, Q, L, vocabulary) of packed questions ids (B, Q, L) behind vision features (B, n, d)."""
-    batch, questions, length = ids.shape
-    language, prefix = model.model.language_model, 1 + vision.shape[1]
-    words = language.embed_tokens(ids.flatten(1))
-    start = language.embed_tokens.weight[model.config.text_config.bos_token_id].expand(batch, 1, -1)
-    embeds = torch.cat((start, model.model.multi_modal_projector(vision), words), 1)
-    text = (1 + NUM_PATCHES + torch.arange(length)).repeat(questions).expand(batch, -1)
-    position = torch.cat((torch.zeros(batch, 1, dtype=torch.long), 1 + keep, text), 1).to(ids.device)
-    mask = packed_mask(prefix, questions, length).to(ids.device)
-    hidden = language(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False
-    ).last_hidden_state
-    return model.lm_head(hidden[:, prefix:]).unflatten(1, (questions, length))
 
 
 # ---------------------------------------------------------------------------------------------------------- optimiser
@@ -657,60 +406,6 @@ def evaluate(directory: str, count: int) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-def vocabulary() -> dict[str, int]:
-    words = ("<pad>", "<s>", "</s>", "<unk>", "<image>", *scenes.vocabulary())
-    return {word: i for i, word in enumerate(words)}
-
-
-def build_processor():
-    """The processor that is saved beside the weights (Pillow only)."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import LlavaProcessor, PreTrainedTokenizerFast
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-    words = vocabulary()
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\d|[^\w\s]"), "isolated"), pre_tokenizers.WhitespaceSplit()]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", words["<s>"])])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
-        additional_special_tokens=["<image>"], padding_side="left", clean_up_tokenization_spaces=False,
-        model_max_length=1024,
-    )  # fmt: skip
-    images = SiglipImageProcessorPil(
-        size={"height": scenes.SIZE, "width": scenes.SIZE},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        resample=3,
-    )
-    return LlavaProcessor(
-        images,
-        fast,
-        patch_size=scenes.PATCH,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-    )
-
-
-def export(model, directory: Path) -> None:
-    """Write weights (bfloat16) and processor; the directory is replaced in one move."""
-    part, old = (
-        directory.with_name(directory.name + ".part"),
-        directory.with_name(directory.name + ".old"),
-    )
-    for path in (part, old):
-        shutil.rmtree(path, ignore_errors=True)
-    copy = type(model)(model.config)
-    copy.load_state_dict(model.state_dict())
-    copy.to(torch.bfloat16).save_pretrained(part)
-    build_processor().save_pretrained(part)
-    if directory.exists():
-        directory.rename(old)
-    part.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def worker(rank: int, args: argparse.Namespace) -> None:
