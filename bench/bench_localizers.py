@@ -68,11 +68,6 @@ class Row:
         shares = (self.covered, complete, self.area, self.iou, self.whole, self.right)
         return [*map(mean, shares), median(self.localizer), median(self.total)]
 
-    def cells(self) -> list[str]:
-        return [
-            f"{value:.{1 if name.endswith('ms') else 3}f}" for name, value in zip(COLUMNS, self.figures(), strict=True)
-        ]
-
 
 def moved(true: Region, rng: random.Random | None) -> Region:
     """A box of the size of the region's bounds: in the centre, or anywhere."""
@@ -170,28 +165,19 @@ def main() -> None:
                 tables["a part answers" if question.local else "only the whole answers"][name].add(answer, question)
                 if question.local and name == "head":
                     tables["head, by kind"][question.kind].add(answer, question)
-    print(header())
-    print(f"# seeds {options.first}..{options.first + options.scenes - 1}, method {options.method}, keep {options.keep}; "
-          f"ms: medians, the vision tower is no part of the localizer's; weights {digest}")  # fmt: skip
-    for title, rows in tables.items():
-        print(title.ljust(28) + "".join(cell.rjust(14) for cell in COLUMNS))
-        for name, row in rows.items():
-            print(f"  {name} (n={len(row.area)})".ljust(28) + "".join(cell.rjust(14) for cell in row.cells()))
+    run = {
+        "first seed": options.first, "scenes": options.scenes, "method": options.method, "keep": options.keep,
+        "weights": digest,
+    }  # fmt: skip
+    rows = [
+        {"questions": title, "localizer": name, "n": len(row.area), **dict(zip(COLUMNS, row.figures(), strict=True))}
+        for title, found in tables.items()
+        for name, row in found.items()
+    ]
     costs = head_cost(asker)
-    print()
-    print(table(costs))
+    print(header(), table([run]), table(costs), table(rows), sep="\n\n")
     if options.json:
-        found = [
-            {
-                "questions": title,
-                "localizer": name,
-                "n": len(row.area),
-                **dict(zip(COLUMNS, row.figures(), strict=True)),
-            }
-            for title, rows in tables.items()
-            for name, row in rows.items()
-        ]
-        save(options.json, found, {"cost of the head": costs})
+        save(options.json, rows, {"run": [run], "cost of the head": costs})
 
 
 if __name__ == "__main__":

@@ -125,12 +125,10 @@ def main() -> None:
         if name != "unpruned"
     ]
     unpruned = mean(rows["unpruned"]["whole image"])
-    print(header())
-    print(f"# seeds {options.first}..{options.first + options.scenes - 1}, {len(asked)} questions, keep {options.keep}; "
-          f"share of exact answers; unpruned {unpruned:.3f}")  # fmt: skip
-    print(table(shares))
+    run = {"first seed": options.first, "questions": len(asked), "keep": options.keep, "exact": unpruned}
+    print(header(), table([run]), table(shares), sep="\n\n")
     if options.json:
-        save(options.json, shares, {"unpruned": [{"questions": len(asked), "exact": unpruned}]})
+        save(options.json, shares, {"unpruned": [run]})
 
 
 if __name__ == "__main__":

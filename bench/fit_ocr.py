@@ -3,7 +3,8 @@
 
     python bench/fit_ocr.py --pages FOLDER            # writes the weights into the package
 
-Pages that are not in the folder are read and put there first (seconds each). Logistic regression, ridge towards zero for the shared weights and towards the shared ones for every kind of answer.
+Pages that are not in the folder are read and put there first (seconds each). Logistic regression, ridge towards zero for
+the shared weights and towards the shared ones for every kind of answer.
 """
 
 from __future__ import annotations

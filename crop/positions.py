@@ -24,7 +24,8 @@ def num_axes(config: Any) -> int:
 def own_ids(position_ids: Tensor | None, axes: int, batch: int, added: int, past: int, device: torch.device) -> Tensor:
     """(axes, batch, added) ids of a chunk, from what the language model received; None: counted from ``past``.
 
-    Text alone may come with one axis for all. Where four axes are given the first counts text for packed sequences and takes no part in the rotation.
+    Text alone may come with one axis for all. Where four axes are given the first counts text for packed sequences and takes
+    no part in the rotation.
     """
     if position_ids is None:
         return (torch.arange(added, device=device) + past).expand(axes, batch, added)

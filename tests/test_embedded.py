@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import importlib
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,6 +139,16 @@ def test_tokenizer_knows_every_word(carried):
     assert tokenizer("12 May?")["input_ids"][1:] == tokenizer.convert_tokens_to_ids(["1", "2", "may", "?"])
     assert tokenizer.unk_token_id not in tokenizer.convert_tokens_to_ids(list(scenes.vocabulary()))
     assert tokenizer("submarine")["input_ids"][-1] == tokenizer.unk_token_id
+
+
+def test_training_reads_words_as_the_tokenizer_does(carried, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "bench"))
+    data, model = importlib.import_module("embedded_data"), importlib.import_module("embedded_model")
+    encoder, tokenizer = data.Encoder(model.vocabulary()), carried[1].tokenizer
+    for seed in range(20):
+        for question in data.asked(scenes.scene(seed)):
+            for text in (question.text + " ?", question.answer):
+                assert encoder(text) == tokenizer(text)["input_ids"][1:], text
 
 
 def test_prompt_and_tidy():

@@ -6,8 +6,7 @@ import pytest
 import torch
 from contract import METHODS, REGIONS, layouts_of, patched, regions_of
 from oracle import Oracle
-from tiny_models import FAMILIES, build_model, standard_batch
-from transformers.modeling_layers import GradientCheckpointingLayer
+from tiny_models import FAMILIES, HOOKS_INSIDE, build_model, standard_batch
 
 from crop.methods import PreLLMCompression
 
@@ -19,7 +18,6 @@ TRAINED = {
     "max": PreLLMCompression(2, 2, 4, mode="max"),
 }
 LABELS = 4  # the last tokens of a prompt
-HOOKS_INSIDE = "__call__" in vars(GradientCheckpointingLayer)  # of the checkpoint, in older versions of transformers
 
 
 class Differentiable(Oracle):

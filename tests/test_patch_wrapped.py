@@ -11,7 +11,7 @@ from accelerate import disk_offload
 from accelerate.utils import send_to_device
 from contract import ATOL, METHODS, assert_steps, assert_unchanged, expected, greedy, patched, regions_of, snapshot
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, build_model, standard_batch
+from tiny_models import FAMILIES, Quantised, build_model, standard_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
@@ -48,30 +48,6 @@ def test_adapters(family, name):
     touched = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
     assert touched and all("lora" in key for key in touched)
     assert_same(found, run(copy.deepcopy(model).merge_and_unload(), batch, name))
-
-
-class Quantised(torch.nn.Module):
-    """A layer whose weight nobody can read: eight bits, or two of four in one byte, and a scale per row."""
-
-    def __init__(self, linear: torch.nn.Linear, bits: int) -> None:
-        super().__init__()
-        top = 2 ** (bits - 1) - 1
-        scale = linear.weight.abs().amax(1, keepdim=True) / top
-        code = (linear.weight / scale).round().to(torch.int8)
-        if bits == 4:
-            code = (code[:, ::2] & 15) | (code[:, 1::2] << 4)
-        self.bits, self.bias = bits, linear.bias
-        self.register_buffer("weight", code)
-        self.register_buffer("scale", scale)
-
-    def full(self) -> torch.Tensor:
-        if self.bits == 8:
-            return self.weight * self.scale
-        low, high = (self.weight << 4) >> 4, self.weight >> 4
-        return torch.stack([low, high], -1).flatten(1) * self.scale
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(hidden, self.full(), self.bias)
 
 
 @matrix("bits", [8, 4])

@@ -18,8 +18,7 @@ from contract import ATOL, REGIONS, assert_unchanged, snapshot
 from oracle import Steps
 from peft import LoraConfig, get_peft_model
 from pyramid import decide
-from test_patch_training import HOOKS_INSIDE
-from test_patch_wrapped import Quantised
+from tiny_models import HOOKS_INSIDE, Quantised
 from zoo import FAMILIES, NUM_LAYERS
 from zoo.cases import METHODS, get_batch, get_model, get_oracle, greedy, greedy_steps, patched, regions_of
 

@@ -23,8 +23,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 FAMILIES = ("llava", "qwen2_5_vl")
+HOOKS_INSIDE = "__call__" in vars(GradientCheckpointingLayer)  # of the checkpoint, in older versions of transformers
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 NUM_LAYERS = 6
 VOCAB = 96
@@ -386,3 +388,27 @@ def image_processor(kind: str) -> Any:
     if kind == "pad":
         return LlavaImageProcessorPil(size=square, crop_size=square, do_pad=True)
     raise ValueError(f"image_processor: kind must be resize, crop or pad, got {kind!r}")
+
+
+class Quantised(torch.nn.Module):
+    """A layer whose weight nobody can read: eight bits, or two of four in one byte, and a scale per row."""
+
+    def __init__(self, linear: torch.nn.Linear, bits: int) -> None:
+        super().__init__()
+        top = 2 ** (bits - 1) - 1
+        scale = linear.weight.abs().amax(1, keepdim=True) / top
+        code = (linear.weight / scale).round().to(torch.int8)
+        if bits == 4:
+            code = (code[:, ::2] & 15) | (code[:, 1::2] << 4)
+        self.bits, self.bias = bits, linear.bias
+        self.register_buffer("weight", code)
+        self.register_buffer("scale", scale)
+
+    def full(self) -> torch.Tensor:
+        if self.bits == 8:
+            return self.weight * self.scale
+        low, high = (self.weight << 4) >> 4, self.weight >> 4
+        return torch.stack([low, high], -1).flatten(1) * self.scale
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden, self.full(), self.bias)

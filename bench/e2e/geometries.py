@@ -128,19 +128,24 @@ def _rotary(text: dict, sections: tuple[int, int, int], theta: float) -> dict:
     return {"rope_type": "default", "rope_theta": theta, "mrope_section": scaled}
 
 
+def _qwen_vision(shrink: Shrink, depth: int, hidden: int, inner: int, out: int) -> dict:
+    """A vision tower of 16 heads under the names that the Qwen families have for its sizes."""
+    sizes = shrink.heads(hidden, 16)
+    return {
+        "depth": shrink.layers(depth),
+        "hidden_size": sizes["hidden_size"],
+        "num_heads": sizes["num_attention_heads"],
+        "intermediate_size": inner // shrink.width,
+        "out_hidden_size": out,
+    }
+
+
 def _qwen2_5_vl(shrink: Shrink) -> Any:
     text = _decoder(shrink, 3584, 18944, 28, 28, 4, 152064)
-    vision = shrink.heads(1280, 16)
     return transformers.Qwen2_5_VLConfig(
         text_config=text | {"rope_parameters": _rotary(text, (16, 24, 24), 1e6)},
-        vision_config={
-            "depth": shrink.layers(32),
-            "hidden_size": vision["hidden_size"],
-            "num_heads": vision["num_attention_heads"],
-            "intermediate_size": 3420 // shrink.width,
-            "out_hidden_size": text["hidden_size"],
-            "fullatt_block_indexes": sorted({shrink.layer(index, 32) for index in (7, 15, 23, 31)}),
-        },
+        vision_config=_qwen_vision(shrink, 32, 1280, 3420, text["hidden_size"])
+        | {"fullatt_block_indexes": sorted({shrink.layer(index, 32) for index in (7, 15, 23, 31)})},
         tie_word_embeddings=False,
         **_markers(text["vocab_size"]),
     )
@@ -148,16 +153,11 @@ def _qwen2_5_vl(shrink: Shrink) -> Any:
 
 def _qwen3_vl(shrink: Shrink) -> Any:
     text = _decoder(shrink, 4096, 12288, 36, 32, 8, 151936)
-    vision = shrink.heads(1152, 16)
     head_dim = text["hidden_size"] // text["num_attention_heads"]
     return transformers.Qwen3VLConfig(
         text_config=text | {"head_dim": head_dim, "rope_parameters": _rotary(text, (24, 20, 20), 5e6)},
-        vision_config={
-            "depth": shrink.layers(27),
-            "hidden_size": vision["hidden_size"],
-            "num_heads": vision["num_attention_heads"],
-            "intermediate_size": 4304 // shrink.width,
-            "out_hidden_size": text["hidden_size"],
+        vision_config=_qwen_vision(shrink, 27, 1152, 4304, text["hidden_size"])
+        | {
             "num_position_embeddings": 2304,
             "deepstack_visual_indexes": sorted({shrink.layer(index, 27) for index in (8, 16, 24)}),
         },
