@@ -11,7 +11,6 @@ around and outside the region. Only questions that a part of the picture answers
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import sys
 from collections import defaultdict
@@ -29,7 +28,7 @@ import crop
 from crop import embedded
 from crop.ask import EMBEDDED, load
 from crop.embedded import scenes
-from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression
+from crop.methods import POOL_SHARE, Compose, InnerLLMPruning, Method, PreLLMCompression
 from crop.region import Region
 
 QUARTER, WHOLE = 0.25, 1.0
@@ -66,7 +65,7 @@ def methods(keep: float) -> dict[str, Method]:
         for floor in (0, 4):
             found[f"ILP, ring {ring}, floor {floor}"] = InnerLLMPruning(keep, ring=ring, floor=floor)
     for ring, floor in ((0, 0), (1, 0), (1, 4)):
-        plc = PreLLMCompression(keep=math.sqrt(keep), ring=2 * ring)
+        plc = PreLLMCompression(keep=keep**POOL_SHARE, ring=2 * ring)
         found[f"both, ring {ring}, floor {floor}"] = Compose(plc, InnerLLMPruning(keep, ring=ring, floor=floor))
     return found
 

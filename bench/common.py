@@ -34,7 +34,7 @@ def machine() -> dict[str, str]:
         "transformers": transformers.__version__,
         "crop": crop.__version__,
         "build": str(crop.build_info()),
-        "commit": _commit(),
+        "commit": commit(),
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
@@ -55,7 +55,7 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""

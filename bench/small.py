@@ -27,7 +27,7 @@ from bench.e2e import localize
 from bench.e2e.geometries import Geometry, Shrink
 from bench.e2e.workload import Model, Workload, make
 from crop import embedded
-from crop.methods import plan_by_budget
+from crop.methods import POOL_SHARE, plan_by_budget
 
 KEEP, SLACK = 0.11, 0.02
 SIZES = [  # decoder layers, width, tokens per side, batch
@@ -71,7 +71,7 @@ def arms(work: Workload) -> dict[str, Callable[[], Any]]:
     """Name -> one answer's prefill."""
     model, layers = work.model.model, len(work.model.decoder.layers)
     method = crop.Compose(
-        crop.PreLLMCompression(keep=KEEP**0.5), crop.InnerLLMPruning(keep=KEEP, layer=min(2, layers - 1))
+        crop.PreLLMCompression(keep=KEEP**POOL_SHARE), crop.InnerLLMPruning(keep=KEEP, layer=min(2, layers - 1))
     )
     find = localize.make("attention", work)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .methods import Method
+from .methods import POOL_MODES, Method
 from .region import Region
 
 OLDEST = (5, 17)  # transformers
@@ -62,8 +62,8 @@ def check_method(method: Method, num_layers: int) -> None:
         if cut.rows not in ("text", "last", "raters"):
             raise ValueError(f"patch: rows of a method must be one of ('text', 'last', 'raters'), got {cut.rows!r}")
         last = layer
-    if method.pool_mode not in ("mean", "max"):
-        raise ValueError(f"patch: pool_mode of a method must be one of ('mean', 'max'), got {method.pool_mode!r}")
+    if method.pool_mode not in POOL_MODES:
+        raise ValueError(f"patch: pool_mode of a method must be one of {POOL_MODES}, got {method.pool_mode!r}")
 
 
 def one_per_image(name: str, given: list, owners: list[int], copies: int) -> list:

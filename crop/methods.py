@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,13 @@ from torch import Tensor
 from crop.late import LatePlan
 from crop.plan import MAX_STRIDE, OUTSIDE, PoolPlan, build_plan, check_strides, fit_strides
 from crop.region import PADDING, Region, VisionLayout
+
+PoolMode = Literal["mean", "max", "distinct"]
+POOL_MODES = get_args(PoolMode)
+
+# Of the way to the last token count, on a logarithmic scale, pooling goes this part: an early layer's attention chooses well
+# among few tokens for a question about a part of the image, less so for one about all of it (``bench/bench_regions.py``).
+POOL_SHARE = 0.75
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +89,8 @@ class Method:
     ``rows``: queries whose attention scores the tokens: "text" (all after the image), "raters" (those of them that look
         at the image more than average) or "last".
     ``rope``: whether the scores know positions; False takes query and key before the rotary embedding.
-    ``pool_mode``: reduction of a cell of ``plan``.
+    ``pool_mode``: reduction of a cell of ``plan``: "mean", "max", or "distinct", a mean in which a token weighs the more,
+        the less it looks like the rest of its image (``crop.distinct``).
     ``cuts``: the methods whose ``select`` applies, one per layer where tokens leave, in ascending order; of itself a
         method is its only cut.
     ``salience``: whether late plans want the attention inside the vision tower.
@@ -91,7 +99,7 @@ class Method:
     layer: int | None = None
     rows: Literal["text", "last", "raters"] = "text"
     rope: bool = True
-    pool_mode: Literal["mean", "max"] = "mean"
+    pool_mode: PoolMode = "mean"
     salience: bool = False
 
     @property
@@ -199,7 +207,7 @@ class PreLLMCompression(Method):
         inside, context, outside: tokens per side of a cell, ascending in 1..16; to be left alone
             when ``keep`` is given.
         ring: width of the ring in tokens.
-        mode: "mean" or "max" of the members.
+        mode: "distinct", "mean" or "max" of the members, see ``Method``.
         keep: None, a float in (0, 1] (fraction of the image's tokens) or an int >= 1 (tokens).
     Raises:
         ValueError, TypeError: an argument out of its range, or strides together with ``keep``.
@@ -211,14 +219,14 @@ class PreLLMCompression(Method):
     context: int = 2
     outside: int = 4
     ring: int = 2
-    mode: Literal["mean", "max"] = "mean"
+    mode: PoolMode = "distinct"
     keep: float | int | None = None
 
     def __post_init__(self) -> None:
         op = "PreLLMCompression"
         check_strides(op, self._strides)
         _check_count(op, "ring", self.ring, 0)
-        _check_choice(op, "mode", self.mode, ("mean", "max"))
+        _check_choice(op, "mode", self.mode, POOL_MODES)
         if self.keep is not None:
             check_keep(op, self.keep)
             if self._strides != (1, 2, 4):
@@ -231,7 +239,7 @@ class PreLLMCompression(Method):
         return self.inside, self.context, self.outside
 
     @property
-    def pool_mode(self) -> Literal["mean", "max"]:
+    def pool_mode(self) -> PoolMode:
         return self.mode
 
     def least(self, tokens: int) -> dict[int, int]:
@@ -441,7 +449,7 @@ class Compose(Method):
         return self.ilp.rope
 
     @property
-    def pool_mode(self) -> Literal["mean", "max"]:
+    def pool_mode(self) -> PoolMode:
         return self.plc.pool_mode
 
     @property
@@ -466,9 +474,8 @@ def by_name(name: Literal["crop", "plc", "ilp", "none"], keep: float) -> Method 
     """Method with default settings that ends with a fraction ``keep`` of the vision tokens.
 
     Args:
-        name: "plc" pools to ``keep``; "ilp" prunes to ``keep`` at layer 2; "crop" does both:
-            pooling to sqrt(keep), then pruning to ``keep``, so that both stages shorten by the same
-            factor; "none" is the unpruned model.
+        name: "plc" pools to ``keep``; "ilp" prunes to ``keep`` at layer 2; "crop" does both: pooling to
+            ``keep ** POOL_SHARE``, then pruning to ``keep``; "none" is the unpruned model.
         keep: fraction in (0, 1]; 1.0 keeps everything (``plan`` and ``select`` return None).
     Returns:
         Method, or None for "none".
@@ -486,4 +493,4 @@ def by_name(name: Literal["crop", "plc", "ilp", "none"], keep: float) -> Method 
         return PreLLMCompression(keep=keep)
     if name == "ilp":
         return InnerLLMPruning(keep)
-    return Compose(PreLLMCompression(keep=math.sqrt(keep)), InnerLLMPruning(keep))
+    return Compose(PreLLMCompression(keep=keep**POOL_SHARE), InnerLLMPruning(keep))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from crop.late import Features, LatePlan
+from crop.region import PATCH
 
 NEAR_TIE = 1e-5  # relative gap below which float32 may decide otherwise
 
@@ -30,7 +32,8 @@ class Decision:
 
     Attributes:
         layer: first decoder layer that does not see the dropped tokens; None: every layer sees all.
-        mode: "mean" or "max" pooling.
+        mode: "mean", "max" or "distinct" pooling.
+        patches: per image, the indices of its tokens that are no padding and no newline.
         cells: per image, one (members, leader) per token after pooling, as indices in the image.
         kept: per image, the ascending indices into `cells` that survive.
         scores: per image, the float64 attention mass of every cell (empty where not computed).
@@ -39,6 +42,7 @@ class Decision:
 
     layer: int | None = None
     mode: str = "mean"
+    patches: tuple[tuple[int, ...], ...] = ()
     cells: tuple[tuple[tuple[tuple[int, ...], int], ...], ...] = ()
     kept: tuple[tuple[int, ...], ...] = ()
     scores: tuple[tuple[float, ...], ...] = ()
@@ -170,13 +174,30 @@ class Oracle:
         rows.sort(key=lambda row: row[1])
         return [row[:2] for row in rows], [n for n, (_, _, gone) in enumerate(rows) if gone]
 
-    def _pooled(self, full: Tensor, rows: list[tuple], mode: str) -> Tensor:
+    def _pooled(self, full: Tensor, rows: list[tuple], mode: str, weight: list[float]) -> Tensor:
         out = []
         for members, _ in rows:
             stack = torch.stack([full[m] for m in members]).double()
-            value = stack.amax(0) if mode == "max" else stack.sum(0) / len(members)
+            share = torch.tensor([weight[m] for m in members]).double()
+            value = stack.amax(0) if mode == "max" else share / share.sum() @ stack
             out.append(value.to(full.dtype))
         return torch.stack(out)
+
+    @staticmethod
+    def _weights(full: Tensor, sample: Any, decision: Decision) -> list[float]:
+        """What each position weighs in a mean: exp(4 standard deviations of how far it points away from its image's mean)."""
+        weight = [1.0] * len(full)
+        if decision.mode != "distinct":
+            return weight
+        for span, patches in zip(sample.spans(), decision.patches, strict=True):
+            rows = [full[span[p]].double() for p in patches]
+            middle = sum(rows) / max(len(rows), 1)
+            apart = [1 - float(row @ middle / (row.norm() * middle.norm())) for row in rows]
+            average = sum(apart) / max(len(apart), 1)
+            spread = (sum((a - average) ** 2 for a in apart) / max(len(apart), 1)) ** 0.5
+            for p, a in zip(patches, apart, strict=True):
+                weight[span[p]] = math.exp(4 * min(max((a - average) / (spread + 1e-3), -8), 8))
+        return weight
 
     @contextlib.contextmanager
     def _masks(self, masks: list[Tensor]) -> Iterator[None]:
@@ -216,11 +237,12 @@ class Oracle:
         rows, dropped = self._layout(sample, decision)
         leaders = [leader for _, leader in rows]
         full, is_vision, added = self.embed(sample)
+        weight = self._weights(full, sample, decision)
         more = {}
         if added:
             more["visual_pos_masks"] = is_vision[leaders][None]
             more["deepstack_visual_embeds"] = [
-                self._pooled(level, rows, decision.mode)[is_vision[leaders]] for level in added
+                self._pooled(level, rows, decision.mode, weight)[is_vision[leaders]] for level in added
             ]
         kinds = getattr(self.language_model.config, "layer_types", None) or ["full_attention"] * self.num_layers
         masks = []
@@ -232,7 +254,7 @@ class Oracle:
             masks.append(mask)
         with self._masks(masks):
             out = self.language_model(
-                inputs_embeds=self._pooled(full, rows, decision.mode)[None],
+                inputs_embeds=self._pooled(full, rows, decision.mode, weight)[None],
                 position_ids=self.positions(sample)[..., leaders].unsqueeze(-2),
                 use_cache=False,
                 output_attentions=attentions,
@@ -307,9 +329,12 @@ class Oracle:
             leaders = plan.leader.tolist()
             cells.append(tuple((tuple(members[edges[c] : edges[c + 1]]), leaders[c]) for c in range(len(leaders))))
             pooled_layouts.append(layout.pool(plan, torch.arange(len(leaders))))
+        mode = getattr(method, "pool_mode", "mean")
+        patches = [torch.nonzero(one.kind == PATCH).flatten().tolist() for one in layouts if mode == "distinct"]
         decision = Decision(
             layer=None,
-            mode=getattr(method, "pool_mode", "mean"),
+            mode=mode,
+            patches=past.patches + tuple(map(tuple, patches)),
             cells=past.cells + tuple(cells),
             kept=past.kept + tuple(tuple(range(len(c))) for c in cells),
         )

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crop.methods import (
+    POOL_SHARE,
     Compose,
     InnerLLMPruning,
     Method,
@@ -180,7 +181,7 @@ def test_plc_with_strides():
     assert PreLLMCompression().plan(layout, Region.whole()) is None
     assert PreLLMCompression(1, 1, 1).plan(layout, region) is None
     assert PreLLMCompression(2, 2, 2).plan(layout, Region.whole()).num_out == 144
-    assert PreLLMCompression().pool_mode == "mean"
+    assert PreLLMCompression().pool_mode == "distinct"
     assert PreLLMCompression(mode="max").pool_mode == "max"
     assert PreLLMCompression().layer is None
     assert PreLLMCompression().select(layout, region) is None
@@ -452,7 +453,7 @@ def test_both_stages_end_with_keep_of_the_original_tokens(layout, region, keep):
     assert method.layer == 2
     plan = method.plan(layout, region)
     if plan is not None:
-        assert plan.num_out == max(1, round(math.sqrt(keep) * len(layout)))
+        assert plan.num_out == max(1, round(keep**POOL_SHARE * len(layout)))
         layout = layout.pool(plan, layout.position[plan.leader.long()])
     selection = method.select(layout, region)
     left = len(layout) if selection is None else selection.num_keep
@@ -464,7 +465,7 @@ def test_by_name():
     assert by_name("none", 0.5) is None
     assert by_name("plc", 0.5) == PreLLMCompression(keep=0.5)
     assert by_name("ilp", 0.5) == InnerLLMPruning(0.5)
-    assert by_name("crop", 0.25) == Compose(PreLLMCompression(keep=0.5), InnerLLMPruning(0.25))
+    assert by_name("crop", 0.0625) == Compose(PreLLMCompression(keep=0.125), InnerLLMPruning(0.0625))
     layout, region = VisionLayout.grid(6, 6), Region.box(0.0, 0.0, 0.5, 0.5)
     for name in ("crop", "plc", "ilp"):
         assert by_name(name, 1.0).plan(layout, region) is None

@@ -145,7 +145,7 @@ def test_pooled_rows_are_means_with_the_leaders_position(get_oracle):
     decision = decide(oracle, sample, Fixed(0, layer=None, stride=3))
     rows, _ = oracle._layout(sample, decision)
     full, _, _ = oracle.embed(sample)
-    pooled = oracle._pooled(full, rows, "mean")
+    pooled = oracle._pooled(full, rows, "mean", [1.0] * len(full))
     start = sample.starts[0]
     first = start  # text rows before the image stand for themselves
     torch.testing.assert_close(pooled[first], full[start : start + 3].mean(0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from contract import (
@@ -250,7 +252,7 @@ def test_a_wrong_expectation_is_noticed(family, wrong, get_model, get_oracle):
     decision = oracle.decide(sample, told, regions, layouts_of(sample))
     if wrong == "image":  # the second image's choice made from the first one's scores
         kept = (decision.kept[0], tuple(k for k in decision.kept[0] if k < len(decision.cells[1])))
-        decision = type(decision)(decision.layer, decision.mode, decision.cells, kept)
+        decision = replace(decision, kept=kept)
     error = (oracle.forward(sample, decision)[0][-1] - logits).abs().max()
     assert error > 1e-3
 

@@ -85,12 +85,14 @@ def main() -> None:
             print(f"process {index} of {count} is done, {asked} of {len(items)} questions are; --summary counts them")
             return
     times = json.loads(times_file.read_text())["jobs"] if times_file.exists() else {}
-    rows = summary.summarise(read(options.out), times)
+    answers = read(options.out)
+    rows = summary.summarise(answers, times)
     show(rows, tuple(options.budgets))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         command = {name: str(value) for name, value in vars(options).items() if name not in ("json", "summary", "out")}
-        content = {"machine": machine(), "command": command, "rows": rows}
+        commits = sorted({row["commit"] for row in answers})
+        content = {"machine": machine(), "command": command, "commits": commits, "rows": rows}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
         for axis in ("average", "time"):
             if axis == "average" or times:

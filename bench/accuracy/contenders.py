@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from crop.baselines import BASELINES
-from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
+from crop.methods import POOL_SHARE, Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
 from crop.plan import PoolPlan
 from crop.region import Region, VisionLayout
 
@@ -117,20 +117,23 @@ def shrink(image: Image.Image, keep: float, grid: int = 16) -> Image.Image:
     return canvas
 
 
-def _inner(make: Make) -> Make:
-    """Budget of a method that drops inside the decoder, from its average: the layers before a cut hold more.
+def _largest(fits: Callable[[float], bool]) -> float | None:
+    """The largest fraction that fits, by bisection; None: not even a hundredth does."""
+    low, high = 0.01, 1.0
+    if not fits(low):
+        return None
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
-    The average grows with what is left in the end, so that bisection finds it.
-    """
+
+def _inner(make: Make) -> Make:
+    """Budget of a method that drops inside the decoder, from its average: the layers before a cut hold more."""
 
     def average(budget: float, layers: int) -> Method | None:
-        low, high = 0.01, 1.0
-        if _average(make(low, layers), layers) > budget:
-            return None
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _average(make(middle, layers), layers) <= budget else (low, middle)
-        return make(low, layers)
+        keep = _largest(lambda keep: _average(make(keep, layers), layers) <= budget)
+        return None if keep is None else make(keep, layers)
 
     return average
 
@@ -153,14 +156,15 @@ def crop_both(pool: float, keep: float) -> Method:
 
 
 def _both_kept(budget: float, layers: int) -> Method:
-    return crop_both(math.sqrt(budget), budget)
+    return crop_both(budget**POOL_SHARE, budget)
 
 
 def _both_average(budget: float, layers: int) -> Method:
-    # CUT * x + (layers - CUT) * x**2 = budget * layers: both stages shorten by the same factor, as in by_name("crop").
-    late = layers - CUT
-    root = (-CUT + math.sqrt(CUT**2 + 4 * late * budget * layers)) / (2 * late)
-    return crop_both(root, root**2)
+    def average(keep: float) -> float:
+        return (CUT * keep**POOL_SHARE + (layers - CUT) * keep) / layers
+
+    keep = _largest(lambda keep: average(keep) <= budget)
+    return crop_both(keep**POOL_SHARE, keep)
 
 
 def contenders() -> list[Contender]:

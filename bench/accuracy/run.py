@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from bench.accuracy.contenders import Job
 from bench.accuracy.data import Item
+from bench.common import commit
 from crop.ask import Asker
 from crop.localizers import Localizer
 from crop.patch import patch
@@ -46,6 +47,7 @@ class Journal:
     def __init__(self, folder: Path, index: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"answers.{index}.jsonl"
+        self.commit = commit()  # of each row: a run that goes on later may do so with other code
         # A line that a kill cut short must not run into the next one.
         torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
         self.file = self.path.open("a", encoding="utf-8")
@@ -54,7 +56,7 @@ class Journal:
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write rows; they are on disk when this returns."""
-        self.file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self.file.write("".join(json.dumps(row | {"commit": self.commit}) + "\n" for row in rows))
         self.file.flush()
         os.fsync(self.file.fileno())
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..cache import Slots, cache_state, make_uniform, store_state
-from ..chunk import PoolStep
+from ..chunk import ImagePlan, PoolStep
+from ..distinct import distinct_weights
 from ..inputs import cache_name, cache_of, past_length, wants_cache
 from ..late import settle
 from ..positions import close_gaps, given_ids, num_axes, own_ids
@@ -70,9 +71,7 @@ class PoolingDoor(Door):
         if pool is not None:
             start = mark(embeds.device)
             pool = self._settle(run, embeds)
-            kwargs["inputs_embeds"] = self._pool(pool, embeds, self.method.pool_mode)
-            if kwargs.get("visual_pos_masks") is not None:
-                kwargs |= self._pool_levels(pool, kwargs["visual_pos_masks"], kwargs["deepstack_visual_embeds"])
+            kwargs |= self._pool_features(pool, run.chunk.images, embeds, kwargs)
             leader = pool.leader.to(embeds.device)
             run.slots = leader.shape[1]
             run.pooled = Slots.extended(state.pooled, run.past, leader, run.added, dense=pool.filled is None)
@@ -87,6 +86,23 @@ class PoolingDoor(Door):
         if pool is not None:
             self.stats._add("plc", start, mark(embeds.device))
         return args, kwargs
+
+    def _pool_features(
+        self, pool: PoolStep, images: Sequence[ImagePlan], embeds: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The embeddings, pooled, and like them the further levels of vision features of DeepStack."""
+        mode, weight = self.method.pool_mode, None
+        if mode == "distinct":
+            mode, weight = "weighted", distinct_weights(pool.plan, images, embeds)
+        found = {"inputs_embeds": self._pool(pool, embeds, mode, weight)}
+        is_vision = kwargs.get("visual_pos_masks")
+        if is_vision is not None:
+            leader = pool.leader.to(is_vision.device)
+            chosen = is_vision.gather(1, leader.clamp(min=0)) & (leader >= 0)
+            levels = (spread(level, is_vision) for level in kwargs["deepstack_visual_embeds"])
+            found["visual_pos_masks"] = chosen
+            found["deepstack_visual_embeds"] = [self._pool(pool, level, mode, weight)[chosen] for level in levels]
+        return found
 
     def _settle(self, run: Run, embeds: Tensor) -> PoolStep:
         """The pooling of the chunk, late plans decided."""
@@ -133,20 +149,13 @@ class PoolingDoor(Door):
         kwargs["position_ids"] = given_ids(run.ids)
 
     @staticmethod
-    def _pool(pool: PoolStep, embeds: Tensor, mode: str) -> Tensor:
+    def _pool(pool: PoolStep, embeds: Tensor, mode: str, weight: Tensor | None = None) -> Tensor:
         batch, seq_len, dim = embeds.shape
-        pooled = ops.adaptive_pool(embeds.reshape(batch * seq_len, dim), pool.plan, mode)
+        pooled = ops.adaptive_pool(embeds.reshape(batch * seq_len, dim), pool.plan, mode, weight)
         if pool.filled is not None:
             packed = pooled.new_zeros(pool.leader.numel(), dim)
             pooled = packed.index_copy(0, pool.filled.to(embeds.device), pooled)
         return pooled.view(batch, -1, dim)
-
-    def _pool_levels(self, pool: PoolStep, is_vision: Tensor, levels: Sequence[Tensor]) -> dict[str, Any]:
-        """Pool the further levels of vision features like the first."""
-        chosen = is_vision.gather(1, pool.leader.to(is_vision.device).clamp(min=0))
-        chosen &= pool.leader.to(is_vision.device) >= 0
-        pooled = [self._pool(pool, spread(level, is_vision), self.method.pool_mode)[chosen] for level in levels]
-        return {"visual_pos_masks": chosen, "deepstack_visual_embeds": pooled}
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
         run = self.run

@@ -133,7 +133,7 @@ class AttentionLocalizer:
     @property
     def pooling(self) -> PreLLMCompression:
         """The method that the pass runs under."""
-        return PreLLMCompression(inside=self.stride, context=self.stride, outside=self.stride)
+        return PreLLMCompression(inside=self.stride, context=self.stride, outside=self.stride, mode="mean")
 
     def door(self, stats: PruneStats, read: Callable[[Tensor, Tensor, float | None], None]) -> ExitStack:
         """A context in which the model's prefill skips what the localizer does not need.

@@ -1,0 +1,55 @@
+"""Weights of pooling: a token counts the more, the less it looks like the rest of its image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .region import PATCH, PoolPlan
+
+if TYPE_CHECKING:
+    from .chunk import ImagePlan
+
+SHARPNESS = 4.0  # a standard deviation more weighs exp(4) = 55 times; 3 to 6 answer alike (``bench/bench_regions.py``)
+FARTHEST = 8.0  # standard deviations that still make a difference: float32 holds the weights
+FLAT = 1e-3  # spread of cosine distances below which an image has nothing that stands out
+
+
+def distinctness(tokens: Tensor) -> Tensor:
+    """How unlike the mean of its image each token is.
+
+    Args:
+        tokens: (N, D) of one image, N >= 1.
+    Returns:
+        (N,) float32 cosine distance to the mean, in standard deviations from the average distance.
+    Source: own choice.
+    """
+    tokens = tokens.float()
+    distance = 1 - torch.cosine_similarity(tokens, tokens.mean(0, keepdim=True), dim=-1)
+    spread, middle = torch.var_mean(distance, correction=0)
+    return (distance - middle) / (spread.sqrt() + FLAT)
+
+
+@torch.no_grad()
+def distinct_weights(plan: PoolPlan, images: Sequence[ImagePlan], embeds: Tensor) -> Tensor:
+    """Weights for ``ops.adaptive_pool``, each image judged by itself; constants for the gradient.
+
+    Args:
+        plan: cells over the flattened tokens of the batch.
+        images: of the chunk; those that are pooled get weights.
+        embeds: (batch, seq_len, D) input of the language model.
+    Returns:
+        (batch * seq_len,) float32; 1 for text, newlines, padding and what is alone in its cell, which keeps its bits.
+    """
+    weight = torch.ones(embeds.shape[:2], dtype=torch.float32, device=embeds.device)
+    for image in images:
+        patch = image.layout.kind == PATCH
+        if image.plan is not None and patch.any():
+            place = image.layout.position[patch].to(embeds.device)
+            apart = distinctness(embeds[image.sample, place]).clamp(-FARTHEST, FARTHEST)
+            weight[image.sample, place] = (SHARPNESS * apart).exp()
+    alone = plan.counts[plan.inverse.long()] == 1
+    return weight.flatten().masked_fill(alone.to(embeds.device), 1.0)
