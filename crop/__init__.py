@@ -2,7 +2,7 @@
 
 from .build import build_info
 from .estimate import Estimate, estimate
-from .localizers import AttentionLocalizer, BoxLocalizer, Localizer, WholeLocalizer, get_localizer
+from .localizers import AttentionLocalizer, BoxLocalizer, Localizer, WholeLocalizer, encode, get_localizer
 from .methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Pyramid, Selection, by_name
 from .ops import adaptive_pool, attention_mass, compact, region_topk, select, use_backend
 from .patch import patch
@@ -34,6 +34,7 @@ __all__ = [
     "build_info",
     "by_name",
     "compact",
+    "encode",
     "estimate",
     "get_localizer",
     "patch",

@@ -23,7 +23,7 @@ from crop.region import Region, VisionLayout
 from crop.share import share_vision
 
 EMBEDDED = "embedded"
-STAGES = ("localizer", "preprocess", "plan", "vision", "prefill", "decode", "total")
+STAGES = ("preprocess", "localizer", "plan", "vision", "prefill", "decode", "total")
 
 
 class UsageError(Exception):
@@ -53,7 +53,8 @@ class Answer:
         region: what the localizer returned.
         tokens: counts.
         layout, plan, kept: for ``visualize.overlay``.
-        seconds: time of each stage in ``STAGES``. The vision tower counts as "vision", also where the localizer ran it;
+        seconds: time of each stage in ``STAGES``. The vision tower counts as "vision", also where the localizer ran it,
+            and the processor, which the localizer does not run again, as "preprocess";
             "prefill" is the language model's, pooling and scoring included; "decode" the rest of generate().
     """
 
@@ -153,16 +154,16 @@ class Asker:
         model = self.model
         with share_vision(model) as vision:
             times = [time.perf_counter()]
+            inputs = encode(self.processor, image, question, self.prompt).to(model.device, dtype=model.dtype)
+            times.append(time.perf_counter())
             region = localizer(image, question)
             times.append(time.perf_counter())
             seen = vision.seconds  # by the localizer
-            inputs = encode(self.processor, image, question, self.prompt).to(model.device, dtype=model.dtype)
-            times.append(time.perf_counter())
             with patch(model, method, region, processor=self.processor, image_size=image.size) as stats:
                 output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             new = output[0, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
             times.append(time.perf_counter())
-        localized, encoded, generated = (stop - start for start, stop in pairwise(times))
+        encoded, localized, generated = (stop - start for start, stop in pairwise(times))
         spent = stats.seconds
         seconds = {
             "localizer": localized - seen,

@@ -158,9 +158,9 @@ def measure_speed(geometry: Geometry, device: torch.device, dtype: torch.dtype) 
 
 def _hook_seconds() -> float:
     hooked, empty = nn.Identity(), torch.empty(0)
+    call = torch.compiler.disable(lambda module, args, kwargs: (args, kwargs))
 
     def once() -> None:
-        call = torch.compiler.disable(lambda module, args, kwargs: (args, kwargs))
         handle = hooked.register_forward_pre_hook(call, with_kwargs=True)
         hooked(empty)
         handle.remove()
@@ -280,16 +280,17 @@ def _glance(
     return _estimate(facts, speed, list(real), stages, 0.0, steps, before, after, localizer_seconds)
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, Facts] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[Geometry, nn.Parameter]] = weakref.WeakKeyDictionary()
 
 
 def _facts(language_model: nn.Module) -> Facts:
-    """Of a decoder; its sizes are read once."""
-    weight = next(language_model.layers[0].parameters())
+    """Of a decoder; its sizes are read once, where it is and in what precision from its first weight."""
     found = _known.get(language_model)
-    if found is None or found[1:] != (weight.device, weight.dtype):
-        found = _known[language_model] = (Geometry.of(language_model), weight.device, weight.dtype)
-    return found
+    if found is None:
+        weight = next(language_model.layers[0].parameters())
+        found = _known[language_model] = (Geometry.of(language_model), weight)
+    geometry, weight = found
+    return geometry, weight.device, weight.dtype
 
 
 def _at(table: dict[int, int], layer: int) -> int:

@@ -125,14 +125,20 @@ def past_length(cache: Any, mask: Any, added: int) -> int:
 def refuse_transformers() -> None:
     """Versions whose masks, caches and positions work in another way."""
     import transformers
-    from packaging.version import Version
 
-    if Version(transformers.__version__).release < OLDEST:
+    if _release(transformers.__version__) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise RuntimeError(
             f"patch: transformers must be >= {oldest}, got {transformers.__version__}; "
             f'pip install --upgrade "transformers>={oldest}"'
         )
+
+
+@functools.cache
+def _release(version: str) -> tuple[int, ...]:
+    from packaging.version import Version
+
+    return Version(version).release
 
 
 def refuse_generation(config: Any, kwargs: Mapping[str, Any], uniform: bool) -> None:

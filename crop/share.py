@@ -1,4 +1,4 @@
-"""One vision pass for the localizer and the answer."""
+"""One encoding and one vision pass for the localizer and the answer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .localizers.base import shared_encoding
 from .models import adapter_for
 from .stats import elapsed, mark
 
@@ -30,18 +31,19 @@ class SharedVision:
 
 @contextmanager
 def share_vision(model: nn.Module) -> Iterator[SharedVision]:
-    """Run the vision tower, and the projector behind it, once for equal images inside the block.
+    """Run the vision tower, and the projector behind it, once for equal images inside the block; encode once, too.
 
-    A localizer that reads the model's own attention needs the image features that ``generate`` needs again::
+    A localizer that reads the model's own attention needs the inputs and image features that ``generate`` needs again::
 
         with crop.share_vision(model) as vision:
+            inputs = crop.encode(processor, image, question)
             region = localizer(image, question)
             with crop.patch(model, method, region, processor=processor, image_size=image.size):
                 model.generate(**inputs)
         print(vision.seconds)
 
     The last output is kept and handed out again when every tensor argument is equal, bit for bit. Calls that record
-    gradients are never shared.
+    gradients are never shared. ``encode`` hands out its last result for the same image object and an equal question.
 
     Args:
         model: unmodified Hugging Face vision-language model of a supported family.
@@ -61,7 +63,8 @@ def share_vision(model: nn.Module) -> Iterator[SharedVision]:
     try:
         for module in shared:
             module.forward = _remembered(module.forward, vision._spans)
-        yield vision
+        with shared_encoding():
+            yield vision
     finally:
         for module in shared:
             vars(module).pop("forward", None)

@@ -97,3 +97,49 @@ def test_localizers_and_shared_vision_take_a_peft_model():
         assert [asker.localizer(name)(scene.image, question).boxes for name in ("attention", "head")] == [
             region.boxes for region in plain
         ]
+
+
+class Counting:
+    """A processor that counts its calls."""
+
+    def __init__(self, processor):
+        self.processor, self.calls = processor, 0
+
+    def __call__(self, **given):
+        self.calls += 1
+        return self.processor(**given)
+
+    def __getattr__(self, name):
+        return getattr(self.processor, name)
+
+
+@pytest.mark.parametrize("name", ["head", "attention"])
+def test_localizer_and_answer_share_one_encoding(name):
+    asker = load("embedded", "cpu", "auto")
+    scene = scenes.scene(0)
+    question = next(question.text for question in scene.questions if question.local)
+    want = asker.localizer(name)(scene.image, question)
+    asker = replace(asker, processor=Counting(asker.processor))
+    answer = asker.ask(scene.image, question, method=None, localizer=asker.localizer(name))
+    assert asker.processor.calls == 1 and answer.region == want
+    asker.ask(scene.image, question, method=None, localizer=asker.localizer(name))
+    assert asker.processor.calls == 2  # nothing outlives the block
+
+
+def test_what_differs_is_encoded_again():
+    asker = load("embedded", "cpu", "auto")
+    processor, image = Counting(asker.processor), scenes.scene(0).image
+    with crop.share_vision(asker.model):
+        first = crop.encode(processor, image, "what digit", asker.prompt)
+        first["input_ids"] = None  # the caller's copy is the caller's
+        assert crop.encode(processor, image, "what digit", asker.prompt)["input_ids"] is not None
+        assert processor.calls == 1
+        crop.encode(processor, image, "what colour", asker.prompt)
+        crop.encode(processor, image.copy(), "what colour", asker.prompt)
+        crop.encode(processor, image, "what colour", lambda question: asker.prompt(question))
+        assert processor.calls == 4
+    with pytest.raises(KeyError), crop.share_vision(asker.model):
+        crop.encode(processor, image, "what digit", asker.prompt)
+        raise KeyError
+    crop.encode(processor, image, "what digit", asker.prompt)
+    assert processor.calls == 6

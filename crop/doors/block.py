@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache, partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -62,12 +64,16 @@ class Door:
         return self.block.run
 
 
-def hook(undo: ExitStack, register: Callable[..., Any], call: Callable[..., Any], **options: Any) -> None:
-    """Register a forward hook, and its removal with ``undo``.
+def hook(undo: ExitStack, register: Callable[..., Any], call: MethodType, *first: Any, **options: Any) -> None:
+    """Register a door's method, called with ``first`` before what the module gives, as a forward hook; ``undo`` removes it.
 
     A compiled model calls it as it is; what was compiled before the block knows nothing of it.
     """
-    undo.callback(register(torch.compiler.disable(call), **options).remove)
+    call = MethodType(_uncompiled(call.__func__), call.__self__)
+    undo.callback(register(partial(call, *first) if first else call, **options).remove)
+
+
+_uncompiled = cache(torch.compiler.disable)  # once per method: it takes longer than registering the hook
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -41,8 +44,22 @@ class WholeLocalizer:
         return Region.whole()
 
 
+# In a block of ``shared_encoding``: what was encoded last and what came of it, or nothing yet.
+_last: ContextVar[list[tuple[tuple, Any]] | None] = ContextVar("last encoding", default=None)
+
+
+@contextmanager
+def shared_encoding() -> Iterator[None]:
+    """Run the processor once where the same image, question and prompt are encoded again inside the block."""
+    token = _last.set([])
+    try:
+        yield
+    finally:
+        _last.reset(token)
+
+
 def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], str] | None = None) -> Any:
-    """Model inputs for one image and one question.
+    """Model inputs for one image and one question; inside ``share_vision`` equal ones are made once.
 
     Args:
         processor: the model's processor.
@@ -55,6 +72,9 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
     Raises:
         ValueError: no prompt, and the processor has no chat template.
     """
+    last, asked = _last.get(), (processor, image, prompt, question)
+    if last and all(a is b for a, b in zip(last[0][0][:3], asked[:3], strict=True)) and last[0][0][3] == question:
+        return copy.copy(last[0][1])
     if prompt is not None:
         text = prompt(question)
     elif getattr(processor, "chat_template", None):
@@ -62,7 +82,10 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
         text = processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
     else:
         raise ValueError("encode: prompt must be given for a processor without a chat template, got None")
-    return processor(images=image, text=text, return_tensors="pt")
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    if last is not None:
+        last[:] = [(asked, copy.copy(inputs))]  # moving inputs to a device writes into what is moved
+    return inputs
 
 
 def model_source(op: str, path: str | Path) -> str:
