@@ -71,6 +71,18 @@ def accuracy(content: dict[str, Any]) -> list[str]:
     return markdown(head, table)
 
 
+def accuracy_leads(content: dict[str, Any]) -> list[str]:
+    """Ours with a predicted region against the best baseline, in points, with 95 % intervals."""
+    leads = content["leads"]
+    budgets = list(dict.fromkeys(row["budget"] for row in leads))
+    found: dict[str, dict[float, str]] = {}
+    for row in leads:
+        text = f"{100 * row['lead']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+        found.setdefault(row["contender"], {})[row["budget"]] = f"{text}, {row['baseline']}"
+    table = [[name, *(cells.get(budget, "-") for budget in budgets)] for name, cells in found.items()]
+    return markdown(["points ahead of the best baseline", *(f"{budget:.1%}" for budget in budgets)], table)
+
+
 def accuracy_groups(content: dict[str, Any]) -> list[str]:
     """By kind of question, at 11 % layer average, with bootstrap intervals."""
     from bench.accuracy.summary import OVERALL, grid
@@ -129,6 +141,7 @@ def localizers(content: dict[str, Any]) -> list[str]:
 
 TABLES = {
     "accuracy": Source("accuracy.json", accuracy),
+    "accuracy-leads": Source("accuracy.json", accuracy_leads),
     "accuracy-groups": Source("accuracy.json", accuracy_groups),
     "e2e": Source("e2e.json", latency_tables.e2e),
     "e2e-bars": Source("e2e.json", latency_tables.bars),

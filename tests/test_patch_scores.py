@@ -21,7 +21,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 METHODS = {
     "ilp": InnerLLMPruning(keep=0.25, layer=2, rope=False),
     "soft_last": InnerLLMPruning(keep=0.25, mode="soft", layer=3, rows="last", rope=False),
-    "composed": Compose(PreLLMCompression(1, 2, 2), InnerLLMPruning(keep=0.15, rope=False)),
+    "composed": Compose(PreLLMCompression(1, 2, 2), InnerLLMPruning(keep=0.2, rope=False)),
 }
 
 

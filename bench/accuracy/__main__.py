@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.accuracy import data, summary
-from bench.accuracy.contenders import BUDGETS, jobs
+from bench.accuracy.contenders import BUDGETS, contenders, jobs
 from bench.accuracy.run import read, run, shard
 from bench.accuracy.timing import measure
 from bench.common import machine
@@ -92,7 +92,10 @@ def main() -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         command = {name: str(value) for name, value in vars(options).items() if name not in ("json", "summary", "out")}
         commits = sorted({row["commit"] for row in answers})
+        rivals = [row.name for row in contenders() if not row.ours]
+        ours = [row.name for row in contenders() if row.ours and row.name.endswith("predicted")]
         content = {"machine": machine(), "command": command, "commits": commits, "rows": rows}
+        content["leads"] = summary.leads(answers, ours, rivals)
         options.json.write_text(json.dumps(content, indent=1) + "\n")
         for axis in ("average", "time"):
             if axis == "average" or times:

@@ -185,6 +185,14 @@ def contenders() -> list[Contender]:
         ]
     rows.append(
         Contender(
+            "PLC, predicted, plain means",
+            "predicted",
+            lambda b, _: PreLLMCompression(keep=b, mode="mean"),
+            ours=True,
+        )
+    )
+    rows.append(
+        Contender(
             "both, predicted, whole stays whole",
             "predicted",
             lambda b, n: WholeStaysWhole(_both_average(b, n)),

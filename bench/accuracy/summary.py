@@ -29,6 +29,59 @@ def interval(scores: np.ndarray, base: np.ndarray, seed: int = 0) -> tuple[float
     return tuple(float(value) for value in np.nanpercentile(ratio, (tail, 100 - tail)))
 
 
+def _by_job(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """job -> question -> row; of a run that is not through, the questions that every contender has answered.
+
+    Raises:
+        ValueError: no such question.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        if row["job"] != "region":
+            found[row["job"]][row["item"]] = row
+    everywhere = set.intersection(*map(set, found.values())) if found else set()
+    if not everywhere:
+        raise ValueError("summarise: rows must hold a question that every contender has answered, got none")
+    return {job: {item: answers[item] for item in answers if item in everywhere} for job, answers in found.items()}
+
+
+def leads(rows: Sequence[dict[str, Any]], ours: Sequence[str], baselines: Sequence[str]) -> list[dict[str, Any]]:
+    """How far each of ours is ahead of the best baseline of the same budget, by layer average, on the same questions.
+
+    Args:
+        rows: of the journal. ours, baselines: contenders.
+    Returns:
+        Rows with contender, budget, baseline (the best one), lead, low, high (its interval), in parts of the unpruned
+        score. The baseline was chosen by its score on these very questions, which favours it.
+    Source: paired percentile bootstrap, as ``interval``.
+    """
+    by_job = _by_job(rows)
+    unpruned = next(answers for job, answers in by_job.items() if job.startswith("unpruned|"))
+    items, out = list(unpruned), []
+    plain = np.mean([unpruned[item]["score"] for item in items])
+    scores: dict[tuple[str, float], np.ndarray] = {}
+    for job, answers in by_job.items():
+        contender, budget, counted = job.split("|")
+        if counted == "average":
+            scores[contender, float(budget)] = np.array([answers[item]["score"] for item in items])
+    drawn = np.random.default_rng(0).integers(0, len(items), (DRAWS, len(items)))
+    tail = 100 * (1 - LEVEL) / 2
+    for budget in sorted({budget for _, budget in scores}, reverse=True):
+        rivals = [name for name in baselines if (name, budget) in scores]
+        best = max(rivals, key=lambda name: scores[name, budget].mean())
+        for name in ours:
+            if (name, budget) in scores:
+                ahead = (scores[name, budget] - scores[best, budget]) / plain
+                low, high = np.percentile(ahead[drawn].mean(1), (tail, 100 - tail))
+                out.append(
+                    {
+                        "contender": name, "budget": budget, "baseline": best, "lead": round(float(ahead.mean()), 4),
+                        "low": round(float(low), 4), "high": round(float(high), 4),
+                    }
+                )  # fmt: skip
+    return out
+
+
 def summarise(rows: Sequence[dict[str, Any]], times: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     """One row per job and group of questions.
 
@@ -40,25 +93,17 @@ def summarise(rows: Sequence[dict[str, Any]], times: dict[str, dict[str, float]]
     Raises:
         ValueError: no unpruned answers to compare with, or no question that all have answered.
     """
-    by_job: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for row in rows:
-        if row["job"] != "region":
-            by_job[row["job"]][row["item"]] = row
+    by_job = _by_job(rows)
     plain = next((found for job, found in by_job.items() if job.startswith("unpruned|")), None)
     if plain is None:
         raise ValueError("summarise: rows must hold the unpruned model's answers, got none")
-    # Of a run that is not through, the questions that every contender has answered.
-    everywhere = set.intersection(*(set(found) for found in by_job.values()))
-    if not everywhere:
-        raise ValueError("summarise: rows must hold a question that every contender has answered, got none")
     out = []
     for job, answers in by_job.items():
         contender, budget, counted = job.split("|")
         groups: dict[str, list[str]] = defaultdict(list)
         for item, row in answers.items():
-            if item in everywhere:
-                groups[OVERALL].append(item)
-                groups[row["group"]].append(item)
+            groups[OVERALL].append(item)
+            groups[row["group"]].append(item)
         for group, items in groups.items():
             mine = [answers[item] for item in items]
             scores = np.array([row["score"] for row in mine])
