@@ -75,7 +75,7 @@ std::string resolved(const std::string& raw) {  // "@offset@" -> "inner.cuh:12 <
 
 // --- device memory ------------------------------------------------------------------------------------------------------
 
-constexpr size_t kArena = 1ull << 28, kGap = 64 * 1024, kSharedGap = 256, kPage = 4096;
+constexpr size_t kArena = 1ull << 34, kGap = 64 * 1024, kSharedGap = 256, kPage = 4096;
 
 char* reserve(size_t bytes) {  // zeros, there when touched
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -175,9 +175,12 @@ char* device_memory(const char* name, Kind kind, size_t misalignment, const std:
     char* const end = arena + (memory - arena + span + gap + 7) / 8 * 8;
     if (end > arena + kArena) std::fprintf(stderr, "simt: too little device memory\n"), std::abort();
     __asan_poison_memory_region(cursor, static_cast<size_t>(end - cursor));
-    __asan_unpoison_memory_region(memory - kSharedGap, span + 2 * kSharedGap);
-    std::memset(memory - kSharedGap, 0xff, span + 2 * kSharedGap);
-    __asan_poison_memory_region(memory - kSharedGap, span + 2 * kSharedGap);
+    for (size_t row : rows) {  // and what is near: rows may lie gigabytes apart
+        char* const low = memory + row - kSharedGap;
+        __asan_unpoison_memory_region(low, row_bytes + 2 * kSharedGap);
+        std::memset(low, 0xff, row_bytes + 2 * kSharedGap);
+        __asan_poison_memory_region(low, row_bytes + 2 * kSharedGap);
+    }
     cursor = end;
     regions.push_back({name, kind, memory, memory + span});
     for (size_t row : rows) mark(memory + row, row_bytes);
