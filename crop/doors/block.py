@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -54,20 +57,31 @@ class Door:
         self.block, self.planner, self.stats = block, block.planner, block.stats
         self.adapter, self.method, self.model = self.planner.adapter, self.planner.method, self.planner.model
         self.language_model = self.planner.language_model
-        self.layers = list(self.language_model.layers)
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """Of the decoder."""
+        return list(self.language_model.layers)
 
     @property
     def run(self) -> Run | None:
-        """The call that runs now."""
-        return self.block.run
+        """The call that runs now in this thread; one that was there before the door is none."""
+        run = self.block.run
+        return run if run is not None and run.thread is threading.current_thread() else None
 
 
-def hook(undo: ExitStack, register: Callable[..., Any], call: Callable[..., Any], **options: Any) -> None:
-    """Register a forward hook, and its removal with ``undo``.
+def hook(undo: ExitStack, register: Callable[..., Any], method: MethodType, *first: Any, **options: Any) -> None:
+    """Register a method, called with ``first`` and what hooks get, as a forward hook, and its removal with ``undo``.
 
     A compiled model calls it as it is; what was compiled before the block knows nothing of it.
     """
-    undo.callback(register(torch.compiler.disable(call), **options).remove)
+    undo.callback(register(partial(_uncompiled(method.__func__), method.__self__, *first), **options).remove)
+
+
+@cache
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrapping takes longer than a hook's work, so each function is wrapped once."""
+    return torch.compiler.disable(function)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -36,7 +36,7 @@ class PruningDoor(Door):
     def install(self, undo: ExitStack) -> None:
         """Register the hooks, and their removal with ``undo``."""
         for index, layer in enumerate(self.layers):
-            hook(undo, layer.register_forward_pre_hook, self._layer_hook(index), with_kwargs=True)
+            hook(undo, layer.register_forward_pre_hook, self._enter_layer, index, with_kwargs=True)
         hook(undo, self.language_model.norm.register_forward_pre_hook, self._enter_norm)
         if self.adapter.adds_again is not None:
             replace_method(self.language_model, self.adapter.adds_again, self._add_again, undo)
@@ -82,39 +82,36 @@ class PruningDoor(Door):
         run = self.run
         self.stats._selected[layer], run.stages[layer] = choose(run, layer, step, score)
 
-    def _layer_hook(self, index: int) -> Callable[[nn.Module, tuple, dict], tuple | None]:
-        def enter_layer(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-            run = self.run
-            if run is None:
-                return None
-            run.at = index
-            if run.chunk is not None:
-                # Only flash attention asks for them, and gaps would send it down its packed-sequence path.
-                kwargs = kwargs | {"position_ids": None}
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if run.noted is not None and index == self.method.cuts[0].layer:
-                run.noted["hidden"] = hidden
-                if run.recalled is not None:
-                    hidden = self._recall(index, hidden)
-            step = run.chunk.steps.get(index) if run.chunk is not None else None
-            if step is not None:
-                hidden = self._thin(index, step, hidden)
-            elif index and index in run.stages:
-                run.carry_on(index)
-            if index and index in run.stages and run.ids is not None:
-                run.renumber(index)
-            stage = run.stage(index)
-            if self.adapter.makes_masks and run.thinned:
-                kwargs = self._fit_mask(stage, hidden, kwargs, self.windows[index])
-            if stage.slots is not None or stage.ids is not None:
-                kwargs = self._adapt(stage, hidden, kwargs)
-            if run.chunk is not None and index + 1 in run.chunk.steps:
-                run.tables = kwargs.get("position_embeddings")
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, kwargs | {"hidden_states": hidden}
-
-        return enter_layer
+    def _enter_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        run = self.run
+        if run is None:
+            return None
+        run.at = index
+        if run.chunk is not None:
+            # Only flash attention asks for them, and gaps would send it down its packed-sequence path.
+            kwargs = kwargs | {"position_ids": None}
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if run.noted is not None and index == self.method.cuts[0].layer:
+            run.noted["hidden"] = hidden
+            if run.recalled is not None:
+                hidden = self._recall(index, hidden)
+        step = run.chunk.steps.get(index) if run.chunk is not None else None
+        if step is not None:
+            hidden = self._thin(index, step, hidden)
+        elif index and index in run.stages:
+            run.carry_on(index)
+        if index and index in run.stages and run.ids is not None:
+            run.renumber(index)
+        stage = run.stage(index)
+        if self.adapter.makes_masks and run.thinned:
+            kwargs = self._fit_mask(stage, hidden, kwargs, self.windows[index])
+        if stage.slots is not None or stage.ids is not None:
+            kwargs = self._adapt(stage, hidden, kwargs)
+        if run.chunk is not None and index + 1 in run.chunk.steps:
+            run.tables = kwargs.get("position_embeddings")
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": hidden}
 
     def _thin(self, layer: int, step: SelectStep, hidden: Tensor) -> Tensor:
         """Hidden states of the tokens that stay at a cut."""

@@ -47,9 +47,9 @@ def adapter_for(model: Any) -> Adapter:
     model_type = getattr(config, "model_type", None)
     if not isinstance(model, nn.Module) or model_type is None:
         raise TypeError(f"patch: model must be a Hugging Face vision-language model, got {type(model).__name__}")
-    known = ", ".join(sorted(ADAPTERS))
     if model_type in ADAPTERS:
         return ADAPTERS[model_type]
+    known = ", ".join(sorted(ADAPTERS))
     if getattr(config, "vision_config", None) is None:
         raise ValueError(
             f"patch: model must have a vision tower, got model_type {model_type!r} without vision_config; "

@@ -126,7 +126,7 @@ class Adapter:
 
     def base(self, model: nn.Module) -> nn.Module:
         """The multimodal model below the language-model head."""
-        if hasattr(model, "get_base_model"):  # PEFT
+        if hasattr(type(model), "get_base_model"):  # PEFT
             model = model.get_base_model()
         return model.model if hasattr(model, "lm_head") else model
 
