@@ -74,14 +74,21 @@ def one_per_image(name: str, given: list, owners: list[int], copies: int) -> lis
             sequences; the entries are repeated with them.
     """
     count = len(owners)
+    refuse_number(name, given, count, copies)
     if len(given) == count:
         return given
-    if len(given) == 1 and (given[0] is None or (isinstance(given[0], Region) and given[0].is_whole)):
-        return given * count
     if len(given) * copies == count:
         first = [sample // copies for sample in owners if sample % copies == 0]
         return repeat_entries(given, first, copies)
-    raise ValueError(f"patch: {name} must be given once per image, got {len(given)} for {count} images")
+    return given * count
+
+
+def refuse_number(name: str, given: list, count: int, copies: int) -> None:
+    """Of entries that are neither one per image, ``copies`` of each counted or not, nor one that fits every image."""
+    if len(given) == 1 and (given[0] is None or (isinstance(given[0], Region) and given[0].is_whole)):
+        return
+    if count not in (len(given), len(given) * copies):
+        raise ValueError(f"patch: {name} must be given once per image, got {len(given)} for {count} images")
 
 
 def repeat_entries(entries: list, owners: list[int], copies: int) -> list:

@@ -52,7 +52,8 @@ def patch(
         cache: "ragged": layers before a cut keep the keys and values of all tokens; "uniform": after a prefill they keep
             those of the tokens that are left at the end, so that all layers are equally long and static caches work.
         auto: leave a prefill unpruned where pruning is predicted not to pay (``estimate``; ``stats.estimate`` tells). The
-            model then runs by itself: that ``region`` does not fit its images shows up in ``stats`` only.
+            model then runs by itself. Where an image is cut into tiles, only a plan tells how many images there are: of a
+            prefill that is left alone without one, a wrong number of regions shows up in ``stats``.
         readmit: remember the conversation as it was before the first cut (``crop.readmit`` states the cost). The first
             call of another such block on the same cache then cuts all of it anew, as a fresh run would: ``region`` is one
             per image of the whole conversation, and tokens that were pruned earlier may come back.

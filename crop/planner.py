@@ -21,6 +21,7 @@ from .inputs import (
     one_per_image,
     real_tokens,
     refuse_attention,
+    refuse_number,
     refuse_past,
     refuse_sliding_window,
     refuse_transformers,
@@ -131,6 +132,13 @@ class Planner:
             return later.plan(arguments, method=Method())
 
         return plan
+
+    def refuse_number(self, arguments: Mapping[str, Any]) -> None:
+        """Refuse, as ``plan`` would, a number of regions other than of images; read from shapes, where these tell it."""
+        given = arguments if self.given is None else self.given
+        count = sum(len(given[name]) for name in self.adapter.each if given.get(name) is not None)
+        if count and self.regions is not None:
+            refuse_number("region", self.regions, count * self.copies, self.copies)
 
     def _plan_with_memory(self, ids: Tensor, found: Images, arguments: Mapping[str, Any], run: Run) -> ChunkPlan | None:
         """Plan the call, or the whole conversation when a new block goes on with it."""

@@ -1,4 +1,4 @@
-"""``patch(auto=True)``: a prefill that cannot pay leaves the model to itself, and what comes later is judged anew."""
+"""``patch(auto=True)``: a prefill that cannot pay leaves the model to itself, and bad input is refused all the same."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from contract import METHODS, assert_unchanged, patched, regions_of, snapshot
 from tiny_models import build_model, standard_batch
+from zoo import cases
 
 import crop
 from crop.estimate import Speed
+from crop.models import ADAPTERS
 
 module = sys.modules["crop.estimate"]  # its name in the package is the function
 FREE = dict(attention=0.0, hook=0.0, call=0.0, image=0.0, step=0.0)
@@ -138,3 +141,21 @@ def test_a_call_that_was_there_first_stays_alone(prompt: tuple[Any, Any], monkey
                 second = model(**batch.inputs).logits
                 release.remove(), handle.remove()
             assert torch.equal(second, pruned) and torch.equal(found.pop(), plain)
+
+
+@pytest.mark.parametrize("family", sorted(ADAPTERS))
+def test_number_of_regions(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Families that tell from shapes how many images there are refuse what does not fit before the model runs."""
+    model, batch = zoo.build_model(family), zoo.standard_batch(family, "left", 1)
+    regions = [crop.Region.box(0, 0, 0.5, 0.5)] * 3
+    monkeypatch.setattr(module, "measure_speed", lambda *_: SPEEDS["by its length"])
+    with torch.no_grad(), cases.patched(model, METHOD, batch, regions, auto=True) as stats:
+        if ADAPTERS[family].each:
+            tower = ADAPTERS[family].vision_tower(model.model)
+            tower.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+            with pytest.raises(ValueError, match="region must be given once per image, got 3 for 2 images"):
+                model(**batch.inputs)
+        else:
+            model(**batch.inputs)
+            with pytest.raises(ValueError, match="region must be given once per image, got 3 for 2 images"):
+                stats.kept  # noqa: B018

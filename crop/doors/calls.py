@@ -113,6 +113,7 @@ class Calls(Door):
 
     def _may_pay(self, arguments: Mapping[str, Any]) -> bool:
         """Whether a call with images is worth planning; notes why not."""
+        self.planner.refuse_number(arguments)
         if not is_short(*arguments["input_ids"].shape, self.language_model):
             counts = self.planner.counts(arguments)
             if counts is None or glance(self.method, *counts, self.language_model).prune:
