@@ -167,6 +167,12 @@ def cache_state(cache: Any) -> CacheState:
     return getattr(cache, _STATE, None) or CacheState()
 
 
+def is_pruned(cache: Any) -> bool:
+    """Whether calls on a cache must follow what was done to it."""
+    state = getattr(cache, _STATE, None)
+    return state is not None and bool(state.pooled or state.cuts or state.moved)
+
+
 def make_uniform(cache: Any, take: list[Tensor | None], past: int) -> None:
     """Leave in every layer the slots that the last layer holds, moved to the front.
 

@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -158,10 +158,10 @@ def measure_speed(geometry: Geometry, device: torch.device, dtype: torch.dtype) 
 
 def _hook_seconds() -> float:
     hooked, empty = nn.Identity(), torch.empty(0)
-    call = torch.compiler.disable(lambda module, args, kwargs: (args, kwargs))
+    call = torch.compiler.disable(lambda first, module, args, kwargs: (args, kwargs))
 
     def once() -> None:
-        handle = hooked.register_forward_pre_hook(call, with_kwargs=True)
+        handle = hooked.register_forward_pre_hook(partial(call, None), with_kwargs=True)
         hooked(empty)
         handle.remove()
 
@@ -241,6 +241,23 @@ def compare(chunk: ChunkPlan, language_model: nn.Module, localizer_seconds: floa
     )
 
 
+def is_short(samples: int, length: int, language_model: nn.Module) -> bool:
+    """Whether a prefill takes less than our own work, whatever it holds: nothing else of it need be looked at.
+
+    Args:
+        samples, length: shape of the token ids.
+        language_model: the decoder.
+    """
+    facts = _facts(language_model)
+    return _is_short(samples, length, facts, measure_speed(*facts))
+
+
+@lru_cache(maxsize=256)
+def _is_short(samples: int, length: int, facts: Facts, speed: Speed) -> bool:
+    whole = _cost(facts[0], speed, [(0, [length] * samples)], 0, [])
+    return (1 - MARGIN) * whole.seconds <= 2 * _own_seconds(facts[0], speed, images=1, steps=1)
+
+
 def glance(
     method: Method, real: list[int], vision: list[int], language_model: nn.Module, localizer_seconds: float = 0.0
 ) -> Estimate:
@@ -280,17 +297,18 @@ def _glance(
     return _estimate(facts, speed, list(real), stages, 0.0, steps, before, after, localizer_seconds)
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[Geometry, nn.Parameter]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Facts]] = weakref.WeakKeyDictionary()
 
 
 def _facts(language_model: nn.Module) -> Facts:
-    """Of a decoder; its sizes are read once, where it is and in what precision from its first weight."""
-    found = _known.get(language_model)
-    if found is None:
+    """Of a decoder; its sizes are read once."""
+    norm = language_model.norm.weight  # what is quick to reach tells whether the model was moved or cast
+    known = _known.get(language_model)
+    if known is None or known[0] != (norm.device, norm.dtype):
         weight = next(language_model.layers[0].parameters())
-        found = _known[language_model] = (Geometry.of(language_model), weight)
-    geometry, weight = found
-    return geometry, weight.device, weight.dtype
+        facts = Geometry.of(language_model), weight.device, weight.dtype
+        known = _known[language_model] = (norm.device, norm.dtype), facts
+    return known[1]
 
 
 def _at(table: dict[int, int], layer: int) -> int:
@@ -312,7 +330,7 @@ def _estimate(
     geometry, _, dtype = facts
     before = _cost(geometry, speed, [(0, full)], dtype.itemsize, tokens_before)
     after = _cost(geometry, speed, stages, dtype.itemsize, tokens_after)
-    own = speed.call + speed.image * len(tokens_before) + speed.hook * (geometry.num_layers + 8) + speed.step * steps
+    own = _own_seconds(geometry, speed, len(tokens_before), steps)
     own += geometry.score_flops(1, 1) * scored * speed.attention * 2  # logits once; exponentials weigh as much again
     after = replace(after, seconds=after.seconds + own)
     # Our own work counts twice: measured alone it is quicker than among the layers, and it is surely paid.
@@ -322,6 +340,11 @@ def _estimate(
         share += f" and {1000 * localizer_seconds:.1f} ms for the localizer"
     verdict = "prune" if prune else "do not prune"
     return Estimate(before, after, prune, f"{verdict}: {share} (predicted)")
+
+
+def _own_seconds(geometry: Geometry, speed: Speed, images: int, steps: int) -> float:
+    """Of the patch: planning, hooks, operators."""
+    return speed.call + speed.image * images + speed.hook * (geometry.num_layers + 8) + speed.step * steps
 
 
 def _lengths(chunk: ChunkPlan, layer: int | None) -> list[int]:

@@ -20,8 +20,8 @@ OLDEST = (5, 17)  # transformers
 
 def unwrapped(model: Any) -> Any:
     """The Hugging Face model inside a compiled or a PEFT one, whose modules they share."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = getattr(model, "_modules", {}).get("_orig_mod", model)
+    return model.get_base_model() if hasattr(type(model), "get_base_model") else model
 
 
 def as_regions(region: Region | Sequence[Region] | None) -> list[Region] | None:
@@ -40,11 +40,11 @@ def as_sizes(
     if image_size is None:
         return None
     wanted = "patch: image_size must be (width, height) in whole pixels, or one such pair per image"
-    if not isinstance(image_size, Sequence):
+    if not isinstance(image_size, (tuple, Sequence)):  # a tuple is soon told
         raise TypeError(f"{wanted}, got {image_size!r}")
-    pairs = image_size if len(image_size) and isinstance(image_size[0], Sequence) else [image_size]
+    pairs = image_size if len(image_size) and isinstance(image_size[0], (tuple, Sequence)) else [image_size]
     for pair in pairs:
-        whole = isinstance(pair, Sequence) and all(isinstance(side, Integral) for side in pair)
+        whole = isinstance(pair, (tuple, Sequence)) and all(isinstance(side, (int, Integral)) for side in pair)
         if not whole or len(pair) != 2 or min(pair) < 1:
             raise ValueError(f"{wanted}, got {pair!r}")
     return [(int(width), int(height)) for width, height in pairs]
@@ -74,14 +74,21 @@ def one_per_image(name: str, given: list, owners: list[int], copies: int) -> lis
             sequences; the entries are repeated with them.
     """
     count = len(owners)
+    refuse_number(name, given, count, copies)
     if len(given) == count:
         return given
-    if len(given) == 1 and (given[0] is None or (isinstance(given[0], Region) and given[0].is_whole)):
-        return given * count
     if len(given) * copies == count:
         first = [sample // copies for sample in owners if sample % copies == 0]
         return repeat_entries(given, first, copies)
-    raise ValueError(f"patch: {name} must be given once per image, got {len(given)} for {count} images")
+    return given * count
+
+
+def refuse_number(name: str, given: list, count: int, copies: int) -> None:
+    """Of entries that are neither one per image, ``copies`` of each counted or not, nor one that fits every image."""
+    if len(given) == 1 and (given[0] is None or (isinstance(given[0], Region) and given[0].is_whole)):
+        return
+    if count not in (len(given), len(given) * copies):
+        raise ValueError(f"patch: {name} must be given once per image, got {len(given)} for {count} images")
 
 
 def repeat_entries(entries: list, owners: list[int], copies: int) -> list:
@@ -94,12 +101,14 @@ def repeat_entries(entries: list, owners: list[int], copies: int) -> list:
 
 
 def refuse_sliding_window(config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    window = getattr(config, "sliding_window", None)
-    if kinds or (window and getattr(config, "layer_types", None) is None):
-        raise ValueError(
-            f"patch: every decoder layer must use full attention, got {sorted(kinds) or f'sliding_window={window}'}"
-        )
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        window = getattr(config, "sliding_window", None)
+        other = f"sliding_window={window}" if window else None
+    else:
+        other = sorted(set(kinds) - {"full_attention"})
+    if other:
+        raise ValueError(f"patch: every decoder layer must use full attention, got {other}")
 
 
 def refuse_attention(config: Any) -> None:
@@ -122,8 +131,9 @@ def past_length(cache: Any, mask: Any, added: int) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+@functools.cache
 def refuse_transformers() -> None:
-    """Versions whose masks, caches and positions work in another way."""
+    """Versions whose masks, caches and positions work in another way; one that was found new enough stays so."""
     import transformers
 
     if _release(transformers.__version__) < OLDEST:
@@ -251,8 +261,8 @@ def real_tokens(arguments: Mapping[str, Any], ids: Tensor) -> Tensor:
 
 def replace_method(owner: Any, name: str, around: Callable[..., Any], undo: ExitStack) -> None:
     """Let ``around(original, *args, **kwargs)`` stand for a method of one object, which may lack it, until ``undo``."""
-    had = name in vars(owner)
-    original = getattr(owner, name, None)
+    own = vars(owner)  # past a module's own way of setting attributes, which is slow and for parameters
+    had, original = name in own, getattr(owner, name, None)
 
     @functools.wraps(original or around)
     def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -260,9 +270,9 @@ def replace_method(owner: Any, name: str, around: Callable[..., Any], undo: Exit
 
     def restore() -> None:
         if had:
-            setattr(owner, name, original)
+            own[name] = original
         else:
-            delattr(owner, name)
+            del own[name]
 
-    setattr(owner, name, replacement)
+    own[name] = replacement
     undo.callback(restore)

@@ -6,7 +6,6 @@ original position ids. Outputs come back at the unpruned length.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from .planner import Planner
 from .region import Region
 from .stats import PruneStats
 
-_patched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_patched: set[nn.Module] = set()
 
 
 @contextmanager
@@ -52,8 +51,9 @@ def patch(
             from the layer on where tokens leave, and text follows.
         cache: "ragged": layers before a cut keep the keys and values of all tokens; "uniform": after a prefill they keep
             those of the tokens that are left at the end, so that all layers are equally long and static caches work.
-        auto: leave a prefill unpruned where pruning is predicted not to pay (``estimate``; ``stats.estimate`` tells). One
-            that is left alone is not planned: that ``region`` does not fit its images then shows up in ``stats`` only.
+        auto: leave a prefill unpruned where pruning is predicted not to pay (``estimate``; ``stats.estimate`` tells). The
+            model then runs by itself. Where an image is cut into tiles, only a plan tells how many images there are: of a
+            prefill that is left alone without one, a wrong number of regions shows up in ``stats``.
         readmit: remember the conversation as it was before the first cut (``crop.readmit`` states the cost). The first
             call of another such block on the same cache then cuts all of it anew, as a fresh run would: ``region`` is one
             per image of the whole conversation, and tokens that were pruned earlier may come back.
@@ -74,5 +74,5 @@ def patch(
     with ExitStack() as undo:
         _patched.add(planner.language_model)
         undo.callback(_patched.discard, planner.language_model)
-        Calls(block, (PoolingDoor(block), PruningDoor(block)), auto).install(undo)
+        Calls(block, (PoolingDoor, PruningDoor), auto).install(undo)
         yield block.stats

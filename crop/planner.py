@@ -21,6 +21,7 @@ from .inputs import (
     one_per_image,
     real_tokens,
     refuse_attention,
+    refuse_number,
     refuse_past,
     refuse_sliding_window,
     refuse_transformers,
@@ -122,11 +123,22 @@ class Planner:
         return (real_tokens(arguments, ids).sum(1).tolist(), vision) if any(vision) else None
 
     def unpruned(self, arguments: Mapping[str, Any]) -> Callable[[], ChunkPlan]:
-        """The plan of one call that prunes nothing, made when somebody asks; holds no pixels, features or cache."""
-        later = copy.copy(self)
-        later.readmit, later.given = False, None if self.given is None else _light(self.given)
-        arguments = _light(arguments)
-        return lambda: later.plan(arguments, method=Method())
+        """The plan of one call that prunes nothing, made when somebody asks. arguments: made ``light``."""
+        given, copies = None if self.given is None else light(self.given), self.copies
+
+        def plan() -> ChunkPlan:
+            later = copy.copy(self)
+            later.readmit, later.given, later.copies = False, given, copies
+            return later.plan(arguments, method=Method())
+
+        return plan
+
+    def refuse_number(self, arguments: Mapping[str, Any]) -> None:
+        """Refuse, as ``plan`` would, a number of regions other than of images; read from shapes, where these tell it."""
+        given = arguments if self.given is None else self.given
+        count = sum(len(given[name]) for name in self.adapter.each if given.get(name) is not None)
+        if count and self.regions is not None:
+            refuse_number("region", self.regions, count * self.copies, self.copies)
 
     def _plan_with_memory(self, ids: Tensor, found: Images, arguments: Mapping[str, Any], run: Run) -> ChunkPlan | None:
         """Plan the call, or the whole conversation when a new block goes on with it."""
@@ -173,8 +185,8 @@ class Planner:
         return chunk
 
 
-def _light(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call with True in the place of whatever is large and says nothing of the geometry."""
+def light(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call without the cache, and True in the place of pixels and features: what tells the geometry."""
     heavy = ("pixel_values", "pixel_values_videos")
     light = {name: value for name, value in arguments.items() if name not in ("cache", "past_key_values", "streamer")}
     light |= {name: True for name in heavy if light.get(name) is not None}

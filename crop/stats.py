@@ -46,11 +46,15 @@ class PruneStats:
         estimate: what ``patch(auto=True)`` predicted, None otherwise. Where it left a prefill alone, ``seconds`` is empty.
     """
 
-    estimate: Estimate | None = None
+    _estimated: Callable[[], Estimate | None] | None = field(default=None, repr=False)
     _planned: Callable[[], ChunkPlan] | None = field(default=None, repr=False)
     _num_layers: int = field(default=0, repr=False)
     _selected: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _spans: list[tuple[str, object, object]] = field(default_factory=list, repr=False)
+
+    @cached_property
+    def estimate(self) -> Estimate | None:
+        return None if self._estimated is None else self._estimated()
 
     @cached_property
     def _chunk(self) -> ChunkPlan | None:
@@ -123,10 +127,14 @@ class PruneStats:
             total[stage] = total.get(stage, 0.0) + elapsed(start, stop)
         return total
 
-    def _begin(self, planned: Callable[[], ChunkPlan], num_layers: int) -> None:
-        """A prefill begins; its plan is asked for when somebody looks."""
-        self._planned, self._num_layers, self._selected, self._spans = planned, num_layers, {}, []
-        self.__dict__.pop("_chunk", None)
+    def _begin(
+        self, planned: Callable[[], ChunkPlan], num_layers: int, estimated: Callable[[], Estimate | None]
+    ) -> None:
+        """A prefill begins; its plan and estimate are asked for when somebody looks."""
+        self._planned, self._num_layers, self._estimated = planned, num_layers, estimated
+        self._selected, self._spans = {}, []
+        for known in ("_chunk", "estimate"):
+            self.__dict__.pop(known, None)
 
     def _add(self, stage: str, start: object, stop: object) -> None:
         self._spans.append((stage, start, stop))

@@ -14,6 +14,7 @@ from contract import assert_unchanged, snapshot
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from zoo import FAMILIES, make_batch, make_sample, standard_batch
 
+from crop.inputs import refuse_transformers
 from crop.methods import InnerLLMPruning
 from crop.models import ADAPTERS
 from crop.patch import patch
@@ -54,12 +55,14 @@ def test_old_transformers(version, monkeypatch):
     model = zoo.build_model("llava_next")
     before = snapshot(model)
     monkeypatch.setattr(transformers, "__version__", version)
+    refuse_transformers.cache_clear()
     with pytest.raises(RuntimeError, match=rf"transformers must be >= 5.17, got {version}; pip install"):
         patch(model, ILP).__enter__()
     monkeypatch.undo()
     assert_unchanged(before, model)
     for newer in ("5.17.0", "5.17.0.dev0", "6.0"):
         monkeypatch.setattr(transformers, "__version__", newer)
+        refuse_transformers.cache_clear()
         with patch(model, ILP):
             pass
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from types import MethodType
 from typing import Any
 
@@ -56,24 +57,31 @@ class Door:
         self.block, self.planner, self.stats = block, block.planner, block.stats
         self.adapter, self.method, self.model = self.planner.adapter, self.planner.method, self.planner.model
         self.language_model = self.planner.language_model
-        self.layers = list(self.language_model.layers)
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """Of the decoder."""
+        return list(self.language_model.layers)
 
     @property
     def run(self) -> Run | None:
-        """The call that runs now."""
-        return self.block.run
+        """The call that runs now in this thread; one that was there before the door is none."""
+        run = self.block.run
+        return run if run is not None and run.thread is threading.current_thread() else None
 
 
-def hook(undo: ExitStack, register: Callable[..., Any], call: MethodType, *first: Any, **options: Any) -> None:
-    """Register a door's method, called with ``first`` before what the module gives, as a forward hook; ``undo`` removes it.
+def hook(undo: ExitStack, register: Callable[..., Any], method: MethodType, *first: Any, **options: Any) -> None:
+    """Register a method, called with ``first`` and what hooks get, as a forward hook, and its removal with ``undo``.
 
     A compiled model calls it as it is; what was compiled before the block knows nothing of it.
     """
-    call = MethodType(_uncompiled(call.__func__), call.__self__)
-    undo.callback(register(partial(call, *first) if first else call, **options).remove)
+    undo.callback(register(partial(_uncompiled(method.__func__), method.__self__, *first), **options).remove)
 
 
-_uncompiled = cache(torch.compiler.disable)  # once per method: it takes longer than registering the hook
+@cache
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrapping takes longer than a hook's work, so each function is wrapped once."""
+    return torch.compiler.disable(function)
 
 
 def device_of(module: nn.Module) -> torch.device:

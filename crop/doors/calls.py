@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from ..cache import cache_state
-from ..estimate import compare, glance
+from ..cache import is_pruned
+from ..chunk import ChunkPlan
+from ..estimate import Estimate, compare, glance, is_short
 from ..inputs import brings_images, cache_of, refuse_generation, replace_method
+from ..planner import light
 from ..run import Run
 from ..stats import mark
 from .block import Block, Door, device_of, hook
@@ -23,34 +25,36 @@ class Calls(Door):
 
     Args:
         behind: the doors that a call meets next.
-        auto: leave a prefill alone where pruning is predicted not to pay. The doors behind stay out of the model until a
-            call needs them.
+        auto: leave a prefill alone where pruning is predicted not to pay. Until a call needs them, the doors behind stay
+            out of the model, and all that runs of this one is ``_enter``, which every other call passes at once.
     """
 
-    def __init__(self, block: Block, behind: Sequence[Door], auto: bool) -> None:
+    def __init__(self, block: Block, behind: Sequence[type[Door]], auto: bool) -> None:
         super().__init__(block)
-        self.closed, self.auto = list(behind), auto
+        self.behind, self.auto, self.closed = behind, auto, True
 
     def install(self, undo: ExitStack) -> None:
         """Register the hooks, and their removal with ``undo``."""
+        self.undo, self.base = undo, self.adapter.base(self.model)
         if hasattr(self.model, "generate"):
             replace_method(self.model, "generate", self._generate, undo)
             replace_method(self.model, "_expand_inputs_for_generation", self._expand, undo)
             # For static caches generate() would make masks of the unpruned length; the language model makes its own.
             replace_method(self.model, "create_masks_for_generate", lambda _, **given: given["attention_mask"], undo)
-        base = self.adapter.base(self.model)
-        tower = self.adapter.vision_tower(base)
-        hook(undo, tower.register_forward_pre_hook, self._enter_vision_tower, with_kwargs=True)
-        hook(undo, tower.register_forward_hook, self._leave_vision_tower)
-        hook(undo, base.register_forward_pre_hook, self._enter, with_kwargs=True)
-        hook(undo, base.register_forward_hook, self._leave, always_call=True)
-        self.undo = undo
+        hook(undo, self.base.register_forward_pre_hook, self._enter, with_kwargs=True)
         if not self.auto or self.block.salience is not None:  # that must see the vision tower
             self._open()
 
     def _open(self) -> None:
-        while self.closed:
-            self.closed.pop(0).install(self.undo)
+        if not self.closed:
+            return
+        self.closed = False
+        tower = self.adapter.vision_tower(self.base)
+        hook(self.undo, tower.register_forward_pre_hook, self._enter_vision_tower, with_kwargs=True)
+        hook(self.undo, tower.register_forward_hook, self._leave_vision_tower)
+        hook(self.undo, self.base.register_forward_hook, self._leave, always_call=True)
+        for door in self.behind:
+            door(self.block).install(self.undo)
 
     # generate(): refuse what cannot be right, note how often every sample is repeated
 
@@ -81,51 +85,67 @@ class Calls(Door):
         arguments = kwargs
         if args:
             arguments = inspect.signature(module.forward).bind_partial(*args).arguments | kwargs
-        if self.run is not None and self.run.thread is not threading.current_thread() and self.run.thread.is_alive():
+        other = self.block.run
+        if other is not None and other.thread is not threading.current_thread() and other.thread.is_alive():
             raise RuntimeError(
                 "patch: one call at a time must run on a patched model, got a second one from another thread; "
                 "use a lock, or a copy of the model per thread"
             )
-        self.block.run = run = Run()
-        state = cache_state(cache_of(arguments))
-        if state.pooled is not None or state.cuts or state.moved:
-            self._open()  # an earlier block has pruned it
-        input_ids = arguments.get("input_ids")
-        if input_ids is None:
-            if brings_images(arguments, self.adapter.videos):
-                raise ValueError("patch: input_ids must be given with pixel_values, got inputs_embeds alone")
+        brings, input_ids = brings_images(arguments, self.adapter.videos), arguments.get("input_ids")
+        if brings and input_ids is None:
+            raise ValueError("patch: input_ids must be given with pixel_values, got inputs_embeds alone")
+        alone = self.closed and not is_pruned(cache_of(arguments))  # an earlier block may have pruned it
+        worth = input_ids is not None and (not self.auto or (brings and self._may_pay(arguments)))
+        if alone and not worth:
             return
-        if self.adapter.makes_masks:
+        run = Run()
+        chunk = self._plan(arguments, run) if worth else None
+        if alone and chunk is None:
+            return
+        self._open()
+        self.block.run = run
+        if self.adapter.makes_masks and input_ids is not None:
             run.given_mask = arguments.get("attention_mask")
             run.two_way = self.adapter.two_way and arguments.get("token_type_ids") is not None
-        if self.auto and not self._may_pay(arguments):
-            return
-        start = mark(input_ids.device)
-        chunk = self.planner.plan(arguments, run)
-        if chunk is None:
-            return
-        if self.auto:
-            self.stats.estimate = compare(chunk, self.language_model)
-            if not self.stats.estimate.prune:
-                self.stats._begin(self.planner.unpruned(arguments), len(self.layers))
-                return
-            self._open()
-        self.stats._begin(lambda: chunk, len(self.layers))
-        self.stats._add("plan", start, mark(input_ids.device))
-        run.timed = True
-        if chunk.pool is not None or chunk.steps or run.recalled is not None:
+        run.timed = chunk is not None
+        if chunk is not None and (chunk.pool is not None or chunk.steps or run.recalled is not None):
             run.chunk = chunk
 
     def _may_pay(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether a call is worth planning; notes why not."""
-        counts = self.planner.counts(arguments)
-        if counts is None:
-            return False
-        found = glance(self.method, *counts, self.language_model)
-        if not found.prune:
-            self.stats.estimate = found
-            self.stats._begin(self.planner.unpruned(arguments), len(self.layers))
-        return found.prune
+        """Whether a call with images is worth planning; notes why not."""
+        self.planner.refuse_number(arguments)
+        if not is_short(*arguments["input_ids"].shape, self.language_model):
+            counts = self.planner.counts(arguments)
+            if counts is None or glance(self.method, *counts, self.language_model).prune:
+                return counts is not None
+        self._leave_alone(arguments)
+        return False
+
+    def _plan(self, arguments: Mapping[str, Any], run: Run) -> ChunkPlan | None:
+        """The plan of a call, noted; None: it is to be left alone."""
+        device = arguments["input_ids"].device
+        start, estimate = mark(device), None
+        chunk = self.planner.plan(arguments, run)
+        if chunk is None:
+            return None
+        if self.auto:
+            estimate = compare(chunk, self.language_model)
+            if not estimate.prune:
+                self._leave_alone(arguments, estimate)
+                return None
+        self.stats._begin(lambda: chunk, len(self.layers), lambda: estimate)
+        self.stats._add("plan", start, mark(device))
+        return chunk
+
+    def _leave_alone(self, arguments: Mapping[str, Any], estimate: Estimate | None = None) -> None:
+        """Note a call that is not pruned: what it would have been is found out when somebody asks."""
+        seen = light(arguments)
+
+        def estimated() -> Estimate:
+            return estimate or glance(self.method, *self.planner.counts(seen), self.language_model)
+
+        self.stats._begin(self.planner.unpruned(seen), len(self.language_model.layers), estimated)
 
     def _leave(self, *_: Any) -> None:
-        self.block.run = None
+        if self.run is not None:  # a call that was there before the doors opened leaves another one's alone
+            self.block.run = None

@@ -36,6 +36,8 @@ class PoolingDoor(Door):
         hook(undo, self.language_model.register_forward_hook, self._leave)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        if self.block.run is not None and self.run is None:
+            return None  # a call of another thread that was there before the doors opened
         run = self.block.run = self.run or Run()
         pool = run.chunk.pool if run.chunk is not None else None
         cache = cache_of(kwargs)

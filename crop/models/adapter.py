@@ -98,6 +98,7 @@ class Adapter:
     Args:
         model_type: ``config.model_type`` of the family.
         images: the images of a prompt, in prompt order over the batch: (sample, layout) each.
+        each: arguments that have one row per image; none where only the images themselves tell how many there are.
         check: (config, image processor or None, original sizes or None, every region is whole) -> None; refuses at
             once what ``images`` could not do later. None: the family needs neither.
         tower: attribute of the multimodal model that holds the vision encoder.
@@ -111,6 +112,7 @@ class Adapter:
 
     model_type: str
     images: Callable[[Prompt], Placed]
+    each: tuple[str, ...] = ()
     check: Callable[[Any, Any, Sequence[Size] | None, bool], None] | None = None
     tower: str = "vision_tower"
     decoder: str = "language_model"
@@ -126,7 +128,7 @@ class Adapter:
 
     def base(self, model: nn.Module) -> nn.Module:
         """The multimodal model below the language-model head."""
-        if hasattr(model, "get_base_model"):  # PEFT
+        if hasattr(type(model), "get_base_model"):  # PEFT
             model = model.get_base_model()
         return model.model if hasattr(model, "lm_head") else model
 
