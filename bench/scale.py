@@ -27,6 +27,7 @@ from bench.e2e.geometries import Shrink
 from bench.e2e.workload import AFTER, BEFORE, Model, Workload, make, regions
 from bench.small import random_llava
 from crop.chunk import ChunkPlan, plan_chunk
+from crop.distinct import distinct_weights
 from crop.methods import plan_by_budget, plan_by_strides
 
 KEEP = 0.11
@@ -37,7 +38,8 @@ AXES = {
     "prompt tokens": (256, 1024, 4096, 16384, 65536),  # pictures of 256 tokens, prefill
 }
 MOST_UNPRUNED = 16384
-WORK = ("layout", "plan", "attention_mass", "select", "compact", "adaptive_pool")
+READ = "(one read of the tokens)"  # a control: how memory itself grows
+WORK = ("layout", "plan", "distinct weights", "adaptive_pool", READ, "attention_mass", "select", "compact")
 HEADS, DIM, ROWS = 4, 64, 50
 
 Case = tuple[str, str, int, Callable[[], Any]]
@@ -78,7 +80,11 @@ def own_work(axis: str, size: int) -> Iterator[Case]:
     yield axis, "attention_mass", size, lambda: crop.attention_mass(query, key, step.vision_index, sample=step.sample)
     yield axis, "select", size, lambda: crop.select(mass, step.num_keep, priority=step.priority)
     yield axis, "compact", size, lambda: crop.compact([hidden], keep)
-    yield axis, "adaptive_pool", size, lambda: crop.adaptive_pool(tokens, chunk.pool.plan)
+    embeds, pooling = tokens.view(samples, length, -1), chunk.pool.plan
+    weight = distinct_weights(pooling, chunk.images, embeds)
+    yield axis, "distinct weights", size, lambda: distinct_weights(pooling, chunk.images, embeds)
+    yield axis, "adaptive_pool", size, lambda: crop.adaptive_pool(tokens, pooling, "weighted", weight)
+    yield axis, READ, size, lambda: tokens.sum()
     assert kept.shape[1] == max(step.num_keep)
 
 
