@@ -28,7 +28,9 @@ def distinctness(tokens: Tensor) -> Tensor:
     Source: own choice.
     """
     tokens = tokens.float()
-    distance = 1 - torch.cosine_similarity(tokens, tokens.mean(0, keepdim=True), dim=-1)
+    mean = tokens.mean(0)
+    norm = torch.linalg.vector_norm(tokens, dim=1) * torch.linalg.vector_norm(mean)
+    distance = 1 - tokens @ mean / norm.clamp(min=1e-12)  # a matrix product: the tokens are read, not copied
     spread, middle = torch.var_mean(distance, correction=0)
     return (distance - middle) / (spread.sqrt() + FLAT)
 
@@ -48,8 +50,14 @@ def distinct_weights(plan: PoolPlan, images: Sequence[ImagePlan], embeds: Tensor
     for image in images:
         patch = image.layout.kind == PATCH
         if image.plan is not None and patch.any():
-            place = image.layout.position[patch].to(embeds.device)
+            place = _place(image.layout.position[patch], embeds.device)
             apart = distinctness(embeds[image.sample, place]).clamp(-FARTHEST, FARTHEST)
             weight[image.sample, place] = (SHARPNESS * apart).exp()
     alone = plan.counts[plan.inverse.long()] == 1
     return weight.flatten().masked_fill(alone.to(embeds.device), 1.0)
+
+
+def _place(position: Tensor, device: torch.device) -> slice | Tensor:
+    """Index of ascending positions: a view where they follow each other."""
+    first, last = int(position[0]), int(position[-1])
+    return slice(first, last + 1) if last - first == len(position) - 1 else position.to(device)
