@@ -2,11 +2,14 @@
 
 The layers before the cut hold all keys and values, and each of them computes a token from tokens before it, pruned or
 not: nothing there depends on the region. What a new region changes is the input of the first pruned layer, and that is
-what :class:`Memory` keeps, with the queries that scored. A second question takes the whole conversation from there
-through the later layers, as a fresh run would; the vision tower and the early layers are not run again.
+what :class:`Memory` keeps, with the queries that scored and what DeepStack adds to vision tokens from there on. A second
+question takes the whole conversation from there through the later layers, as a fresh run would; the vision tower and the
+early layers are not run again. Not so for PaliGemma, whose early layers let an image see the question, nor for Gemma 3,
+which makes its masks itself, for new tokens only.
 
 Cost: per token one hidden state (of a model with 32 layers, 32 heads for keys and as many for queries: 1 / 64 of its
-keys and values), and one query per text token; per new region the later layers over all kept tokens and all text.
+keys and values), one more for every level that DeepStack adds at that layer or later, and one query per text token; per
+new region the later layers over all kept tokens and all text.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ class Memory:
         ids: (axes, batch, n) position ids.
         query: (batch, num_heads, n, head_dim) of the layer before, from position ``first`` on.
         first: no text before it scores.
+        levels: (num_levels, batch, n, dim) what is added behind that layer and the following ones; zeros on text.
     """
 
     layer: int
@@ -47,8 +51,9 @@ class Memory:
     ids: tuple[Tensor, ...] = ()
     query: tuple[Tensor, ...] = ()
     first: int = 0
+    levels: tuple[Tensor, ...] = ()
 
-    def with_chunk(self, images: Images, hidden: Tensor, ids: Tensor, query: Tensor) -> Memory:
+    def with_chunk(self, images: Images, hidden: Tensor, ids: Tensor, query: Tensor, levels: Tensor) -> Memory:
         """This and one more call's tensors. The first call tells which of its queries can matter."""
         first = self.first
         if not self.hidden:
@@ -64,15 +69,28 @@ class Memory:
             ids=(*self.ids, ids),
             query=(*self.query, query.detach()),
             first=first,
+            levels=(*self.levels, levels.detach()),
         )
 
     def take_samples(self, take: Callable[[Tensor], Tensor]) -> Memory:
         """Follow an operation on the batch of the cache; ``take`` works on axis 0."""
         origin = take(torch.arange(len(self.hidden[0]), device=self.hidden[0].device)).tolist()
         images = [(row, layout) for row, old in enumerate(origin) for sample, layout in self.images if sample == old]
-        ids = tuple(take(piece.movedim(1, 0)).movedim(0, 1) for piece in self.ids)
+        ids, levels = (tuple(take(p.movedim(1, 0)).movedim(0, 1) for p in pieces) for pieces in (self.ids, self.levels))
         hidden, query = (tuple(take(piece) for piece in pieces) for pieces in (self.hidden, self.query))
-        return replace(self, images=images, hidden=hidden, ids=ids, query=query)
+        return replace(self, images=images, hidden=hidden, ids=ids, query=query, levels=levels)
+
+    @property
+    def num_levels(self) -> int:
+        """A call without images brings none, one with images all of them."""
+        return max((len(piece) for piece in self.levels), default=0)
+
+    def level(self, number: int) -> list[Tensor]:
+        """(batch, n, dim) of one level, in pieces."""
+        return [
+            piece[number] if len(piece) else torch.zeros_like(hidden)
+            for piece, hidden in zip(self.levels, self.hidden, strict=True)
+        ]
 
 
 def shift(images: Images, past: int) -> Images:
@@ -99,9 +117,9 @@ def refuse_readmission(method: Method, adapter: Adapter, positions: str, uniform
         "cache must be 'ragged' to readmit tokens, got 'uniform', which gives up what the early layers know": uniform,
         f"positions must be 'original' to readmit tokens, got {positions!r}": positions != "original",
         "method must prune inside the decoder to readmit tokens, got none that does": not method.cuts,
-        f"readmit must be False for {name!r}, whose masks are more than causal, got True": adapter.makes_masks,
-        f"readmit must be False for {name!r}, whose decoder adds vision features between its layers, got True": bool(
-            adapter.adds_again
+        f"readmit must be False for {name!r}, whose images see the questions that follow them, got True": adapter.two_way,
+        f"readmit must be False for {name!r}, which makes masks of its own and for new tokens only, got True": (
+            adapter.makes_masks
         ),
     }
     for reason, holds in reasons.items():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+import zoo
 from contract import ATOL, METHODS, REGIONS, cache_lengths, greedy, layouts_of, patched, regions_of
 from pyramid import decide
 from tiny_models import FAMILIES, LLAVA_GRID, make_sample, standard_batch, text_tokens
+from zoo import cases
 
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, Pyramid
+from crop.patch import patch
 from crop.region import Region
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
@@ -130,6 +134,70 @@ def test_one_prefix_many_questions(family, get_model, get_oracle):
         for row, sample in enumerate(swapped.samples)
     ]
     assert_fresh(again, stats, oracle, method, samples, regions)
+
+
+DEEPSTACK = {
+    "all behind": InnerLLMPruning(0.3, layer=1),
+    "one behind": InnerLLMPruning(0.3, layer=2),
+    "none behind": InnerLLMPruning(0.3, layer=3),
+    "pyramid": Pyramid((InnerLLMPruning(0.4, layer=1), InnerLLMPruning(0.2, layer=2))),
+}
+
+
+@matrix("method", DEEPSTACK.values(), ids=DEEPSTACK)
+def test_deepstack(method):
+    """Levels of vision features that are added behind the cut come back with the tokens, also in a batch whose rows
+    changed places."""
+    model, batch = cases.get_model("qwen3_vl", "sdpa"), zoo.standard_batch("qwen3_vl", "left", 1)
+    batch = zoo.make_batch(batch.samples[:2], "left")
+    more = dict(max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True)
+
+    def run(inputs, regions, **readmit):
+        with patch(model, method, regions, **readmit) as stats:
+            return model.generate(**inputs, **more), [index.tolist() for index in stats.kept]
+
+    def assert_as_fresh(samples, regions, found):
+        wanted, kept = run(zoo.make_batch(samples, "left").inputs, regions)
+        assert found[1] == kept
+        torch.testing.assert_close(torch.stack(found[0].logits), torch.stack(wanted.logits), atol=ATOL, rtol=0)
+
+    regions = [REGIONS[row][0] for row in (0, 1)]
+    out, first = run(batch.inputs, regions, readmit=True)
+    # Turn 2: the rows change places.
+    out.past_key_values.batch_select_indices(torch.tensor([1, 0]))
+    model.model.rope_deltas = model.model.rope_deltas[[1, 0]]
+    prompt = batch.inputs["input_ids"].shape[1]
+    said = [row + QUESTIONS[0] for row in out.sequences[[1, 0], prompt:].tolist()]
+    ids = torch.cat([batch.inputs["input_ids"][[1, 0]], torch.tensor(said)], 1)
+    mask = torch.nn.functional.pad(batch.inputs["attention_mask"][[1, 0]], (0, len(said[0])), value=1)
+    samples = [sample.extended(words) for sample, words in zip(batch.samples[::-1], said, strict=True)]
+    elsewhere = other(regions[::-1])
+    again = run(dict(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values), elsewhere, readmit=True)
+    assert any(set(b) - set(a) for a, b in zip(first[::-1], again[1], strict=True))
+    assert_as_fresh(samples, elsewhere, again)
+
+
+@matrix("method", DEEPSTACK.values(), ids=DEEPSTACK)
+@torch.no_grad()
+def test_deepstack_and_a_second_image(method):
+    """Levels of the image that comes now stand beside those of the one before."""
+    model, first = cases.get_model("qwen3_vl", "sdpa"), zoo.make_sample("qwen3_vl", [3, (48, 24), 6], seed=11)
+    turn = zoo.make_sample("qwen3_vl", [4, (24, 48), 5], seed=12)
+    whole = replace(first, ids=first.ids + turn.ids, images=first.images + turn.images)
+    regions, past = [REGIONS[1][0], REGIONS[1][1]], len(first.ids)
+    given, more = zoo.make_batch([whole], "none").inputs, zoo.make_batch([turn], "none").inputs
+    ids, _ = model.model.get_rope_index(
+        given["input_ids"], given["mm_token_type_ids"], given["image_grid_thw"], attention_mask=given["attention_mask"]
+    )
+    with patch(model, method, REGIONS[0][0], readmit=True):
+        cache = model(**zoo.make_batch([first], "none").inputs, use_cache=True).past_key_values
+    with patch(model, method, regions, readmit=True) as stats:
+        more |= dict(attention_mask=given["attention_mask"], position_ids=ids[..., past:], past_key_values=cache)
+        logits = model(**more).logits
+    with patch(model, method, regions) as fresh:
+        wanted = model(**given).logits[:, past:]
+    assert [index.tolist() for index in stats.kept] == [index.tolist() for index in fresh.kept]
+    torch.testing.assert_close(logits[:, -1], wanted[:, -1], atol=ATOL, rtol=0)
 
 
 def test_refused(get_model):

@@ -136,8 +136,11 @@ class PruningDoor(Door):
         stage = None if self.run is None else self.run.stage(self.run.at)
         if stage is None or stage.keep is None:
             return add(hidden, is_vision, level)
-        is_vision, level = is_vision.to(hidden.device), level.to(hidden.device, hidden.dtype)
-        return hidden + ops.compact([spread(level, is_vision)], stage.keep.to(hidden.device))[0]
+        level = spread(level.to(hidden.device, hidden.dtype), is_vision.to(hidden.device))
+        if self.run.recalled is not None:
+            before = self.run.recalled.level(self.run.at - self.method.cuts[0].layer)
+            level = torch.cat([*(piece.to(level) for piece in before), level], 1)
+        return hidden + ops.compact([level], stage.keep.to(hidden.device))[0]
 
     def _recall(self, layer: int, hidden: Tensor) -> Tensor:
         """From here on the call is about the whole conversation."""

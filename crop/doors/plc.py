@@ -66,6 +66,8 @@ class PoolingDoor(Door):
         run.past = past_length(cache, logical_mask, run.added)
         run.past_slots = run.past - (0 if state.pooled is None else state.pooled.dropped)
         self._note_positions(run, kwargs, embeds)
+        if run.noted is not None:
+            self._note_levels(run, kwargs, embeds)
         if pool is None and (state.pooled is None or (logical_mask is None and state.pooled.dense)):
             if run.chunk is not None and logical_mask is not None:
                 run.mask = logical_mask.to(torch.bool)
@@ -132,6 +134,16 @@ class PoolingDoor(Door):
             kwargs["position_ids"] = given_ids(run.ids)
         if changes and self.planner.positions == "compact":
             run.images = [(image.sample, image.pooled.position) for image in run.chunk.images]
+
+    def _note_levels(self, run: Run, kwargs: dict, embeds: Tensor) -> None:
+        """What DeepStack adds behind the first cut. A call without images is to add it to those before, all the same."""
+        first, given = self.method.cuts[0].layer, kwargs.get("deepstack_visual_embeds") or []
+        late = [spread(level, kwargs["visual_pos_masks"])[None].to(embeds.device) for level in given[first:]]
+        run.noted["levels"] = torch.cat([embeds.new_zeros(0, *embeds.shape), *late])
+        earlier = 0 if run.recalled is None else run.recalled.num_levels
+        if earlier and not given:
+            kwargs["visual_pos_masks"] = embeds.new_zeros(embeds.shape[:2], dtype=torch.bool)
+            kwargs["deepstack_visual_embeds"] = [embeds.new_zeros(0, embeds.shape[2])] * (first + earlier)
 
     def _pool_positions(self, run: Run, kwargs: dict, leader: Tensor) -> None:
         """Position ids of pooled tokens."""
