@@ -31,16 +31,13 @@ class Calls(Door):
 
     def __init__(self, block: Block, behind: Sequence[type[Door]], auto: bool) -> None:
         super().__init__(block)
-        self.behind, self.auto, self.closed = behind, auto, True
+        self.behind, self.auto, self.closed, self.generates = behind, auto, True, False
 
     def install(self, undo: ExitStack) -> None:
         """Register the hooks, and their removal with ``undo``."""
         self.undo, self.base = undo, self.adapter.base(self.model)
         if hasattr(self.model, "generate"):
             replace_method(self.model, "generate", self._generate, undo)
-            replace_method(self.model, "_expand_inputs_for_generation", self._expand, undo)
-            # For static caches generate() would make masks of the unpruned length; the language model makes its own.
-            replace_method(self.model, "create_masks_for_generate", lambda _, **given: given["attention_mask"], undo)
         hook(undo, self.base.register_forward_pre_hook, self._enter, with_kwargs=True)
         if not self.auto or self.block.salience is not None:  # that must see the vision tower
             self._open()
@@ -49,6 +46,7 @@ class Calls(Door):
         if not self.closed:
             return
         self.closed = False
+        self._prepare_generation()
         tower = self.adapter.vision_tower(self.base)
         hook(self.undo, tower.register_forward_pre_hook, self._enter_vision_tower, with_kwargs=True)
         hook(self.undo, tower.register_forward_hook, self._leave_vision_tower)
@@ -58,9 +56,19 @@ class Calls(Door):
 
     # generate(): refuse what cannot be right, note how often every sample is repeated
 
+    def _prepare_generation(self) -> None:
+        """What a step of generation needs, also in a loop of the caller's own; not before there is one."""
+        if self.generates or not hasattr(self.model, "generate"):
+            return
+        self.generates = True
+        replace_method(self.model, "_expand_inputs_for_generation", self._expand, self.undo)
+        # For static caches generate() would make masks of the unpruned length; the language model makes its own.
+        replace_method(self.model, "create_masks_for_generate", lambda _, **given: given["attention_mask"], self.undo)
+
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
         refuse_generation(config or self.model.generation_config, kwargs, self.planner.uniform)
+        self._prepare_generation()
         self.planner.given = kwargs
         try:
             return generate(*args, **kwargs)
