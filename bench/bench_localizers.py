@@ -95,17 +95,26 @@ def localizers(asker: Asker, layer: int | None) -> dict[str, Callable[[scenes.Qu
 
 
 def head_cost(asker: Asker) -> list[dict[str, Any]]:
-    """What the head adds to a prefill whose image features exist: multiply-adds, and milliseconds where it can run.
+    """What the head adds to a prefill whose encoding and image features exist: multiply-adds, and milliseconds where it can run.
 
-    Multiply-adds of the prefill are those of the decoder layers' matrices alone, which favours no head.
+    "head with boxes" begins with what enters the decoder; "localizer" is all that an answer in the same ``share_vision``
+    block waits for: the model up to there, too. Multiply-adds of the prefill are those of the decoder layers' matrices
+    alone, which favours no head.
     """
     scene = scenes.scene(0)
     question = scene.questions[0].text
-    read = embeddings(asker.model, asker.processor, scene.image, question, asker.prompt)
     find = asker.localizer("head")
-    inputs = encode(asker.processor, scene.image, question, asker.prompt)
     with torch.no_grad(), share_vision(asker.model):
-        times = interleave({"head": lambda: find.region(read), "prefill": lambda: asker.model(**inputs)}, rounds=30)
+        read = embeddings(asker.model, asker.processor, scene.image, question, asker.prompt)
+        inputs = encode(asker.processor, scene.image, question, asker.prompt)
+        times = interleave(
+            {
+                "head": lambda: find.region(read),
+                "prefill": lambda: asker.model(**inputs),
+                "localizer": lambda: find(scene.image, question),
+            },
+            rounds=50,
+        )
     text = asker.model.config.text_config
     rows = []
     for name, head, tokens, words, layers, wide, milliseconds in (
@@ -126,6 +135,7 @@ def head_cost(asker: Asker) -> list[dict[str, Any]]:
         rows.append({"geometry": name, "head, M multiply-adds": own / 1e6, "prefill, M": prefill / 1e6,
                      "share %": 100 * own / prefill,
                      "head with boxes, ms": milliseconds and 1e3 * milliseconds["head"].median,
+                     "localizer, ms": milliseconds and 1e3 * milliseconds["localizer"].median,
                      "decoder prefill, ms": milliseconds and 1e3 * milliseconds["prefill"].median})  # fmt: skip
     return rows
 

@@ -184,7 +184,7 @@ def calibrate(head: Head, verdicts: list[Verdict]) -> None:
         )
         inputs.append(clues(raster, raster.inside(found), local))
         held.append(bool(found) and boxes is not None and covers(example.layout, raster.region(found, 1.0), boxes))
-    inputs, held = torch.stack(inputs), torch.tensor(held).float()
+    inputs, held = torch.tensor(inputs), torch.tensor(held).float()
     scale = inputs.std(0, correction=0).clamp(min=1e-3)
     weights = torch.zeros(inputs.shape[1] + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")

@@ -68,11 +68,20 @@ def patch(
     planner = Planner(model, method, region, processor, image_size, positions=positions, cache=cache, readmit=readmit)
     if readmit and auto:
         raise ValueError("patch: auto must be False with readmit, got True: the first prefill must make the cut")
-    if planner.language_model in _patched:
-        raise RuntimeError("patch: model must not be patched already, got a nested patch of the same model")
+    refuse_patched(planner.language_model)
     block = Block.of(planner)
     with ExitStack() as undo:
         _patched.add(planner.language_model)
         undo.callback(_patched.discard, planner.language_model)
         Calls(block, (PoolingDoor, PruningDoor), auto).install(undo)
         yield block.stats
+
+
+def refuse_patched(language_model: nn.Module) -> None:
+    """A second block on a model would see the first one's tokens.
+
+    Raises:
+        RuntimeError: the model is patched already.
+    """
+    if language_model in _patched:
+        raise RuntimeError("patch: model must not be patched already, got a nested patch of the same model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -274,30 +274,14 @@ class VisionLayout:
             position: (height * width,) int64; default ``start + arange``.
             start: sequence index of the first token where ``position`` is not given.
         Returns:
-            VisionLayout with one view.
+            VisionLayout with one view; equal ones may share their arrays.
         Raises:
             ValueError: height or width < 1; box empty or inverted; position of the wrong length.
         """
-        if height < 1 or width < 1:
-            raise ValueError(f"VisionLayout.grid: size must be >= 1, got {height} x {width}")
-        x0, y0, x1, y1 = box
-        if not (x0 < x1 and y0 < y1):
-            raise ValueError(f"VisionLayout.grid: box must satisfy x0 < x1 and y0 < y1, got {box}")
-        row, col = (axis.ravel() for axis in np.indices((height, width), dtype=np.int32))
-        center = np.empty((height * width, 2), dtype=np.float32)
-        center[:, 0] = x0 + (col + 0.5) * (x1 - x0) / width
-        center[:, 1] = y0 + (row + 0.5) * (y1 - y0) / height
-        padded = ((center < 0) | (center >= 1)).any(1)
-        index = torch.from_numpy(np.arange(start, start + height * width))
-        return VisionLayout(
-            position=index if position is None else position,
-            center=torch.from_numpy(center),
-            row=torch.from_numpy(row),
-            col=torch.from_numpy(col),
-            view=torch.from_numpy(np.zeros_like(row)),
-            kind=torch.from_numpy(np.where(padded, PADDING, PATCH).astype(np.uint8)),
-            num_original=height * width,
-        )
+        layout = _grid(height, width, tuple(box))
+        if position is None and start:
+            position = torch.from_numpy(np.arange(start, start + len(layout)))
+        return layout if position is None else replace(layout, position=position)
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -435,3 +419,27 @@ class VisionLayout:
             kind=self.kind[leader],
             num_original=self.num_original,
         )
+
+
+@lru_cache(maxsize=32)  # every call of a model lays out its pictures again
+def _grid(height: int, width: int, box: Box) -> VisionLayout:
+    """See ``VisionLayout.grid``; positions from 0."""
+    if height < 1 or width < 1:
+        raise ValueError(f"VisionLayout.grid: size must be >= 1, got {height} x {width}")
+    x0, y0, x1, y1 = box
+    if not (x0 < x1 and y0 < y1):
+        raise ValueError(f"VisionLayout.grid: box must satisfy x0 < x1 and y0 < y1, got {box}")
+    row, col = (axis.ravel() for axis in np.indices((height, width), dtype=np.int32))
+    center = np.empty((height * width, 2), dtype=np.float32)
+    center[:, 0] = x0 + (col + 0.5) * (x1 - x0) / width
+    center[:, 1] = y0 + (row + 0.5) * (y1 - y0) / height
+    padded = ((center < 0) | (center >= 1)).any(1)
+    return VisionLayout(
+        position=torch.from_numpy(np.arange(height * width)),
+        center=torch.from_numpy(center),
+        row=torch.from_numpy(row),
+        col=torch.from_numpy(col),
+        view=torch.from_numpy(np.zeros_like(row)),
+        kind=torch.from_numpy(np.where(padded, PADDING, PATCH).astype(np.uint8)),
+        num_original=height * width,
+    )

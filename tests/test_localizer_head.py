@@ -22,6 +22,7 @@ from crop.embedded import scenes
 from crop.localizers import Head, HeadLocalizer, get_localizer
 from crop.localizers.head import head_region
 from crop.localizers.reading import embeddings
+from crop.patch import patch
 from crop.region import Region, VisionLayout
 from crop.share import share_vision
 
@@ -133,6 +134,12 @@ def test_localizer_and_answer_share_one_vision_pass(family, get_model):
     finally:
         hook.remove()
     assert len(ran) == 1
+
+
+def test_localizing_a_patched_model_is_refused(get_model):
+    model = get_model("llava", "sdpa")
+    with patch(model, None), pytest.raises(RuntimeError, match="patched already"):
+        HeadLocalizer(model, Processor("llava"), head_for(model), str)(PICTURE, "?")
 
 
 def test_what_does_not_fit_is_refused(get_model):

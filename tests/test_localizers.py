@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -30,6 +31,7 @@ from crop.localizers import (
     get_localizer,
     score_tokens,
 )
+from crop.localizers.boxes import Raster
 from crop.patch import patch
 from crop.region import Region, VisionLayout
 from crop.share import share_vision
@@ -119,6 +121,30 @@ def test_two_bumps_become_two_boxes_heaviest_first_and_overlapping_boxes_merge()
     assert_boxes(find_region(layout, score, max_boxes=1), (9 / 16, 9 / 16, 14 / 16, 14 / 16))
     near = find_region(layout, bump(layout, (2, 2, 5, 5), (7, 2, 10, 5)), dilate=2, gap=0)
     assert_boxes(near, (0.0, 0.0, 12 / 16, 7 / 16))
+
+
+@pytest.mark.parametrize(
+    "picture, boxes",
+    [
+        ("#...#|#.#.#|###.#", [(0, 0, 3, 3), (4, 0, 5, 3)]),  # arms that meet further down
+        ("#.#.#|#.#.#|#.#.#|#####", [(0, 0, 5, 4)]),
+        ("#...#|.#.#.|..#..|.....|#...#", [(0, 0, 5, 3), (0, 4, 1, 5), (4, 4, 5, 5)]),  # corners touch
+        ("....#|#....", [(0, 1, 1, 2), (4, 0, 5, 1)]),  # the end of a row and the start of the next do not
+        (".....|.....", []),
+        ("##", [(0, 0, 2, 1)]),
+    ],
+)
+def test_cells_that_touch_make_one_box(picture, boxes):
+    mask = np.array([[cell == "#" for cell in row] for row in picture.split("|")])
+    raster = Raster(mask.astype(float), mask, np.zeros((*mask.shape, 4)))
+    assert sorted(raster.boxes(mask, gap=0, max_boxes=9, dilate=0)) == boxes
+
+
+def test_scores_of_one_layout_share_nothing_but_their_places():
+    layout = VisionLayout.grid(6, 8)
+    first, second = (Raster.of(layout, bump(layout, box)) for box in ((1, 1, 3, 3), (5, 2, 7, 5)))
+    assert first.values[1:3, 1:3].all() and first.values.sum() == 4
+    assert second.values[2:5, 5:7].all() and second.values.sum() == 6
 
 
 def test_boxes_in_one_line_are_joined_over_a_gap_but_lines_are_not():

@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, build_model, standard_batch
 import crop
 from crop.ask import load
 from crop.embedded import scenes
+from crop.localizers import CascadeLocalizer, UnionLocalizer
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -113,16 +114,18 @@ class Counting:
         return getattr(self.processor, name)
 
 
-@pytest.mark.parametrize("name", ["head", "attention"])
-def test_localizer_and_answer_share_one_encoding(name):
+@pytest.mark.parametrize("names", [("head",), ("attention",), ("attention", "head")])
+@pytest.mark.parametrize("joined", [CascadeLocalizer, UnionLocalizer])
+def test_localizers_and_answer_share_one_encoding(names, joined):
     asker = load("embedded", "cpu", "auto")
     scene = scenes.scene(0)
     question = next(question.text for question in scene.questions if question.local)
-    want = asker.localizer(name)(scene.image, question)
+    want = joined([asker.localizer(name) for name in names])(scene.image, question)
     asker = replace(asker, processor=Counting(asker.processor))
-    answer = asker.ask(scene.image, question, method=None, localizer=asker.localizer(name))
+    find = joined([asker.localizer(name) for name in names])
+    answer = asker.ask(scene.image, question, method=None, localizer=find)
     assert asker.processor.calls == 1 and answer.region == want
-    asker.ask(scene.image, question, method=None, localizer=asker.localizer(name))
+    assert asker.ask(scene.image, question, method=None, localizer=find).text == answer.text
     assert asker.processor.calls == 2  # nothing outlives the block
 
 

@@ -7,7 +7,6 @@ Weights are random, so the regions that come out mean nothing: the bench times t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ import crop
 from crop.localizers.attention import Attention, score_tokens
 from crop.localizers.boxes import find_region
 from crop.localizers.head import Head, HeadLocalizer
-from crop.localizers.reading import Embeddings, Stop
+from crop.localizers.reading import Embeddings, Stop, entering, run_until_stop
+from crop.planner import Planner
 from crop.stats import PruneStats
 
 from .workload import Workload
@@ -42,7 +42,7 @@ def _attention(work: Workload) -> Callable[[], None]:
             raise Stop
 
         with crop.patch(work.model.model, localizer.pooling, **work.where) as stats, localizer.door(stats, read):
-            _run(work)
+            run_until_stop(work.model.base, work.inputs)
         for attention in found:
             find_region(attention.layout, score_tokens(attention), min_confidence=localizer.min_confidence)
 
@@ -71,34 +71,11 @@ def _head(work: Workload) -> Callable[[], None]:
     torch.manual_seed(0)
     localizer = HeadLocalizer(work.model.model, None, Head(decoder.config.hidden_size).to(device).eval())
 
+    planner = Planner(work.model.model, None, None, **work.where)
+
     def call() -> None:
-        found: list[Tensor] = []
-
-        def read(module: Any, args: tuple, kwargs: dict) -> None:
-            found.append(kwargs["inputs_embeds"])
-            raise Stop
-
-        with crop.patch(work.model.model, None, **work.where) as stats:
-            handle = decoder.register_forward_pre_hook(read, with_kwargs=True)
-            try:
-                _run(work)
-            finally:
-                handle.remove()
-        for layout, embeds in zip(stats.layouts, found[0], strict=True):
-            text = embeds[int(layout.position[-1]) + 1 :]
-            localizer.region(Embeddings(layout, embeds[layout.position.to(device)], text))
+        layouts, embeds = entering(planner, work.inputs)
+        for layout, one in zip(layouts, embeds, strict=True):
+            localizer.region(Embeddings.of(layout, one))
 
     return call
-
-
-def _run(work: Workload) -> None:
-    """The multimodal model until something raises ``Stop``."""
-    base = work.model.base
-    before = dict(vars(base))  # position offsets that a pass leaves behind
-    try:
-        base(**work.inputs, use_cache=False)
-    except Stop:
-        return
-    finally:
-        vars(base).update(before)
-    raise RuntimeError("localize: the pass must reach what the localizer reads, got to its end without")

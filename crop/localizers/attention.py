@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from crop import ops
 from crop.methods import PreLLMCompression
 from crop.models import adapter_for
+from crop.patch import patch
 from crop.plan import MAX_STRIDE, PoolPlan
 from crop.region import PATCH, Region, VisionLayout
 from crop.stats import PruneStats
 from crop.tap import tap
 
+from .base import encode
 from .boxes import check_ranges, find_region
 from .reading import Stop, only_image, run_until_stop
 
@@ -118,16 +120,16 @@ class AttentionLocalizer:
         Raises:
             ValueError: the prompt holds more than one image, or no text after it.
         """
+        inputs = encode(self.processor, image, question, self.prompt).to(self.model.device, dtype=self.model.dtype)
         found: list[Attention] = []
 
-        def door(stats: PruneStats) -> ExitStack:
-            def read(query: Tensor, key: Tensor, scale: float | None) -> None:
-                found.append(_attention(stats, query, key, scale, self.rows))
-                raise Stop
+        def read(query: Tensor, key: Tensor, scale: float | None) -> None:
+            found.append(_attention(stats, query, key, scale, self.rows))
+            raise Stop
 
-            return self.door(stats, read)
-
-        run_until_stop(self.model, self.processor, image, question, self.prompt, door, self.pooling)
+        where = {"processor": self.processor, "image_size": image.size}
+        with patch(self.model, self.pooling, **where) as stats, self.door(stats, read):
+            run_until_stop(adapter_for(self.model).base(self.model), inputs)
         return found[0]
 
     @property
@@ -187,7 +189,7 @@ def _still(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 def _attention(stats: PruneStats, query: Tensor, key: Tensor, scale: float | None, count: int) -> Attention:
     """Attention of the text after the only image, per head."""
-    layout = only_image(stats, "attend")
+    layout = only_image(stats.layouts, "attend")
     place = stats.pooled[0].position
     first = int(place[-1]) + 1
     num_rows, heads = query.shape[2] - first, query.shape[1]

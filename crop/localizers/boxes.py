@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,18 +36,8 @@ class Raster:
         Args:
             layout: N tokens, not pooled. score: (N,), not read where there is no patch; NaN counts as 0.
         """
-        number, row, col = (axis.numpy() for axis in (layout.view, layout.row, layout.col))
-        patch, cells = (layout.kind == PATCH).numpy(), layout.cells
-        values = np.where(patch, np.nan_to_num(score.double().cpu().numpy()), 0.0)
-        views = np.unique(number)
-        pictures = []
-        for view in views:
-            here = slice(None) if len(views) == 1 else number == view
-            at = row[here] - row[here].min(), col[here] - col[here].min()
-            shape = at[0].max() + 1, at[1].max() + 1
-            picture = Raster(np.zeros(shape), np.zeros(shape, dtype=bool), np.zeros((*shape, 4)))
-            picture.values[at], picture.valid[at], picture.cell[at] = values[here], patch[here], cells[here]
-            pictures.append(picture)
+        values = np.nan_to_num(score.double().cpu().numpy())
+        pictures = [place.picture(values) for place in _places(layout)]
         return pictures[0] if len(pictures) == 1 else _joined(pictures)
 
     def boxes(self, chosen: np.ndarray, *, gap: int, max_boxes: int, dilate: int) -> list[TokenBox]:
@@ -59,7 +50,7 @@ class Raster:
             dilate: places that every box grows on each side first.
         """
         height, width = self.values.shape
-        boxes = _merge([_grow(_bounds(piece), dilate, height, width) for piece in _components(chosen)], gap)
+        boxes = _merge([_grow(box, dilate, height, width) for box in _touching(chosen)], gap)
         boxes.sort(key=lambda box: -self.values[box[1] : box[3], box[0] : box[2]].sum())
         return boxes[:max_boxes]
 
@@ -74,6 +65,44 @@ class Raster:
         """The boxes in the original image."""
         corners = ((*self.cell[y0, x0, :2], *self.cell[y1 - 1, x1 - 1, 2:]) for x0, y0, x1, y1 in boxes)
         return Region(tuple(corners), confidence)
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where the patches of one view stand in their picture.
+
+    Args:
+        token: (M,) int64 which tokens they are. at: their rows and columns.
+        valid, cell: of the ``Raster``.
+    """
+
+    token: np.ndarray
+    at: tuple[np.ndarray, np.ndarray]
+    valid: np.ndarray
+    cell: np.ndarray
+
+    def picture(self, values: np.ndarray) -> Raster:
+        picture = np.zeros(self.valid.shape)
+        picture[self.at] = values[self.token]
+        return Raster(picture, self.valid, self.cell)
+
+
+@lru_cache(maxsize=16)  # pictures of one size have one layout
+def _places(layout: VisionLayout) -> list[_Place]:
+    """One per view."""
+    number, row, col = (axis.numpy() for axis in (layout.view, layout.row, layout.col))
+    patch, places = (layout.kind == PATCH).numpy(), []
+    for view in np.unique(number):
+        here = number == view
+        y, x = row - row[here].min(), col - col[here].min()
+        valid = np.zeros((y[here].max() + 1, x[here].max() + 1), dtype=bool)
+        cell = np.zeros((*valid.shape, 4))
+        cell[y[here], x[here]] = layout.cells[here]
+        token = np.flatnonzero(here & patch)
+        at = y[token], x[token]
+        valid[at] = True
+        places.append(_Place(token, at, valid, cell))
+    return places
 
 
 def _joined(pictures: list[Raster]) -> Raster:
@@ -163,25 +192,37 @@ def smoothed(grid: np.ndarray) -> np.ndarray:
     return blur(grid) / blur(np.ones_like(grid))
 
 
-def _components(mask: np.ndarray) -> list[list[tuple[int, int]]]:
-    """Sets of True cells that touch, corners included."""
-    left = set(zip(*(axis.tolist() for axis in np.nonzero(mask)), strict=True))
-    pieces = []
-    while left:
-        piece, front = [], [left.pop()]
-        while front:
-            y, x = front.pop()
-            piece.append((y, x))
-            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
-            left -= near
-            front += near
-        pieces.append(piece)
-    return pieces
+def _touching(mask: np.ndarray) -> list[TokenBox]:
+    """Boxes around the sets of True cells that touch, corners included; from top to bottom."""
+    height, width = mask.shape
+    padded = np.zeros((height, width + 2), dtype=bool)
+    padded[:, 1:-1] = mask
+    # Runs of cells in reading order; a place counts on from row to row, ``pitch`` places each.
+    pitch, edge = width + 1, np.flatnonzero(padded[:, 1:] != padded[:, :-1])
+    start, stop = edge[::2], edge[1::2]
+    # A run touches those of the row above that end no earlier than it begins and begin no later than it ends.
+    low, high = stop.searchsorted(start - pitch), start.searchsorted(stop - pitch, side="right")
+    first = list(range(len(start)))  # an earlier run of the same set
+
+    def root(run: int) -> int:
+        while first[run] != run:
+            run = first[run]
+        return run
+
+    for run, touched in enumerate(map(range, low.tolist(), high.tolist())):
+        for other in touched:
+            one, two = sorted((root(other), root(run)))
+            first[two] = one
+    boxes: dict[int, TokenBox] = {}
+    for run, (begin, end) in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
+        row, left = divmod(begin, pitch)
+        box, of = (left, row, left + end - begin, row + 1), root(run)
+        boxes[of] = _around(boxes.get(of, box), box)
+    return list(boxes.values())
 
 
-def _bounds(piece: list[tuple[int, int]]) -> TokenBox:
-    rows, columns = zip(*piece, strict=True)
-    return min(columns), min(rows), max(columns) + 1, max(rows) + 1
+def _around(a: TokenBox, b: TokenBox) -> TokenBox:
+    return (*map(min, a[:2], b[:2]), *map(max, a[2:], b[2:]))
 
 
 def _grow(box: TokenBox, by: int, height: int, width: int) -> TokenBox:
@@ -196,6 +237,6 @@ def _merge(boxes: list[TokenBox], gap: int) -> list[TokenBox]:
         while near := [b for b in merged if a[0] <= b[2] + gap and b[0] <= a[2] + gap and a[1] < b[3] and b[1] < a[3]]:
             for b in near:
                 merged.remove(b)
-                a = (*map(min, a[:2], b[:2]), *map(max, a[2:], b[2:]))
+                a = _around(a, b)
         merged.append(a)
     return merged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ class Head(nn.Module):
         self.local = nn.Sequential(nn.Linear(probes * width, width), nn.GELU(), nn.Linear(width, 1))
         # Bias and weights of the clues in the logit of the confidence; fitted after training.
         self.register_buffer("calibration", torch.tensor([0.0, 1.0, 0.0, 0.0]))
+        self.register_buffer("octaves", math.pi * 2.0 ** torch.arange(OCTAVES), persistent=False)
 
     def see(self, vision: Tensor, center: Tensor) -> Tensor:
         """The part that knows no question.
@@ -64,7 +66,7 @@ class Head(nn.Module):
         Returns:
             (..., N, width).
         """
-        waves = center.unsqueeze(-1) * math.pi * 2.0 ** torch.arange(OCTAVES, device=center.device)
+        waves = center.unsqueeze(-1) * self.octaves
         place = torch.cat([waves.sin(), waves.cos()], -1).flatten(-2)
         return self.vision(self.vision_norm(vision)) + self.place(place.to(vision.dtype))
 
@@ -214,20 +216,20 @@ def judge(head: Head, layout: VisionLayout, vision: Tensor, text: Tensor) -> tup
     return head.match(seen.unsqueeze(0), film.unsqueeze(1))[0, 0].cpu(), float(local)
 
 
-def clues(raster: Raster, inside: np.ndarray, local: float) -> Tensor:
+def clues(raster: Raster, inside: np.ndarray, local: float) -> list[float]:
     """What tells whether boxes hold all that the question needs.
 
     Args:
         raster: probabilities. inside: places in the boxes. local: logit of "a part of the image is enough".
     Returns:
-        (NUM_CLUES,) float32 logits: ``local``; the mean probability at the peaks (the upper half of the places in the
-        boxes); the share of all probability that is inside.
+        NUM_CLUES logits: ``local``; the mean probability at the peaks (the upper half of the places in the boxes); the
+        share of all probability that is inside.
     """
-    values = raster.values
-    peaks = np.sort(values[inside])[-max(1, int(inside.sum()) // 2) :].mean() if inside.any() else 0.0
-    share = values[inside].sum() / max(values.sum(), 1e-6)
-    sure = np.clip([peaks, share], 1e-4, 1 - 1e-4)
-    return torch.tensor([local, *np.log(sure / (1 - sure)).tolist()], dtype=torch.float32)
+    held = np.sort(raster.values[inside])
+    peaks = held[-max(1, len(held) // 2) :].mean() if len(held) else 0.0
+    share = held.sum() / max(raster.values.sum(), 1e-6)
+    sure = (min(max(clue, 1e-4), 1 - 1e-4) for clue in (float(peaks), float(share)))
+    return [local, *(math.log(clue / (1 - clue)) for clue in sure)]
 
 
 def head_region(
@@ -254,10 +256,11 @@ def head_region(
     """
     raster = Raster.of(layout, logits.sigmoid())
     boxes = raster.boxes(raster.values >= threshold, gap=gap, max_boxes=max_boxes, dilate=dilate)
-    clue = clues(raster, raster.inside(boxes), local)
-    confidence = float(torch.sigmoid(calibration[0].cpu() + calibration[1:].cpu() @ clue))
     if not boxes:
         return Region.whole(0.0, "no token is probable enough")
+    bias, *weights = calibration.tolist()
+    logit = bias + sum(map(operator.mul, weights, clues(raster, raster.inside(boxes), local)))
+    confidence = 0.5 + 0.5 * math.tanh(0.5 * logit)  # the sigmoid, which cannot overflow
     if confidence < min_confidence:
         return Region.whole(confidence, f"the head is unsure: {confidence:.2f} < {min_confidence}")
     return raster.region(boxes, confidence)

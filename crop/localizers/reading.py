@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from crop.methods import Method
-from crop.models import adapter_for
-from crop.patch import patch
+from crop.patch import refuse_patched
+from crop.planner import Planner
 from crop.region import VisionLayout
-from crop.stats import PruneStats
 
 from .base import encode
 
@@ -26,37 +23,21 @@ class Stop(Exception):
     """Ends a forward pass whose later layers nobody needs."""
 
 
-def run_until_stop(
-    model: nn.Module,
-    processor: Any,
-    image: Image,
-    question: str,
-    prompt: Callable[[str], str] | None,
-    door: Callable[[PruneStats], AbstractContextManager[Any]],
-    method: Method | None = None,
-) -> PruneStats:
-    """One prefill that ends where something inside ``door`` raises ``Stop``; the model is left as it was.
+@torch.no_grad()
+def run_until_stop(base: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """One prefill that ends where a hook raises ``Stop``; the model is left as it was.
 
     Args:
-        model: of a supported family. processor: its processor.
-        image, question, prompt: as in ``encode``.
-        door: called with the statistics (filled by the time the language model runs); its context is open during the
-            pass, and whatever it hooks must raise ``Stop``.
-        method: vision tokens are pooled or pruned by it on the way.
-    Returns:
-        PruneStats of the pass, with one layout.
+        base: the multimodal model below the language-model head. inputs: what it is called with.
     Raises:
-        ValueError: the prompt holds more or fewer images than one. RuntimeError: nothing raised ``Stop``.
+        RuntimeError: nothing raised ``Stop``.
     """
-    inputs = encode(processor, image, question, prompt).to(model.device, dtype=model.dtype)
-    base = adapter_for(model).base(model)
     # Position offsets and the like that a forward pass leaves on the module.
     before = dict(vars(base))
     try:
-        with patch(model, method, processor=processor, image_size=image.size) as stats, door(stats), torch.no_grad():
-            base(**inputs, use_cache=False)
+        base(**inputs, use_cache=False)
     except Stop:
-        return stats
+        return
     finally:
         vars(base).update(before)
     raise RuntimeError("run_until_stop: the model must reach what the localizer reads, got to its end without")
@@ -76,58 +57,68 @@ class Embeddings:
     vision: Tensor
     text: Tensor
 
+    @staticmethod
+    def of(layout: VisionLayout, embeds: Tensor) -> Embeddings:
+        """The parts of one sample.
 
-class _Entrance:
-    """Context that reads the input of the language model and stops there."""
-
-    def __init__(self, language_model: nn.Module, stats: PruneStats) -> None:
-        self.language_model, self.stats = language_model, stats
-        self.found: Embeddings | None = None
-
-    def __enter__(self) -> None:
-        self.handle = self.language_model.register_forward_pre_hook(self._read, with_kwargs=True)
-
-    def __exit__(self, *_: Any) -> None:
-        self.handle.remove()
-
-    def _read(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        layout = only_image(self.stats, "embeddings")
-        embeds = kwargs["inputs_embeds"][0]
+        Args:
+            layout: of its only image. embeds: (seq_len, dim).
+        Raises:
+            ValueError: no text after the image.
+        """
         text = embeds[int(layout.position[-1]) + 1 :]
         if len(text) == 0:
             raise ValueError("embeddings: prompt must have text after the image, got 0 tokens")
-        self.found = Embeddings(layout, embeds[layout.position.to(embeds.device)], text)
+        return Embeddings(layout, embeds[layout.position.to(embeds.device)], text)
+
+
+def entering(planner: Planner, inputs: Mapping[str, Any]) -> tuple[list[VisionLayout], Tensor]:
+    """The images of a prompt, and what enters the language model: one pass that ends before the first decoder layer.
+
+    Args:
+        planner: of the model, for no method. inputs: as for the model.
+    Returns:
+        The layouts in prompt order; (batch, seq_len, dim), on the model's device and in its dtype.
+    Raises:
+        RuntimeError: the model is patched.
+    """
+    refuse_patched(planner.language_model)
+    chunk, found = planner.plan(inputs), []
+
+    def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        found.append(kwargs["inputs_embeds"])
         raise Stop
+
+    handle = planner.language_model.register_forward_pre_hook(read, with_kwargs=True)
+    try:
+        run_until_stop(planner.adapter.base(planner.model), inputs)
+    finally:
+        handle.remove()
+    return [] if chunk is None else [image.layout for image in chunk.images], found[0]
 
 
 def embeddings(
     model: nn.Module, processor: Any, image: Image, question: str, prompt: Callable[[str], str] | None = None
 ) -> Embeddings:
-    """The projected image features and the embedded text, from one pass that ends before the first decoder layer.
+    """The projected image features and the embedded text of one image and one question.
 
     Args:
-        model, processor, image, question, prompt: as in ``run_until_stop``.
-    Returns:
-        Embeddings, on the model's device and in its dtype.
+        model: of a supported family. processor: its processor.
+        image, question, prompt: as in ``encode``.
     Raises:
-        ValueError: the prompt holds more than one image, or no text after it.
+        ValueError: the prompt holds more or fewer images than one, or no text after it. RuntimeError: as ``entering``.
     """
-    entrances: list[_Entrance] = []
-
-    def door(stats: PruneStats) -> _Entrance:
-        entrances.append(_Entrance(adapter_for(model).language_model(model), stats))
-        return entrances[0]
-
-    run_until_stop(model, processor, image, question, prompt, door)
-    return entrances[0].found
+    inputs = encode(processor, image, question, prompt).to(model.device, dtype=model.dtype)
+    layouts, embeds = entering(Planner(model, None, None, processor, image.size), inputs)
+    return Embeddings.of(only_image(layouts, "embeddings"), embeds[0])
 
 
-def only_image(stats: PruneStats, op: str) -> VisionLayout:
+def only_image(layouts: list[VisionLayout], op: str) -> VisionLayout:
     """The layout of the one image of a pass.
 
     Raises:
-        ValueError: there are more.
+        ValueError: there are more, or none.
     """
-    if len(stats.layouts) != 1:
-        raise ValueError(f"{op}: prompt must hold one image, got {len(stats.layouts)}")
-    return stats.layouts[0]
+    if len(layouts) != 1:
+        raise ValueError(f"{op}: prompt must hold one image, got {len(layouts)}")
+    return layouts[0]
