@@ -11,6 +11,7 @@ first (``crop.estimate``), and "do not" spares the localizer too.
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -125,15 +126,15 @@ def measure(name: str, work: Workload, rounds: int, seconds: float) -> dict[str,
         call(), call()
     advice = calls["auto"]().estimate
     spent: dict[str, list[float]] = {arm: [] for arm in calls}
-    order, start = list(calls), time.perf_counter()
+    order, rng, start = list(calls), random.Random(0), time.perf_counter()
     while len(spent["unpruned"]) < rounds or (
         time.perf_counter() - start < seconds and len(spent["unpruned"]) < 10 * rounds
     ):
+        rng.shuffle(order)  # what ran before leaves the caches to the next
         for arm in order:
             begin = time.perf_counter()
             calls[arm]()
             spent[arm].append(time.perf_counter() - begin)
-        order = order[1:] + order[:1]
     row: dict[str, Any] = {"model": name, "tokens": work.model.geometry.tokens, "batch": len(work.regions)}
     row |= {"rounds": len(spent["unpruned"]), "unpruned ms": 1e3 * statistics.median(spent["unpruned"])}
     for arm in list(calls)[1:]:
