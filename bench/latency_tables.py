@@ -1,4 +1,4 @@
-"""README's tables of latency, memory and scale, from the JSON of bench.e2e, bench.small and bench.scale."""
+"""README's tables of time, memory and growth, from the JSON of the benches that measure them."""
 
 from __future__ import annotations
 
@@ -74,3 +74,42 @@ def scale(content: dict[str, Any]) -> list[str]:
     last = {axis: max(row["size"] for row in content["rows"] if row["axis"] == axis) for axis in axes}
     table = [[work, *(_times(found.get((axis, work))) for axis in axes)] for work in works]
     return markdown(["exponent of growth", *(f"{axis}, to {last[axis]}" for axis in axes)], table)
+
+
+def prefill(content: dict[str, Any]) -> list[str]:
+    """Speed-up, ratio of FLOPs and own work of every method at every budget; unpatched and keep-all as they were."""
+    rows = {row["contender"]: row for row in content["rows"]}
+    table = []
+    for name, row in rows.items():
+        if name.startswith("localizer"):
+            continue
+        own = "-" if row["own work %"] is None else f"{row['own work %']:.2f} %"
+        spread = f"{row['ms'] / 1e3:.2f} ({row['p10'] / 1e3:.2f} to {row['p90'] / 1e3:.2f})"
+        table.append([name, spread, f"{row['speed-up']:.2f}", f"{row['FLOP ratio']:.2f}", own])
+    tokens = content["rows"][0]["vision tokens"]
+    return markdown([f"{tokens} vision tokens", "seconds (p10 to p90)", "faster by", "FLOPs", "own work"], table)
+
+
+def ops(content: dict[str, Any]) -> list[str]:
+    """The operators against torch, rows of one kind together: the least and the most of their ratios."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        size, *more = row["shape"].split()
+        what, against = {
+            "region_topk": (f"{row['dtype']}, {size[1:]} tokens, {{rows}}", "best of four forms"),
+            "select": (f"{size} {more[0]}", "`topk` and sort"),
+            "adaptive_pool": ("all sizes", row["best torch form"]),
+        }.get(row["op"], (f"{row['shape']}, {row['dtype']}", row["best torch form"]))
+        if row["op"] == "region_topk":
+            count = int(more[0].removeprefix("rows"))
+            what = what.format(rows="128 rows" if count > 32 else "1 to 32 rows")
+        groups.setdefault((f"`{row['op']}`, {what}", against), []).append(row)
+    table = []
+    for (what, against), rows in groups.items():
+        ratios = sorted(row["ratio"] for row in rows)
+        text = f"{ratios[0]:.2f}" if len(rows) == 1 else f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        bars = [row["bar"] for row in rows if row["bar"]]
+        met = sum(row["met"] == "yes" for row in rows)
+        goal = f"{bars[0]:g}: {met} of {len(bars)}" if bars else "-"
+        table.append([what, against, f"**{text}**" if ratios[0] < 1 else text, goal])
+    return markdown(["operator", "against torch's", "times as fast", "goal: rows that meet it"], table)

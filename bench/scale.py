@@ -171,7 +171,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     lines = (len(axes) + 1) // 2
-    figure, panels = pyplot.subplots(lines, 2, figsize=(11, 4.3 * lines), layout="constrained", squeeze=False)
+    figure, panels = pyplot.subplots(lines, 2, figsize=(13, 4.3 * lines), layout="constrained", squeeze=False)
     for panel, axis in zip(panels.flat, axes, strict=False):
         for work in dict.fromkeys(row["work"] for row in rows if row["axis"] == axis):
             mine = [row for row in rows if (row["axis"], row["work"]) == (axis, work)]
@@ -182,7 +182,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panel.loglog([low, high], [start, start * high / low], "k:", linewidth=1, label="linear")
         panel.set_xlabel(f"{axis} per prompt" if axis == "images" else axis)
         panel.set_ylabel("ms, fastest call")
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
