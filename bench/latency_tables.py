@@ -85,7 +85,7 @@ def prefill(content: dict[str, Any]) -> list[str]:
             continue
         own = "-" if row["own work %"] is None else f"{row['own work %']:.2f} %"
         spread = f"{row['ms'] / 1e3:.2f} ({row['p10'] / 1e3:.2f} to {row['p90'] / 1e3:.2f})"
-        table.append([name, spread, f"{row['speed-up']:.2f}", f"{row['FLOP ratio']:.2f}", own])
+        table.append([name, spread, _times(row["speed-up"]), _times(row["FLOP ratio"]), own])
     tokens = content["rows"][0]["vision tokens"]
     return markdown([f"{tokens} vision tokens", "seconds (p10 to p90)", "faster by", "FLOPs", "own work"], table)
 

@@ -8,7 +8,8 @@ from contract import METHODS, REGIONS, layouts_of, patched, regions_of
 from oracle import Oracle
 from tiny_models import FAMILIES, HOOKS_INSIDE, build_model, standard_batch
 
-from crop.methods import PreLLMCompression
+from crop.methods import PreLLMCompression, plan_by_budget, plan_by_strides
+from crop.region import _grid
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
@@ -72,6 +73,19 @@ def test_gradients_are_the_oracles(family, name, checkpointing, get_oracle):
     loss.backward()  # also after the block
     torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=0)
     assert_close(gradients(model), gradients(reference.model))
+
+
+@families
+def test_training_after_inference(family):
+    """Layouts and plans that are remembered from inference mode can be trained with."""
+    for remembered in (_grid, plan_by_budget, plan_by_strides):
+        remembered.cache_clear()
+    model, batch, method = trainable(family, "sdpa"), standard_batch(family, "left", 1), TRAINED["compose"]
+    with torch.inference_mode(), patched(model, method, regions_of(batch)):
+        model(**batch.inputs)
+    with patched(model, method, regions_of(batch)):
+        model(**labelled(batch)).loss.backward()
+    assert all(torch.isfinite(grad).all() for grad in gradients(model).values()) and gradients(model)
 
 
 @families
