@@ -146,6 +146,7 @@ TABLES = {
     "e2e": Source("e2e.json", latency_tables.e2e),
     "e2e-bars": Source("e2e.json", latency_tables.bars),
     "ops": Source("ops.json", latency_tables.ops),
+    "ops-region-topk": Source("ops_region_topk.json", latency_tables.ops),
     "prefill-576": Source("prefill_576.json", latency_tables.prefill),
     "prefill-2880": Source("prefill_2880.json", latency_tables.prefill),
     "small": Source("small.json", latency_tables.small),
