@@ -13,7 +13,7 @@ from .region import PATCH, PoolPlan
 if TYPE_CHECKING:
     from .chunk import ImagePlan
 
-SHARPNESS = 4.0  # a standard deviation more weighs exp(4) = 55 times; 3 to 6 answer alike (``bench/bench_regions.py``)
+SHARPNESS = 4.0  # a standard deviation more weighs exp(4) = 55 times; on the embedded model 3 to 6 answered alike
 FARTHEST = 8.0  # standard deviations that still make a difference: float32 holds the weights
 FLAT = 1e-3  # spread of cosine distances below which an image has nothing that stands out
 

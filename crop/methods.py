@@ -20,8 +20,8 @@ from crop.region import PADDING, Region, VisionLayout
 PoolMode = Literal["mean", "max", "distinct"]
 POOL_MODES = get_args(PoolMode)
 
-# Of the way to the last token count, on a logarithmic scale, pooling goes this part: an early layer's attention chooses well
-# among few tokens for a question about a part of the image, less so for one about all of it (``bench/bench_regions.py``).
+# Of the way to the last token count, on a logarithmic scale, pooling goes this part. An early layer's attention chooses well for
+# a question about a part of the image, less so for one about all of it: with half of the way the embedded model did worse.
 POOL_SHARE = 0.75
 
 

@@ -175,6 +175,20 @@ def made_rows() -> list[dict]:
     return rows
 
 
+def test_leads_are_paired_differences_from_the_best_baseline():
+    rows = made_rows()
+    weak = [{**row, "job": "random|0.11|average", "score": 0.0} for row in rows if row["job"].startswith("uniform")]
+    (lead,) = summary.leads(rows + weak, ["both, predicted"], ["random", "uniform"])
+    score = {job: np.mean([row["score"] for row in rows if row["job"] == job]) for job in {row["job"] for row in rows}}
+    gap = score["both, predicted|0.11|average"] - score["uniform|0.11|average"]
+    assert (lead["contender"], lead["baseline"], lead["budget"]) == ("both, predicted", "uniform", 0.11)
+    assert (
+        lead["lead"] == pytest.approx(gap / score["unpruned|1|"], abs=1e-4)
+        and 0 < lead["low"] < lead["lead"] < lead["high"]
+    )
+    assert summary.leads(rows, ["both, predicted"], ["tome"]) == []  # nobody to compare with
+
+
 def test_summary_and_time(tmp_path):
     times = {
         "uniform|0.11|average": {"ms": 5.0, "ratio": 0.5},

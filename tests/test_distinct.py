@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -88,14 +90,10 @@ def test_each_image_is_judged_by_itself_and_text_is_left_alone():
 
 
 def _moved(layout: VisionLayout, start: int) -> VisionLayout:
-    from dataclasses import replace
-
     return replace(layout, position=layout.position + start)
 
 
 def test_padding_and_newlines_are_not_part_of_the_picture():
-    from dataclasses import replace
-
     layout = VisionLayout.grid(4, 4)
     kind = layout.kind.clone()
     kind[3::4], kind[12:] = NEWLINE, PADDING

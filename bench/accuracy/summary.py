@@ -52,7 +52,7 @@ def leads(rows: Sequence[dict[str, Any]], ours: Sequence[str], baselines: Sequen
         rows: of the journal. ours, baselines: contenders.
     Returns:
         Rows with contender, budget, baseline (the best one), lead, low, high (its interval), in parts of the unpruned
-        score. The baseline was chosen by its score on these very questions, which favours it.
+        score; none where no baseline meets the budget. The baseline was chosen by its score on these very questions, which favours it.
     Source: paired percentile bootstrap, as ``interval``.
     """
     by_job = _by_job(rows)
@@ -68,9 +68,9 @@ def leads(rows: Sequence[dict[str, Any]], ours: Sequence[str], baselines: Sequen
     tail = 100 * (1 - LEVEL) / 2
     for budget in sorted({budget for _, budget in scores}, reverse=True):
         rivals = [name for name in baselines if (name, budget) in scores]
-        best = max(rivals, key=lambda name: scores[name, budget].mean())
+        best = max(rivals, key=lambda name: scores[name, budget].mean(), default=None)
         for name in ours:
-            if (name, budget) in scores:
+            if best is not None and (name, budget) in scores:
                 ahead = (scores[name, budget] - scores[best, budget]) / plain
                 low, high = np.percentile(ahead[drawn].mean(1), (tail, 100 - tail))
                 out.append(

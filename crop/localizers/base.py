@@ -44,8 +44,8 @@ class WholeLocalizer:
         return Region.whole()
 
 
-# In a block of ``shared_encoding``: what was encoded last and what came of it, or nothing yet.
-_last: ContextVar[list[tuple[tuple, Any]] | None] = ContextVar("last encoding", default=None)
+# In a block of ``shared_encoding``: the image and the rest that was encoded last, and what came of it; or nothing yet.
+_last: ContextVar[list[tuple[Image, tuple, Any]] | None] = ContextVar("last encoding", default=None)
 
 
 @contextmanager
@@ -72,9 +72,9 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
     Raises:
         ValueError: no prompt, and the processor has no chat template.
     """
-    last, asked = _last.get(), (processor, image, prompt, question)
-    if last and all(a is b for a, b in zip(last[0][0][:3], asked[:3], strict=True)) and last[0][0][3] == question:
-        return copy.copy(last[0][1])
+    last, asked = _last.get(), (processor, prompt, question)
+    if last and last[0][0] is image and last[0][1] == asked:
+        return copy.copy(last[0][2])
     if prompt is not None:
         text = prompt(question)
     elif getattr(processor, "chat_template", None):
@@ -84,7 +84,7 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
         raise ValueError("encode: prompt must be given for a processor without a chat template, got None")
     inputs = processor(images=image, text=text, return_tensors="pt")
     if last is not None:
-        last[:] = [(asked, copy.copy(inputs))]  # moving inputs to a device writes into what is moved
+        last[:] = [(image, asked, copy.copy(inputs))]  # moving inputs to a device writes into what is moved
     return inputs
 
 
