@@ -6,7 +6,7 @@ Losing rows stay in the table. Where `floor us` stands, the same rounds also tim
 the keys (one scoring row) or the bare product of queries and keys in float32 (more rows); `most` is the ratio that a program
 of exactly this length would reach. Run:
 
-    python bench/bench_ops.py [--op select] [--threads 1] [--clock cpu] [--json bench/results/ops.json]
+    python bench/bench_ops.py [--op select] [--dtype float32] [--threads 1] [--clock cpu] [--json bench/results/ops.json]
 """
 
 from __future__ import annotations
@@ -311,6 +311,7 @@ def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=CASES, action="append", help="only this operator; may be repeated")
+    parser.add_argument("--dtype", action="append", help="only rows of this dtype, such as float32; may be repeated")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: thread time, for a busy machine")
@@ -326,6 +327,8 @@ def main() -> None:
     with torch.inference_mode():
         for op in args.op or CASES:
             for case in CASES[op]():
+                if args.dtype and case.dtype not in args.dtype:
+                    continue
                 rows.append(measure(case, args.rounds, clock))
                 print(".", end="", flush=True)
     print(f"\n{table(rows)}")

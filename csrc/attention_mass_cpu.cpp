@@ -2,9 +2,9 @@
 // scoring rows times the query heads of the group: K is read in its own layout and never repeated, and everything that
 // runs along rows (maximum, exp, sum) is elementwise.
 //
-//   lse given:  one pass over the key blocks that hold a vision token; logits never leave the registers.
-//   lse absent: pass 1 stores exp(logit - block maximum) of every visible key with maximum and sum per block and row;
-//               pass 2 combines the blocks in index order into one factor per block and row; pass 3 sums factor * stored.
+//   lse given:  one pass over the key blocks that hold a vision token; logits live for one tile of keys.
+//   lse absent: pass 1 stores exp(logit - tile maximum) of every visible key with maximum and sum per tile and row;
+//               pass 2 combines the tiles in index order into one factor per tile and row; pass 3 sums factor * stored.
 //
 // A work item owns a block of keys, blocks start at the sample's first visible key, and the variant follows the sample's
 // own number of rows: the result depends neither on the threads nor on the other samples.
@@ -14,13 +14,15 @@
 namespace crop::CROP_ISA {
 namespace {
 
-constexpr int kTile = 24;                   // keys copied together; every panel of rows is read once per tile
-constexpr int64_t kBlock = 4 * kTile;       // keys of a work item
+constexpr int kTile = 24;                   // keys that every panel of rows is read once for
+constexpr int64_t kParts = 4;               // tiles of a block
+constexpr int64_t kBlock = kParts * kTile;  // keys of a work item
 constexpr int kSubTile = kLanes == 16 ? 12 : 6;  // keys whose two vectors of rows fit the registers
 constexpr int kSingleTile = 12;             // and keys with one vector
+constexpr int kTogether = 4;                // exponentials computed side by side
 constexpr int kDotRows = 4;                 // up to here vectors run along head_dim instead of along rows
-constexpr int64_t kStoreBytes = 16 << 20;   // budget for stored exponentials: as many heads at once as fit
-constexpr int kAhead = 12;                  // keys between a prefetch and its use
+constexpr int64_t kStoreBytes = 1 << 20;    // budget for stored exponentials: as many heads at once as fit, or one
+constexpr int kAhead = 12;                  // keys between a prefetch and its use, for few rows
 constexpr float kInf = __builtin_inff(), kHuge = 3.402823466e38f;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -33,8 +35,8 @@ struct Scratch {
     float *query, *lse;   // (num_kv_heads, lanes * padded head_dim); (num_kv_heads, lanes)
     float *column;        // (num_keys,) sum of the shares
     uint8_t* needed;      // (blocks,) holds a vision token
-    float *factor, *sum;  // (heads, blocks, lanes) block maximum, later factor; block sum
-    float* stored;        // (heads, keys, lanes)
+    float *factor, *sum;  // (heads, tiles, lanes) maximum of a tile, later factor; its sum
+    float* stored;        // (tiles, heads, panels of lanes, keys of a tile, lanes of a panel)
     size_t bytes;
 
     Scratch(char* base, const AttentionMassParams& p) {
@@ -55,8 +57,8 @@ struct Scratch {
             const int64_t head = blocks * kBlock * lanes;
             const int64_t all = head * p.num_kv_heads, budget = kStoreBytes / 4;
             take(stored, all < budget ? all : larger(head, budget));
-            take(factor, p.num_kv_heads * blocks * lanes);
-            take(sum, p.num_kv_heads * blocks * lanes);
+            take(factor, p.num_kv_heads * blocks * kParts * lanes);
+            take(sum, p.num_kv_heads * blocks * kParts * lanes);
         }
         bytes = used;
     }
@@ -91,6 +93,7 @@ template <int kStride, int kKeys, int kVecs>
 inline void multiply(const float* keys, const float* query, int64_t d, Vec (&logit)[kKeys][kVecs]) {
     for (auto& key : logit)
         for (Vec& v : key) v = Vec{};
+#pragma GCC unroll 8
     for (int64_t i = 0; i < d; ++i) {
         Vec q[kVecs];
         for (int v = 0; v < kVecs; ++v) q[v] = load<Vec>(query + (i * kVecs + v) * kLanes);
@@ -101,34 +104,53 @@ inline void multiply(const float* keys, const float* query, int64_t d, Vec (&log
     }
 }
 
-// Logits of `count` keys with all rows. sink(key, vector of rows, logits) receives arrays [keys][vectors]; keys past the
-// end repeat the last one, so that a sink needs no tail. kStride: floats between keys of a tile, above head_dim and not a
-// power of two.
+// Logits of a panel of one or two vectors of rows with a tile of keys, kStride floats apart. The next tile comes in
+// meanwhile: every panel asks for its part of it.
+template <int kStride, int kKeys, int kVecs, class T>
+inline void panel(const float* keys, const float* query, int64_t d, const T* next, int64_t stride, int64_t ahead,
+                  Vec (&logit)[kTile][kVecs]) {
+    for (int sub = 0; sub < kTile; sub += kKeys) {
+        for (int k = 0; k < kKeys; ++k) prefetch_row(next + (sub + k) * stride, ahead);
+        Vec product[kKeys][kVecs];
+        multiply<kStride>(keys + sub * kStride, query, d, product);
+        for (int k = 0; k < kKeys; ++k)
+            for (int v = 0; v < kVecs; ++v) logit[sub + k][v] = product[k][v];
+    }
+}
+
+// Keys that can be read where they are, or nullptr.
+inline const float* in_place(const float* key) { return key; }
+template <class T>
+const float* in_place(const T*) { return nullptr; }
+
+// Logits of `count` keys with all rows: sink(first key, first vector of rows, logits) for every tile and panel, logits
+// [keys][vectors]. Keys past the end repeat the last one. head_dim is at most kStride; keys that far apart are not copied.
 template <int kStride, class T, class Sink>
 void lanes_block(const T* key, int64_t stride, int64_t count, const float* query, int64_t lanes, int64_t d, Sink sink) {
     alignas(64) float tile[kTile * kStride];
+    const int64_t panels = (lanes + 2 * kLanes - 1) / (2 * kLanes), ahead = (d + panels - 1) / panels;
     for (int64_t first = 0; first < count; first += kTile) {
-        for (int64_t k = 0; k < kTile; ++k) {
+        const float* keys = stride == kStride && first + kTile <= count ? in_place(key + first * stride) : nullptr;
+        for (int64_t k = 0; !keys && k < kTile; ++k) {
             const T* from = key + (first + k < count ? first + k : count - 1) * stride;
             float* to = tile + k * kStride;
-            prefetch_row(from + kAhead * stride, d);
             int64_t i = 0;
             for (; i + kLanes <= d; i += kLanes) store(to + i, load_vec(from + i));
             for (; i < d; ++i) to[i] = load_one(from + i);
         }
+        if (!keys) keys = tile;
+        const T* next = key + (first + kTile) * stride;
         int64_t lane = 0;
-        for (; lane + 2 * kLanes <= lanes; lane += 2 * kLanes)
-            for (int sub = 0; sub < kTile; sub += kSubTile) {
-                Vec logit[kSubTile][2];
-                multiply<kStride>(tile + sub * kStride, query + lane * d, d, logit);
-                sink(first + sub, lane / kLanes, logit);
-            }
-        if (lane < lanes)
-            for (int sub = 0; sub < kTile; sub += kSingleTile) {
-                Vec logit[kSingleTile][1];
-                multiply<kStride>(tile + sub * kStride, query + lane * d, d, logit);
-                sink(first + sub, lane / kLanes, logit);
-            }
+        for (; lane + 2 * kLanes <= lanes; lane += 2 * kLanes, next += ahead) {
+            Vec logit[kTile][2];
+            panel<kStride, kSubTile>(keys, query + lane * d, d, next, stride, ahead, logit);
+            sink(first, lane / kLanes, logit);
+        }
+        if (lane < lanes) {
+            Vec logit[kTile][1];
+            panel<kStride, kSingleTile>(keys, query + lane * d, d, next, stride, ahead, logit);
+            sink(first, lane / kLanes, logit);
+        }
     }
 }
 
@@ -161,19 +183,14 @@ void dot_block(const T* key, int64_t stride, int64_t count, const float* query, 
     }
 }
 
-template <int kKeys, int kVecs, class F>
-inline void each(Vec (&logit)[kKeys][kVecs], F f) {
-    for (int i = 0; i < kKeys; ++i)
-        for (int j = 0; j < kVecs; ++j) f(i, j, logit[i][j]);
-}
-template <int kVecs, class F>
-inline void each(Vec (&logit)[kVecs], F f) {
-    for (int j = 0; j < kVecs; ++j) f(j, logit[j]);
-}
+template <class Logits>
+constexpr int kWidth = sizeof(Logits) / (kTile * sizeof(Vec));  // vectors of a panel
 
 struct Sample {
     int64_t b, rows, group, start, stop, full;  // keys [start, stop) are seen by some row, [start, full) by all
     int64_t count, lanes, blocks;               // rows * group, padded; blocks of keys
+    int64_t parts;                              // pieces with a maximum of their own: tiles, blocks for few rows
+    int64_t heads;                              // KV heads whose exponentials are stored together
 };
 
 template <class T>
@@ -186,16 +203,19 @@ struct Kernel {
         return static_cast<const T*>(p.key) + s.b * p.key_stride[0] + kv * p.key_stride[1] + first * p.key_stride[2];
     }
     const float* query(int64_t kv) const { return at.query + kv * s.lanes * round_up(p.head_dim, kLanes); }
-    float* stored(int64_t slot, int64_t block) const {
-        return at.stored + (slot * s.blocks + block) * kBlock * s.lanes;
+    // Heads side by side: pass 3 reads all of a part in one go.
+    float* stored(int64_t slot, int64_t part) const {
+        return at.stored + (part * s.heads + slot) * (few() ? kBlock : kTile) * s.lanes;
     }
-    float* top(int64_t slot, int64_t block) const { return at.factor + (slot * s.blocks + block) * s.lanes; }
-    float* total(int64_t slot, int64_t block) const { return at.sum + (slot * s.blocks + block) * s.lanes; }
+    float* top(int64_t slot, int64_t part) const { return at.factor + (slot * s.parts + part) * s.lanes; }
+    float* total(int64_t slot, int64_t part) const { return at.sum + (slot * s.parts + part) * s.lanes; }
     bool few() const { return s.count <= kDotRows; }
 
     template <class Sink>
     void logits(int64_t kv, int64_t first, int64_t count, Sink sink) const {
-        const auto block = p.head_dim <= 128 ? lanes_block<136, T, Sink> : lanes_block<264, T, Sink>;
+        const auto block = p.head_dim <= 64    ? lanes_block<64, T, Sink>
+                           : p.head_dim <= 128 ? lanes_block<128, T, Sink>
+                                               : lanes_block<256, T, Sink>;
         block(key(kv, first), p.key_stride[2], count, query(kv), s.lanes, p.head_dim, sink);
     }
 
@@ -229,46 +249,57 @@ struct Kernel {
         Vec share[kBlock];
         for (Vec& v : share) v = Vec{};
         for (int64_t kv = 0; kv < p.num_kv_heads; ++kv) {
-            const float* lse = at.lse + kv * s.lanes;
-            logits(kv, first, count, [&](int64_t k, int64_t v, auto& logit) {
-                each(logit, [&](int i, int j, Vec& x) {
-                    const Vec e = exp(x - load<Vec>(lse + (v + j) * kLanes));
-                    x = bits<Vec>(bits<IVec>(e) | (x == kInf));  // a +inf logit gives NaN
+            logits(kv, first, count, [&, lse = at.lse + kv * s.lanes](int64_t k, int64_t v, auto& logit) {
+                for (int j = 0; j < kWidth<decltype(logit)>; ++j) {
+                    const Vec shift = load<Vec>(lse + (v + j) * kLanes);
                     // Lanes past the last row end at key 0 and are never visible.
-                    if (masked || v + j == vecs - 1) x = keep_where(visible(first + k + i, v + j), x);
-                    share[k + i] += x;
-                });
+                    const bool hidden = masked || v + j == vecs - 1;
+                    for (int i = 0; i < kTile; i += kTogether) {
+                        Vec e[kTogether];
+                        for (int t = 0; t < kTogether; ++t) e[t] = logit[i + t][j] - shift;
+                        exp(e);
+                        for (int t = 0; t < kTogether; ++t) {
+                            e[t] = bits<Vec>(bits<IVec>(e[t]) | (logit[i + t][j] == kInf));  // a +inf logit gives NaN
+                            share[k + i + t] += hidden ? keep_where(visible(first + k + i + t, v + j), e[t]) : e[t];
+                        }
+                    }
+                }
             });
         }
         for (int64_t k = 0; k < count; ++k) at.column[first + k] = sum(share[k]);
     }
 
-    // Pass 1: exponentials of one head and block, stored relative to the maximum of the block.
+    // Pass 1: exponentials of one head and block, stored relative to the maximum of their tile.
     void exponentials(int64_t kv, int64_t slot, int64_t block) const {
-        const int64_t first = first_key(block), count = num_keys(block), vecs = s.lanes / kLanes;
+        const int64_t first = first_key(block), count = num_keys(block);
         const bool masked = !all_visible(block);
-        float *stored = this->stored(slot, block), *top = this->top(slot, block), *total = this->total(slot, block);
-        if (few()) return few_exponentials(kv, block, stored, top, total);
-        for (int64_t v = 0; v < vecs; ++v) store(top + v * kLanes, splat(-kInf));
+        if (few()) return few_exponentials(kv, slot, block);
         logits(kv, first, count, [&](int64_t k, int64_t v, auto& logit) {
-            if (masked)
-                each(logit, [&](int i, int j, Vec& x) { x = visible(first + k + i, v + j) ? x : splat(-kInf); });
-            float* to = stored + k * s.lanes + v * kLanes;
-            each(logit, [&](int i, int j, Vec& x) { store(to + i * s.lanes + j * kLanes, x); });
-            each(logit, [&](int i, int j, Vec& x) { logit[0][j] = i ? max(logit[0][j], x) : x; });
-            each(logit[0], [&](int j, Vec& x) { store(top + (v + j) * kLanes, max(load<Vec>(top + (v + j) * kLanes), x)); });
-        });
-        for (int64_t v = 0; v < vecs; ++v) {
-            const Vec shift = finite(load<Vec>(top + v * kLanes));
-            Vec add = Vec{};
-            float* column = stored + v * kLanes;
-            for (int64_t k = 0; k < count; ++k, column += s.lanes) {
-                const Vec e = exp(load<Vec>(column) - shift);
-                store(column, e);
-                add += e;
+            constexpr int kVecs = kWidth<decltype(logit)>;
+            const int64_t part = block * kParts + k / kTile, keys = count - k < kTile ? count - k : kTile;
+            float* stored = this->stored(slot, part) + v * kTile * kLanes;
+            for (int j = 0; j < kVecs; ++j) {
+                Vec high = splat(-kInf), add = Vec{};
+                for (int i = 0; i < kTile; ++i) {
+                    Vec& x = logit[i][j];
+                    if (masked) x = visible(first + k + i, v + j) ? x : splat(-kInf);
+                    if (i >= keys) x = splat(-kInf);
+                    high = max(high, x);
+                }
+                const Vec shift = finite(high);
+                for (int i = 0; i < kTile; i += kTogether) {
+                    Vec e[kTogether];
+                    for (int t = 0; t < kTogether; ++t) e[t] = logit[i + t][j] - shift;
+                    exp(e);
+                    for (int t = 0; t < kTogether; ++t) {
+                        store(stored + ((i + t) * kVecs + j) * kLanes, e[t]);
+                        add += e[t];
+                    }
+                }
+                store(top(slot, part) + (v + j) * kLanes, high);
+                store(total(slot, part) + (v + j) * kLanes, add);
             }
-            store(total + v * kLanes, add);
-        }
+        });
     }
 
     // -inf (nothing visible yet) and +inf would turn differences into NaN.
@@ -277,23 +308,21 @@ struct Kernel {
         return x == kInf ? splat(kHuge) : x;
     }
 
-    // Pass 2: factor = exp(block maximum - lse) of every block; 0 for a row whose lse is infinite.
+    // Pass 2: factor = exp(maximum - lse) of every tile; 0 for a row whose lse is infinite.
     void factors(int64_t slot) const {
-        const int64_t vecs = s.lanes / kLanes;
-        for (int64_t v = 0; v < vecs; ++v) {
-            float* top = at.factor + slot * s.blocks * s.lanes + v * kLanes;
-            const float* sums = at.sum + slot * s.blocks * s.lanes + v * kLanes;
+        for (int64_t v = 0; v < s.lanes / kLanes; ++v) {
+            float *top = this->top(slot, 0) + v * kLanes, *sums = total(slot, 0) + v * kLanes;
             Vec high = splat(-kInf), total = Vec{};
-            for (int64_t j = 0; j < s.blocks; ++j) high = max(load<Vec>(top + j * s.lanes), high);
+            for (int64_t j = 0; j < s.parts; ++j) high = max(load<Vec>(top + j * s.lanes), high);
             high = finite(high);
-            for (int64_t j = 0; j < s.blocks; ++j) {
+            for (int64_t j = 0; j < s.parts; ++j) {
                 const Vec here = load<Vec>(top + j * s.lanes);
                 const Vec factor = here == -kInf ? Vec{} : exp(here - high);
                 store(top + j * s.lanes, factor);
                 total += factor * load<Vec>(sums + j * s.lanes);
             }
             const IVec dead = (total == 0) | (total == kInf);
-            for (int64_t j = 0; j < s.blocks; ++j) {
+            for (int64_t j = 0; j < s.parts; ++j) {
                 float* factor = top + j * s.lanes;
                 store(factor, dead ? Vec{} : load<Vec>(factor) / total);
             }
@@ -301,20 +330,29 @@ struct Kernel {
     }
 
     // Pass 3: column[key] of a block gains the heads of the group.
-    void gather(int64_t heads, int64_t block) const {
+    void gather(int64_t block) const {
         const int64_t first = first_key(block), count = num_keys(block), vecs = s.lanes / kLanes;
-        if (few()) return few_gather(heads, block);
+        if (few()) return few_gather(block);
         const IVec last = visible(0, vecs - 1);  // drops the lanes past the last row
-        for (int64_t k = 0; k < count; ++k) {
-            Vec share = Vec{};
-            for (int64_t slot = 0; slot < heads; ++slot) {
-                const float *stored = this->stored(slot, block) + k * s.lanes, *factor = top(slot, block);
-                for (int64_t v = 0; v < vecs; ++v) {
-                    const Vec e = load<Vec>(stored + v * kLanes) * load<Vec>(factor + v * kLanes);
-                    share += v == vecs - 1 ? keep_where(last, e) : e;
+        for (int64_t k = 0; k < count; k += kTile) {
+            const int64_t keys = count - k < kTile ? count - k : kTile;
+            const int64_t part = block * kParts + k / kTile;
+            Vec share[kTile] = {};
+            for (int64_t slot = 0; slot < s.heads; ++slot) {
+                const float *stored = this->stored(slot, part), *factor = top(slot, part);
+                for (int64_t v = 0; v < vecs; v += 2) {
+                    const int width = v + 1 < vecs ? 2 : 1;
+                    for (int j = 0; j < width; ++j) {
+                        const Vec f = load<Vec>(factor + (v + j) * kLanes);
+                        for (int64_t i = 0; i < keys; ++i) {
+                            const Vec e = load<Vec>(stored + (i * width + j) * kLanes) * f;
+                            share[i] += v + j == vecs - 1 ? keep_where(last, e) : e;
+                        }
+                    }
+                    stored += width * kTile * kLanes;
                 }
             }
-            at.column[first + k] += sum(share);
+            for (int64_t i = 0; i < keys; ++i) at.column[first + k + i] += sum(share[i]);
         }
     }
 
@@ -333,8 +371,9 @@ struct Kernel {
         }
         __builtin_memcpy(at.column + first_key(block), share, sizeof(float) * num_keys(block));
     }
-    void few_exponentials(int64_t kv, int64_t block, float* stored, float* top, float* total) const {
-        float(*e)[kBlock] = reinterpret_cast<float(*)[kBlock]>(stored);
+    void few_exponentials(int64_t kv, int64_t slot, int64_t block) const {
+        float(*e)[kBlock] = reinterpret_cast<float(*)[kBlock]>(stored(slot, block));
+        float *top = this->top(slot, block), *total = this->total(slot, block);
         few_logits(kv, block, e);
         for (int64_t r = 0; r < s.lanes; ++r) top[r] = -kInf, total[r] = 0;
         for (int64_t r = 0; r < s.count; ++r) {
@@ -349,9 +388,9 @@ struct Kernel {
             total[r] = sum(add);
         }
     }
-    void few_gather(int64_t heads, int64_t block) const {
+    void few_gather(int64_t block) const {
         Vec share[kBlock / kLanes] = {};
-        for (int64_t slot = 0; slot < heads; ++slot)
+        for (int64_t slot = 0; slot < s.heads; ++slot)
             for (int64_t r = 0; r < s.count; ++r)
                 for (int64_t v = 0; v < kBlock / kLanes; ++v)
                     share[v] += load<Vec>(stored(slot, block) + r * kBlock + v * kLanes) * top(slot, block)[r];
@@ -376,6 +415,7 @@ void sample_mass(const AttentionMassParams& p, int64_t b, Scratch& at, int threa
         if (end < s.full) s.full = end;
     }
     s.count = s.rows * group, s.lanes = round_up(s.count, kLanes), s.blocks = (s.stop - s.start + kBlock - 1) / kBlock;
+    s.parts = s.count <= kDotRows ? s.blocks : (s.stop - s.start + kTile - 1) / kTile;
     __builtin_memset(at.column, 0, sizeof(float) * p.num_keys);
     __builtin_memset(at.needed, 0, (p.num_keys + kBlock - 1) / kBlock);
     for (int64_t r = s.count; r < s.lanes; ++r) at.end[r] = 0;
@@ -408,12 +448,12 @@ void sample_mass(const AttentionMassParams& p, int64_t b, Scratch& at, int threa
         const int64_t head = larger(1, s.blocks * kBlock * s.lanes);
         const int64_t width = clamp(kStoreBytes / 4 / head, 1, p.num_kv_heads);
         for (int64_t kv = 0; kv < p.num_kv_heads; kv += width) {
-            const int64_t heads = p.num_kv_heads - kv < width ? p.num_kv_heads - kv : width;
+            s.heads = p.num_kv_heads - kv < width ? p.num_kv_heads - kv : width;
             auto first = [&](int64_t item) { kernel.exponentials(kv + item / s.blocks, item / s.blocks, item % s.blocks); };
             auto second = [&](int64_t slot) { kernel.factors(slot); };
-            auto third = [&](int64_t block) { kernel.gather(heads, block); };
-            parallel_for(threads, heads * s.blocks, first);
-            parallel_for(threads, heads, second);
+            auto third = [&](int64_t block) { kernel.gather(block); };
+            parallel_for(threads, s.heads * s.blocks, first);
+            parallel_for(threads, s.heads, second);
             parallel_for(threads, s.blocks, third);
         }
     }

@@ -86,25 +86,38 @@ inline uint64_t lane_bits(IVec mask) {
 #endif
 }
 
-// exp(x) as 2^n * polynomial; relative error about 1e-7. Results below 2^-125 are 0, overflow gives inf, NaN stays NaN.
-inline Vec exp(Vec x) {
-    const IVec tiny = x < -86.6f;
-    x = x > 89.0f ? splat(89.0f) : x;
+// exp of kCount vectors in place, as 2^n * polynomial; relative error about 1e-7. Results below 2^-125 are 0, overflow gives
+// inf, NaN stays NaN. All vectors take each step together: one exp is a long chain of steps that wait for each other.
+template <int kCount>
+inline __attribute__((always_inline)) void exp(Vec (&x)[kCount]) {
+    const auto each = [](auto step) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount; ++i) step(i);
+    };
     // Adding 1.5 * 2^23 rounds to an integer; the extra 126 makes the low bits the exponent of 2^(n - 1).
     const Vec shift = splat(12582912.0f + 126.0f);
-    const Vec shifted = x * 1.44269504088896341f + shift;
-    const Vec n = shifted - shift;
-    Vec r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    Vec y = splat(2 * 1.9875691500e-4f);  // coefficients of 2 * exp(r), which makes up for 2^(n - 1)
-    y = y * r + 2 * 1.3981999507e-3f;
-    y = y * r + 2 * 8.3334519073e-3f;
-    y = y * r + 2 * 4.1665795894e-2f;
-    y = y * r + 2 * 1.6666665459e-1f;
-    y = y * r + 2 * 5.0000001201e-1f;
-    y = y * r + 2.0f;
-    y = y * r + 2.0f;
-    return keep_where(~tiny, y * bits<Vec>(bits<IVec>(shifted) << 23));
+    IVec tiny[kCount];
+    Vec shifted[kCount], r[kCount], y[kCount];
+    each([&](int i) { tiny[i] = x[i] < -86.6f; });
+    each([&](int i) { r[i] = x[i] > 89.0f ? splat(89.0f) : x[i]; });
+    each([&](int i) { shifted[i] = r[i] * 1.44269504088896341f + shift; });
+    each([&](int i) { x[i] = shifted[i] - shift; });
+    each([&](int i) { r[i] = r[i] - x[i] * 0.693359375f; });
+    each([&](int i) { r[i] = r[i] - x[i] * -2.12194440e-4f; });
+    // Coefficients of 2 * exp(r), which makes up for 2^(n - 1).
+    each([&](int i) { y[i] = r[i] * (2 * 1.9875691500e-4f) + 2 * 1.3981999507e-3f; });
+    each([&](int i) { y[i] = y[i] * r[i] + 2 * 8.3334519073e-3f; });
+    each([&](int i) { y[i] = y[i] * r[i] + 2 * 4.1665795894e-2f; });
+    each([&](int i) { y[i] = y[i] * r[i] + 2 * 1.6666665459e-1f; });
+    each([&](int i) { y[i] = y[i] * r[i] + 2 * 5.0000001201e-1f; });
+    each([&](int i) { y[i] = y[i] * r[i] + 2.0f; });
+    each([&](int i) { y[i] = y[i] * r[i] + 2.0f; });
+    each([&](int i) { x[i] = keep_where(~tiny[i], y[i] * bits<Vec>(bits<IVec>(shifted[i]) << 23)); });
+}
+inline Vec exp(Vec x) {
+    Vec one[1] = {x};
+    exp(one);
+    return one[0];
 }
 
 // Storage types. load_as<T> and store_as<T> convert kLanes elements; round to nearest even.
