@@ -63,8 +63,8 @@ class OCRLocalizer:
     """
 
     reader: Reader | None = None
-    limit: float = 0.11
-    tail: float = 0.008
+    limit: float = 0.18
+    tail: float = 0.005
     sure: float = 0.25
     margin: tuple[float, float] = (0.6, 0.2)
     min_confidence: float = 0.1
