@@ -163,13 +163,11 @@ def curves(localizer: OCRLocalizer, found: list[Case]) -> dict[str, list[tuple[f
     """(area, share of answers wholly inside) for every contender at every size."""
     rng = random.Random(0)
     contenders: dict[str, list[Callable[[Case], Region]]] = {
-        "ocr": [_hasty(replace(localizer, limit=limit, tail=min(0.01, limit / 6), sure=0.999)) for limit in LIMITS],
+        "ocr": [_hasty(_sized(localizer, limit)) for limit in LIMITS],
         "attention": [lambda case: case.attention],
         "cascade": [_joined(CascadeLocalizer, replace(localizer, limit=limit)) for limit in LIMITS],
         "union": [_joined(UnionLocalizer, replace(localizer, limit=limit)) for limit in LIMITS],
-        "ocr, given text": [
-            _given(replace(localizer, limit=limit, tail=min(0.01, limit / 6), sure=0.999)) for limit in LIMITS
-        ],
+        "ocr, given text": [_given(_sized(localizer, limit)) for limit in LIMITS],
         "similarity": [similar(localizer, limit) for limit in LIMITS],
         "centre": [lambda case, scale=scale: moved(case.asked.box, scale, None) for scale in SCALES],
         "random": [lambda case, scale=scale: moved(case.asked.box, scale, rng) for scale in SCALES],
@@ -179,6 +177,11 @@ def curves(localizer: OCRLocalizer, found: list[Case]) -> dict[str, list[tuple[f
         results = [measure(found, find) for find in tqdm(finders, name, disable=None)]
         points[name] = [(result["area"], result["containment"]) for result in results]
     return points
+
+
+def _sized(localizer: OCRLocalizer, limit: float) -> OCRLocalizer:
+    """Lines up to an area, whatever their probability."""
+    return replace(localizer, limit=limit, tail=min(localizer.tail, limit / 6), sure=0.999)
 
 
 def _ocr(localizer: OCRLocalizer) -> Callable[[Case], Region]:

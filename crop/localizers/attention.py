@@ -84,7 +84,7 @@ class AttentionLocalizer:
     gap: int = 3
     max_boxes: int = 6
     dilate: int = 0
-    min_confidence: float = 0.8
+    min_confidence: float = 0.92
 
     def __post_init__(self) -> None:
         op = "AttentionLocalizer"
