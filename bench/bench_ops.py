@@ -264,16 +264,18 @@ CASES = {
 }
 
 
-def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
-    """Check, then time in turns; ratios are formed within a round."""
+def measure(case: Case, rounds: int, limit: float, clock: Callable[[], float]) -> dict[str, Any]:
+    """Check, then time in turns; ratios are formed within a round. After `limit` seconds five rounds are enough."""
     mine = case.crop()
     for name, peer in case.peers.items():
         if not case.same(peer(), mine):
             raise SystemExit(f"{case.op} {case.shape} {case.dtype}: {name} disagrees with crop")
     calls = {"crop": case.crop, **case.peers} | ({"floor": case.floor} if case.floor else {})
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    repeat = 1
+    repeat, begin = 1, time.perf_counter()
     for turn in range(rounds + 1):  # the first round warms up and finds how many calls last a millisecond
+        if turn > 5 and time.perf_counter() - begin > limit:
+            break
         for name, call in calls.items():
             if turn:
                 call()  # untimed: nobody inherits the caches of the contender before
@@ -301,6 +303,7 @@ def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, An
         "ratio": round(ratio, 2),
         "p10": round(ratios[len(ratios) // 10], 2),
         "p90": round(ratios[len(ratios) * 9 // 10], 2),
+        "rounds": len(ratios),
         "floor us": round(statistics.median(seconds["floor"]) * 1e6, 1) if case.floor else None,
         "most": ratio_of("floor") if case.floor else None,
         "bar": case.bar or None,
@@ -314,6 +317,9 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", help="only rows of this dtype, such as float32; may be repeated")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="a row that takes longer ends after five rounds or more"
+    )
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: thread time, for a busy machine")
     parser.add_argument("--json", type=Path, help="also write the table here")
     args = parser.parse_args()
@@ -329,7 +335,7 @@ def main() -> None:
             for case in CASES[op]():
                 if args.dtype and case.dtype not in args.dtype:
                     continue
-                rows.append(measure(case, args.rounds, clock))
+                rows.append(measure(case, args.rounds, args.seconds, clock))
                 print(".", end="", flush=True)
     print(f"\n{table(rows)}")
     if args.json:

@@ -39,7 +39,7 @@ from crop.region import Region
 
 TRAIN_SEED, DEV_SEED = 9_100_000, 10_600_000
 FORMS = {  # of the question and of the answer, for the embedded model and for others
-    EMBEDDED: ("<image> where is it {question} ?", " {0} {1} {2} {3} "),
+    EMBEDDED: ("<image> what box is {question} in ?", " {0} {1} {2} {3} "),
     "other": (None, "[{0}, {1}, {2}, {3}]"),
 }
 
