@@ -104,17 +104,17 @@ def overlap(region: Region, box: receipts.Box) -> tuple[float, float, float]:
     return both / float(size[answer].sum()), both / float(size[inside | answer].sum()), float(size[inside].sum())
 
 
-def sound(case: Case) -> bool:
+def sound(receipt: receipts.Receipt, asked: receipts.Asked) -> bool:
     """Whether the annotated lines in the answer's box say little beyond the answer."""
-    if not case.asked.answer:
+    if not asked.answer:
         return True
-    x0, y0, x1, y1 = case.receipt.boxes.T
-    left, top, right, bottom = case.asked.box
+    x0, y0, x1, y1 = receipt.boxes.T
+    left, top, right, bottom = asked.box
     middle_x, middle_y = (x0 + x1) / 2, (y0 + y1) / 2
     inside = (left <= middle_x) & (middle_x <= right) & (top <= middle_y) & (middle_y <= bottom)
-    said = sum(len(re.sub(r"\W", "", case.receipt.texts[line])) for line in np.flatnonzero(inside))
-    longer = 45 if case.asked.field == "date" else 15
-    return said <= 2 * len(re.sub(r"\W", "", case.asked.answer)) + longer
+    said = sum(len(re.sub(r"\W", "", receipt.texts[line])) for line in np.flatnonzero(inside))
+    longer = 45 if asked.field == "date" else 15
+    return said <= 2 * len(re.sub(r"\W", "", asked.answer)) + longer
 
 
 def moved(box: receipts.Box, scale: float, rng: random.Random | None) -> Region:
@@ -146,7 +146,7 @@ def measure(found: Iterable[Case], find: Callable[[Case], Region]) -> dict[str, 
     for case in found:
         region = find(case)
         inside, iou, area = overlap(region, case.asked.box)
-        rows.append((inside, inside > 0.999, sound(case), area, iou, region.is_whole))
+        rows.append((inside, inside > 0.999, sound(case.receipt, case.asked), area, iou, region.is_whole))
     inside, complete, fair, area, iou, whole = np.array(rows, dtype=float).T
     return {
         "n": len(rows),
@@ -313,7 +313,7 @@ def main() -> None:
             if inside <= 0.999:
                 best = sorted(zip(case.ranked.found, case.ranked.texts, strict=True), reverse=True)[:6]
                 print(
-                    f"{case.receipt.name} {case.group} {case.asked.answer!r}: {inside:.2f}, area {region.area:.3f}, sound {sound(case)}"
+                    f"{case.receipt.name} {case.group} {case.asked.answer!r}: {inside:.2f}, area {region.area:.3f}, sound {sound(case.receipt, case.asked)}"
                 )
                 print("   ", " | ".join(f"{share:.2f} {text}" for share, text in best))
 
