@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from crop.ask import EMBEDDED, Asker, load
 from crop.localizers.boxes import Raster
-from crop.localizers.head import Head, clues, head_region
+from crop.localizers.head import Head, clues, head_region, waves
 from crop.localizers.reading import embeddings
 from crop.region import Region, VisionLayout
 from crop.share import share_vision
@@ -127,7 +127,7 @@ def loss(head: Head, data: dict[str, Tensor]) -> Tensor:
     """Cross entropy of the tokens (where a part is enough, or nothing) and of "a part is enough"."""
     count, per_image, _ = data["target"].shape
     film, local = head.read(data["words"], data["length"])
-    logits = head.match(head.see(data["vision"], data["center"]), film.unflatten(0, (count, per_image)))
+    logits = head.match(head.see(data["vision"], waves(data["center"])), film.unflatten(0, (count, per_image)))
     asks = (data["local"] != 0).view(count, per_image, 1) * data["weight"].unsqueeze(1)
     weight = torch.tensor(2.0)  # a token missed costs an answer, one too many next to nothing
     tokens = F.binary_cross_entropy_with_logits(logits, data["target"], asks, pos_weight=weight, reduction="sum")
@@ -168,7 +168,7 @@ Verdict = tuple[Example, Any, Tensor, float]  # boxes of the record, token logit
 def judged(head: Head, examples: list[Example], texts: dict[str, Tensor]) -> Iterator[Verdict]:
     """What the head makes of every question."""
     for example in examples:
-        seen = head.see(example.vision.float(), example.layout.center).unsqueeze(0)
+        seen = head.see(example.vision.float(), waves(example.layout.center)).unsqueeze(0)
         for question, boxes in example.asked:
             film, local = head.read(texts[question].float().unsqueeze(0))
             yield example, boxes, head.match(seen, film.unsqueeze(1))[0, 0], float(local)

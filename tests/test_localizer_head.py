@@ -20,7 +20,7 @@ from crop import embedded
 from crop.ask import EMBEDDED, Asker, load
 from crop.embedded import scenes
 from crop.localizers import Head, HeadLocalizer, get_localizer
-from crop.localizers.head import head_region
+from crop.localizers.head import head_region, waves
 from crop.localizers.reading import embeddings
 from crop.patch import patch
 from crop.region import Region, VisionLayout
@@ -53,7 +53,7 @@ def test_multiply_adds_are_counted():
     head, tokens, words = Head(24, 16), 30, 7
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         film, _ = head.read(torch.randn(1, words, 24))
-        head.match(head.see(torch.randn(1, tokens, 24), torch.rand(tokens, 2)), film.unsqueeze(1))
+        head.match(head.see(torch.randn(1, tokens, 24), waves(torch.rand(tokens, 2))), film.unsqueeze(1))
     assert counter.get_total_flops() / 2 == head.multiply_adds(tokens, words) - tokens * 16  # scaling is no product
 
 

@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,20 +56,16 @@ class Head(nn.Module):
         self.local = nn.Sequential(nn.Linear(probes * width, width), nn.GELU(), nn.Linear(width, 1))
         # Bias and weights of the clues in the logit of the confidence; fitted after training.
         self.register_buffer("calibration", torch.tensor([0.0, 1.0, 0.0, 0.0]))
-        # Sines, and cosines as sines a quarter turn ahead.
-        self.register_buffer("octaves", (math.pi * 2.0 ** torch.arange(OCTAVES)).repeat(2), persistent=False)
-        self.register_buffer("turn", torch.tensor([0.0, math.pi / 2]).repeat_interleave(OCTAVES), persistent=False)
 
-    def see(self, vision: Tensor, center: Tensor) -> Tensor:
+    def see(self, vision: Tensor, place: Tensor) -> Tensor:
         """The part that knows no question.
 
         Args:
             vision: (..., N, dim) projected image features.
-            center: (N, 2) float32 x, y of the tokens in the original image.
+            place: (N, 4 * OCTAVES) ``waves`` of where the tokens look.
         Returns:
             (..., N, width).
         """
-        place = torch.addcmul(self.turn, center.unsqueeze(-1), self.octaves).sin().flatten(-2)
         return self.vision(self.vision_norm(vision)) + self.place(place.to(vision.dtype))
 
     def read(self, text: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -207,6 +204,17 @@ class HeadLocalizer:
         )
 
 
+def waves(center: Tensor) -> Tensor:
+    """What tells the head a place: (N, 2) float32 x, y in sides of the image -> (N, 4 * OCTAVES) sines and cosines."""
+    angle = center.unsqueeze(-1) * (math.pi * 2.0 ** torch.arange(OCTAVES, device=center.device))
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
+
+
+@lru_cache(maxsize=16)  # pictures of one size have one layout
+def _waves_of(layout: VisionLayout, device: torch.device) -> Tensor:
+    return waves(layout.center.to(device))
+
+
 @torch.inference_mode()
 def judge(head: Head, layout: VisionLayout, vision: Tensor, text: Tensor) -> tuple[Tensor, float]:
     """What the head makes of one image and one question.
@@ -217,7 +225,7 @@ def judge(head: Head, layout: VisionLayout, vision: Tensor, text: Tensor) -> tup
     Returns:
         (N,) float32 logits on the CPU; logit of "a part of the image is enough".
     """
-    seen = head.see(vision.float(), layout.center.to(vision.device))
+    seen = head.see(vision.float(), _waves_of(layout, vision.device))
     film, local = head.read(text.float().unsqueeze(0))
     return head.match(seen.unsqueeze(0), film.unsqueeze(1))[0, 0].cpu(), float(local)
 
