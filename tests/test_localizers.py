@@ -21,6 +21,8 @@ from tiny_models import (
 from transformers import BatchFeature
 
 from crop import ops
+from crop.ask import EMBEDDED, load
+from crop.embedded import scenes
 from crop.localizers import (
     Attention,
     AttentionLocalizer,
@@ -481,3 +483,16 @@ def test_get_localizer(get_model):
         get_localizer("whole", min_confidence=0.5)
     with pytest.raises(ValueError, match="processor must be given for 'attention'"):
         get_localizer("attention", model=get_model("llava", "sdpa"))
+
+
+# ------------------------------------------------------------------------------------------------- the carried model
+def test_attention_of_the_carried_model_is_sure_of_parts_alone():
+    """The default confidence belongs to the weights: with others, it must be chosen anew."""
+    asker = load(EMBEDDED, "cpu", "auto")
+    find, found = asker.localizer("attention"), {True: [], False: []}
+    for seed in range(10_600_500, 10_600_512):
+        scene = scenes.scene(seed)
+        for question in scene.questions:
+            found[question.region.is_whole].append(find(scene.image, question.text).is_whole)
+    assert len(found[True]) > 15 and sum(found[True]) > 0.7 * len(found[True])  # the whole picture: measured 87 %
+    assert len(found[False]) > 50 and sum(found[False]) < 0.1 * len(found[False])  # a part of it: measured 1 %
