@@ -1,4 +1,6 @@
 // Launchers of attention_mass: one kernel with the log-sum-exp given, three without.
+#include <algorithm>
+
 #include "attention_mass_fp32.cuh"
 #include "attention_mass_mma.cuh"
 
@@ -52,24 +54,44 @@ int launch_fp32(const AttentionMassParams& params, bool aligned, void* stream) {
         });
 }
 
-// How the candidates are cut into tiles; the bits of the result do not depend on it. Every block reads all queries of its
-// sample, so a tile grows while its queries outweigh its keys, as long as the blocks fill half of a large GPU.
+// How candidates and units are shared out; the bits of the result do not depend on it.
 struct MmaShape {
-    int tiles, subtiles;  // a warp has tiles * 16 candidates, a block subtiles * tiles * 16
+    int tiles, subtiles, cluster, warps;  // a warp has tiles * 16 candidates, a block of so many warps subtiles as many
+    int64_t blocks;
+
+    int keys() const { return 16 * tiles * subtiles; }
+    int ways() const { return warps / subtiles * cluster; }
 };
+
+// Every tile reads all queries of its sample, so it grows while they outweigh its keys, unless that leaves a warp so many
+// columns that waiting for products takes longer than the bytes. Clusters keep an H100 busy with few tiles. The clocks are
+// estimates for that GPU from its data sheet and the latencies of its instructions, for comparison only.
 template <int kDim, int kMaxTiles>
-MmaShape mma_shape(const AttentionMassParams& p) {
+MmaShape mma_shape(const AttentionMassParams& p, int max_cluster) {
+    constexpr int64_t kL2Bytes = 3200, kGroupClocks = 220, kBusyWarps = 8 * 132;  // per clock; of 8 columns; that hide latency
     const int64_t columns = p.num_rows * (p.num_heads / p.num_kv_heads);
-    const int64_t units = p.num_kv_heads * ceil_div(columns, kUnitColumns);
-    auto subtiles_for = [&](int warps, int64_t keys) {  // enough for `keys`, and no warp without a unit
-        int subtiles = 1;
-        while (subtiles < warps && (keys > subtiles || warps / subtiles > units)) subtiles *= 2;
-        return subtiles;
+    const int64_t parts = ceil_div(columns, kUnitColumns), units = p.num_kv_heads * parts;
+    auto shape_of = [&](int keys) {
+        const int tiles = keys >= 32 && kMaxTiles == 2 ? 2 : 1;
+        MmaShape shape{tiles, keys / (16 * tiles), 1, tiles == 2 ? kMmaWarps<kDim, 2> : kMmaWarps<kDim, 1>, 0};
+        while (shape.subtiles < shape.warps && shape.ways() > units) shape.subtiles *= 2;  // no warp without a unit
+        while (shape.cluster < max_cluster && 2 * shape.ways() <= std::min<int64_t>(units, kSlots)) shape.cluster *= 2;
+        const int64_t tiles_of_all = p.num_images * ceil_div(p.num_tokens, shape.keys());
+        while (shape.cluster > 1 && tiles_of_all * shape.warps * shape.cluster >= 4 * kBusyWarps) shape.cluster /= 2;
+        shape.blocks = tiles_of_all * shape.cluster;
+        return shape;
     };
-    int64_t keys = 16;
-    while (keys < kMaxKeys && columns > keys / 2 && p.num_images * ceil_div(p.num_tokens, 2 * keys) >= 64) keys *= 2;
-    if (keys >= 32 && kMaxTiles == 2) return {2, subtiles_for(kMmaWarps<kDim, 2>, keys / 32)};
-    return {1, subtiles_for(kMmaWarps<kDim, 1>, keys / 16)};
+    auto clocks = [&](const MmaShape& shape) {
+        const int64_t bytes = p.num_rows * p.num_heads * p.head_dim * 2, warps = shape.blocks * shape.warps;
+        const int64_t groups = ceil_div(units, shape.ways()) * ceil_div(std::min<int64_t>(columns, kUnitColumns), 8);
+        return std::max(shape.blocks / shape.cluster * bytes / kL2Bytes, groups * kGroupClocks * std::max(warps, kBusyWarps) / kBusyWarps);
+    };
+    MmaShape best = shape_of(16);
+    for (int keys = 32; keys <= 16 * kMaxTiles * kMmaWarps<kDim, kMaxTiles> && columns > keys / 4; keys *= 2) {
+        const MmaShape shape = shape_of(keys);
+        if (clocks(shape) < clocks(best)) best = shape;
+    }
+    return best;
 }
 
 template <int kDim, bool kChecked>
@@ -82,13 +104,13 @@ int launch_mma(const AttentionMassParams& params, void* stream) {
                                     (lse_mma_kernel<kDim, kChecked>), params, partial, splits);
         },
         [&](const AttentionMassParams& p, float unit) {
-            const MmaShape shape = mma_shape<kDim, kMaxTiles>(p);
-            const int64_t blocks = p.num_images * ceil_div(p.num_tokens, 16 * shape.tiles * shape.subtiles);
+            const int max_cluster = HAS_CLUSTERS((mass_mma_kernel<kDim, 1, kChecked>)) ? 8 : 1;
+            const MmaShape shape = mma_shape<kDim, kMaxTiles>(p, max_cluster);
             if (shape.tiles == 1)
-                return LAUNCH_DEPENDENT(blocks, (32 * kMmaWarps<kDim, 1>), 0, stream, (mass_mma_kernel<kDim, 1, kChecked>), p,
-                                        shape.subtiles, unit);
-            return LAUNCH_DEPENDENT(blocks, (32 * kMmaWarps<kDim, kMaxTiles>), 0, stream,
-                                    (mass_mma_kernel<kDim, kMaxTiles, kChecked>), p, shape.subtiles, unit);
+                return LAUNCH_CLUSTER(shape.cluster, shape.blocks, 32 * shape.warps, 0, stream, (mass_mma_kernel<kDim, 1, kChecked>),
+                                      p, shape.subtiles, shape.cluster, unit);
+            return LAUNCH_CLUSTER(shape.cluster, shape.blocks, 32 * shape.warps, 0, stream,
+                                  (mass_mma_kernel<kDim, kMaxTiles, kChecked>), p, shape.subtiles, shape.cluster, unit);
         });
 }
 
@@ -103,7 +125,7 @@ extern "C" int launch_attention_mass(const AttentionMassParams* params, void* st
     AttentionMassParams p = *params;
     if (p.num_images == 0 || p.num_tokens == 0) return 0;
     if (p.num_images * ceil_div(p.num_tokens, 16) > kMaxGrid || p.num_keys > kMaxGrid || p.num_rows * p.num_heads > kMaxGrid ||
-        p.batch * p.num_kv_heads * num_splits(p) > kMaxGrid || lse_count(p) > kMaxGrid)
+        p.batch * p.num_kv_heads * num_splits(p) > kMaxGrid || lse_count(p) > kMaxGrid || p.num_kv_heads > kMaxGrid / 256)
         return fail("attention_mass: sizes must be below 2^31");
     p.scale *= kLog2E;
     const bool aligned = aligned_rows(p);

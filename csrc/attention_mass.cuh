@@ -2,7 +2,7 @@
 // (attention_mass_fp32.cuh) share.
 //
 // "Column" = (row, query head of the KV head's group): column = row * group + head. Rows are counted from the first row of
-// the sample that sees a key. A logit is one chain of sums over the channels in a fixed order, and the mass of a key one
+// the sample that sees a key. A logit is a sum over the channels in a fixed order, and the mass of a key one
 // sum over the columns in an order that the sample's own sizes decide, in every variant: the bits depend neither on the
 // variant, the alignment, the batch neighbours nor on padding rows (they add +0).
 //

@@ -5,6 +5,9 @@
 // takes channels 8t..8t+7 of every 32 and feeds them as two steps of 16. Rows of K and Q therefore go from memory straight
 // into fragments, 16 bytes a lane, without shared memory; K is read once per head, Q mostly from L1 and L2. Nothing but
 // the instruction depends on the type of the elements.
+//
+// The columns are cut into units. The mass of a key is the sum over slots, in ascending order, of the sums over their units, in
+// ascending order; who computes a unit is a matter of speed alone.
 #pragma once
 #include "attention_mass.cuh"
 
@@ -17,35 +20,35 @@ constexpr int kMmaWarps = kTiles > 1 || kDim > 128 ? 4 : 8;
 template <int kDim>
 constexpr int kLseWarps = kDim > 128 ? 8 : 16;  // a warp per 16 keys of a split
 constexpr int kUnitColumns = 64;  // columns of a unit of work: (KV head, so many of its columns)
-constexpr int kSlots = 8;         // unit u is added to slot u % 8; slots are added last, in ascending order
+constexpr int kSlots = 32;        // units are spread over so many slots, neighbours in the same
 constexpr int kMaxKeys = 128;     // candidates of a block
 constexpr int kNowhere = 0x7fffffff;  // position of a key that no column sees
 
-// The channels that one lane of a quad holds of a row: words 2s and 2s + 1 belong to step s of 16 channels. kChecked: any
-// alignment and any number of channels up to kDim, element by element, with the same bits; those behind `dim` are 0.
+// The channels that one lane of a quad holds of a row: words 2s and 2s + 1 belong to step s of 16 channels. `place` is the
+// lane's first channel, 8 * (lane % 4) of the row. kChecked: any alignment and any number of channels up to kDim, element by
+// element, with the same bits; those behind `dim` are 0.
 template <int kDim, bool kChecked>
 struct RowFragment {
     static constexpr int kSteps = (kDim + 31) / 32 * 2;
     uint32_t word[2 * kSteps];
 
     template <class Load>
-    DEV void load(const uint16_t* row, int dim, Load load16) {
+    DEV void load(const uint16_t* place, int dim, Load load16) {
         UNROLL
-        for (int i = 0; i < kSteps / 2; ++i) load_piece(i, row, dim, load16);
+        for (int i = 0; i < kSteps / 2; ++i) load_piece(i, place, dim, load16);
     }
     template <class Load>
-    DEV void load_piece(int i, const uint16_t* row, int dim, Load load16) {  // 32 channels of the quad
-        const int channel = 32 * i + threadIdx.x % 4 * 8;
+    DEV void load_piece(int i, const uint16_t* place, int dim, Load load16) {  // 32 channels of the quad
+        const int left = dim - 32 * i - threadIdx.x % 4 * 8;
         if (kChecked) {
             UNROLL
             for (int j = 0; j < 4; ++j) {
-                const int c = channel + 2 * j;
-                const uint32_t low = c < dim ? row[c] : 0, high = c + 1 < dim ? row[c + 1] : 0;
+                const uint32_t low = 2 * j < left ? place[32 * i + 2 * j] : 0, high = 2 * j + 1 < left ? place[32 * i + 2 * j + 1] : 0;
                 word[4 * i + j] = low | high << 16;
             }
         } else {
             uint4 raw = make_uint4(0, 0, 0, 0);
-            if (32 * i + 32 <= kDim || channel < kDim) raw = load16(reinterpret_cast<const uint4*>(row + channel));
+            if (32 * i + 32 <= kDim || left > 0) raw = load16(reinterpret_cast<const uint4*>(place + 32 * i));
             word[4 * i] = raw.x, word[4 * i + 1] = raw.y, word[4 * i + 2] = raw.z, word[4 * i + 3] = raw.w;
         }
     }
@@ -57,14 +60,23 @@ struct KeyFragment {
     using Row = RowFragment<kDim, kChecked>;
     uint32_t step[Row::kSteps][4];
 
-    DEV void weave(const Row (&row)[2], const int (&at)[2]) {
+    // Keys at positions `at` of a head whose first one has its place at `from`; those that nobody sees are 0. The selection is what moves the words, once, to where
+    // every product wants them.
+    DEV void load(const uint16_t* from, int64_t stride, const int (&at)[2], int dim) {
+        Row row[2];
         UNROLL
-        for (int s = 0; s < Row::kSteps; ++s) weave_step(s, row, at);
-    }
-    // Keys that nobody sees are 0. The selection is what moves the words, once, to where every product wants them.
-    DEV void weave_step(int s, const Row (&row)[2], const int (&at)[2]) {
+        for (int i = 0; i < Row::kSteps / 2; ++i) {
+            UNROLL
+            for (int h = 0; h < 2; ++h) row[h].load_piece(i, from + (at[h] == kNowhere ? 0 : at[h] * stride), dim, ptx::load_once);
+        }
         UNROLL
-        for (int i = 0; i < 4; ++i) step[s][i] = at[i % 2] == kNowhere ? 0u : row[i % 2].word[2 * s + i / 2];
+        for (int s = 0; s < Row::kSteps; ++s) {
+            UNROLL
+            for (int i = 0; i < 4; ++i) {
+                step[s][i] = at[i % 2] == kNowhere ? 0u : row[i % 2].word[2 * s + i / 2];
+                if (!kChecked) ptx::settle(step[s][i]);
+            }
+        }
     }
 };
 
@@ -83,38 +95,61 @@ DEV Column column_at(const AttentionMassParams& p, const Rows& rows, int64_t b, 
             exists ? row_end(p, b, row, rows.start) : 0};
 }
 
-// logit[m] = products of 16 keys each with 8 columns. Lane (g, t) of keys g, g + 8 holds columns 2t, 2t + 1.
-template <int kDim, int kTiles, bool kChecked>
+// Calls f with a value of the type of the elements; one branch ahead of a loop, not in it.
+template <class F>
+DEV void for_half_type(int dtype, F f) {
+    if (dtype == kBFloat16) f(__nv_bfloat16{});
+    else f(__half{});
+}
+
+// logit[m] = products of 16 keys each with 8 columns. Lane (g, t) of keys g, g + 8 holds columns 2t, 2t + 1. A piece of `query`
+// that has been used makes room for that of `next`, which has the time of all other products to come.
+// Even and odd steps are summed apart, so that no product waits for the one just before it.
+template <int kDim, int kTiles, bool kChecked, class T>
 DEV void multiply(float (&logit)[kTiles][4], const KeyFragment<kDim, kChecked> (&key)[kTiles],
-                  const RowFragment<kDim, kChecked>& query, int dtype) {
+                  RowFragment<kDim, kChecked>& query, const uint16_t* next, int dim, T type) {
+    float odd[kTiles][4];
     UNROLL
     for (int m = 0; m < kTiles; ++m) {
         UNROLL
-        for (int i = 0; i < 4; ++i) logit[m][i] = 0;
+        for (int i = 0; i < 4; ++i) logit[m][i] = odd[m][i] = 0;
     }
-    auto products = [&](auto type) {
+    UNROLL
+    for (int s = 0; s < query.kSteps; ++s) {
+        const uint32_t b[2] = {query.word[2 * s], query.word[2 * s + 1]};
         UNROLL
-        for (int s = 0; s < query.kSteps; ++s) {
-            const uint32_t b[2] = {query.word[2 * s], query.word[2 * s + 1]};
-            UNROLL
-            for (int m = 0; m < kTiles; ++m) ptx::mma(logit[m], key[m].step[s], b, type);
-        }
-    };
-    if (dtype == kBFloat16) products(__nv_bfloat16{});
-    else products(__half{});
+        for (int m = 0; m < kTiles; ++m) ptx::mma(s % 2 ? odd[m] : logit[m], key[m].step[s], b, type);
+        if (s % 2) query.load_piece(s / 2, next, dim, ptx::load_again);
+    }
+    UNROLL
+    for (int m = 0; m < kTiles; ++m) {
+        UNROLL
+        for (int i = 0; i < 4; ++i) logit[m][i] = __fadd_rn(logit[m][i], odd[m][i]);
+    }
 }
+
+// How `count` units are spread: over slots, and over the warps and blocks that share a tile. `ways` of them, a power of two up
+// to kSlots, take neighbouring slots each; with fewer units than slots every unit has a slot of its own.
+struct Units {
+    int count;
+
+    DEV int slots() const { return min(count, kSlots); }
+    DEV int slot_of(int unit) const { return count <= kSlots ? unit : unit * kSlots / count; }
+    DEV int first_of(int way, int ways) const { return (way * (kSlots / ways) * count + kSlots - 1) / kSlots; }
+    DEV int way_of_slot(int slot, int ways) const { return slot * ways / slots(); }
+};
 
 // mass[i, n] = sum over KV heads, rows, heads of [visible] exp(scale <q, k> - lse), divided by counted rows * num_heads.
 //
-// A block owns a tile of candidates of one image, and nobody else writes them. Its warps stand on a grid: `subtiles` of them
-// along the candidates, kTiles * 16 each, and the others along the units (KV head, 64 columns). A warp keeps the keys of a
-// head in registers and lets the columns pass, 8 at a time.
-// Bytes read: the tile's keys once per head (once per 64 columns where the units of a head go to several warps), the
-// queries of the sample.
+// A cluster of blocks (often of one) owns a tile of candidates of one image, and nobody else writes them. The warps of a block
+// stand on a grid: `subtiles` of them along the candidates, kTiles * 16 each, and the others along the units; the blocks of a
+// cluster share the units too. A warp keeps the keys of a head in registers and lets the columns pass, 8 at a time.
+// Bytes read: the tile's keys once per head (once per warp that has units of the head), the queries of the sample once per
+// tile.
 // Deterministic: one writer per result; the order of the sum depends on the number of units and on nothing else.
 template <int kDim, int kTiles, bool kChecked>
-GLOBAL((32 * kMmaWarps<kDim, kTiles>), (kMmaWarps<kDim, kTiles> == 8 ? 2 : 3))
-mass_mma_kernel(AttentionMassParams p, int subtiles, float lse_unit) {
+GLOBAL((32 * kMmaWarps<kDim, kTiles>), (kChecked ? 1 : kMmaWarps<kDim, kTiles> == 8 ? 2 : 3))
+mass_mma_kernel(AttentionMassParams p, int subtiles, int cluster, float lse_unit) {
     constexpr int kWarpKeys = 16 * kTiles, kWarps = kMmaWarps<kDim, kTiles>;
     static_assert(kWarps * kWarpKeys <= kMaxKeys, "shared memory is cut for kMaxKeys");
     SHARED(Column, columns, [kWarps * kUnitColumns]);
@@ -124,12 +159,15 @@ mass_mma_kernel(AttentionMassParams p, int subtiles, float lse_unit) {
     ptx::grid_wait();
     ptx::grid_launch_dependents();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int ways = kWarps / subtiles, way = warp / subtiles, key0 = warp % subtiles * kWarpKeys;
+    const unsigned rank = blockIdx.x % static_cast<unsigned>(cluster), tile = blockIdx.x / static_cast<unsigned>(cluster);
+    const int ways = kWarps / subtiles * cluster, way = rank * (kWarps / subtiles) + warp / subtiles;
+    const int key0 = warp % subtiles * kWarpKeys;
     const unsigned tile_keys = static_cast<unsigned>(subtiles) * kWarpKeys;
     const unsigned tiles = static_cast<unsigned>((p.num_tokens + tile_keys - 1) / tile_keys);
-    const unsigned image = blockIdx.x / tiles, candidate = blockIdx.x % tiles * tile_keys + threadIdx.x;
+    const unsigned image = tile / tiles, share = tile_keys / cluster, own = rank * share + threadIdx.x;
+    const unsigned candidate = tile % tiles * tile_keys + own;  // whose slots this thread adds
     const int64_t sample = p.sample ? p.sample[image] : image;
-    const bool mine = threadIdx.x < tile_keys && candidate < p.num_tokens;
+    const bool mine = threadIdx.x < share && candidate < p.num_tokens;
     float* result = p.mass + image * p.num_tokens + candidate;
     if (sample < 0 || sample >= p.batch) {
         if (mine) *result = 0;
@@ -142,27 +180,29 @@ mass_mma_kernel(AttentionMassParams p, int subtiles, float lse_unit) {
     for (int m = 0; m < kTiles; ++m) {
         UNROLL
         for (int h = 0; h < 2; ++h) {
-            const unsigned n = blockIdx.x % tiles * tile_keys + key0 + 16 * m + 8 * h + g;
+            const unsigned n = tile % tiles * tile_keys + key0 + 16 * m + 8 * h + g;
             const int64_t j = n < p.num_tokens ? p.vision_index[image * p.num_tokens + n] : -1;
             at[m][h] = j >= 0 && j < p.num_keys ? static_cast<int>(j) : kNowhere;
         }
     }
     const int dim = static_cast<int>(p.head_dim), heads = static_cast<int>(p.num_kv_heads);
     const int group = static_cast<int>(p.num_heads) / heads;
-    RowFragment<kDim, kChecked> row[kTiles][2];
-    auto fetch = [&](int kv) {
-        const uint16_t* from = static_cast<const uint16_t*>(p.key) + b * p.key_stride[0] + kv * p.key_stride[1];
+    const uint16_t* queries = static_cast<const uint16_t*>(p.query) + 8 * t;  // this lane's place
+    const uint16_t* keys = static_cast<const uint16_t*>(p.key) + b * p.key_stride[0] + 8 * t;
+    auto prefetch = [&](int kv) {  // a quarter of each row per lane
         UNROLL
         for (int m = 0; m < kTiles; ++m) {
             UNROLL
             for (int h = 0; h < 2; ++h)
-                row[m][h].load(from + (at[m][h] == kNowhere ? 0 : at[m][h] * p.key_stride[2]), dim, ptx::load_once);
+                if (at[m][h] != kNowhere)
+                    ptx::prefetch(keys - 8 * t + dim * t / 4 + kv * p.key_stride[1] + at[m][h] * p.key_stride[2]);
         }
     };
-    // With few columns a warp starts with the head of its number, and its keys may come while the rows are counted.
-    const bool early = p.num_rows * group <= kUnitColumns && p.num_keys > 0;  // a key that is nowhere reads the first
-    if (early && way < heads) fetch(way);
-
+    {  // the first keys come while the rows are counted, if all rows count
+        const int parts = static_cast<int>((p.num_rows * group + kUnitColumns - 1) / kUnitColumns);
+        const Units units{heads * parts};
+        if (units.first_of(way, ways) < units.first_of(way + 1, ways)) prefetch(units.first_of(way, ways) / parts);
+    }
     const Rows rows = find_rows<32 * kWarps>(p, b, found);
     UNROLL
     for (int m = 0; m < kTiles; ++m) {
@@ -170,77 +210,88 @@ mass_mma_kernel(AttentionMassParams p, int subtiles, float lse_unit) {
         for (int h = 0; h < 2; ++h)
             if (at[m][h] < rows.start) at[m][h] = kNowhere;
     }
-    for (int slot = way; slot < kSlots; slot += ways)
-        if (t == 0) {
-            UNROLL
-            for (int m = 0; m < kTiles; ++m) slots[slot * kMaxKeys + key0 + 16 * m + g] = slots[slot * kMaxKeys + key0 + 16 * m + 8 + g] = 0;
-        }
 
-    const int count = rows.count * group, parts = (count + kUnitColumns - 1) / kUnitColumns, units = heads * parts;
+    const int count = rows.count * group, parts = (count + kUnitColumns - 1) / kUnitColumns;
+    const Units units{heads * parts};
     Column* column = columns + warp * kUnitColumns;
-    if (!early && way < units) fetch(way / parts);
-    int unit = way;
+    int unit = units.first_of(way, ways), slot = -1;
+    const int end_unit = units.first_of(way + 1, ways);
     ROLLED
-    while (unit < units) {
+    while (unit < end_unit) {
         const int kv = unit / parts;
         KeyFragment<kDim, kChecked> key[kTiles];
         UNROLL
-        for (int m = 0; m < kTiles; ++m) key[m].weave(row[m], at[m]);
+        for (int m = 0; m < kTiles; ++m) key[m].load(keys + kv * p.key_stride[1], p.key_stride[2], at[m], dim);
+        if ((kv + 1) * parts < end_unit) prefetch(kv + 1);
         ROLLED
-        for (; unit < units && unit / parts == kv; unit += ways) {
+        for (; unit < end_unit && unit / parts == kv; ++unit) {
             const int column0 = unit % parts * kUnitColumns, existing = min(kUnitColumns, count - column0);
             __syncwarp();  // the columns of the last unit have been read
             ROLLED
             for (int c = lane; c < kUnitColumns; c += 32) column[c] = column_at(p, rows, b, kv, column0 + c, group, lse_unit);
             __syncwarp();
-            auto query_of = [&](int c) { return static_cast<const uint16_t*>(p.query) + column[c + g].query; };
+            auto query_of = [&](int c) { return queries + column[c + g].query; };
             float sum[kTiles][2] = {}, high[kTiles][2];
             UNROLL
             for (int m = 0; m < kTiles; ++m) high[m][0] = high[m][1] = -kInf;
             RowFragment<kDim, kChecked> query;
             query.load(query_of(0), dim, ptx::load_again);
-            ROLLED
-            for (int c = 0; c < existing; c += 8) {
-                float logit[kTiles][4];
-                multiply(logit, key, query, p.dtype);
-                // The next columns come while these are turned into shares.
-                if (c + 8 < existing) query.load(query_of(c + 8), dim, ptx::load_again);
-                UNROLL
-                for (int i = 0; i < 2; ++i) {
-                    const float shift = column[c + 2 * t + i].shift;
-                    const int end = column[c + 2 * t + i].end;
+            for_half_type(p.dtype, [&](auto type) {
+                ROLLED
+                for (int c = 0; c < existing; c += 8) {
+                    float logit[kTiles][4];
+                    multiply(logit, key, query, query_of(min(c + 8, kUnitColumns - 8)), dim, type);
                     UNROLL
-                    for (int m = 0; m < kTiles; ++m) {
+                    for (int i = 0; i < 2; ++i) {
+                        const float shift = column[c + 2 * t + i].shift;
+                        const int end = column[c + 2 * t + i].end;
                         UNROLL
-                        for (int h = 0; h < 2; ++h) {
-                            const float x = __fmul_rn(logit[m][2 * h + i], p.scale) - shift;
-                            const float y = at[m][h] < end ? x : -kInf;
-                            high[m][h] = fmaxf(high[m][h], y);
-                            sum[m][h] += ptx::ex2(y);
+                        for (int m = 0; m < kTiles; ++m) {
+                            UNROLL
+                            for (int h = 0; h < 2; ++h) {
+                                const float x = __fmul_rn(logit[m][2 * h + i], p.scale) - shift;
+                                const float y = at[m][h] < end ? x : -kInf;
+                                high[m][h] = fmaxf(high[m][h], y);
+                                sum[m][h] += ptx::ex2(y);
+                            }
                         }
                     }
                 }
-            }
+            });
+            const bool begins = units.slot_of(unit) != slot;
+            slot = units.slot_of(unit);
             UNROLL
             for (int m = 0; m < kTiles; ++m) {
                 UNROLL
                 for (int h = 0; h < 2; ++h) {
-                    float share = high[m][h] == kInf ? high[m][h] - high[m][h] : sum[m][h];  // a +inf logit gives NaN
-                    share += __shfl_xor_sync(kWarp, share, 1);
-                    share += __shfl_xor_sync(kWarp, share, 2);
-                    if (t == 0) slots[unit % kSlots * kMaxKeys + key0 + 16 * m + 8 * h + g] += share;
+                    float part = high[m][h] == kInf ? high[m][h] - high[m][h] : sum[m][h];  // a +inf logit gives NaN
+                    part += __shfl_xor_sync(kWarp, part, 1);
+                    part += __shfl_xor_sync(kWarp, part, 2);
+                    float* place = slots + slot * kMaxKeys + key0 + 16 * m + 8 * h + g;
+                    if (t == 0) *place = begins ? part : *place + part;
                 }
             }
         }
-        if (unit < units) fetch(unit / parts);
     }
-    __syncthreads();
+    if (cluster > 1) ptx::cluster_sync();
+    else __syncthreads();
     if (mine) {
         float total = 0;
-        UNROLL
-        for (int slot = 0; slot < kSlots; ++slot) total += slots[slot * kMaxKeys + threadIdx.x];
+        ROLLED
+        for (int first = 0; first < units.slots(); first += 8) {
+            float value[8];  // all on their way at once: another block's memory is far
+            UNROLL
+            for (int i = 0; i < 8; ++i) {
+                const float* place = slots + (first + i) * kMaxKeys + own;
+                if (first + i >= units.slots()) value[i] = 0;
+                else value[i] = cluster == 1 ? *place : *ptx::cluster_at(place, units.way_of_slot(first + i, cluster));
+            }
+            UNROLL
+            for (int i = 0; i < 8; ++i) total += value[i];
+        }
         *result = mean_of(total, rows, p.num_heads);
     }
+    if (cluster > 1) ptx::cluster_sync();  // a block must not end while others read what it holds
 }
 
 // Partial log-sum-exp of a split of 256 keys, 128 if they are long.
@@ -267,21 +318,15 @@ lse_mma_kernel(AttentionMassParams p, Partial* partial, int splits) {
 
     const int dim = static_cast<int>(p.head_dim), group = static_cast<int>(p.num_heads / p.num_kv_heads);
     int at[2];
-    const uint16_t* from[2];
     UNROLL
     for (int h = 0; h < 2; ++h) {
         const unsigned j = first + 16 * warp + 8 * h + g;
         at[h] = j < stop ? static_cast<int>(j) : kNowhere;
-        from[h] = static_cast<const uint16_t*>(p.key) + split.b * p.key_stride[0] + split.kv * p.key_stride[1] +
-                  (j < stop ? j : first) * p.key_stride[2];
     }
     KeyFragment<kDim, kChecked> key[1];
-    RowFragment<kDim, kChecked> row[2];
-    UNROLL
-    for (int i = 0; i < row[0].kSteps / 2; ++i) {  // piece by piece: registers for both forms of all keys are not there
-        row[0].load_piece(i, from[0], dim, ptx::load_once), row[1].load_piece(i, from[1], dim, ptx::load_once);
-        key[0].weave_step(2 * i, row, at), key[0].weave_step(2 * i + 1, row, at);
-    }
+    key[0].load(static_cast<const uint16_t*>(p.key) + split.b * p.key_stride[0] + split.kv * p.key_stride[1] + 8 * t,
+                p.key_stride[2], at, dim);
+    const uint16_t* queries = static_cast<const uint16_t*>(p.query) + 8 * t;  // this lane's place
 
     const int count = rows.count * group;
     for (int column0 = 0; column0 < count; column0 += kUnitColumns) {
@@ -289,27 +334,30 @@ lse_mma_kernel(AttentionMassParams p, Partial* partial, int splits) {
         if (threadIdx.x < kUnitColumns)
             column[threadIdx.x] = column_at(p, rows, split.b, split.kv, column0 + threadIdx.x, group, 1.0f);
         __syncthreads();
-        ROLLED
-        for (int c = 0; c < existing; c += 8) {
-            RowFragment<kDim, kChecked> query;
-            query.load(static_cast<const uint16_t*>(p.query) + column[c + g].query, dim, ptx::load_again);
-            float logit[1][4];
-            multiply(logit, key, query, p.dtype);
-            UNROLL
-            for (int i = 0; i < 2; ++i) {
-                const int end = column[c + 2 * t + i].end;
-                float x[2], high, sum;
+        auto query_of = [&](int c) { return queries + column[c + g].query; };
+        RowFragment<kDim, kChecked> query;
+        query.load(query_of(0), dim, ptx::load_again);
+        for_half_type(p.dtype, [&](auto type) {
+            ROLLED
+            for (int c = 0; c < existing; c += 8) {
+                float logit[1][4];
+                multiply(logit, key, query, query_of(min(c + 8, kUnitColumns - 8)), dim, type);
                 UNROLL
-                for (int h = 0; h < 2; ++h) x[h] = at[h] < end ? __fmul_rn(logit[0][2 * h + i], p.scale) : -kInf;
-                high = fmaxf(x[0], x[1]);  // skips NaN, the sum does not
-                UNROLL
-                for (int step = 4; step < 32; step *= 2) high = fmaxf(high, __shfl_xor_sync(kWarp, high, step));
-                sum = ptx::ex2(x[0] - finite(high)) + ptx::ex2(x[1] - finite(high));
-                UNROLL
-                for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(kWarp, sum, step);
-                if (g == 0) part[warp * kUnitColumns + c + 2 * t + i] = {high, sum};
+                for (int i = 0; i < 2; ++i) {
+                    const int end = column[c + 2 * t + i].end;
+                    float x[2], high, sum;
+                    UNROLL
+                    for (int h = 0; h < 2; ++h) x[h] = at[h] < end ? __fmul_rn(logit[0][2 * h + i], p.scale) : -kInf;
+                    high = fmaxf(x[0], x[1]);  // skips NaN, the sum does not
+                    UNROLL
+                    for (int step = 4; step < 32; step *= 2) high = fmaxf(high, __shfl_xor_sync(kWarp, high, step));
+                    sum = ptx::ex2(x[0] - finite(high)) + ptx::ex2(x[1] - finite(high));
+                    UNROLL
+                    for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(kWarp, sum, step);
+                    if (g == 0) part[warp * kUnitColumns + c + 2 * t + i] = {high, sum};
+                }
             }
-        }
+        });
         __syncthreads();
         if (static_cast<int>(threadIdx.x) < existing) {
             Partial all = part[threadIdx.x];

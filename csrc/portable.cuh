@@ -14,6 +14,8 @@
 //                              needs parentheses.
 //   LAUNCH_DEPENDENT(...)      the same, but from sm_90 on the kernel may start before the one ahead of it on the stream has
 //                              ended: it calls ptx::grid_wait() before it touches anything a kernel ahead of it touches.
+//   LAUNCH_CLUSTER(blocks, ...)  the same, in clusters of so many blocks (1, 2, 4 or 8) with neighbouring blockIdx.x, which run
+//                              at the same time; more than 1 only where HAS_CLUSTERS(kernel) is true
 //   ptx::                      one instruction each; no other `asm` and no __CUDA_ARCH__ outside this file
 //
 // What both compilers and the checks of the emulator understand:
@@ -32,6 +34,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #define GLOBAL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define DEV __device__ __forceinline__
 #define SHARED(type, name, extent) __shared__ __align__(16) type name extent
@@ -40,9 +44,11 @@
     type* name = reinterpret_cast<type*>(dynamic_shared)
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
-#define LAUNCH(grid, block, smem, stream, kernel, ...) ::crop::launch(false, kernel, grid, block, smem, stream, __VA_ARGS__)
-#define LAUNCH_DEPENDENT(grid, block, smem, stream, kernel, ...) \
-    ::crop::launch(true, kernel, grid, block, smem, stream, __VA_ARGS__)
+#define LAUNCH(grid, block, smem, stream, kernel, ...) ::crop::launch(0, kernel, grid, block, smem, stream, __VA_ARGS__)
+#define LAUNCH_DEPENDENT(grid, block, smem, stream, kernel, ...) LAUNCH_CLUSTER(1, grid, block, smem, stream, kernel, __VA_ARGS__)
+#define LAUNCH_CLUSTER(cluster, grid, block, smem, stream, kernel, ...) \
+    ::crop::launch(cluster, kernel, grid, block, smem, stream, __VA_ARGS__)
+#define HAS_CLUSTERS(kernel) (::crop::compiled_for(reinterpret_cast<const void*>(kernel)) >= 90)
 
 namespace crop {
 namespace {
@@ -50,24 +56,43 @@ namespace {
 inline dim3 as_grid(dim3 grid) { return grid; }
 inline dim3 as_grid(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
 
+// Architecture whose code the current device runs, 0 if it cannot be told. That of the device says too much: code compiled for
+// an older one lacks what the newer one adds. All kernels of a build are compiled alike, so the first one answers for all.
+inline int compiled_for(const void* kernel) {
+    constexpr int kDevices = 64;
+    static std::atomic<int> known[kDevices] = {};
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    int arch = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+    cudaFuncAttributes attributes = {};
+    if (arch == 0) {
+        if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return cudaGetLastError(), 0;  // the launch will say why
+        arch = attributes.ptxVersion;
+        if (device < kDevices) known[device].store(arch, std::memory_order_relaxed);
+    }
+    return arch;
+}
+
+// cluster 0: a launch that depends on nothing but the order of the stream; 1: dependent; more: dependent, in clusters.
 template <class Grid, class... Parameters, class... Arguments>
-int launch(bool dependent, void (*kernel)(Parameters...), Grid grid, int block, int64_t smem, void* stream,
+int launch(int cluster, void (*kernel)(Parameters...), Grid grid, int block, int64_t smem, void* stream,
            Arguments... arguments) {
     if (smem > 48 * 1024) {
         const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
         if (error != cudaSuccess) return static_cast<int>(error);
     }
-    int device = 0, major = 0;
-    if (dependent && cudaGetDevice(&device) == cudaSuccess)
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+    const bool modern = cluster > 0 && HAS_CLUSTERS(kernel);
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = as_grid(grid), config.blockDim = dim3(static_cast<unsigned>(block));
     config.dynamicSmemBytes = static_cast<size_t>(smem), config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &overlap, config.numAttrs = major >= 9 ? 1 : 0;
+    config.attrs = attributes, config.numAttrs = !modern ? 0 : cluster > 1 ? 2 : 1;
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
     if (error != cudaSuccess) cudaGetLastError();  // reported here: not to be found by somebody else
     return static_cast<int>(error);
@@ -128,6 +153,9 @@ DEV float ex2(float x) {  // 2^x, two ulp
     return y;
 }
 
+// x is computed here, once, and not again wherever it is used.
+DEV void settle(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
 // 16 bytes that nobody writes while the kernel runs. once: leaves no trace in L1, and L2 fetches ahead.
 DEV uint4 load_once(const uint4* from) {
     uint4 v;
@@ -141,6 +169,7 @@ DEV uint4 load_again(const uint4* from) {  // other blocks will want it: stays i
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
     return v;
 }
+DEV void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }  // a hint
 DEV void store_once(uint4* to, uint4 v) {  // not read again soon
     asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
@@ -169,6 +198,25 @@ DEV void grid_wait() {
 DEV void grid_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// A barrier of all threads of a cluster: each sees then what the others wrote to memory, shared memory included.
+DEV void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+// Where block `rank` of the cluster has what this block has at `shared`. Not before that block has begun, nor after it has
+// ended: a cluster_sync stands on both sides.
+template <class T>
+DEV const T* cluster_at(const T* shared, int rank) {
+#if __CUDA_ARCH__ >= 900
+    const T* there;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
+    return there;
+#else
+    return shared;
 #endif
 }
 

@@ -21,9 +21,11 @@ class Selftest:
     def __init__(self, flavour: str) -> None:
         self.emu = emulator.load(emulator.build(flavour, (emulator.HERE / "selftest.cu",)))
 
-    def __call__(self, name: str, *args: Any, policy: str = "forward", seed: int = 0, residents: int = 1) -> str:
+    def __call__(
+        self, name: str, *args: Any, policy: str = "forward", seed: int = 0, residents: int = 1, capability: int = 9
+    ) -> str:
         """Run; return the report."""
-        self.emu.emu_config(emulator.POLICIES[policy], seed, residents)
+        self.emu.emu_config(emulator.POLICIES[policy], seed, residents, capability)
         values = []
         for i, arg in enumerate(args):
             array, output = arg if isinstance(arg, tuple) else (arg, 0)
@@ -255,8 +257,16 @@ def dependent(emu: Selftest, fault: int, **how: Any) -> tuple[str, bool]:
     return report, result.tolist() == DATA[:32].tolist()
 
 
+def cluster(emu: Selftest, fault: int, *, grid: int = 8, size: int = 4, **how: Any) -> tuple[str, bool]:
+    data, result = np.arange(grid * 64, dtype=np.int32), np.zeros(grid * 64, np.int32)
+    report = emu("cluster", data, out(result), ctypes.c_int64(grid), size, fault, **how)
+    block, t = np.divmod(data, 64)
+    there = (block // size * size + (block % size + 1) % size) * 64 + 62 - t % 63
+    return report, result[t < 63].tolist() == there[t < 63].tolist()
+
+
 CLEAN = {"histogram": histogram, "exchange": exchange, "pipeline": pipeline, "last_block": last_block, "blocks": blocks,
-         "dependent": dependent}  # fmt: skip
+         "dependent": dependent, "cluster": cluster}  # fmt: skip
 ANY = FLAVOURS
 FAULTS = [  # kernel, fault, where it must be reported, in which words
     (histogram, 1, ("race",), "race: .*shared 'bins'"),
@@ -296,6 +306,10 @@ FAULTS = [  # kernel, fault, where it must be reported, in which words
     (blocks, 3, ANY, "livelock: everybody waits .*\n *2 threads wait|livelock: everybody waits .*\n *1 threads? wait"),
     (dependent, 1, ("race",), "grid_wait: read of 'dependent.*before it"),
     (dependent, 2, ANY, "grid_wait: a block of a dependent launch ended without it"),
+    (cluster, 1, ("race",), "race: .* of another block|uninitialised: "),
+    (cluster, 2, ("race",), "cluster: read of shared 'held'.* of a block that has ended"),
+    (cluster, 3, ANY, "bounds: no block 4 in a cluster of 4"),
+    (cluster, 4, ("race",), "race: .* of another block"),
 ]  # fmt: skip
 
 
@@ -305,7 +319,7 @@ def test_clean_kernels(emu: Selftest, kernel: str) -> None:
         for residents in (1, 3):
             report, correct = CLEAN[kernel](emu, 0, policy=policy, seed=seed, residents=residents)
             assert report == "" and correct
-    assert blocks(emu, 2) == ("", True)
+    assert blocks(emu, 2) == cluster(emu, 5) == ("", True)
 
 
 @pytest.mark.parametrize("kernel, fault, flavours, words", FAULTS, ids=lambda v: getattr(v, "__name__", None))
@@ -331,6 +345,13 @@ def test_launch_limits(emu: Selftest) -> None:
     ]:
         assert word in emu("nothing", out(one), ctypes.c_int64(grid), threads, ctypes.c_int64(smem))
     assert emu("nothing", out(one), ctypes.c_int64(1), 32, ctypes.c_int64(60 << 10)) == "" and one[0] == 2
+
+
+def test_cluster_limits(emu: Selftest) -> None:
+    for grid, size, capability in [(6, 4, 9), (6, 3, 9), (16, 16, 9), (8, 2, 8)]:
+        report, _ = cluster(emu, 0, grid=grid, size=size, capability=capability)
+        assert f"launch: clusters of {size} blocks cannot be made" in report
+    assert cluster(emu, 0, grid=3, size=1, capability=8) == cluster(emu, 0, grid=8, size=8) == ("", True)
 
 
 def test_traffic(emu: Selftest) -> None:

@@ -40,6 +40,8 @@ def mass_sizes(run: Backend) -> None:
             ((1, 2, 2, 5, 40, 256), F16, True),
             ((1, 2, 1, 4, 35, 33), BF16, True),
             ((1, 2, 1, 4, 35, 200), F16, False),
+            ((1, 32, 32, 2, 20, 64), F16, False),  # more heads than warps: clusters of four
+            ((1, 16, 4, 80, 40, 80), BF16, True),  # more columns than a unit: clusters of two
             ((2, 4, 2, 3, 65, 72), F32, True),
             ((1, 2, 1, 70, 90, 33), F32, False),
         ]
@@ -187,6 +189,35 @@ def test_sanitizer_build() -> None:
     emulator.in_sanitizer_process(__file__, "asan")
 
 
+@pytest.mark.parametrize(
+    "sizes, images, blocks",  # without and with clusters
+    [
+        ((1, 16, 16, 2, 40, 64), 1, (3, 6)),
+        ((1, 16, 4, 80, 70, 64), 1, (5, 10)),
+        ((1, 32, 8, 64, 576, 64), 1, (36, 144)),  # clusters of eight with twice the keys
+        ((1, 9, 3, 70, 33, 64), 1, (3, 3)),
+        ((1, 2, 2, 1100, 40, 64), 1, (3, 12)),  # 36 units in 32 slots
+        ((1, 32, 32, 6, 500, 64), 1, (32, 128)),
+        ((1, 32, 32, 6, 500, 64), 4, (128, 512)),
+    ],
+    ids=str,
+)
+def test_clusters_change_no_bit(sizes: tuple[int, ...], images: int, blocks: tuple[int, int]) -> None:
+    """However the units of a tile are shared out, the sum has one order."""
+    if emulator.missing():
+        pytest.skip(emulator.missing())
+    query, key = mass_inputs(*sizes, dtype=BF16)
+    index, lse = torch.arange(sizes[4]).expand(images, -1).contiguous(), torch.rand(query.shape[:3]) + 3
+    masses, seen = [], []
+    for capability in (8, 9):
+        run = Backend("native", emulated=Emulated(capability=capability))
+        run.emulated.statistics()
+        masses.append(run(ops.attention_mass, query, key, index, sample=torch.zeros(images, dtype=torch.int64), lse=lse))
+        seen += [row["blocks"] for row in run.emulated.statistics().values()]
+    same(*masses)
+    assert tuple(seen) == blocks
+
+
 # --- traffic ----------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +260,7 @@ def test_traffic_against_the_floor() -> None:
 
 # --- barriers ---------------------------------------------------------------------------------------------------------
 
-SYNC = re.compile(r"__syncthreads\w*\(|__syncwarp\(")
+SYNC = re.compile(r"__syncthreads\w*\(|__syncwarp\(|cluster_sync\(")
 
 
 def barriers() -> list[tuple[str, int]]:

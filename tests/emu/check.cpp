@@ -87,6 +87,7 @@ struct Region {
     std::string name;
     Kind kind;
     char *low, *high;
+    Block* owner;  // of shared memory
 };
 struct Tensor {  // of the host, with its place in device memory
     char *host, *memory;
@@ -168,7 +169,8 @@ void exempt(const void* low, const void* high) { stacks = {reinterpret_cast<uint
 
 bool is_shared(const void* at) { return at >= shared_from && at < cursor; }
 
-char* device_memory(const char* name, Kind kind, size_t misalignment, const std::vector<size_t>& rows, size_t row_bytes) {
+char* device_memory(const char* name, Kind kind, size_t misalignment, const std::vector<size_t>& rows, size_t row_bytes,
+                    Block* owner) {
     const size_t span = rows.empty() ? 0 : *std::max_element(rows.begin(), rows.end()) + row_bytes;
     const size_t gap = kind == Kind::kShared && cursor != shared_from ? kSharedGap : kGap;
     char* const memory = arena + (cursor - arena + gap + 127) / 128 * 128 + misalignment;
@@ -182,7 +184,7 @@ char* device_memory(const char* name, Kind kind, size_t misalignment, const std:
         __asan_poison_memory_region(low, row_bytes + 2 * kSharedGap);
     }
     cursor = end;
-    regions.push_back({name, kind, memory, memory + span});
+    regions.push_back({name, kind, memory, memory + span, owner});
     for (size_t row : rows) mark(memory + row, row_bytes);
     return memory;
 }
@@ -236,6 +238,7 @@ void end_launch() {
 void touch(const void*, size_t, Access, Site) {}
 void forget(const void*, size_t) {}
 void join(const Warp&, Thread* const*, unsigned) {}
+void join(const Cluster&) {}
 void fence() {}
 void release(const void*, bool) {}
 void acquire(const void*, bool) {}
@@ -270,7 +273,7 @@ const char* name(Access access) { return access == Access::kRead ? "read" : acce
 void check(Cell& cell, const char* at, size_t size, const Region& region, Access access, Site site) {
     const Thread& t = self();
     const bool shared = region.kind == Kind::kShared, atomic = access == Access::kAtomic;
-    const auto current = [&](const Record& r) { return shared ? r.block == t.owner->serial : r.block >= now.first_serial; };
+    const auto current = [&](const Record& r) { return shared ? cluster_of(*t.owner).holds(r.block) : r.block >= now.first_serial; };
     const auto conflict = [&](const Record& r, const char* kind) {
         if (!current(r) || (atomic && r.atomic) || ordered(r)) return;
         report("race: " + std::string(name(access)) + " of " + std::to_string(size) + " bytes at " + place(at), site,
@@ -312,8 +315,11 @@ void touch(const void* address, size_t size, Access access, Site site) {
         Cell& word = words[i / 4];
         const Region& region = regions[word.region - 1u];
         if (region.kind == Kind::kInput && access != Access::kRead) return report("read-only: write to input " + place(at), site);
+        if (region.kind == Kind::kShared && region.owner != t.owner &&
+            !(cluster_of(*t.owner).holds(region.owner->serial) && region.owner->live))
+            return report("cluster: " + std::string(name(access)) + " of " + place(at) + " of a block that has ended", site);
         if (region.kind != Kind::kShared) {
-            if (now.kernel->dependent && !t.waited) return report("grid_wait: " + std::string(name(access)) + " of " + place(at) + " before it", site);
+            if (now.kernel->cluster && !t.waited) return report("grid_wait: " + std::string(name(access)) + " of " + place(at) + " before it", site);
             if (access != Access::kWrite) counts->read += part;
             if (access != Access::kRead) counts->written += part, t.fenced = t.fenced && access == Access::kAtomic;
         }
@@ -339,6 +345,13 @@ void join(const Warp&, Thread* const* lanes, unsigned mask) {
         for (unsigned i = 0; i < 32 && mask >> lane & 1; ++i) clock[i] = std::max(clock[i], lanes[lane]->clock[i]);
     for (unsigned lane = 0; lane < 32; ++lane)
         if (mask >> lane & 1) std::copy(clock.begin(), clock.end(), lanes[lane]->clock), lanes[lane]->clock[lane] += 1;
+}
+
+void join(const Cluster& cluster) {
+    for (Block& block : cluster)
+        for (const Block& other : cluster)
+            if (other.serial != block.serial)
+                block.acquired.insert({other.serial, {{other.serial, other.epoch, 0, 0}, 0, block.epoch - 1}});
 }
 
 void fence() {

@@ -148,6 +148,7 @@ class Emulated:
     policy: str = "forward"
     seed: int = 0
     residents: int = 1
+    capability: int = 9  # major; from 9 on blocks form clusters
     without: tuple[str, int] = ("", 0)  # file and line of a barrier that lets everybody through
     has_cuda = True
 
@@ -160,7 +161,7 @@ class Emulated:
             return lambda cuda, *args: function(True, *args)
 
         def launch(cuda: bool, target: int, *args: Any) -> int:
-            emu.emu_config(POLICIES[self.policy], self.seed, self.residents)
+            emu.emu_config(POLICIES[self.policy], self.seed, self.residents, self.capability)
             emu.emu_without(self.without[0].encode(), self.without[1])
             code = function(True, 0, *args)
             report = emu.emu_report().decode()

@@ -39,7 +39,7 @@ struct Copy {  // cp.async on its way
     Where at;
 };
 
-enum class State : uint8_t { kReady, kYielded, kBarrier, kWarp, kDone };
+enum class State : uint8_t { kReady, kYielded, kBarrier, kCluster, kWarp, kDone };
 
 struct Block;
 struct Thread : Position {
@@ -82,10 +82,22 @@ struct Block {
     Where barrier_at;
     Warp warps[32];
     Thread* threads[kMaxThreads];
+    int at_cluster = 0;          // threads that wait for the cluster
     std::vector<Object> shared;  // outlives the block: the next one in its place has the same
     std::multimap<uint32_t, Acquired> acquired;  // by releasing block
     bool waited = false;  // some thread called grid_wait
 };
+
+// The blocks of a cluster run at the same time, in neighbouring slots.
+struct Cluster {
+    Block* first;
+    int size;
+
+    Block* begin() const { return first; }
+    Block* end() const { return first + size; }
+    bool holds(uint32_t serial) const { return serial - first->serial < static_cast<uint32_t>(size); }
+};
+Cluster cluster_of(Block&);
 
 struct Launch {
     const Kernel* kernel;
@@ -107,7 +119,9 @@ std::string text(Site);
 bool clean();
 
 // Poisoned memory that kernels may touch: `rows` (offsets) of `row_bytes` each. What lies around them is out of bounds.
-char* device_memory(const char* name, Kind, size_t misalignment, const std::vector<size_t>& rows, size_t row_bytes);
+// Shared memory is that of `owner`.
+char* device_memory(const char* name, Kind, size_t misalignment, const std::vector<size_t>& rows, size_t row_bytes,
+                    Block* owner = nullptr);
 bool is_shared(const void*);
 void exempt(const void* low, const void* high);  // memory of the emulator itself
 
@@ -116,5 +130,6 @@ void end_launch();
 void touch(const void*, size_t, Access, Site);
 void forget(const void*, size_t);  // it is being overwritten: what it held is gone
 void join(const Warp&, Thread* const* lanes, unsigned mask);  // __syncwarp
+void join(const Cluster&);                                     // cluster_sync: behind its opening
 
 }  // namespace simt

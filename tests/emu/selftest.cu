@@ -253,6 +253,22 @@ dependent_kernel(const int* in, int* out, int fault) {
     ptx::grid_launch_dependents();
 }
 
+// Blocks of a cluster read what their neighbour holds. fault 1: no barrier ahead; 2: none behind; 3: a block that is not there;
+// 4: writes again while others read; 5: one thread never comes (no fault: it has ended).
+GLOBAL(64, 1)
+cluster_kernel(const int* in, int* out, int cluster, int fault) {
+    SHARED(int, held, [64]);
+    ptx::grid_wait();
+    const int t = threadIdx.x, at = blockIdx.x * 64 + t, rank = static_cast<int>(blockIdx.x) % cluster;
+    held[t] = in[at];
+    if (fault == 5 && t == 63) return;
+    if (fault != 1) ptx::cluster_sync();
+    if (fault == 4) held[t] = 0;
+    const int* there = ptx::cluster_at(held + 62 - t % 63, fault == 3 ? cluster : (rank + 1) % cluster);
+    out[at] = *there;
+    if (fault != 2) ptx::cluster_sync();
+}
+
 GLOBAL(32, 1) nothing_kernel(int* out) {
     DYN_SHARED(int, memory);
     SHARED(int, more, [4096]);
@@ -297,6 +313,9 @@ TEST blocks(int* word, unsigned char* bytes, uint32_t* flag, int fault, void* st
 }
 TEST dependent(const int* in, int* out, int fault, void* stream) {
     return LAUNCH_DEPENDENT(1, 32, 0, stream, dependent_kernel, in, out, fault);
+}
+TEST cluster(const int* in, int* out, int64_t grid, int size, int fault, void* stream) {
+    return LAUNCH_CLUSTER(size, grid, 64, 0, stream, cluster_kernel, in, out, size, fault);
 }
 TEST nothing(int* out, int64_t grid, int threads, int64_t smem, void* stream) {
     return LAUNCH(grid, threads, smem, stream, nothing_kernel, out);

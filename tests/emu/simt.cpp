@@ -69,7 +69,7 @@ Launch now;
 namespace {
 
 enum Policy { kForward, kReverse, kRandom };
-int policy = kForward, residents = 1;
+int policy = kForward, residents = 1, capability = 9;
 std::string gone_file;  // a barrier that lets everybody through
 unsigned gone_line = 0;
 bool gone(Where at) { return at.line() == gone_line && std::strstr(at.file_name(), gone_file.c_str()); }
@@ -145,6 +145,22 @@ void open_barrier(Block& block) {
         set_ready(t);
     }
     block.epoch += 1, block.waiting = block.sum = 0, ++progress;
+}
+
+void open_cluster(const Cluster& cluster) {
+    for (Block& block : cluster) {
+        for (int i = 0; i < now.kernel->block; ++i)
+            if (block.threads[i]->state == State::kCluster) set_ready(*block.threads[i]);
+        block.epoch += 1, block.at_cluster = 0;
+    }
+    join(cluster);
+    ++progress;
+}
+
+void try_cluster(const Cluster& cluster) {  // opens if everybody who lives has come
+    int waiting = 0, live = 0;
+    for (Block& block : cluster) waiting += block.at_cluster, live += block.live;
+    if (waiting && waiting == live) open_cluster(cluster);
 }
 
 // --- warp operations ----------------------------------------------------------------------------------------------------
@@ -268,6 +284,7 @@ void leave() {
     warp.exited |= 1u << t.lane();
     block.live -= 1, ++progress;
     if (block.waiting && block.waiting == block.live) open_barrier(block);
+    try_cluster(cluster_of(block));
     for (unsigned lane = 0; lane < 32; ++lane) {
         if (!(warp.arrived >> lane & 1)) continue;
         Call& call = *block.threads[t.number / 32 * 32 + lane]->call;
@@ -290,7 +307,7 @@ void start(Block& block, int slot, uint64_t linear) {
     const uint64_t x = kernel.grid.x, y = kernel.grid.y;
     block.index = {static_cast<unsigned>(linear % x), static_cast<unsigned>(linear / x % y), static_cast<unsigned>(linear / x / y)};
     block.serial = now.first_serial + static_cast<uint32_t>(linear);
-    block.epoch = 0, block.live = kernel.block, block.waiting = block.sum = 0, block.ready_warps = 0, block.waited = false;
+    block.epoch = 0, block.live = kernel.block, block.waiting = block.sum = 0, block.ready_warps = 0, block.waited = false, block.at_cluster = 0;
     block.acquired.clear();
     for (Warp& warp : block.warps) warp = {};
     for (Object& object : block.shared) std::memset(object.memory, 0xff, object.bytes);
@@ -312,9 +329,14 @@ void start(Block& block, int slot, uint64_t linear) {
 }
 
 void finish(Block& block) {
-    if (now.kernel->dependent && !block.waited) report("grid_wait: a block of a dependent launch ended without it");
-    for (int i = 0; i < now.kernel->block; ++i) block.threads[i]->~Thread();
-    block.serial = 0;
+    if (now.kernel->cluster && !block.waited) report("grid_wait: a block of a dependent launch ended without it");
+    const Cluster cluster = cluster_of(block);
+    for (const Block& other : cluster)
+        if (other.live) return;  // its memory can still be asked for, which would be a fault
+    for (Block& other : cluster) {
+        for (int i = 0; i < now.kernel->block; ++i) other.threads[i]->~Thread();
+        other.serial = 0;
+    }
 }
 
 std::string table() {  // of what everybody waits for
@@ -352,15 +374,17 @@ Block* choose_block(Block* last) {
     return found;
 }
 
-void schedule(const std::vector<uint64_t>& order) {
+void schedule(const std::vector<uint64_t>& order, size_t size) {  // of clusters of `size`
     size_t started = 0;
     uint64_t seen = ~0ull;
     int idle = 0;
     Block* block = nullptr;
     unsigned warp = 0;
     while (!hopeless) {
-        for (size_t i = 0; i < slots.size(); ++i)
-            if (!slots[i].serial && started < order.size()) start(slots[i], static_cast<int>(i), order[started++]);
+        for (size_t i = 0; i < slots.size(); i += size)
+            if (!slots[i].serial && started < order.size())
+                for (size_t rank = 0, first = order[started++] * size; rank < size; ++rank)
+                    start(slots[i + rank], static_cast<int>(i + rank), first + rank);
         Block* const next = choose_block(block);
         if (!next) {
             bool any = false;
@@ -393,23 +417,27 @@ int run(const Kernel& kernel) {
         report("launch: more blocks than are sensible here");
     else if (kernel.dynamic_bytes < 0 || static_cast<size_t>(kernel.dynamic_bytes) > kOptInLimit)
         report("launch: too much shared memory, " + std::to_string(kernel.dynamic_bytes) + " bytes dynamic");
+    else if (g.x % std::max(kernel.cluster, 1) || (kernel.cluster & (kernel.cluster - 1)) || kernel.cluster > (capability < 9 ? 1 : 8))
+        report("launch: clusters of " + std::to_string(kernel.cluster) + " blocks cannot be made of the grid on this GPU");
     else {
-        if (num_stacks < residents) {
-            num_stacks = residents;
+        const size_t size = static_cast<size_t>(std::max(kernel.cluster, 1));
+        const int wanted = static_cast<int>((static_cast<size_t>(residents) + size - 1) / size * size);
+        if (num_stacks < wanted) {
+            num_stacks = wanted;
             const size_t bytes = static_cast<size_t>(num_stacks) * kMaxThreads * kStack;
             stacks = static_cast<char*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
             if (stacks == MAP_FAILED) std::abort();
             for (size_t at = 0; at < bytes; at += kStack) mprotect(stacks + at, kGuard, PROT_NONE);
             exempt(stacks, stacks + bytes);
         }
-        std::vector<uint64_t> order(static_cast<uint64_t>(g.x) * g.y * g.z);
+        std::vector<uint64_t> order(static_cast<uint64_t>(g.x) * g.y * g.z / size);  // of clusters
         std::iota(order.begin(), order.end(), 0);
         if (policy == kReverse) std::reverse(order.begin(), order.end());
         if (policy == kRandom) std::shuffle(order.begin(), order.end(), dice);
-        next_serial += static_cast<uint32_t>(order.size());
+        next_serial += static_cast<uint32_t>(order.size() * size);
         hopeless = false;
-        slots = std::vector<Block>(std::min<size_t>(static_cast<size_t>(residents), order.size()));
-        schedule(order);
+        slots = std::vector<Block>(std::min<size_t>(static_cast<size_t>(wanted), order.size() * size));
+        schedule(order, size);
         stale_stacks = hopeless;
     }
     here = nullptr;
@@ -469,13 +497,45 @@ void before_atomic(const void* address, size_t size, Where at) {
 
 void after_atomic(bool changed) { progress += changed; }
 
+bool has_clusters() { return capability >= 9; }
+
+Cluster cluster_of(Block& block) {
+    const int size = std::max(now.kernel->cluster, 1);
+    return {&slots[static_cast<size_t>(&block - slots.data()) / size * size], size};
+}
+
+void cluster_sync(Where at) {
+    if (gone(at)) return;
+    Thread& t = self();
+    t.owner->at_cluster += 1;
+    set_waiting(t, State::kCluster, at);
+    try_cluster(cluster_of(*t.owner));
+    to_scheduler();
+}
+
+const void* cluster_at(const void* shared, int rank, Where at) {
+    Block& mine = *self().owner;
+    const Cluster cluster = cluster_of(mine);
+    const char* const place = static_cast<const char*>(shared);
+    if (rank < 0 || rank >= cluster.size) {
+        report("bounds: no block " + std::to_string(rank) + " in a cluster of " + std::to_string(cluster.size), Site::of(at));
+        return shared;
+    }
+    for (const Object& object : mine.shared)
+        if (place >= object.memory && place < object.memory + object.bytes)
+            for (const Object& other : cluster.first[rank].shared)
+                if (other.key == object.key) return other.memory + (place - object.memory);
+    report("cluster: nothing is shared there, or block " + std::to_string(rank) + " has not begun", Site::of(at));
+    return shared;
+}
+
 void grid_wait() { self().waited = self().owner->waited = true; }
 
 void* shared(const void* key, size_t bytes, const char* name) {
     Block& block = *self().owner;
     for (const Object& object : block.shared)
         if (object.key == key) return object.memory;
-    block.shared.push_back({key, device_memory(name, Kind::kShared, 0, {0}, bytes), bytes});
+    block.shared.push_back({key, device_memory(name, Kind::kShared, 0, {0}, bytes, &block), bytes});
     if (&block == &slots[0]) {
         const size_t dynamic = static_cast<size_t>(now.kernel->dynamic_bytes);
         if (key != &now) now.static_bytes += (bytes + 15) / 16 * 16;
@@ -516,8 +576,8 @@ void wait_async(int pending) {
     });
 }
 
-extern "C" [[gnu::visibility("default")]] void emu_config(int new_policy, unsigned seed, int new_residents) {
-    policy = new_policy, residents = new_residents;
+extern "C" [[gnu::visibility("default")]] void emu_config(int new_policy, unsigned seed, int new_residents, int new_capability) {
+    policy = new_policy, residents = new_residents, capability = new_capability;
     dice.seed(seed + 1);
 }
 
@@ -536,7 +596,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     switch (attribute) {
         case cudaDevAttrMultiProcessorCount: *value = 4; break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = kOptInLimit; break;
-        case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = simt::capability; break;
         case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
         default: return cudaErrorInvalidValue;
     }

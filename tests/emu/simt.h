@@ -53,7 +53,7 @@ struct Kernel {
     dim3 grid;
     int block;
     int64_t dynamic_bytes;
-    bool dependent;
+    int cluster;  // 0: a plain launch; else dependent, in clusters of so many blocks
     std::function<void()> body;
 };
 
@@ -72,6 +72,9 @@ void copy_async(void* to, const void* from, int size, int present, Where);
 void commit_async();
 void wait_async(int pending);
 void grid_wait();
+bool has_clusters();
+void cluster_sync(Where);
+const void* cluster_at(const void* shared, int rank, Where);
 
 // --- helpers ----------------------------------------------------------------------------------------------------------
 
@@ -112,13 +115,13 @@ template <class T, class F>
     return old;
 }
 template <class... Parameters, class Grid, class... Arguments>
-int launch(bool dependent, const char* name, void (*kernel)(Parameters...), Grid grid, int block, int64_t smem, void*,
+int launch(int cluster, const char* name, void (*kernel)(Parameters...), Grid grid, int block, int64_t smem, void*,
            Arguments... arguments) {
     const std::tuple<std::decay_t<Parameters>...> bound(static_cast<Parameters>(arguments)...);
     dim3 blocks;
     if constexpr (std::is_same_v<Grid, dim3>) blocks = grid;
     else blocks = dim3(grid <= INT32_MAX ? static_cast<unsigned>(grid) : 0);  // 0 is refused
-    return run({name, blocks, block, smem, dependent, [&] { std::apply(kernel, bound); }});
+    return run({name, blocks, block, smem, cluster, [&] { std::apply(kernel, bound); }});
 }
 
 }  // namespace simt
@@ -134,10 +137,12 @@ int launch(bool dependent, const char* name, void (*kernel)(Parameters...), Grid
     using name##_array = type extent;        \
     name##_array& name = *static_cast<name##_array*>(::simt::shared(&name##_key, sizeof(name##_array), #name))
 #define DYN_SHARED(type, name) type* name = static_cast<type*>(::simt::dynamic_shared())
-#define LAUNCH(grid, block, smem, stream, kernel, ...) \
-    ::simt::launch(false, #kernel, kernel, grid, block, smem, stream, __VA_ARGS__)
+#define LAUNCH(grid, block, smem, stream, kernel, ...) ::simt::launch(0, #kernel, kernel, grid, block, smem, stream, __VA_ARGS__)
 #define LAUNCH_DEPENDENT(grid, block, smem, stream, kernel, ...) \
-    ::simt::launch(true, #kernel, kernel, grid, block, smem, stream, __VA_ARGS__)
+    ::simt::launch(1, #kernel, kernel, grid, block, smem, stream, __VA_ARGS__)
+#define LAUNCH_CLUSTER(cluster, grid, block, smem, stream, kernel, ...) \
+    ::simt::launch(cluster, #kernel, kernel, grid, block, smem, stream, __VA_ARGS__)
+#define HAS_CLUSTERS(kernel) (::simt::has_clusters())
 
 #define threadIdx (::simt::here->thread)
 #define blockIdx (::simt::here->block)
@@ -179,6 +184,8 @@ inline float ex2(float x) {
     const float y = exp2f(x);
     return fabsf(y) < 1.17549435e-38f ? 0.0f : y;  // .ftz
 }
+inline void settle(uint32_t&) {}
+inline void prefetch(const void*) {}
 inline uint4 load_once(const uint4* from) { return *from; }
 inline uint4 load_again(const uint4* from) { return *from; }
 inline void store_once(uint4* to, uint4 v) { *to = v; }
@@ -206,6 +213,11 @@ inline void store_once(uint4* to, uint4 v) { *to = v; }
 }
 inline void grid_wait() { simt::grid_wait(); }
 inline void grid_launch_dependents() {}
+inline void cluster_sync(SIMT_AT) { simt::cluster_sync(at); }
+template <class T>
+const T* cluster_at(const T* shared, int rank, SIMT_AT) {
+    return static_cast<const T*>(simt::cluster_at(shared, rank, at));
+}
 
 }  // namespace crop::ptx
 
