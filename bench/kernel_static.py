@@ -178,6 +178,7 @@ def traffic() -> list[dict[str, object]]:
     torch.manual_seed(0)
     query, key = torch.randn(1, 32, 8, 128).to(bf16), torch.randn(1, 8, 576, 128).to(bf16)
     index, lse = torch.arange(576)[None], torch.full((1, 32, 8), 3.0)
+    many, most = torch.randn(1, 32, 64, 128).to(bf16), torch.full((1, 32, 64), 3.0)
     score, kept = torch.rand(1, 8192), torch.arange(0, 576, 4)[None]
     hidden = torch.randn(1, 576, 4096).to(bf16)
     caches = [torch.randn(1, 8, 576, 128).to(bf16) for _ in range(2)]
@@ -189,7 +190,9 @@ def traffic() -> list[dict[str, object]]:
     cases = [
         ("attention_mass, lse given", "B1 N576 M8 32/8 heads d128 bf16", inputs + lse.nbytes,
          lambda: ops.attention_mass(query, key, index, lse=lse)),
-        ("attention_mass, lse computed", "the same", inputs, lambda: ops.attention_mass(query, key, index)),
+        ("attention_mass, lse given", "the same, M64", key.nbytes + many.nbytes + 8 * 576 + 4 * 576 + most.nbytes,
+         lambda: ops.attention_mass(many, key, index, lse=most)),
+        ("attention_mass, lse computed", "as the first", inputs, lambda: ops.attention_mass(query, key, index)),
         ("select", "B1 N8192 k2048", score.nbytes + 8 * 2048, lambda: ops.select(score, 2048)),
         ("compact", "hidden D4096 + K + V, 144 of 576, bf16", 2 * 144 * (4096 + 2 * 8 * 128) * 2 + kept.nbytes,
          lambda: ops.compact([hidden, *caches], kept, token_dim=[1, 2, 2])),

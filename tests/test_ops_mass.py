@@ -202,3 +202,13 @@ def test_mass_alone_equals_batch(native: Backend) -> None:
             )
             same(batch[1:], backend_mass)
             same(native(ops.attention_mass, query, key, index, visible_len=length, lse=lse), alone)
+
+
+def test_mass_of_many_images_equals_that_of_one(native: Backend) -> None:
+    """Bitwise: with many images a GPU shares the work of each among fewer blocks."""
+    query, key = mass_inputs(1, 32, 32, 2, 260, 64, dtype=torch.bfloat16)
+    index, lse = torch.randperm(260)[None], torch.rand(1, 32, 2) + 3
+    one = native(ops.attention_mass, query, key, index, lse=lse)
+    many = index.expand(18, -1).contiguous()
+    for mass in native(ops.attention_mass, query, key, many, sample=torch.zeros(18, dtype=torch.int64), lse=lse):
+        same(mass[None], one)

@@ -78,7 +78,7 @@ unsigned roll(unsigned sides) { return static_cast<unsigned>(dice()) % sides; }
 
 std::vector<Block> slots;     // the resident blocks
 char* stacks = nullptr;
-int num_stacks = 0;
+size_t num_stacks = 0;        // each has a guard page and so two mappings, of which a process may have some ten thousand
 bool stale_stacks = false;    // a launch was aborted: frames were left behind
 uint64_t progress = 0;        // counts everything but waiting
 bool hopeless = false;        // the launch cannot go on
@@ -312,7 +312,7 @@ void start(Block& block, int slot, uint64_t linear) {
     for (Warp& warp : block.warps) warp = {};
     for (Object& object : block.shared) std::memset(object.memory, 0xff, object.bytes);
     for (int i = 0; i < kernel.block; ++i) {
-        char* bottom = stacks + (static_cast<size_t>(slot) * kMaxThreads + i) * kStack;
+        char* bottom = stacks + (static_cast<size_t>(slot) * kernel.block + i) * kStack;
         // The thread itself lies above its stack. Stack tops are spread so that they do not share cache sets.
         char* place = bottom + kStack - (sizeof(Thread) + 63) / 64 * 64 - i % 16 * 192;
         if (stale_stacks) __asan_unpoison_memory_region(bottom + kGuard, kStack - kGuard);
@@ -421,14 +421,18 @@ int run(const Kernel& kernel) {
         report("launch: clusters of " + std::to_string(kernel.cluster) + " blocks cannot be made of the grid on this GPU");
     else {
         const size_t size = static_cast<size_t>(std::max(kernel.cluster, 1));
-        const int wanted = static_cast<int>((static_cast<size_t>(residents) + size - 1) / size * size);
+        const size_t most = (static_cast<size_t>(residents) + size - 1) / size * size;  // blocks at a time
+        const size_t wanted = most * static_cast<size_t>(kernel.block);
         if (num_stacks < wanted) {
+            if (stacks) munmap(stacks, num_stacks * kStack);
             num_stacks = wanted;
-            const size_t bytes = static_cast<size_t>(num_stacks) * kMaxThreads * kStack;
+            const size_t bytes = num_stacks * kStack;
             stacks = static_cast<char*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
             if (stacks == MAP_FAILED) std::abort();
-            for (size_t at = 0; at < bytes; at += kStack) mprotect(stacks + at, kGuard, PROT_NONE);
+            for (size_t at = 0; at < bytes; at += kStack)
+                if (mprotect(stacks + at, kGuard, PROT_NONE)) std::abort();
             exempt(stacks, stacks + bytes);
+            stale_stacks = true;
         }
         std::vector<uint64_t> order(static_cast<uint64_t>(g.x) * g.y * g.z / size);  // of clusters
         std::iota(order.begin(), order.end(), 0);
@@ -436,7 +440,7 @@ int run(const Kernel& kernel) {
         if (policy == kRandom) std::shuffle(order.begin(), order.end(), dice);
         next_serial += static_cast<uint32_t>(order.size() * size);
         hopeless = false;
-        slots = std::vector<Block>(std::min<size_t>(static_cast<size_t>(wanted), order.size() * size));
+        slots = std::vector<Block>(std::min(most, order.size() * size));
         schedule(order, size);
         stale_stacks = hopeless;
     }
