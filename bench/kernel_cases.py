@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +48,19 @@ class Case:
 def small(size: int, most: int = 96) -> int:
     """The size itself, or a small one where nothing is timed. Names and bytes are those of the size itself."""
     return size if GPU else min(size, most)
+
+
+@contextlib.contextmanager
+def side_stream() -> Iterator[None]:
+    """A stream of its own: autograd goes back on the stream of the forward, and the default one cannot be captured."""
+    if not GPU:
+        yield
+        return
+    stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(before)
+    with torch.cuda.stream(stream):
+        yield
+    before.wait_stream(stream)
 
 
 # --- score, select, compact -----------------------------------------------------------------------------------------
@@ -211,17 +225,19 @@ def select_cases() -> Iterator[Case]:
 
 
 def compact_cases() -> Iterator[Case]:
+    g = torch.Generator(DEVICE).manual_seed(0)  # their own: a capture that fails can leave the common one unusable
     for batch, full, names in ((1, 4096, "hidden"), (1, 4096, "hidden + K + V"), (1, 576, "hidden + K + V + 3 ids"),
                                  (8, 4096, "hidden"), (8, 4096, "hidden + K + V")):  # fmt: skip
         tokens, width = small(full), small(WIDTH, 64)
-        tensors, dims = [torch.randn(batch, tokens, width, device=DEVICE).to(BF16)], [1]
+        tensors, dims = [torch.randn(batch, tokens, width, generator=g, device=DEVICE).to(BF16)], [1]
         if "K + V" in names:
-            tensors += [torch.randn(batch, KV_HEADS, tokens, DIM, device=DEVICE).to(BF16) for _ in range(2)]
+            caches = [torch.randn(batch, KV_HEADS, tokens, DIM, generator=g, device=DEVICE) for _ in range(2)]
+            tensors += [cache.to(BF16) for cache in caches]
             dims += [2, 2]
         if "ids" in names:
             tensors += [torch.arange(tokens, device=DEVICE).expand(batch, tokens).contiguous() for _ in range(3)]
             dims += [1, 1, 1]
-        one = torch.randperm(tokens, device=DEVICE)[: tokens // 4].sort().values
+        one = torch.randperm(tokens, generator=g, device=DEVICE)[: tokens // 4].sort().values
         index = one.expand(batch, -1).contiguous()  # the same for every sample, so that index_select can take part
 
         def each(tensors: Any = tensors, dims: Any = dims, one: Tensor = one) -> list[Tensor]:
@@ -261,11 +277,12 @@ def repeat_plan(plan: PoolPlan, images: int) -> PoolPlan:
 
 
 def pool_cases() -> Iterator[Case]:
+    g = torch.Generator(DEVICE).manual_seed(0)
     for side, dim, count in ((24, 4096, 1), (24, 4096, 32), (64, 3584, 1), (128, 3584, 1), (128, 3584, 8)):
         width, images = small(dim, 16), small(count, 2)
         single, _, _, crops = region_plan(side)
         plan = repeat_plan(single, images).to(DEVICE)
-        tokens = torch.randn(images * side * side, width, device=DEVICE).to(BF16)
+        tokens = torch.randn(images * side * side, width, generator=g, device=DEVICE).to(BF16)
         members, offsets = plan.members.long(), plan.offsets.long()
         members_of = offsets.diff()
         cell = torch.repeat_interleave(torch.arange(plan.num_out, device=DEVICE), members_of)
@@ -307,7 +324,7 @@ def pool_cases() -> Iterator[Case]:
                    least={"embedding_bag": 1.5, "crops + avg_pool2d + cat": 5.0}, **bars)  # fmt: skip
 
         # The gradient alone: the very operator that autograd calls, and autograd itself for the peer.
-        grad = torch.randn(plan.num_out, width, device=DEVICE).to(BF16)
+        grad = torch.randn(plan.num_out, width, generator=g, device=DEVICE).to(BF16)
         want = torch.empty(plan.num_tokens, width, dtype=torch.float64, device=DEVICE)
         want[members] = grad[cell].double() / members_of[cell][:, None]
         saved, inverse = torch.empty(0, device=DEVICE), plan.inverse
@@ -319,7 +336,7 @@ def pool_cases() -> Iterator[Case]:
             return torch.ops.crop.adaptive_pool_backward.default(*args)[0]
 
         leaf = tokens.detach().clone().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), side_stream():
             out = bag(leaf)
 
         def bag_backward(out: Tensor = out, leaf: Tensor = leaf, grad: Tensor = grad) -> Tensor:

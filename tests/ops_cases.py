@@ -61,9 +61,12 @@ class Backend:
 
     def move(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            # Not .to() alone: strides are part of the test.
-            moved = value if self.device == "cpu" else torch.empty_strided(value.shape, value.stride(), device="cuda")
-            return value if self.device == "cpu" else moved.to(value.dtype).copy_(value)
+            if self.device == "cpu":
+                return value
+            # Not .to() alone: strides, gaps and alignment are part of the test.
+            size = value.untyped_storage().nbytes() // value.element_size()
+            whole = value.as_strided((size,), (1,), 0).to(self.device)
+            return whole.as_strided(value.shape, value.stride(), value.storage_offset())
         return (
             [self.move(v) for v in value]
             if isinstance(value, list) and value and isinstance(value[0], Tensor)

@@ -71,6 +71,7 @@ def test_a_row_through_the_command(written: Path) -> None:
     assert found["PLC"]["kv_bytes"] == kept * bytes_per_token
     assert found["PLC"]["ideal"] < found["both"]["ideal"] < found["ILP"]["ideal"] < found["unpatched"]["ideal"]
     page = written.with_suffix(".txt").read_text()
+    assert row["attention"] == {"flash": 8} and "unpatched model: 8 flash; regions " in page
     assert "widths / 64" in page and "not measured" in page and "llava-1.5-7b" in page
     assert not written.with_suffix(".jsonl").exists()
 
@@ -82,7 +83,7 @@ def test_a_killed_run_goes_on(written: Path, monkeypatch: pytest.MonkeyPatch, tm
         asked.append(keep)
         if asked == [0.22, 0.33]:
             raise KeyboardInterrupt
-        return {name: row[name] for name in ("timed", "preprocess", "weights", "flash", "contenders")}
+        return {name: row[name] for name in ("timed", "preprocess", "weights", "attention", "contenders")}
 
     monkeypatch.setattr(command, "measure", measure)
     log = path.with_suffix(".jsonl")
@@ -106,6 +107,23 @@ def test_what_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(command, "measure", measure)
     command.main(["--geometry", "llava-1.5-7b", "--json", str(tmp_path / "x.json"), *TINY])
     assert "does not fit: CUDA out of memory" in (tmp_path / "x.txt").read_text()
+
+
+def test_a_row_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: Path) -> None:
+    row = json.loads(written.read_text())["rows"][0]
+
+    def measure(work: object, keep: float, *_: object, **__: object) -> dict:
+        if keep < 0.2:
+            raise RuntimeError("ILP: wrong")
+        return {name: row[name] for name in ("timed", "preprocess", "weights", "attention", "contenders")}
+
+    monkeypatch.setattr(command, "measure", measure)
+    arguments = ["--geometry", "llava-1.5-7b", "--keep", "0.11", "0.22", "--json", str(tmp_path / "x.json"), *TINY]
+    with pytest.raises(SystemExit, match="keep 11%: FAILED: ILP: wrong"):
+        command.main(arguments)
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [r.get("reason") for r in rows] == ["FAILED: ILP: wrong", None] and (tmp_path / "x.jsonl").exists()
+    assert "FAILED: ILP: wrong" in (tmp_path / "x.txt").read_text()
 
 
 def test_fastv_in_its_usual_form_is_our_configuration_of_it() -> None:

@@ -212,7 +212,9 @@ def test_clusters_change_no_bit(sizes: tuple[int, ...], images: int, blocks: tup
     for capability in (8, 9):
         run = Backend("native", emulated=Emulated(capability=capability))
         run.emulated.statistics()
-        masses.append(run(ops.attention_mass, query, key, index, sample=torch.zeros(images, dtype=torch.int64), lse=lse))
+        masses.append(
+            run(ops.attention_mass, query, key, index, sample=torch.zeros(images, dtype=torch.int64), lse=lse)
+        )
         seen += [row["blocks"] for row in run.emulated.statistics().values()]
     same(*masses)
     assert tuple(seen) == blocks

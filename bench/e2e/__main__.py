@@ -6,8 +6,8 @@
 Models are unmodified Hugging Face classes of the published sizes with random weights, bfloat16 on a GPU; on CPU float32
 and narrower and shallower (--reduce). Each row is a model, a batch and a budget. Before it is timed, keep-all must give
 the unpatched output bit for bit, and every token count must be the one asked for. Ours is timed with the localizer in
-front, on regions of real questions. With --json, rows go to a file beside it one by one (.jsonl): a killed run loses at
-most one, the same command goes on.
+front, on regions of real questions. With --json, rows go to a file beside it one by one (.jsonl), and the table is written
+anew after each: a killed run loses at most one row, the same command goes on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bench.common import header, machine
 from .geometries import GEOMETRIES, Shrink
 from .measure import NO_ROOM, measure
 from .report import row_title, text
-from .workload import Model, make
+from .workload import Model, make, regions_source
 
 # (geometry, batch), the most telling first: a run that is short of time ends with what it has.
 SMOKE = [
@@ -40,15 +40,16 @@ SMOKE = [
 ]  # fmt: skip
 FULL = [
     ("llava-next-7b", 1), ("llava-next-7b", 8), ("llava-1.5-7b", 1), ("llava-1.5-7b", 8), ("llava-1.5-7b", 32),
-    ("qwen2.5-vl-7b-4k", 1), ("qwen2.5-vl-7b-16k", 1),
+    ("qwen2.5-vl-7b-4k", 1),
 ]  # fmt: skip
+LAST = [("qwen2.5-vl-7b-16k", 1)]  # after all others: its windows alone take a minute a row
 
 Job = tuple[str, int, float]
 
 
-def jobs(chosen: Sequence[tuple[str, int]], keeps: Sequence[float]) -> list[Job]:
-    """(geometry, batch, keep), smallest budgets first, models in one piece within a budget."""
-    return [(geometry, batch, keep) for keep in sorted(keeps) for geometry, batch in chosen]
+def jobs(chosen: Sequence[tuple[str, int]], keeps: Sequence[float], last: Sequence[tuple[str, int]] = ()) -> list[Job]:
+    """(geometry, batch, keep), smallest budgets first, models in one piece within a budget; then ``last`` likewise."""
+    return [(geometry, batch, keep) for part in (chosen, last) for keep in sorted(keeps) for geometry, batch in part]
 
 
 def settings(options: argparse.Namespace, facts: dict[str, str]) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def settings(options: argparse.Namespace, facts: dict[str, str]) -> dict[str, An
         "dtype": str(options.dtype).removeprefix("torch."),
         "localizer": options.localizer,
         "rounds": options.rounds,
+        "regions": regions_source(),
         "commit": facts["commit"],
     }
 
@@ -99,6 +101,8 @@ def run(todo: Sequence[Job], same: dict[str, Any], options: argparse.Namespace) 
                 )  # fmt: skip
             except NO_ROOM as error:
                 yield row | {"reason": f"does not fit: {str(error).splitlines()[0]}"}
+            except RuntimeError as error:  # the rows to come must not pay for it; main ends with an error
+                yield row | {"reason": f"FAILED: {str(error).splitlines()[0]}", "again": True}
             work = None
             gc.collect()
         del model
@@ -133,8 +137,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.reduce = options.reduce or ([1, 1] if gpu else [16, 4])
     options.keep = options.keep or ([0.33, 0.22, 0.11] if gpu else [0.11])
     options.rounds = options.rounds or (5 if gpu else 3)
-    options.chosen = FULL if gpu else SMOKE
+    options.chosen, options.last = (FULL, LAST) if gpu else (SMOKE, [])
     if options.geometry:
+        options.last = []
         options.chosen = list(itertools.product(options.geometry, options.batch or [1]))
     return options
 
@@ -145,23 +150,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts = machine()
     print(header(), flush=True)
     same, log = settings(options, facts), options.json and options.json.with_suffix(".jsonl")
-    found, order = measured(log, same), jobs(options.chosen, options.keep)
+    found, order = measured(log, same), jobs(options.chosen, options.keep, options.last)
+    rows: list[dict[str, Any]] = [found[job] for job in order if job in found]
     for row in run([job for job in order if job not in found], same, options):
         found[row["geometry"], row["batch"], row["keep"]] = row
+        rows = [found[job] for job in order if job in found]
         if log and not row.get("again"):
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("a") as file:
                 file.write(f"\n{json.dumps(row)}")  # a line that was cut off stays apart
         elif "reason" in row:
             tqdm.write(f"{row_title(row)}: {row['reason']}", file=sys.stderr)
-    rows = [found[job] for job in order]
-    page = text(rows)
-    print(f"\n{page}")
+        if options.json:
+            save(options.json, facts, rows)
+    print(f"\n{text(rows)}")
     if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
-        options.json.with_suffix(".txt").write_text(f"{header()}\n\n{page}\n")
+        save(options.json, facts, rows)
         if log.exists() and not any(row.get("again") for row in rows):
             log.unlink()  # all of it is in the JSON; the next run measures anew
+    failed = [row for row in rows if row.get("reason", "").startswith("FAILED")]
+    if failed:
+        raise SystemExit("\n".join(f"{row_title(row)}: {row['reason']}" for row in failed))
+
+
+def save(path: Path, facts: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
+    """Rows as JSON, and as a table beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+    path.with_suffix(".txt").write_text(f"{header()}\n\n{text(rows)}\n")
 
 
 if __name__ == "__main__":

@@ -66,11 +66,12 @@ def over_ideal(one: dict[str, Any]) -> float | None:
 def title(row: dict[str, Any]) -> str:
     """What a row is about, in one line."""
     size = "full size" if row["full"] else f"widths / {row['reduce'][0]}, depths / {row['reduce'][1]}"
-    flash = {None: "", True: ", unpatched on flash kernels", False: ", unpatched NOT on flash kernels alone"}
+    attention = " + ".join(f"{count} {name}" for name, count in (row.get("attention") or {}).items())
     return (
         f"{row['geometry']}, {size}, {row['tokens']} vision tokens, batch {row['batch']}, keep {row['keep']:.0%}, "
         f"localizer {row['localizer']}, {row['timed']} rounds, {row['dtype']} on {row['device']}; image processor "
-        f"{row['preprocess'] * MS:.3g} ms per picture{flash[row['flash']]}"
+        f"{row['preprocess'] * MS:.3g} ms per picture; fused attentions of "
+        f"the unpatched model: {attention or 'none'}; regions {row['regions']}"
     )
 
 

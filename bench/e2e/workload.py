@@ -19,6 +19,7 @@ from crop.region import Region
 from .geometries import Geometry, Shrink, build
 
 BEFORE, AFTER = 10, 50  # text tokens around the picture
+REAL = data_folder() / "question_regions" / "regions.jsonl"
 FIXED = ((0.30, 0.25, 0.70, 0.55), (0.1, 0.1, 0.35, 0.2), (0.0, 0.5, 1.0, 0.75), (0.6, 0.6, 0.9, 0.95))
 
 
@@ -109,9 +110,13 @@ def make(model: Model, batch: int) -> Workload:
 
 def regions(count: int) -> list[Region]:
     """Regions of real questions, the same ones at every call; fixed fractions where the data is absent."""
-    path = data_folder() / "question_regions" / "regions.jsonl"
     boxes: list[Any] = list(FIXED)
-    if path.exists():
-        boxes = [json.loads(line)["box"] for line in path.read_text().splitlines()]
+    if REAL.exists():
+        boxes = [json.loads(line)["box"] for line in REAL.read_text().splitlines()]
         random.Random(0).shuffle(boxes)
     return [Region.box(*boxes[number % len(boxes)]) for number in range(count)]
+
+
+def regions_source() -> str:
+    """Where they come from, for the tables."""
+    return "of real questions" if REAL.exists() else "fixed boxes, the data is absent"
