@@ -1,6 +1,5 @@
-// The emulator's checker: device memory with guard gaps, reports, and (race build: SIMT_RACE) the shadow of every word behind
-// our own __tsan_* hooks: bounds, uninitialised shared memory, races. With UBSan: our own __ubsan_* hooks.
-#include <dlfcn.h>
+// The emulator's checker: device memory with guard gaps and (race build: SIMT_RACE) the shadow of every word behind our own
+// __tsan_* hooks: bounds, uninitialised shared memory, races.
 #include <link.h>
 #include <pthread.h>
 #include <sys/mman.h>
@@ -10,7 +9,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <set>
 
 #include "runtime.h"
 
@@ -26,52 +24,11 @@
 namespace simt {
 namespace {
 
-// --- reports ----------------------------------------------------------------------------------------------------------
-
-constexpr size_t kMaxReports = 20;
-std::vector<std::string> reports;
-std::set<std::array<std::string, 3>> known;
 struct Range {
     uintptr_t low = 0, high = 0;
     bool holds(uintptr_t at) const { return at - low < high - low; }
 };
 Range image, stacks, host_stack;  // of this library, of the fibers, of the thread that launches
-
-std::string where(Site site) {  // a program counter stays "@offset@" until somebody reads the reports
-    char buffer[32];
-    if (site.raw & Site::kCounter) {
-        std::snprintf(buffer, sizeof(buffer), "@0x%lx@", static_cast<unsigned long>((site.raw & ~Site::kCounter) - image.low - 1));
-        return buffer;
-    }
-    if (!site.raw) return "";
-    const Where at = std::bit_cast<Where>(site.raw);
-    const char* slash = std::strrchr(at.file_name(), '/');
-    return std::string(slash ? slash + 1 : at.file_name()) + ":" + std::to_string(at.line());
-}
-
-std::string resolved(const std::string& raw) {  // "@offset@" -> "inner.cuh:12 < outer.cuh:34"
-    Dl_info info;
-    dladdr(reinterpret_cast<const void*>(&where), &info);
-    std::string out;
-    size_t at = 0;
-    for (size_t open; (open = raw.find('@', at)) != raw.npos;) {
-        const size_t close = raw.find('@', open + 1);
-        out += raw.substr(at, open - at);
-        const std::string command = std::string("addr2line -s -i -e '") + info.dli_fname + "' " + raw.substr(open + 1, close - open - 1);
-        char line[256];
-        const char* between = "";
-        if (FILE* pipe = popen(command.c_str(), "r")) {
-            while (std::fgets(line, sizeof(line), pipe)) {
-                line[std::strcspn(line, "\n (")] = 0;
-                if (!std::strstr(line, ".cu")) continue;  // simt.h and the standard library
-                out += between, out += line, between = " < ";
-            }
-            pclose(pipe);
-        }
-        at = close + 1;
-    }
-    return out + raw.substr(at);
-}
 
 // --- device memory ------------------------------------------------------------------------------------------------------
 
@@ -146,24 +103,6 @@ void release(char* from) {
 }
 
 }  // namespace
-
-bool clean() { return reports.empty(); }
-
-std::string text(Site site) { return where(site); }
-
-void report(const std::string& what, Site at, const std::string& then, Site other) {
-    if (reports.size() >= kMaxReports || !known.insert({what.substr(0, what.find(':')), where(at), where(other)}).second) return;
-    std::string line = what + (at.raw ? " at " + where(at) : "") + then + (other.raw ? " at " + where(other) : "");
-    line += std::string(" [") + (now.kernel ? now.kernel->name : "host");
-    if (here) {
-        const Thread& t = self();
-        char buffer[96];
-        std::snprintf(buffer, sizeof(buffer), ", block %u,%u,%u, thread %u", t.block.x, t.block.y, t.block.z, t.number);
-        line += buffer;
-    }
-    reports.push_back(line + "]");
-    if (std::getenv("EMU_PRINT")) std::fprintf(stderr, "%s\n", reports.back().c_str());  // before a wild access ends it all
-}
 
 void exempt(const void* low, const void* high) { stacks = {reinterpret_cast<uintptr_t>(low), reinterpret_cast<uintptr_t>(high)}; }
 
@@ -422,33 +361,6 @@ void* __tsan_memmove(void* to, const void* from, unsigned long n) {
 }
 #endif
 
-// The compiler passes a record that starts with file, line and column.
-struct Undefined {
-    const char* file;
-    uint32_t line, column;
-};
-static void undefined(const char* what, const Undefined* at) {
-    const char* slash = std::strrchr(at->file, '/');
-    simt::report(std::string("undefined: ") + what + " at " + (slash ? slash + 1 : at->file) + ":" + std::to_string(at->line));
-}
-#define UNDEFINED(name, what) \
-    extern "C" void __ubsan_handle_##name(const Undefined* at) { undefined(what, at); }
-UNDEFINED(type_mismatch_v1, "null or misaligned access")
-UNDEFINED(add_overflow, "overflow of +")
-UNDEFINED(sub_overflow, "overflow of -")
-UNDEFINED(mul_overflow, "overflow of *")
-UNDEFINED(negate_overflow, "overflow of -")
-UNDEFINED(divrem_overflow, "division by zero or overflow")
-UNDEFINED(shift_out_of_bounds, "shift by too much")
-UNDEFINED(out_of_bounds, "index of an array out of bounds")
-UNDEFINED(pointer_overflow, "overflow of an address")
-UNDEFINED(load_invalid_value, "invalid bool or enum")
-UNDEFINED(builtin_unreachable, "unreachable code")
-UNDEFINED(missing_return, "missing return")
-UNDEFINED(vla_bound_not_positive, "array of no size")
-UNDEFINED(nonnull_arg, "null argument")
-UNDEFINED(float_cast_overflow, "conversion of a float out of range")
-
 // --- interface of the tests -------------------------------------------------------------------------------------------------
 
 // A place in device memory for a tensor of the host: `axes` sizes and strides in bytes (not negative) of rows of `row_bytes`.
@@ -481,15 +393,6 @@ EXPORT void emu_give_back() {
     release(arena);
 }
 
-// All reports since the last call, empty if there is none.
-EXPORT const char* emu_report() {
-    static std::string all;
-    all.clear();
-    for (const std::string& line : simt::reports) all += simt::resolved(line) + "\n";
-    simt::reports.clear(), simt::known.clear();
-    return all.c_str();
-}
-
 #if defined(SIMT_RACE)
 // Tab-separated lines: kernel, launches, blocks, threads, switches, shared memory static and dynamic, global bytes read,
 // distinct, written, distinct. Then all counts are 0.
@@ -505,18 +408,5 @@ EXPORT const char* emu_statistics() {
     }
     simt::statistics.clear();
     return all.c_str();
-}
-#endif
-
-#if defined(__SANITIZE_ADDRESS__)
-[[gnu::constructor]] static void watch() {
-    __asan_set_error_report_callback([](const char* message) {
-        const std::string all = message;
-        const size_t first = all.find("ERROR: "), end = all.find(" on ", first), frame = all.find(".cu", first);
-        size_t line = all.rfind(' ', frame);
-        line = std::min(all.rfind('/', frame), frame) != all.npos ? std::max(line, all.rfind('/', frame)) : line;
-        simt::report("asan: " + all.substr(first + 7, end - first - 7) +
-                     (frame == all.npos ? "" : " at " + all.substr(line + 1, all.find('\n', frame) - line - 1)));
-    });
 }
 #endif

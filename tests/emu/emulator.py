@@ -89,7 +89,7 @@ def build(flavour: str, kernels: tuple[Path, ...], host: tuple[Path, ...] = (), 
     python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     bindings = ["-g0", "-DCROP_HAVE_CUDA=1", '-DCROP_CUDA_ARCHS=""', '-DCROP_NVCC=""', *python]
     jobs = [(source, [*system, "-x", "c++", "-include", str(HERE / "simt.h"), *kernel_flags]) for source in kernels]
-    jobs += [(HERE / name, [*system, *runtime_flags]) for name in ("simt.cpp", "check.cpp")]
+    jobs += [(HERE / name, [*system, *runtime_flags]) for name in ("simt.cpp", "warp.cpp", "check.cpp", "reports.cpp")]
     jobs += [(source, bindings) for source in host]
     CACHE.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:

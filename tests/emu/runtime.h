@@ -1,4 +1,5 @@
-// What scheduler (simt.cpp) and checker (check.cpp) share: threads, blocks, the launch in progress.
+// What the parts of the emulator share (scheduler simt.cpp, warp operations warp.cpp, checker check.cpp, reports.cpp): threads,
+// blocks, the launch in progress.
 #pragma once
 #include <map>
 #include <string>
@@ -106,6 +107,7 @@ struct Launch {
     uint64_t switches;
 };
 extern Launch now;
+void execute(Block&, unsigned first, unsigned mask);  // a warp operation of the lanes `mask` from thread `first` on
 inline Thread& self() { return *static_cast<Thread*>(here); }
 
 // --- checker --------------------------------------------------------------------------------------------------------
