@@ -143,6 +143,8 @@ TABLES = {
     "accuracy": Source("accuracy.json", accuracy),
     "accuracy-leads": Source("accuracy.json", accuracy_leads),
     "accuracy-groups": Source("accuracy.json", accuracy_groups),
+    "accuracy-22": Source("accuracy_22.json", accuracy),
+    "accuracy-22-leads": Source("accuracy_22.json", accuracy_leads),
     "e2e": Source("e2e.json", latency_tables.e2e),
     "e2e-bars": Source("e2e.json", latency_tables.bars),
     "ops": Source("ops.json", latency_tables.ops),

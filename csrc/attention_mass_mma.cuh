@@ -60,8 +60,8 @@ struct KeyFragment {
     using Row = RowFragment<kDim, kChecked>;
     uint32_t step[Row::kSteps][4];
 
-    // Keys at positions `at` of a head whose first one has its place at `from`; those that nobody sees are 0. The selection is what moves the words, once, to where
-    // every product wants them.
+    // Keys at positions `at` of a head whose first one has its place at `from`; those that nobody sees are 0. The selection is
+    // what moves the words, once, to where every product wants them.
     DEV void load(const uint16_t* from, int64_t stride, const int (&at)[2], int dim) {
         Row row[2];
         UNROLL
@@ -103,8 +103,8 @@ DEV void for_half_type(int dtype, F f) {
 }
 
 // logit[m] = products of 16 keys each with 8 columns. Lane (g, t) of keys g, g + 8 holds columns 2t, 2t + 1. A piece of `query`
-// that has been used makes room for that of `next`, which has the time of all other products to come.
-// Even and odd steps are summed apart, so that no product waits for the one just before it.
+// that has been used makes room for that of `next`, which has the time of all other products to come. Even and odd steps are
+// summed apart, so that no product waits for the one just before it.
 template <int kDim, int kTiles, bool kChecked, class T>
 DEV void multiply(float (&logit)[kTiles][4], const KeyFragment<kDim, kChecked> (&key)[kTiles],
                   RowFragment<kDim, kChecked>& query, const uint16_t* next, int dim, T type) {

@@ -23,13 +23,13 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 class Cut:
     """Score, select and move: everything a layer does, on buffers that keep their place."""
 
-    def __init__(self, rows: int, tokens: int) -> None:
-        query, key = mass_inputs(2, 8, 2, rows, tokens, 64, dtype=torch.bfloat16)
+    def __init__(self, rows: int, tokens: int, heads: int = 8, kv_heads: int = 2) -> None:
+        query, key = mass_inputs(2, heads, kv_heads, rows, tokens, 64, dtype=torch.bfloat16)
         self.query, self.key = query.to(DEVICE), key.to(DEVICE)
         self.index = torch.arange(tokens, device=DEVICE).expand(2, tokens).contiguous()
         self.length = torch.full((2, rows), tokens, device=DEVICE)
         self.hidden = torch.randn(2, tokens, 96, device=DEVICE)
-        self.lse = torch.full((2, 8, rows), 3.0, device=DEVICE)
+        self.lse = torch.full((2, heads, rows), 3.0, device=DEVICE)
 
     def __call__(self, given: bool) -> tuple[Tensor, Tensor, Tensor]:
         lse = self.lse if given else None
@@ -38,9 +38,10 @@ class Cut:
         return mass, kept, ops.compact([self.hidden], kept)[0]
 
 
+@pytest.mark.parametrize("heads", [(8, 2), (32, 32)])  # the second in clusters, from sm_90 on
 @pytest.mark.parametrize("given", [True, False])
-def test_graph_replays_other_values_and_lengths(given: bool) -> None:
-    cut = Cut(9, 700)
+def test_graph_replays_other_values_and_lengths(given: bool, heads: tuple[int, int]) -> None:
+    cut = Cut(9, 700, *heads)
     cut(given)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
