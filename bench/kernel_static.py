@@ -223,9 +223,14 @@ def main() -> None:
     args = parser.parse_args()
     if find_nvcc() is None:
         parser.exit(1, "kernel_static: nvcc must be installed, found none\n")
-    with tempfile.TemporaryDirectory() as folder:
-        text = table(rows(compile_kernels(Path(folder), args.archs)))
     sys.path.insert(0, str(CSRC.parent))
+    from bench.common import header
+
+    release = subprocess.run(
+        [find_nvcc(), "--version"], check=True, capture_output=True, text=True
+    ).stdout.splitlines()[-2]
+    with tempfile.TemporaryDirectory() as folder:
+        text = f"{header()}\n{'compiler:':14}{release}\n\n{table(rows(compile_kernels(Path(folder), args.archs)))}"
     if moved := traffic():
         text += f"\n\n{table(moved)}\n\ntimes on a GPU: not measured"
     print(text)

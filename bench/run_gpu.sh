@@ -8,11 +8,12 @@
 #   kernels    bench/bench_kernels.py
 #   e2e        python -m bench.e2e: whole models of full size
 #
-# A part writes OUT/<part>.txt (benches also .json, row by row) and its line of OUT/summary.json, nothing else remains; one
-# that has succeeded is not run again unless --only names it. Without a GPU a part says that it was skipped and why; the kernel bench checks its
-# contenders on small shapes. Settings: PYTHON (python3), CROP_CUDA_ARCHS (that of the GPU), MAX_JOBS (all cores), TOTAL_SECONDS
-# (530, of which the parts get equal shares of what the build and the parts before have left), PART_SECONDS (that share), E2E_SECONDS
-# (170: begins no row in the last 50; called again with --only e2e, it goes on with those that are missing).
+# A part writes OUT/<part>.txt (benches also .json, row by row) and its line of OUT/summary.json; e2e keeps e2e.jsonl while rows
+# are missing. A part that has succeeded is not run again unless --only names it. Without a GPU a part says that it was skipped
+# and why; the kernel bench checks its contenders on small shapes. Settings: PYTHON (python3), CROP_CUDA_ARCHS (that of the GPU),
+# MAX_JOBS (all cores), TOTAL_SECONDS (530, of which the parts get equal shares of what the build and the parts before have
+# left), PART_SECONDS (that share), E2E_SECONDS (170: begins no row in the last 50; called again with --only e2e, it goes on with
+# those that are missing).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 usage() { sed -n '4p' "$0" | cut -c3- >&2; exit 2; }

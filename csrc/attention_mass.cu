@@ -126,7 +126,7 @@ extern "C" int launch_attention_mass(const AttentionMassParams* params, void* st
     if (p.num_images == 0 || p.num_tokens == 0) return 0;
     if (p.num_images * ceil_div(p.num_tokens, 16) > kMaxGrid || p.num_keys > kMaxGrid || p.num_rows * p.num_heads > kMaxGrid ||
         p.batch * p.num_kv_heads * num_splits(p) > kMaxGrid || lse_count(p) > kMaxGrid || p.num_kv_heads > kMaxGrid / 256)
-        return fail("attention_mass: sizes must be below 2^31");
+        return fail("attention_mass: sizes must be below 2^31, KV heads at most 2^23");
     p.scale *= kLog2E;
     const bool aligned = aligned_rows(p);
     if (p.dtype == kFloat32) {

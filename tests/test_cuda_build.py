@@ -88,9 +88,8 @@ def test_instructions(built: tuple[Path, list[Kernel]]) -> None:
                 moves = sum(bool(re.match(r"SEL|MOV|IMAD\.MOV", line)) for line in lines[products[0] : products[-1]])
                 assert moves <= (4 if mma[4] == "0" else 8), name
                 barriers = count("UCGABAR_ARV")  # of a cluster
-                assert barriers == count("UCGABAR_WAIT") and (barriers >= 2) == (arch == "90" and mma[1] == "mass"), (
-                    name
-                )
+                clusters = arch == "90" and mma[1] == "mass"
+                assert barriers == count("UCGABAR_WAIT") and (barriers >= 2) == clusters, name
             elif name.startswith(("mass_fp32", "lse_fp32")):
                 assert count("HMMA") == 0 and count("FFMA") >= 64 and wide >= 2, name
             elif name.startswith("select"):

@@ -166,9 +166,7 @@ def test_mass_empty(backend: Backend) -> None:
 
 
 def test_mass_strides(backend: Backend) -> None:
-    for dtype, dim in itertools.product(
-        FLOATS, (40, 64, 128)
-    ):  # the CPU reads whole tiles of 64 and 128 where they are
+    for dtype, dim in itertools.product(FLOATS, (40, 64, 128)):  # of 64 and 128 the CPU reads whole tiles in place
         query, key = mass_inputs(2, 4, 2, 9, 120, dim, dtype=dtype)
         index = torch.randint(0, 120, (2, 50))
         mass = backend(ops.attention_mass, query, key, index)

@@ -102,7 +102,7 @@ def run(todo: Sequence[Job], same: dict[str, Any], options: argparse.Namespace) 
             except NO_ROOM as error:
                 yield row | {"reason": f"does not fit: {str(error).splitlines()[0]}"}
             except RuntimeError as error:  # the rows to come must not pay for it; main ends with an error
-                yield row | {"reason": f"FAILED: {str(error).splitlines()[0]}", "again": True}
+                yield row | {"reason": f"FAILED: {str(error).splitlines()[0]}", "again": True, "failed": True}
             work = None
             gc.collect()
         del model
@@ -139,8 +139,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.rounds = options.rounds or (5 if gpu else 3)
     options.chosen, options.last = (FULL, LAST) if gpu else (SMOKE, [])
     if options.geometry:
-        options.last = []
-        options.chosen = list(itertools.product(options.geometry, options.batch or [1]))
+        options.chosen, options.last = list(itertools.product(options.geometry, options.batch or [1])), []
     return options
 
 
@@ -168,8 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         save(options.json, facts, rows)
         if log.exists() and not any(row.get("again") for row in rows):
             log.unlink()  # all of it is in the JSON; the next run measures anew
-    failed = [row for row in rows if row.get("reason", "").startswith("FAILED")]
-    if failed:
+    if failed := [row for row in rows if row.get("failed")]:
         raise SystemExit("\n".join(f"{row_title(row)}: {row['reason']}" for row in failed))
 
 

@@ -70,8 +70,8 @@ def title(row: dict[str, Any]) -> str:
     return (
         f"{row['geometry']}, {size}, {row['tokens']} vision tokens, batch {row['batch']}, keep {row['keep']:.0%}, "
         f"localizer {row['localizer']}, {row['timed']} rounds, {row['dtype']} on {row['device']}; image processor "
-        f"{row['preprocess'] * MS:.3g} ms per picture; fused attentions of "
-        f"the unpatched model: {attention or 'none'}; regions {row['regions']}"
+        f"{row['preprocess'] * MS:.3g} ms per picture; fused attentions of the unpatched model: "
+        f"{attention or 'none'}; regions {row['regions']}"
     )
 
 

@@ -8,58 +8,11 @@
 #include <numeric>
 #include <random>
 
+#include "fiber.h"
 #include "runtime.h"
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-constexpr size_t kStack = 256 * 1024;
-#else
-constexpr size_t kStack = 64 * 1024;
-#define __sanitizer_start_switch_fiber(fake, bottom, size) (void)0
-#define __sanitizer_finish_switch_fiber(fake, bottom, size) (void)0
-#define __asan_unpoison_memory_region(memory, size) (void)0
-#endif
-constexpr size_t kGuard = 4096;
 constexpr size_t kPlainLimit = 48 * 1024;  // of shared memory without opt-in; LAUNCH makes it for much dynamic memory
 constexpr size_t kOptInLimit = 99 * 1024;  // on the smallest of the GPUs that kernels are built for
-
-// simt_switch: saves the registers that a function must keep, stores the stack pointer and goes on where `to` was stored.
-extern "C" void simt_switch(void** from, void* to);
-#if defined(__x86_64__)
-asm(R"(
-    .text
-    .type simt_switch, @function
-simt_switch:
-    push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
-    mov %rsp, (%rdi)
-    mov %rsi, %rsp
-    pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
-    ret
-    .size simt_switch, . - simt_switch
-)");
-static void* first_frame(char*, char* top, void (*entry)()) {
-    void** frame = reinterpret_cast<void**>(top) - 8;  // six registers, the entry, an address nobody returns to
-    std::memset(frame, 0, 8 * sizeof(void*));
-    frame[6] = reinterpret_cast<void*>(entry);
-    return frame;
-}
-#else
-#include <ucontext.h>
-extern "C" void simt_switch(void** from, void* to) {
-    ucontext_t mine;
-    *from = &mine;
-    swapcontext(&mine, static_cast<ucontext_t*>(to));
-}
-static void* first_frame(char* bottom, char* top, void (*entry)()) {
-    auto* context = reinterpret_cast<ucontext_t*>(top - (sizeof(ucontext_t) + 63) / 64 * 64);
-    getcontext(context);
-    context->uc_stack.ss_sp = bottom;
-    context->uc_stack.ss_size = static_cast<size_t>(reinterpret_cast<char*>(context) - bottom);
-    makecontext(context, entry, 0);
-    return context;
-}
-#endif
 
 namespace simt {
 
@@ -222,7 +175,8 @@ void start(Block& block, int slot, uint64_t linear) {
     const uint64_t x = kernel.grid.x, y = kernel.grid.y;
     block.index = {static_cast<unsigned>(linear % x), static_cast<unsigned>(linear / x % y), static_cast<unsigned>(linear / x / y)};
     block.serial = now.first_serial + static_cast<uint32_t>(linear);
-    block.epoch = 0, block.live = kernel.block, block.waiting = block.sum = 0, block.ready_warps = 0, block.waited = false, block.at_cluster = 0;
+    block.epoch = 0, block.live = kernel.block, block.waiting = block.sum = 0, block.ready_warps = 0;
+    block.waited = false, block.at_cluster = 0;
     block.acquired.clear();
     for (Warp& warp : block.warps) warp = {};
     for (Object& object : block.shared) std::memset(object.memory, 0xff, object.bytes);
