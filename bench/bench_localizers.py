@@ -28,13 +28,14 @@ from common import header, interleave, save, table
 from tqdm import tqdm
 
 from crop import embedded
-from crop.ask import EMBEDDED, Answer, Asker, load
+from crop.cli.ask import EMBEDDED, Answer, Asker, load
 from crop.embedded import scenes
+from crop.geometry.layout import VisionLayout
+from crop.geometry.region import Region
 from crop.localizers import BoxLocalizer, Head, Localizer, encode
 from crop.localizers.reading import embeddings
-from crop.methods import by_name
-from crop.region import Region, VisionLayout
-from crop.share import share_vision
+from crop.localizers.vision_cache import cache_vision
+from crop.methods import by_name  # noqa: E402
 
 GRID = VisionLayout.grid(scenes.GRID, scenes.GRID)
 COLUMNS = ("covered", "all of it", "area", "IoU", "whole", "answers", "localizer ms", "total ms")
@@ -98,14 +99,14 @@ def localizers(asker: Asker, layer: int | None) -> dict[str, Callable[[scenes.Qu
 def head_cost(asker: Asker) -> list[dict[str, Any]]:
     """What the head adds to a prefill whose encoding and image features exist: multiply-adds, and milliseconds where it can run.
 
-    "head with boxes" begins with what enters the decoder; "localizer" is all that an answer in the same ``share_vision``
+    "head with boxes" begins with what enters the decoder; "localizer" is all that an answer in the same ``cache_vision``
     block waits for: the model up to there, too. Multiply-adds of the prefill are those of the decoder layers' matrices
     alone, which favours no head.
     """
     scene = scenes.scene(0)
     question = scene.questions[0].text
     find = asker.localizer("head")
-    with torch.no_grad(), share_vision(asker.model):
+    with torch.no_grad(), cache_vision(asker.model):
         read = embeddings(asker.model, asker.processor, scene.image, question, asker.prompt)
         inputs = encode(asker.processor, scene.image, question, asker.prompt)
         prefill = partial(asker.model, **inputs)

@@ -25,7 +25,7 @@ from common import header, save, table
 from torch import Tensor
 
 from crop import ops
-from crop.plan import PoolPlan
+from crop.geometry.pooling import PoolPlan
 
 Call = Callable[[], Any]
 

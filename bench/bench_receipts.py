@@ -34,12 +34,12 @@ import torch
 from common import ROOT, header, save
 from tqdm import tqdm
 
-from crop.ask import EMBEDDED, load
-from crop.images import open_image
+from crop.cli.ask import EMBEDDED, load
+from crop.cli.images import open_image
+from crop.geometry.region import Region
 from crop.localizers import BoxLocalizer, CascadeLocalizer, UnionLocalizer
-from crop.localizers.ocr import OCRLocalizer, Page, Reader
-from crop.localizers.ocr.localizer import Ranked
-from crop.region import Region
+from crop.localizers.ocr.localizer import OCRLocalizer, Ranked
+from crop.localizers.ocr.reader import Page, Reader
 
 LIMITS = (0.01, 0.03, 0.06, 0.1, 0.17, 0.3)
 STEPS = ("find the lines", "the first question", "recognise the rest", "embed the rest", "every question")

@@ -26,10 +26,16 @@ from tqdm import tqdm
 
 import crop
 from crop import embedded
-from crop.ask import EMBEDDED, load
+from crop.cli.ask import EMBEDDED, load
 from crop.embedded import scenes
-from crop.methods import POOL_SHARE, Compose, InnerLLMPruning, Method, PreLLMCompression
-from crop.region import Region
+from crop.geometry.region import Region
+from crop.methods import (
+    Compose,
+    InnerLLMPruning,
+    Method,
+    PreLLMCompression,  # noqa: E402
+)
+from crop.methods.registry import POOL_SHARE  # noqa: E402
 
 QUARTER, WHOLE = 0.25, 1.0
 
@@ -93,7 +99,7 @@ def main() -> None:
             if question.local:
                 by_kind[question.kind].append(question)
         kinds = rng.sample(sorted(by_kind), min(options.questions, len(by_kind)))
-        with crop.share_vision(model):
+        with crop.cache_vision(model):
             for question in (rng.choice(by_kind[kind]) for kind in kinds):
                 true = question.region
                 regions = {"true": true}
@@ -106,7 +112,7 @@ def main() -> None:
     for start in tqdm(range(0, len(asked), options.batch), "answers", disable=None):
         part = asked[start : start + options.batch]
         images, questions = [image for image, *_ in part], [question for _, question, _ in part]
-        with crop.share_vision(model):
+        with crop.cache_vision(model):
             for name, method in compared.items():
                 for source in part[0][2] if method else ("whole image",):
                     regions = [regions[source] for *_, regions in part]

@@ -22,11 +22,11 @@ import numpy as np
 import receipts
 from tqdm import tqdm
 
-from crop.localizers.ocr import Reader
 from crop.localizers.ocr.encoder import Encoder
 from crop.localizers.ocr.features import FEATURES, OUTLINE, Neighbours, features, neighbours, outline
 from crop.localizers.ocr.question import Question
 from crop.localizers.ocr.ranking import OTHER, SUPPORT, WEIGHTS, Weights, logistic, with_support
+from crop.localizers.ocr.reader import Reader
 
 SUPPORTIVE = ("meaning", "label meaning", "words", "label exact", "own label", "value", "value of label", "example")
 

@@ -16,7 +16,7 @@ from peers import Call
 from torch import Tensor
 
 from crop import ops
-from crop.plan import PoolPlan
+from crop.geometry.pooling import PoolPlan
 
 MMA, EXP = 798e12, 3.9e12  # per second
 GPU = torch.cuda.is_available()

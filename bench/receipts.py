@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from crop.images import open_image
-from crop.localizers.ocr import Page, Reader
+from crop.cli.images import open_image
+from crop.localizers.ocr.reader import Page, Reader
 
 Box = tuple[float, float, float, float]
 FIELDS = ("company", "date", "address", "total amount")

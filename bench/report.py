@@ -19,12 +19,12 @@ from bench.accuracy import data
 from bench.accuracy.contenders import Job, jobs
 from bench.accuracy.data import Item
 from bench.accuracy.run import read
-from crop.ask import EMBEDDED, Asker, load
+from crop.cli.ask import EMBEDDED, Asker, load
+from crop.cli.report import Card, Reply, write_report
+from crop.cli.visualize import outlined, overlay
+from crop.geometry.region import Region
 from crop.localizers import BoxLocalizer, Localizer, WholeLocalizer
-from crop.models import adapter_for
-from crop.region import Region
-from crop.report import Card, Reply, write_report
-from crop.visualize import outlined, overlay
+from crop.models import family_of
 
 RIGHT = 0.5  # score from which an answer counts as right
 
@@ -114,7 +114,7 @@ def main() -> None:
         cards, note = from_journal(read(options.run), items), f"run in {options.run.name}"
     else:
         asker = load(options.model, "cuda" if torch.cuda.is_available() else "cpu", "auto")
-        depth = len(adapter_for(asker.model).language_model(asker.model).layers)
+        depth = len(family_of(asker.model).language_model(asker.model).layers)
         wanted = [
             job for job in jobs(depth, (options.budget,), tuple(options.contenders)) if job.counted in ("average", "")
         ]

@@ -26,9 +26,9 @@ from bench.common import header, save, table
 from bench.e2e.geometries import Shrink
 from bench.e2e.workload import AFTER, BEFORE, Model, Workload, make, regions
 from bench.small import random_llava
-from crop.chunk import ChunkPlan, plan_chunk
-from crop.distinct import distinct_weights
-from crop.methods import plan_by_budget, plan_by_strides
+from crop.methods.plc import plan_by_budget, plan_by_strides
+from crop.methods.saliency import distinct_weights
+from crop.patching.batch_plan import BatchPlan, plan_batch
 
 KEEP = 0.11
 AXES = {
@@ -62,10 +62,10 @@ def own_work(axis: str, size: int) -> Iterator[Case]:
 
     layouts = layout()
 
-    def plan() -> ChunkPlan:
+    def plan() -> BatchPlan:
         plan_by_budget.cache_clear()
         plan_by_strides.cache_clear()
-        return plan_chunk(method, layouts, where, real)
+        return plan_batch(method, layouts, where, real)
 
     chunk = plan()
     (step,) = chunk.steps.values()

@@ -28,7 +28,8 @@ from bench.e2e import localize
 from bench.e2e.geometries import Geometry, Shrink
 from bench.e2e.workload import Model, Workload, make
 from crop import embedded
-from crop.methods import POOL_SHARE, plan_by_budget
+from crop.methods.plc import plan_by_budget
+from crop.methods.registry import POOL_SHARE
 
 KEEP, SLACK = 0.11, 0.02
 SIZES = [  # decoder layers, width, tokens per side, batch
@@ -86,7 +87,7 @@ def arms(work: Workload) -> dict[str, Callable[[], Any]]:
         return stats
 
     def localized() -> None:
-        with crop.share_vision(model):
+        with crop.cache_vision(model):
             find()
             pruned()
 
@@ -107,7 +108,7 @@ def _localizer_seconds(model: Any, find: Callable[[], None]) -> float:
     spent = []
     for _ in range(3):
         start = time.perf_counter()
-        with crop.share_vision(model) as vision:
+        with crop.cache_vision(model) as vision:
             find()
         spent.append(time.perf_counter() - start - vision.seconds)
     return min(spent)

@@ -34,12 +34,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from crop.ask import EMBEDDED, Asker, load
+from crop.cli.ask import EMBEDDED, Asker, load
+from crop.geometry.layout import VisionLayout
+from crop.geometry.region import Region
 from crop.localizers.boxes import Raster
 from crop.localizers.head import Head, clues, head_region, waves
 from crop.localizers.reading import embeddings
-from crop.region import Region, VisionLayout
-from crop.share import share_vision
+from crop.localizers.vision_cache import cache_vision
 
 TRAIN_SEED, DEV_SEED, HELD_OUT_SEED = 9_000_000, 10_500_000, 10_800_000
 SETTINGS = {"threshold": 0.2, "gap": 0, "max_boxes": 8, "dilate": 0}
@@ -64,7 +65,7 @@ def features(asker: Asker, records: Iterable[Record], total: int | None) -> tupl
         image = group[0][0]
         image = Image.open(image).convert("RGB") if isinstance(image, Path) else image
         read = None
-        with share_vision(asker.model), torch.no_grad():
+        with cache_vision(asker.model), torch.no_grad():
             for _, question, _ in group:
                 if read is None or question not in texts:
                     read = embeddings(asker.model, asker.processor, image, question, asker.prompt)

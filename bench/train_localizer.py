@@ -31,11 +31,11 @@ from records import Record, read_jsonl, rendered
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from crop.ask import EMBEDDED, load
+from crop.cli.ask import EMBEDDED, load
+from crop.geometry.region import Region
 from crop.localizers import VLMLocalizer
 from crop.localizers.vlm import BLOCKS, block_prompt
-from crop.models import adapter_for
-from crop.region import Region
+from crop.models import family_of
 
 TRAIN_SEED, DEV_SEED = 9_100_000, 10_600_000
 FORMS = {  # of the question and of the answer, for the embedded model and for others
@@ -92,7 +92,7 @@ def with_lora(model: nn.Module, rank: int) -> nn.Module:
     """Low-rank adapters on every linear layer of the decoder."""
     from peft import LoraConfig, get_peft_model
 
-    decoder = adapter_for(model).language_model(model)
+    decoder = family_of(model).language_model(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     names = [f"{prefix}.{name}" for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names))
@@ -175,7 +175,7 @@ def main() -> None:
     if options.lora:
         model = with_lora(model, options.lora)
     else:
-        adapter = adapter_for(model)
+        adapter = family_of(model)
         adapter.vision_tower(adapter.base(model)).requires_grad_(False)
     ask = asker(processor, prompt)
     batches = (

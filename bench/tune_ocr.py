@@ -25,8 +25,8 @@ from bench_receipts import hurried, overlap, sound
 from common import header, table
 from tqdm import tqdm
 
-from crop.localizers.ocr import OCRLocalizer, Reader
-from crop.localizers.ocr.localizer import Ranked
+from crop.localizers.ocr.localizer import OCRLocalizer, Ranked
+from crop.localizers.ocr.reader import Reader
 
 FOLDS = 4
 CHOICES = {"limit": (0.11, 0.15, 0.18, 0.22), "tail": (0.008, 0.005, 0.003), "sure": (0.25, 0.15)}

@@ -1,15 +1,23 @@
 """crop: region-guided pruning of vision tokens for Hugging Face vision-language models, training-free."""
 
-from .build import build_info
-from .estimate import Estimate, estimate
-from .localizers import AttentionLocalizer, BoxLocalizer, Localizer, WholeLocalizer, encode, get_localizer
-from .methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Pyramid, Selection, by_name
-from .ops import adaptive_pool, attention_mass, compact, region_topk, select, use_backend
-from .patch import patch
-from .plan import PoolPlan
-from .region import Region, VisionLayout
-from .share import share_vision
-from .stats import PruneStats
+from crop.cost.estimate import Estimate, estimate
+from crop.geometry.layout import VisionLayout
+from crop.geometry.pooling import PoolPlan
+from crop.geometry.region import Region
+from crop.localizers import get_localizer
+from crop.localizers.attention import AttentionLocalizer
+from crop.localizers.base import BoxLocalizer, Localizer, WholeLocalizer, encode
+from crop.localizers.vision_cache import cache_vision
+from crop.methods.base import Method, Selection
+from crop.methods.compose import Compose, Pyramid
+from crop.methods.ilp import InnerLLMPruning
+from crop.methods.plc import PreLLMCompression
+from crop.methods.registry import by_name
+from crop.ops import adaptive_pool, attention_mass, compact, region_topk, select
+from crop.ops.build_info import build_info
+from crop.ops.dispatch import use_backend
+from crop.patching.patch import patch
+from crop.patching.stats import PruneStats
 
 __version__ = "0.1.0"
 
@@ -40,6 +48,6 @@ __all__ = [
     "patch",
     "region_topk",
     "select",
-    "share_vision",
+    "cache_vision",
     "use_backend",
 ]

@@ -1,5 +1,5 @@
 """``python -m crop``."""
 
-from crop.cli import main
+from crop.cli.main import main
 
 raise SystemExit(main())

@@ -12,9 +12,10 @@ import transformers
 from oracle import Decision, Oracle, Steps
 from tiny_models import NUM_LAYERS, Batch, Sample, image_processor
 
+from crop.geometry.layout import VisionLayout
+from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression
-from crop.patch import patch
-from crop.region import Region, VisionLayout
+from crop.patching.patch import patch
 
 ATOL = 1e-5  # patched against oracle; the pruning itself moves the logits by tenths
 STEPS = 5

@@ -14,8 +14,8 @@ from emu.emulator import Emulated
 from torch import Tensor
 
 from crop import ops
-from crop.ops import library
-from crop.plan import PoolPlan
+from crop.geometry.pooling import PoolPlan
+from crop.ops import dispatch
 
 INF, NAN = float("inf"), float("nan")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,12 +36,12 @@ class Backend:
             return None
         if self.emulated:
             return emulator.missing(self.emulated.flavour)
-        if library.native is None:
+        if dispatch.native is None:
             return "no kernels were compiled"
         if self.device == "cuda":
-            return None if torch.cuda.is_available() and library.native.has_cuda else "no GPU, or built without CUDA"
+            return None if torch.cuda.is_available() and dispatch.native.has_cuda else "no GPU, or built without CUDA"
         with self.active():
-            return None if library.native.build_info()["cpu_isa"] == self.isa else f"this CPU has no {self.isa}"
+            return None if dispatch.native.build_info()["cpu_isa"] == self.isa else f"this CPU has no {self.isa}"
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -49,15 +49,15 @@ class Backend:
             with self.emulated.active(), ops.use_backend("native"):
                 yield
             return
-        before = library.native.build_info()["cpu_isa"] if self.isa else None
+        before = dispatch.native.build_info()["cpu_isa"] if self.isa else None
         if self.isa:
-            library.native.set_isa(self.isa)  # refused for an instruction set that the CPU lacks
+            dispatch.native.set_isa(self.isa)  # refused for an instruction set that the CPU lacks
         try:
             with ops.use_backend(self.name):
                 yield
         finally:
             if before:
-                library.native.set_isa(before)
+                dispatch.native.set_isa(before)
 
     def move(self, value: Any) -> Any:
         if isinstance(value, Tensor):

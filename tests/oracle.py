@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crop.late import Features, LatePlan
-from crop.region import PATCH
+from crop.geometry.layout import PATCH
+from crop.methods.base import FeaturePooling, Features
 
 NEAR_TIE = 1e-5  # relative gap below which float32 may decide otherwise
 
@@ -321,7 +321,7 @@ class Oracle:
                 cells.append(tuple(((n,), n) for n in range(len(spans[number]))))
                 pooled_layouts.append(layout)
                 continue
-            if isinstance(plan, LatePlan):
+            if isinstance(plan, FeaturePooling):
                 cells.append(self._late(plan, sample, number, stop))
                 pooled_layouts.append(layout)
                 continue
@@ -355,8 +355,8 @@ class Oracle:
                 near = near or tie
         return replace(decision, kept=tuple(kept), scores=past.scores + tuple(masses), near_tie=near)
 
-    def _late(self, plan: LatePlan, sample: Any, number: int, stop: int) -> tuple:
-        """Cells of an image whose method decides by features, from features computed here."""
+    def _late(self, plan: FeaturePooling, sample: Any, number: int, stop: int) -> tuple:
+        """Assignment of an image whose method decides by features, from features computed here."""
         (rows, _, _), span = self.embed(sample), sample.spans()[number]
         last = max(s.stop for s in sample.spans() if s.stop <= stop)
         salience = None

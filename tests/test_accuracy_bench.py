@@ -19,8 +19,9 @@ from bench import readme  # noqa: E402
 from bench.accuracy import data, metrics, summary  # noqa: E402
 from bench.accuracy import run as running  # noqa: E402
 from bench.accuracy.contenders import BUDGETS, CornerOnly, WholeStaysWhole, jobs, shrink  # noqa: E402
+from crop.geometry.layout import VisionLayout  # noqa: E402
+from crop.geometry.region import Region  # noqa: E402
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression  # noqa: E402
-from crop.region import Region, VisionLayout  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_receipts_convert(tmp_path):
 def asker():
     import torch
 
-    from crop.ask import EMBEDDED, load
+    from crop.cli.ask import EMBEDDED, load
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

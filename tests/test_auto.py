@@ -18,10 +18,10 @@ from tiny_models import build_model, standard_batch
 from zoo import cases
 
 import crop
-from crop.estimate import Speed
+from crop.cost.estimate import Speed
 from crop.models import ADAPTERS
 
-module = sys.modules["crop.estimate"]  # its name in the package is the function
+module = sys.modules["crop.cost.estimate"]  # its name in the package is the function
 FREE = dict(attention=0.0, hook=0.0, call=0.0, image=0.0, step=0.0)
 PAYS = Speed(**FREE | dict(matrices=(1.0, 4.0, 16.0, 64.0)))  # in proportion to the tokens
 SPEEDS = {  # what makes a prefill fall through, and where that shows
@@ -42,7 +42,7 @@ def prompt(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 def dismiss(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     monkeypatch.setattr(module, "measure_speed", lambda *_: SPEEDS[how])
     if how == "once planned":
-        monkeypatch.setattr("crop.doors.calls.compare", lambda *given: nothing_saved(module.compare(*given)))
+        monkeypatch.setattr("crop.patching.hooks.entry.compare", lambda *given: nothing_saved(module.compare(*given)))
 
 
 def nothing_saved(found: crop.Estimate) -> crop.Estimate:

@@ -11,10 +11,10 @@ from contract import METHODS, REGIONS, assert_unchanged, greedy, regions_of, sna
 from tiny_models import FAMILIES, TEXT, build_model, image_processor, make_batch, make_sample, standard_batch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from crop.geometry.pooling import PoolPlan
+from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
-from crop.patch import patch
-from crop.plan import PoolPlan
-from crop.region import Region
+from crop.patching.patch import patch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,7 +110,7 @@ def test_other_families(get_model):
     unknown.config.model_type = "kosmos-2"
     with pytest.raises(
         ValueError,
-        match=r"patch: model_type must be one of .*llava.*qwen2_5_vl.*got 'kosmos-2'.*one Adapter in crop/models",
+        match=r"patch: model_type must be one of .*llava.*qwen2_5_vl.*got 'kosmos-2'.*one ModelFamily in crop/models",
     ):
         patch(unknown, ILP).__enter__()
     for thing in (None, "llava", torch.nn.Linear(2, 2)):

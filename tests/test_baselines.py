@@ -10,11 +10,13 @@ from pyramid import decide
 from tiny_models import FAMILIES, NUM_LAYERS, standard_batch
 from torch.nn.functional import cosine_similarity, normalize
 
-from crop.baselines import BASELINES, CDPruner, DivPrune, TokenMerging, VisionZip
-from crop.baselines.controls import even_cells
-from crop.late import Cells, Features, LatePlan
+from crop.geometry.layout import VisionLayout
+from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, Method
-from crop.region import Region, VisionLayout
+from crop.methods.base import Assignment, FeaturePooling, Features
+from crop.methods.baselines import BASELINES
+from crop.methods.baselines.controls import even_cells
+from crop.methods.baselines.features import CDPruner, DivPrune, TokenMerging, VisionZip
 
 families = pytest.mark.parametrize("family", FAMILIES[:2])
 names = pytest.mark.parametrize("name", list(BASELINES))
@@ -25,7 +27,9 @@ def make(name: str, keep: float | int) -> Method:
 
 
 LATE = [
-    name for name in BASELINES if isinstance(make(name, 0.5).plan(VisionLayout.grid(4, 4), Region.whole()), LatePlan)
+    name
+    for name in BASELINES
+    if isinstance(make(name, 0.5).plan(VisionLayout.grid(4, 4), Region.whole()), FeaturePooling)
 ]
 
 
@@ -239,7 +243,7 @@ def test_even_cells_of_a_square_are_squares():
 
 
 class Promise(Method):
-    def __init__(self, plan: LatePlan, layer: int | None = None) -> None:
+    def __init__(self, plan: FeaturePooling, layer: int | None = None) -> None:
         self._plan, self.layer = plan, layer
 
     def plan(self, layout, region):
@@ -249,7 +253,7 @@ class Promise(Method):
 @pytest.mark.parametrize("num_out,num_tokens", [(0, 64), (65, 64), (4, 63)])
 def test_impossible_promises_are_refused(num_out, num_tokens, get_model):
     model, batch = get_model("llava", "sdpa"), standard_batch("llava", "single", 1)
-    plan = LatePlan(num_out, num_tokens, lambda features: Cells.of_kept(torch.arange(4), 64))
+    plan = FeaturePooling(num_out, num_tokens, lambda features: Assignment.of_kept(torch.arange(4), 64))
     with pytest.raises(ValueError, match=r"^patch: "), patched(model, Promise(plan)):
         model(**batch.inputs)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
+from crop.geometry.region import Region
 from crop.localizers import BoxLocalizer, CascadeLocalizer, UnionLocalizer
-from crop.region import Region
 
 PICTURE = Image.new("RGB", (8, 8))
 SURE, UNSURE = Region.box(0, 0, 0.5, 0.5, 0.9), Region.box(0.5, 0.5, 1, 1, 0.3)

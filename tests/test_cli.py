@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 import crop
-import crop.ask
-from crop import cli
-from crop.ask import STAGES
+import crop.cli.ask
+from crop.cli import main as cli
+from crop.cli.ask import STAGES
 from crop.embedded import scenes
+from crop.geometry.region import Region
 from crop.localizers.ocr.reader import PACKAGES
-from crop.region import Region
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loaded_once")
 SCENE = scenes.scene(10_000_005, picture="shapes")
@@ -28,7 +28,7 @@ QUESTION = next(question for question in SCENE.questions if question.kind in ("d
 @pytest.fixture(scope="module")
 def loaded_once():
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(crop.ask, "load", functools.cache(crop.ask.load))
+        patched.setattr(crop.cli.ask, "load", functools.cache(crop.cli.ask.load))
         yield
 
 

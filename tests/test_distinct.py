@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from crop import ops
-from crop.chunk import ImagePlan, plan_chunk
-from crop.distinct import FARTHEST, distinct_weights, distinctness
+from crop.geometry.layout import NEWLINE, PADDING, VisionLayout
+from crop.geometry.pooling import PoolPlan
+from crop.geometry.region import Region
 from crop.methods import PreLLMCompression
-from crop.region import NEWLINE, PADDING, PoolPlan, Region, VisionLayout
+from crop.methods.saliency import FARTHEST, distinct_weights, distinctness
+from crop.patching.batch_plan import ImagePlan, plan_batch
 
 
 def chunk_of(layouts: list[tuple[int, VisionLayout]], real: torch.Tensor, region: Region, **strides):
-    return plan_chunk(PreLLMCompression(**strides), layouts, [region] * len(layouts), real)
+    return plan_batch(PreLLMCompression(**strides), layouts, [region] * len(layouts), real)
 
 
 def background(tokens: int, dim: int = 32, seed: int = 0) -> torch.Tensor:

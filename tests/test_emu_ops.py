@@ -15,7 +15,8 @@ from emu.emulator import Emulated, EmulatorReport
 from ops_cases import BACKENDS, Backend, assert_mass, mass_inputs, mass_oracle, pool_oracle, random_plan, select_oracle
 from torch import Tensor
 
-from crop import ops, reference
+from crop import ops
+from crop.ops import reference
 
 FAR = torch.tensor([-(2**63), -(2**40), -7, -1, 0, 3, 2**31, 2**40, 2**63 - 1])
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -11,10 +11,10 @@ import torch
 from tiny_models import build_model, standard_batch
 
 import crop
-from crop.estimate import Geometry, Speed
-from crop.planner import Planner
+from crop.cost.estimate import Geometry, Speed
+from crop.patching.planner import Planner
 
-module = sys.modules["crop.estimate"]  # its name in the package is the function
+module = sys.modules["crop.cost.estimate"]  # its name in the package is the function
 REGION = crop.Region.box(0.0, 0.0, 0.5, 0.5)
 FREE = dict(attention=0.0, hook=0.0, call=0.0, image=0.0, step=0.0)
 SLOW_MATRICES = Speed(**FREE | dict(matrices=(1.0, 4.0, 16.0, 64.0)))  # in proportion to the tokens

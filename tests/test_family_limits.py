@@ -14,11 +14,11 @@ from contract import assert_unchanged, snapshot
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from zoo import FAMILIES, make_batch, make_sample, standard_batch
 
-from crop.inputs import refuse_transformers
+from crop.geometry.region import Region
 from crop.methods import InnerLLMPruning
 from crop.models import ADAPTERS
-from crop.patch import patch
-from crop.region import Region
+from crop.patching.patch import patch
+from crop.patching.validation import refuse_transformers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -32,8 +32,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from crop.geometry.layout import NEWLINE, PATCH, VisionLayout
 from crop.models import ADAPTERS, Prompt
-from crop.region import NEWLINE, PATCH, VisionLayout
 
 SIZES = [(320, 320), (500, 300), (300, 500), (403, 267), (900, 260)]
 MARK = -7.0  # the colour of a newline

@@ -29,7 +29,7 @@ def questions(count: int) -> list[tuple[scenes.Scene, scenes.Question]]:
 
 @pytest.fixture
 def lmms(monkeypatch):
-    """crop.lmms, with a stand-in for the base class of lmms-eval where that is missing."""
+    """crop.integrations.lmms_eval, with a stand-in for the base class of lmms-eval where that is missing."""
     if not INSTALLED:
 
         class Base:
@@ -42,11 +42,11 @@ def lmms(monkeypatch):
         for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model"):
             monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
         sys.modules["lmms_eval.api.model"].lmms = Base
-    monkeypatch.delitem(sys.modules, "crop.lmms", raising=False)
-    import crop.lmms
+    monkeypatch.delitem(sys.modules, "crop.integrations.lmms_eval", raising=False)
+    import crop.integrations.lmms_eval
 
-    yield crop.lmms
-    sys.modules.pop("crop.lmms", None)
+    yield crop.integrations.lmms_eval
+    sys.modules.pop("crop.integrations.lmms_eval", None)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_task_of_lmms_eval(tmp_path, monkeypatch):
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.tasks import TaskManager
 
-    from crop.lmms import manifest
+    from crop.integrations.lmms_eval import manifest
 
     MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)  # an installed package does so by its entry point
     asked, rows = questions(4), []

@@ -17,14 +17,15 @@ from tiny_models import FAMILIES
 from torch.utils.flop_counter import FlopCounterMode
 
 from crop import embedded
-from crop.ask import EMBEDDED, Asker, load
+from crop.cli.ask import EMBEDDED, Asker, load
 from crop.embedded import scenes
+from crop.geometry.layout import VisionLayout
+from crop.geometry.region import Region
 from crop.localizers import Head, HeadLocalizer, get_localizer
 from crop.localizers.head import head_region, waves
 from crop.localizers.reading import embeddings
-from crop.patch import patch
-from crop.region import Region, VisionLayout
-from crop.share import share_vision
+from crop.localizers.vision_cache import cache_vision
+from crop.patching.patch import patch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -128,7 +129,7 @@ def test_localizer_and_answer_share_one_vision_pass(family, get_model):
     embed = base.visual.patch_embed if family == "qwen2_5_vl" else base.vision_tower.embeddings
     hook = embed.register_forward_hook(lambda *_: ran.append(1))
     try:
-        with share_vision(model), torch.no_grad():
+        with cache_vision(model), torch.no_grad():
             assert isinstance(find(PICTURE, "?"), Region)
             model.generate(**processor.batch.inputs, max_new_tokens=2, do_sample=False)
     finally:
@@ -165,7 +166,7 @@ def test_the_carried_head_holds_its_promises_on_unseen_pictures(carried):
     for seed in range(10_900_000, 10_900_020):
         scene, rng = scenes.scene(seed), random.Random(seed)
         asked = [question for question in scene.questions if question.local]
-        with share_vision(carried.model):
+        with cache_vision(carried.model):
             for question in rng.sample(asked, min(4, len(asked))):
                 region, wanted = find(scene.image, question.text), grid.inside(question.region)
                 held.append(bool((grid.inside(region) | ~wanted).all()))

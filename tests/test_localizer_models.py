@@ -12,10 +12,10 @@ from torch import nn
 from transformers import BatchFeature
 
 from crop import embedded
+from crop.geometry.region import Region
 from crop.localizers import ClipLocalizer, DetectorLocalizer, VLMLocalizer, get_localizer
 from crop.localizers.detector import noun_phrases
 from crop.localizers.vlm import block_prompt, parse_blocks
-from crop.region import Region
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE, PATCH, DIM = 64, 8, 16

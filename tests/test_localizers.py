@@ -21,8 +21,10 @@ from tiny_models import (
 from transformers import BatchFeature
 
 from crop import ops
-from crop.ask import EMBEDDED, load
+from crop.cli.ask import EMBEDDED, load
 from crop.embedded import scenes
+from crop.geometry.layout import VisionLayout
+from crop.geometry.region import Region
 from crop.localizers import (
     Attention,
     AttentionLocalizer,
@@ -34,10 +36,9 @@ from crop.localizers import (
     score_tokens,
 )
 from crop.localizers.boxes import Raster
-from crop.patch import patch
-from crop.region import Region, VisionLayout
-from crop.share import share_vision
-from crop.tap import tap
+from crop.localizers.vision_cache import cache_vision
+from crop.patching.attention_hook import tap
+from crop.patching.patch import patch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -402,7 +403,7 @@ def test_localizer_and_answer_share_one_vision_pass(family, get_model):
     plain = model.generate(**generate)
     hook = embed.register_forward_hook(lambda *_: ran.append(1))
     try:
-        with share_vision(model), torch.no_grad():
+        with cache_vision(model), torch.no_grad():
             AttentionLocalizer(model, processor, prompt=str)(PICTURE, "?")
             assert torch.equal(model.generate(**generate), plain)
         assert len(ran) == 1

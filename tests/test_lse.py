@@ -10,8 +10,9 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from zoo.cases import SUPPORTED, get_batch, get_model, patched, regions_of
 
-from crop import lse, ops
+from crop import ops
 from crop.methods import InnerLLMPruning, Pyramid
+from crop.patching import lse
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 

@@ -16,17 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crop.methods import (
-    POOL_SHARE,
-    Compose,
-    InnerLLMPruning,
-    Method,
-    PreLLMCompression,
-    Selection,
-    by_name,
-)
-from crop.plan import PoolPlan, build_plan, count_cells, fit_strides
-from crop.region import NEWLINE, PADDING, PATCH, Region, VisionLayout
+from crop.geometry.layout import NEWLINE, PADDING, PATCH, VisionLayout
+from crop.geometry.pooling import PoolPlan
+from crop.geometry.region import Region
+from crop.geometry.strides import build_plan, count_cells, fit_strides
+from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection, by_name
+from crop.methods.registry import POOL_SHARE
 
 DATA = Path(os.environ.get("CROP_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 REGIONS = DATA / "question_regions" / "regions.jsonl"

@@ -7,8 +7,9 @@ from PIL import Image
 from tiny_models import LLAVA_GRID, PATCH, image_processor
 from transformers import CLIPVisionConfig, LlavaConfig, Qwen2_5_VLConfig, Siglip2VisionConfig
 
-from crop.models import ADAPTERS, Prompt, adapter_for, resize_crop_pad_view
-from crop.region import PADDING, VisionLayout
+from crop.geometry.layout import PADDING, VisionLayout
+from crop.models import ADAPTERS, Prompt, family_of
+from crop.models.fixed import resize_crop_pad_view
 
 SIZES = [(320, 320), (500, 300), (300, 500), (403, 267)]
 
@@ -115,4 +116,4 @@ def test_adapters_refuse_what_they_would_get_wrong():
     with pytest.raises(ValueError, match="image_size must be given"):
         resize_crop_pad_view(image_processor("crop"), None)
     with pytest.raises(TypeError, match="got Linear"):
-        adapter_for(torch.nn.Linear(1, 1))
+        family_of(torch.nn.Linear(1, 1))

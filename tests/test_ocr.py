@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from crop.localizers.ocr import OCRLocalizer, Page, Reader, reader
+from crop.localizers.ocr import reader
 from crop.localizers.ocr.features import amounts_of, neighbours
+from crop.localizers.ocr.localizer import OCRLocalizer
 from crop.localizers.ocr.question import KINDS, OTHER, Question, alike
 from crop.localizers.ocr.ranking import choose
+from crop.localizers.ocr.reader import Page, Reader
 
 MISSING = [package for module, package in reader.PACKAGES.items() if importlib.util.find_spec(module) is None]
 extra = pytest.mark.skipif(bool(MISSING), reason=f"extra ocr is not installed: {', '.join(MISSING)}")

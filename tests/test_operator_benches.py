@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from crop.region import Region
+from crop.geometry.region import Region
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 

@@ -17,8 +17,8 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from crop import ops, reference
-from crop.ops import library
+from crop import ops
+from crop.ops import dispatch, reference
 
 MODES = ["mean", "weighted", "max"]
 
@@ -84,11 +84,11 @@ def test_pool_of_threads_survives_fork() -> None:
             with contextlib.suppress(BaseException):
                 tokens, plan = args
                 out, code = torch.empty_like(expected), 0
-                code = library.native and library.native.adaptive_pool(
+                code = dispatch.native and dispatch.native.adaptive_pool(
                     False, 2, tokens.data_ptr(), plan.members.data_ptr(), plan.offsets.data_ptr(), 0, out.data_ptr(), 0,
                     *tokens.shape, len(plan.members), plan.num_out, tokens.stride(0), 0, 0,
                 )  # fmt: skip
-                ok = library.native is None or (code == 0 and out.numpy().tobytes() == expected.numpy().tobytes())
+                ok = dispatch.native is None or (code == 0 and out.numpy().tobytes() == expected.numpy().tobytes())
             os._exit(0 if ok else 1)
     assert os.waitpid(child, 0)[1] == 0
 
@@ -200,7 +200,7 @@ def test_bad_input(case: int) -> None:
 
 def test_memory_is_protected_below_the_checks() -> None:
     """The launchers refuse plans and sizes that the public functions would have caught, without reading memory."""
-    if library.native is None:
+    if dispatch.native is None:
         pytest.skip("no kernels were compiled")
     plan = PLAN
     far = plan.members + 100
@@ -210,7 +210,7 @@ def test_memory_is_protected_below_the_checks() -> None:
         torch.ops.crop.adaptive_pool(X, plan.members, plan.offsets + 100, None, None, "mean")
     with pytest.raises(ValueError, match="num_keep must be in"):
         torch.ops.crop.select(V.float(), [11, 0], None, None, None)
-    assert library.native.set_isa("mmx") < 0 and "set_isa" in library.native.last_error()
+    assert dispatch.native.set_isa("mmx") < 0 and "set_isa" in dispatch.native.last_error()
 
 
 def test_backends() -> None:
@@ -222,10 +222,10 @@ def test_backends() -> None:
             ops.select(V.float(), 1)
         assert seen == ["twin"]
         ops.select(V.float(), 1)
-        assert len(seen) == (1 if library.native else 2)
-        if library.native is None:
+        assert len(seen) == (1 if dispatch.native else 2)
+        if dispatch.native is None:
             with pytest.raises(RuntimeError, match="reinstall"), ops.use_backend("native"):
                 ops.select(V.float(), 1)
     finally:
         reference.select = original
-    assert ops_cases.library._backend.get() == "auto"
+    assert ops_cases.dispatch._backend.get() == "auto"

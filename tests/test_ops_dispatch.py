@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crop import ops
-from crop.plan import PoolPlan
+from crop.geometry.pooling import PoolPlan
 
 X = torch.arange(24.0).view(1, 6, 4)
 INDEX = torch.tensor([[0, 2, 5]])

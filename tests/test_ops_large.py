@@ -8,7 +8,7 @@ from ops_cases import assert_mass, mass_inputs, mass_oracle
 from torch import Tensor
 
 from crop import ops
-from crop.plan import PoolPlan
+from crop.geometry.pooling import PoolPlan
 
 FAR = 2**31 + 64  # elements between rows: the second row is out of reach of 32-bit offsets
 

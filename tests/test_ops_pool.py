@@ -18,8 +18,9 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from crop import ops, reference
-from crop.plan import PoolPlan
+from crop import ops
+from crop.geometry.pooling import PoolPlan
+from crop.ops import reference
 
 MODES = ["mean", "weighted", "max"]
 

@@ -20,7 +20,8 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from crop import ops, reference
+from crop import ops
+from crop.ops import reference
 
 
 def test_select_by_hand(backend: Backend) -> None:

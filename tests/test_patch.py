@@ -29,9 +29,10 @@ from tiny_models import (
     standard_batch,
 )
 
+from crop.geometry.layout import VisionLayout
+from crop.geometry.pooling import PoolPlan
+from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
-from crop.plan import PoolPlan
-from crop.region import Region, VisionLayout
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 

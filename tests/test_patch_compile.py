@@ -7,8 +7,8 @@ import torch
 from contract import ATOL, patched
 from tiny_models import FAMILIES, build_model, standard_batch
 
+from crop.geometry.region import Region
 from crop.methods import InnerLLMPruning
-from crop.region import Region
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

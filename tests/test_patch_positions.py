@@ -11,9 +11,9 @@ from contract import ATOL, METHODS, REGIONS, greedy, layouts_of, patched, region
 from pyramid import PyramidOracle, decide
 from tiny_models import FAMILIES, standard_batch, text_tokens
 
+from crop.geometry.region import Region
 from crop.methods import Pyramid
-from crop.positions import close_gaps
-from crop.region import Region
+from crop.patching.positions import close_gaps
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 

@@ -21,8 +21,9 @@ from contract import (
 )
 from tiny_models import ATTENTIONS, FAMILIES, LLAVA_GRID, image_processor, make_batch, make_sample, standard_batch
 
+from crop.geometry.layout import VisionLayout
+from crop.geometry.region import Region
 from crop.methods import InnerLLMPruning
-from crop.region import Region, VisionLayout
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 

@@ -13,9 +13,9 @@ from pyramid import decide
 from tiny_models import FAMILIES, LLAVA_GRID, make_sample, standard_batch, text_tokens
 from zoo import cases
 
+from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, Pyramid
-from crop.patch import patch
-from crop.region import Region
+from crop.patching.patch import patch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 

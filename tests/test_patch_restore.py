@@ -10,7 +10,7 @@ from contract import METHODS, assert_unchanged, greedy, patched, regions_of, sna
 from tiny_models import FAMILIES, standard_batch
 
 import crop
-from crop.patch import patch
+from crop.patching.patch import patch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 

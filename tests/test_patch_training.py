@@ -8,8 +8,9 @@ from contract import METHODS, REGIONS, layouts_of, patched, regions_of
 from oracle import Oracle
 from tiny_models import FAMILIES, HOOKS_INSIDE, build_model, standard_batch
 
-from crop.methods import PreLLMCompression, plan_by_budget, plan_by_strides
-from crop.region import _grid
+from crop.geometry.layout import _grid
+from crop.methods import PreLLMCompression
+from crop.methods.plc import plan_by_budget, plan_by_strides
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 

@@ -11,7 +11,7 @@ from ops_cases import mass_inputs
 from torch import Tensor
 
 from bench import peers
-from crop import reference
+from crop.ops import reference
 
 
 def shares(query: Tensor, key: Tensor, lse: Tensor | None = None) -> Tensor:

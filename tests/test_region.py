@@ -15,8 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crop.plan import PoolPlan, build_plan, count_cells, count_groups
-from crop.region import NEWLINE, PADDING, PATCH, Region, VisionLayout
+from crop.geometry.layout import NEWLINE, PADDING, PATCH, VisionLayout
+from crop.geometry.pooling import PoolPlan
+from crop.geometry.region import Region
+from crop.geometry.strides import build_plan, count_cells, count_groups
 
 DATA = Path(os.environ.get("CROP_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 REGIONS = DATA / "question_regions" / "regions.jsonl"

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from crop.cli.report import Card, Reply, write_report
+from crop.cli.visualize import layer_figure
+from crop.geometry.layout import VisionLayout
+from crop.geometry.region import Region
 from crop.methods import PreLLMCompression
-from crop.region import Region, VisionLayout
-from crop.report import Card, Reply, write_report
-from crop.visualize import layer_figure
 
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)  # fmt: skip
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crop import cli
-from crop.ask import load
-from crop.images import open_image
+from crop.cli import main as cli
+from crop.cli.ask import load
+from crop.cli.images import open_image
 from crop.localizers import OCRLocalizer, get_localizer
-from crop.localizers.ocr import Page, Reader, reader
+from crop.localizers.ocr import reader
+from crop.localizers.ocr.reader import Page, Reader
 
 MISSING = [package for module, package in reader.PACKAGES.items() if importlib.util.find_spec(module) is None]
 extra = pytest.mark.skipif(bool(MISSING), reason=f"extra ocr is not installed: {', '.join(MISSING)}")

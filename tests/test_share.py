@@ -1,4 +1,4 @@
-"""share_vision: the tower runs once for equal images, the answers do not change, nothing stays behind."""
+"""cache_vision: the tower runs once for equal images, the answers do not change, nothing stays behind."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 from tiny_models import FAMILIES, build_model, standard_batch
 
 import crop
-from crop.ask import load
+from crop.cli.ask import load
 from crop.embedded import scenes
 from crop.localizers import CascadeLocalizer, UnionLocalizer
 
@@ -30,7 +30,7 @@ def test_equal_images_run_once_and_answers_stay(family):
     with torch.no_grad():
         want, want_other = model(**inputs).logits, model(**other).logits
         calls, handle = count_calls(model)
-        with crop.share_vision(model) as vision:
+        with crop.cache_vision(model) as vision:
             assert vision.seconds == 0
             copies = {name: value.clone() for name, value in inputs.items()}
             got = [model(**inputs).logits]
@@ -54,7 +54,7 @@ def test_the_projector_runs_once_too():
     handle = model.model.multi_modal_projector.linear_1.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         want = model(**inputs).logits
-        with crop.share_vision(model):
+        with crop.cache_vision(model):
             assert torch.equal(model(**inputs).logits, want) and torch.equal(model(**inputs).logits, want)
     handle.remove()
     assert len(calls) == 2  # once outside, once inside
@@ -65,7 +65,7 @@ def test_gradients_are_not_shared(family):
     model = build_model(family).requires_grad_(True)
     inputs = standard_batch(family, "single", 1).inputs
     calls, handle = count_calls(model)
-    with crop.share_vision(model):
+    with crop.cache_vision(model):
         for _ in range(2):
             model(**inputs).logits.sum().backward()
     handle.remove()
@@ -77,14 +77,14 @@ def test_restored_after_an_exception_and_refused_twice():
     tower = model.model.vision_tower
     before = set(vars(tower))
     with pytest.raises(KeyError):
-        with crop.share_vision(model):
+        with crop.cache_vision(model):
             with pytest.raises(RuntimeError, match="nested"):
-                with crop.share_vision(model):
+                with crop.cache_vision(model):
                     pass
             raise KeyError
     assert set(vars(tower)) == before
     with pytest.raises(TypeError, match="vision-language model"):
-        with crop.share_vision(torch.nn.Linear(1, 1)):
+        with crop.cache_vision(torch.nn.Linear(1, 1)):
             pass
 
 
@@ -94,7 +94,7 @@ def test_localizers_and_shared_vision_take_a_peft_model():
     question = next(question.text for question in scene.questions if question.local)
     plain = [asker.localizer(name)(scene.image, question) for name in ("attention", "head")]
     asker = replace(asker, model=peft.get_peft_model(asker.model, peft.LoraConfig(target_modules=["q_proj"], r=2)))
-    with crop.share_vision(asker.model):
+    with crop.cache_vision(asker.model):
         assert [asker.localizer(name)(scene.image, question).boxes for name in ("attention", "head")] == [
             region.boxes for region in plain
         ]
@@ -132,7 +132,7 @@ def test_localizers_and_answer_share_one_encoding(names, joined):
 def test_what_differs_is_encoded_again():
     asker = load("embedded", "cpu", "auto")
     processor, image = Counting(asker.processor), scenes.scene(0).image
-    with crop.share_vision(asker.model):
+    with crop.cache_vision(asker.model):
         first = crop.encode(processor, image, "what digit", asker.prompt)
         first["input_ids"] = None  # the caller's copy is the caller's
         assert crop.encode(processor, image, "what digit", asker.prompt)["input_ids"] is not None
@@ -141,7 +141,7 @@ def test_what_differs_is_encoded_again():
         crop.encode(processor, image.copy(), "what colour", asker.prompt)
         crop.encode(processor, image, "what colour", lambda question: asker.prompt(question))
         assert processor.calls == 4
-    with pytest.raises(KeyError), crop.share_vision(asker.model):
+    with pytest.raises(KeyError), crop.cache_vision(asker.model):
         crop.encode(processor, image, "what digit", asker.prompt)
         raise KeyError
     crop.encode(processor, image, "what digit", asker.prompt)

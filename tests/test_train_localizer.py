@@ -12,8 +12,8 @@ import torch
 
 from crop import embedded
 from crop.embedded import scenes
+from crop.geometry.region import Region
 from crop.localizers import VLMLocalizer
-from crop.region import Region
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOX = ((0.26, 0.5, 0.49, 0.74),)

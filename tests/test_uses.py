@@ -22,8 +22,8 @@ from tiny_models import HOOKS_INSIDE, Quantised
 from zoo import FAMILIES, NUM_LAYERS
 from zoo.cases import METHODS, get_batch, get_model, get_oracle, greedy, greedy_steps, patched, regions_of
 
+from crop.geometry.region import Region
 from crop.methods import Pyramid
-from crop.region import Region
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from crop.cli.visualize import DROPPED, NOTHING, POOLED, WHOLE, contact_sheet, outlined, overlay, trace
+from crop.geometry.layout import VisionLayout
+from crop.geometry.pooling import PoolPlan
+from crop.geometry.region import Region
 from crop.methods import PreLLMCompression
-from crop.plan import PoolPlan
-from crop.region import Region, VisionLayout
-from crop.visualize import DROPPED, NOTHING, POOLED, WHOLE, contact_sheet, outlined, overlay, trace
 
 SIDE = 512  # not enlarged; an 8 x 8 grid has cells of 64 pixels
 

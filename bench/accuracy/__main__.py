@@ -23,9 +23,9 @@ from bench.accuracy.contenders import BUDGETS, contenders, jobs
 from bench.accuracy.run import read, run, shard
 from bench.accuracy.timing import measure
 from bench.common import machine
-from crop.ask import EMBEDDED, load
+from crop.cli.ask import EMBEDDED, load
 from crop.localizers import LOCALIZERS
-from crop.models import adapter_for
+from crop.models import family_of
 
 
 def parse() -> argparse.Namespace:
@@ -69,7 +69,7 @@ def main() -> None:
             items = list(data.json_lines(options.data, options.metric))[: options.limit]
         else:
             items = list(data.rendered(options.first, options.scenes, grounding=options.grounding))
-        depth = len(adapter_for(asker.model).language_model(asker.model).layers)
+        depth = len(family_of(asker.model).language_model(asker.model).layers)
         names = tuple(options.contenders) if options.contenders else None
         wanted = jobs(depth, tuple(options.budgets), names)
         if any(item.region is None for item in items):

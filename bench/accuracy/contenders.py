@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from crop.baselines import BASELINES
-from crop.methods import POOL_SHARE, Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
-from crop.plan import PoolPlan
-from crop.region import Region, VisionLayout
+from crop.geometry.layout import VisionLayout
+from crop.geometry.pooling import PoolPlan
+from crop.geometry.region import Region
+from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
+from crop.methods.baselines import BASELINES
+from crop.methods.registry import POOL_SHARE
 
 BUDGETS = (0.5, 0.33, 0.22, 0.11, 0.055)
 CUT = 2  # decoder layer at whose input inner pruning drops tokens

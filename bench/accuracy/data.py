@@ -13,7 +13,7 @@ from PIL import Image
 
 from bench.accuracy.metrics import TEXT_METRICS, Box, iou, parse_box
 from crop.embedded import scenes
-from crop.region import Region
+from crop.geometry.region import Region
 
 GROUPS = {  # kind of rendered question -> group of the table
     **dict.fromkeys(("digit", "word", "sign", "price", "item", "total", "date", "shop"), "local text"),

@@ -16,11 +16,11 @@ from tqdm import tqdm
 from bench.accuracy.contenders import Job
 from bench.accuracy.data import Item
 from bench.common import commit
-from crop.ask import Asker
+from crop.cli.ask import Asker
+from crop.geometry.region import Region
 from crop.localizers import Localizer
-from crop.patch import patch
-from crop.region import Region
-from crop.share import share_vision
+from crop.localizers.vision_cache import cache_vision
+from crop.patching.patch import patch
 
 
 def shard() -> tuple[int, int]:
@@ -143,7 +143,7 @@ def run(
         for part in _batches(mine, batch):
             if any(job.contender.region == "predicted" for job in jobs):
                 _regions(journal, known, part, localizer)
-            for group, context in ((shared, share_vision(asker.model)), (alone, nullcontext())):
+            for group, context in ((shared, cache_vision(asker.model)), (alone, nullcontext())):
                 with ExitStack() as stack, torch.no_grad():
                     stack.enter_context(context)
                     for job in group:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from bench.accuracy.contenders import Job
 from bench.accuracy.data import Item
-from crop.ask import Asker
+from crop.cli.ask import Asker
 from crop.localizers import BoxLocalizer, Localizer, WholeLocalizer
 
 

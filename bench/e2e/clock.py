@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from crop.stats import elapsed, mark
+from crop.patching.stats import elapsed, mark
 
 from .workload import Model
 

@@ -98,7 +98,7 @@ def answer(
     with use_backend("twin") if who.twins else nullcontext(), ExitStack() as stack:
         start = timer()
         if who.ours and localizer is not None:
-            stack.enter_context(crop.share_vision(model))
+            stack.enter_context(crop.cache_vision(model))
             clock.enter("localizer")
             clock.note("start")
             localizer()

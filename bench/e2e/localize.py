@@ -16,8 +16,8 @@ from crop.localizers.attention import Attention, score_tokens
 from crop.localizers.boxes import find_region
 from crop.localizers.head import Head, HeadLocalizer
 from crop.localizers.reading import Embeddings, Stop, entering, run_until_stop
-from crop.planner import Planner
-from crop.stats import PruneStats
+from crop.patching.planner import Planner
+from crop.patching.stats import PruneStats
 
 from .workload import Workload
 

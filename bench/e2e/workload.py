@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from bench.receipts import data as data_folder
-from crop.models import adapter_for
-from crop.region import Region
+from crop.geometry.region import Region
+from crop.models import family_of
 
 from .geometries import Geometry, Shrink, build
 
@@ -47,15 +47,15 @@ class Model:
 
     @property
     def base(self) -> Any:
-        return adapter_for(self.model).base(self.model)
+        return family_of(self.model).base(self.model)
 
     @property
     def tower(self) -> Any:
-        return adapter_for(self.model).vision_tower(self.base)
+        return family_of(self.model).vision_tower(self.base)
 
     @property
     def decoder(self) -> Any:
-        return adapter_for(self.model).language_model(self.model)
+        return family_of(self.model).language_model(self.model)
 
 
 @dataclass(frozen=True)

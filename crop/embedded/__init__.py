@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import scenes
-from .scenes import Question, Scene, scene
+from crop.embedded import scenes
+from crop.embedded.scenes import Question, Scene, scene
 
 if TYPE_CHECKING:
     from PIL.Image import Image

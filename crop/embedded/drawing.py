@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .things import COLORS, PATCH, SIZE, Thing
+from crop.embedded.things import COLORS, PATCH, SIZE, Thing
 
 
 @lru_cache(maxsize=256)

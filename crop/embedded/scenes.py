@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from .drawing import draw
-from .things import (
+from crop.embedded.drawing import draw
+from crop.embedded.things import (
     COLORS,
     DRAWN_WORDS,
     GRID,
@@ -30,7 +30,7 @@ from .things import (
 )
 
 if TYPE_CHECKING:
-    from crop.region import Region
+    from crop.geometry.region import Region
 
 __all__ = [
     "BLOCKS",
@@ -92,7 +92,7 @@ class Question:
     @property
     def region(self) -> Region:
         """The boxes as a ``crop.region.Region``."""
-        from crop.region import Region
+        from crop.geometry.region import Region
 
         return Region(self.boxes)
 
@@ -124,7 +124,7 @@ def box_region(answer: str) -> Region | None:
         answer: four digits, spaces aside: xmin, ymin, xmax, ymax, blocks of an 8 x 8 grid, inclusive.
     Source: the format of regions in CROP (arXiv 2505.21233).
     """
-    from crop.region import Region
+    from crop.geometry.region import Region
 
     digits = answer.replace(" ", "")
     if len(digits) != 4 or not digits.isdecimal():

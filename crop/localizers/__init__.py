@@ -12,17 +12,16 @@ from typing import Any
 
 from torch import nn
 
-from crop.region import Region
-
-from .attention import Attention, AttentionLocalizer, score_tokens
-from .base import BoxLocalizer, Localizer, WholeLocalizer, encode
-from .boxes import find_region
-from .cascade import CascadeLocalizer, UnionLocalizer
-from .clip import ClipLocalizer
-from .detector import DetectorLocalizer
-from .head import Head, HeadLocalizer
-from .ocr import OCRLocalizer
-from .vlm import VLMLocalizer
+from crop.geometry.region import Region
+from crop.localizers.attention import Attention, AttentionLocalizer, score_tokens
+from crop.localizers.base import BoxLocalizer, Localizer, WholeLocalizer, encode
+from crop.localizers.boxes import find_region
+from crop.localizers.cascade import CascadeLocalizer, UnionLocalizer
+from crop.localizers.clip import ClipLocalizer
+from crop.localizers.detector import DetectorLocalizer
+from crop.localizers.head import Head, HeadLocalizer
+from crop.localizers.ocr.localizer import OCRLocalizer
+from crop.localizers.vlm import VLMLocalizer
 
 __all__ = [
     "LOCALIZERS",

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from crop import ops
-from crop.methods import PreLLMCompression
-from crop.models import adapter_for
-from crop.patch import patch
-from crop.plan import MAX_STRIDE, PoolPlan
-from crop.region import PATCH, Region, VisionLayout
-from crop.stats import PruneStats
-from crop.tap import tap
-
-from .base import encode
-from .boxes import check_ranges, find_region
-from .reading import Stop, only_image, run_until_stop
+from crop.geometry.layout import PATCH, VisionLayout
+from crop.geometry.pooling import PoolPlan
+from crop.geometry.region import Region
+from crop.geometry.strides import MAX_STRIDE
+from crop.localizers.base import encode
+from crop.localizers.boxes import check_ranges, find_region
+from crop.localizers.reading import Stop, only_image, run_until_stop
+from crop.methods.plc import PreLLMCompression
+from crop.models import family_of
+from crop.patching.attention_hook import tap
+from crop.patching.patch import patch
+from crop.patching.stats import PruneStats
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,7 +90,7 @@ class AttentionLocalizer:
 
     def __post_init__(self) -> None:
         op = "AttentionLocalizer"
-        count = len(adapter_for(self.model).language_model(self.model).layers)
+        count = len(family_of(self.model).language_model(self.model).layers)
         if self.layer is not None and not 0 <= self.layer < count:
             raise ValueError(f"{op}: layer must be in [0, num_layers={count}), got {self.layer}")
         if self.rows < 1:
@@ -130,7 +131,7 @@ class AttentionLocalizer:
 
         where = {"processor": self.processor, "image_size": image.size}
         with patch(self.model, self.pooling, **where) as stats, self.door(stats, read):
-            run_until_stop(adapter_for(self.model).base(self.model), inputs)
+            run_until_stop(family_of(self.model).base(self.model), inputs)
         return found[0]
 
     @property
@@ -145,7 +146,7 @@ class AttentionLocalizer:
             stats: of the patch that surrounds the pass.
             read: called with query, key and scale of the scoring layer, see ``tap``; should end the pass by an exception.
         """
-        layers = adapter_for(self.model).language_model(self.model).layers
+        layers = family_of(self.model).language_model(self.model).layers
         layer = min(max(1, len(layers) // 16), len(layers) - 1) if self.layer is None else self.layer
         scoring, undo = layers[layer].self_attn, ExitStack()
         undo.enter_context(tap(scoring, read))

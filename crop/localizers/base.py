@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from crop.region import Region
+from crop.geometry.region import Region
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,7 +59,7 @@ def shared_encoding() -> Iterator[None]:
 
 
 def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], str] | None = None) -> Any:
-    """Model inputs for one image and one question; inside ``share_vision`` equal ones are made once.
+    """Model inputs for one image and one question; inside ``cache_vision`` equal ones are made once.
 
     Args:
         processor: the model's processor.

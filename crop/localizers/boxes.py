@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from crop.region import PATCH, Region, VisionLayout
+from crop.geometry.layout import PATCH, VisionLayout
+from crop.geometry.region import Region
 
 TokenBox = tuple[int, int, int, int]  # (left, top, right, bottom) tokens, half open
 

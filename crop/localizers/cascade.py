@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from crop.region import Region
-
-from .base import Localizer
+from crop.geometry.region import Region
+from crop.localizers.base import Localizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image

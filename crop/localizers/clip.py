@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from crop.models import resize_crop_pad_view
-from crop.region import Region, VisionLayout
-
-from .base import model_source
-from .boxes import check_ranges, find_region
+from crop.geometry.layout import VisionLayout
+from crop.geometry.region import Region
+from crop.localizers.base import model_source
+from crop.localizers.boxes import check_ranges, find_region
+from crop.models.fixed import resize_crop_pad_view
 
 if TYPE_CHECKING:
     from PIL.Image import Image

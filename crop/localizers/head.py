@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crop.models import adapter_for
-from crop.region import Region, VisionLayout
-
-from .boxes import Raster, check_ranges
-from .reading import Embeddings, embeddings
+from crop.geometry.layout import VisionLayout
+from crop.geometry.region import Region
+from crop.localizers.boxes import Raster, check_ranges
+from crop.localizers.reading import Embeddings, embeddings
+from crop.models import family_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -149,7 +149,7 @@ class Head(nn.Module):
 class HeadLocalizer:
     """A small head trained on (question, box) records ("head"): no second model, no second vision pass.
 
-    The model runs up to the entrance of its decoder; with ``share_vision`` the answer reuses that vision pass.
+    The model runs up to the entrance of its decoder; with ``cache_vision`` the answer reuses that vision pass.
 
     Args:
         model: vision-language model of a supported family.
@@ -180,7 +180,7 @@ class HeadLocalizer:
 
     def __post_init__(self) -> None:
         op = "HeadLocalizer"
-        dim = adapter_for(self.model).language_model(self.model).config.hidden_size
+        dim = family_of(self.model).language_model(self.model).config.hidden_size
         if self.head.dim != dim:
             raise ValueError(f"{op}: head must be made for embeddings of width {dim}, got one for {self.head.dim}")
         check_ranges(op, self)

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from crop.patch import refuse_patched
-from crop.planner import Planner
-from crop.region import VisionLayout
-
-from .base import encode
+from crop.geometry.layout import VisionLayout
+from crop.localizers.base import encode
+from crop.patching.patch import refuse_patched
+from crop.patching.planner import Planner
 
 if TYPE_CHECKING:
     from PIL.Image import Image

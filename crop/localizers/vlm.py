@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from crop.region import Region
-
-from .base import encode, model_source
+from crop.geometry.region import Region
+from crop.localizers.base import encode, model_source
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..region import NEWLINE, PADDING, PATCH, VisionLayout
-from .adapter import Placed, Prompt, stack_views
-from .fixed import refuse_class_token
+from crop.geometry.layout import NEWLINE, PADDING, PATCH, VisionLayout
+from crop.models.family import Placed, Prompt, stack_views
+from crop.models.fixed import refuse_class_token
 
 
 def next_images(prompt: Prompt) -> Placed:

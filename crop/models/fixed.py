@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..region import Box, VisionLayout
-from .adapter import Placed, Prompt, Size
-from .grids import pixtral_images
+from crop.geometry.layout import VisionLayout
+from crop.geometry.region import Box
+from crop.models.family import Placed, Prompt, Size
+from crop.models.grids import pixtral_images
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..region import NEWLINE, VisionLayout
-from .adapter import Placed, Prompt, stack_views
+from crop.geometry.layout import NEWLINE, VisionLayout
+from crop.models.family import Placed, Prompt, stack_views
 
 
 def merged_images(prompt: Prompt) -> Placed:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..region import VisionLayout
-from .adapter import Placed, Prompt, Size, stack_views
+from crop.geometry.layout import VisionLayout
+from crop.models.family import Placed, Prompt, Size, stack_views
 
 
 def tiled_check(config: Any, processor: Any, sizes: Sequence[Size] | None, whole: bool) -> None:

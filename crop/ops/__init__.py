@@ -1,6 +1,6 @@
-"""The operators of the package: what users call. Checks here, registration and launches in `library.py`.
+"""The operators of the package: what users call. Checks here, registration in `dispatch.py`, launches in `launchers.py`.
 
-Checks run in the order users err: device, dtype, rank, shape, stride. `crop.reference` holds the specification of each
+Checks run in the order users err: device, dtype, rank, shape, stride. `crop.ops.reference` holds the specification of each
 operator under the same name.
 """
 
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from crop import reference
-from crop.ops import library
-from crop.ops.library import DTYPES, MODES, use_backend
+from crop.ops import launchers, reference
+from crop.ops.dispatch import use_backend
+from crop.ops.launchers import DTYPES, MODES
 
 if TYPE_CHECKING:
-    from crop.plan import PoolPlan
+    from crop.geometry.pooling import PoolPlan
 
 __all__ = ["adaptive_pool", "attention_mass", "compact", "region_topk", "select", "use_backend"]
 
@@ -88,7 +88,7 @@ def attention_mass(
     scale = dim**-0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite, got {scale}")
-    return library.attention_mass(query, key, vision_index, sample, lse, scale, visible_start, visible_len)
+    return launchers.attention_mass(query, key, vision_index, sample, lse, scale, visible_start, visible_len)
 
 
 def select(
@@ -110,7 +110,7 @@ def select(
     ):
         if tensor is not None:
             _check(op, name, tensor, dtypes, (images, tokens), device)
-    return library.select(score, budget, weight, priority, index)
+    return launchers.select(score, budget, weight, priority, index)
 
 
 def _budget(op: str, num_keep: int | Sequence[int], images: int, tokens: int) -> list[int]:
@@ -179,7 +179,7 @@ def compact(
     for i, tensor in enumerate(tensors):
         if tensor.device != device:
             raise ValueError(f"{op}: tensors[{i}] must be on {device}, got {tensor.device}")
-    return library.compact(tensors, index, dims)
+    return launchers.compact(tensors, index, dims)
 
 
 def adaptive_pool(
@@ -200,7 +200,7 @@ def adaptive_pool(
     plan = plan.to(tokens.device)
     grad = torch.is_grad_enabled() and (tokens.requires_grad or (weight is not None and weight.requires_grad))
     inverse = plan.inverse if grad else None
-    return library.adaptive_pool(tokens, plan.members, plan.offsets, inverse, weight, mode)[0]
+    return launchers.adaptive_pool(tokens, plan.members, plan.offsets, inverse, weight, mode)[0]
 
 
 for _name in ("adaptive_pool", "attention_mass", "compact", "region_topk", "select"):

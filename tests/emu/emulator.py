@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crop.ops import library
+from crop.ops import dispatch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -175,11 +175,11 @@ class Emulated:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Operators on CPU tensors run on the emulator inside the block."""
-        before, library.native = library.native, self
+        before, dispatch.native = dispatch.native, self
         try:
             yield
         finally:
-            library.native = before
+            dispatch.native = before
 
     def statistics(self) -> dict[str, dict[str, int]]:
         """Race build: per kernel what it did since the last call, see emu_statistics."""

@@ -10,8 +10,8 @@ import torch
 from tiny_models import text_tokens
 from torch import Tensor
 
+from crop.geometry.layout import VisionLayout
 from crop.models import ADAPTERS, Prompt
-from crop.region import VisionLayout
 
 from .entry import Image
 from .families import FAMILIES, get_config

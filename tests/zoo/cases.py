@@ -9,7 +9,7 @@ from contract import REGIONS
 from oracle import Oracle
 
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression
-from crop.patch import patch
+from crop.patching.patch import patch
 
 from .batches import Batch, standard_batch
 from .families import FAMILIES, build_model

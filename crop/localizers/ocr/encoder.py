@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .reader import installed
+from crop.localizers.ocr.reader import installed
 
 
 class Encoder:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .question import Question, alike, words_of
+from crop.localizers.ocr.question import Question, alike, words_of
 
 FEATURES = (
     "meaning", "label meaning", "words", "label exact", "own label", "value", "value of label", "example", "digits", "first",

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crop.images import open_image
-from crop.region import Region
-
-from .encoder import Encoder
-from .features import Neighbours, features, neighbours, same_row
-from .question import Question, words_of
-from .ranking import Weights, choose
-from .reader import Page, Reader, installed
+from crop.cli.images import open_image
+from crop.geometry.region import Region
+from crop.localizers.ocr.encoder import Encoder
+from crop.localizers.ocr.features import Neighbours, features, neighbours, same_row
+from crop.localizers.ocr.question import Question, words_of
+from crop.localizers.ocr.ranking import Weights, choose
+from crop.localizers.ocr.reader import Page, Reader, installed
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .features import FEATURES, OUTLINE, Neighbours, outline
-from .question import Question
+from crop.localizers.ocr.features import FEATURES, OUTLINE, Neighbours, outline
+from crop.localizers.ocr.question import Question
 
 WEIGHTS = Path(__file__).with_name("weights.json")
 OTHER = "other"

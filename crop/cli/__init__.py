@@ -1,0 +1,1 @@
+"""The command line: ``crop ask``, ``crop demo``, ``crop info``."""

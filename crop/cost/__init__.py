@@ -1,0 +1,1 @@
+"""What a prefill costs, with and without a method, before anything runs."""

@@ -1,0 +1,1 @@
+"""Other people's tools, with a method of this package in them."""

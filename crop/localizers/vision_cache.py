@@ -1,0 +1,102 @@
+"""One encoding and one vision pass for the localizer and the answer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crop.localizers.base import shared_encoding
+from crop.models import family_of
+from crop.patching.stats import elapsed, mark
+
+_CPU = torch.device("cpu")
+
+
+class SharedVision:
+    """What ``cache_vision`` yields."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[Any, Any]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Time that tower and projector have really run so far, whoever called them; waits for the device."""
+        return sum(elapsed(start, stop) for start, stop in self._spans)
+
+
+@contextmanager
+def cache_vision(model: nn.Module) -> Iterator[SharedVision]:
+    """Run the vision tower, and the projector behind it, once for equal images inside the block; encode once, too.
+
+    A localizer that reads the model's own attention needs the inputs and image features that ``generate`` needs again::
+
+        with crop.cache_vision(model) as vision:
+            inputs = crop.encode(processor, image, question)
+            region = localizer(image, question)
+            with crop.patch(model, method, region, processor=processor, image_size=image.size):
+                model.generate(**inputs)
+        print(vision.seconds)
+
+    The last output is kept and handed out again when every tensor argument is equal, bit for bit. Calls that record
+    gradients are never shared. ``encode`` hands out its last result for the same image object and an equal question.
+
+    Args:
+        model: unmodified Hugging Face vision-language model of a supported family.
+    Yields:
+        SharedVision, with the time that the vision passes took.
+    Raises:
+        TypeError, ValueError: as ``patch`` for an unknown model. RuntimeError: the block is nested for one model.
+    """
+    adapter = family_of(model)
+    base = adapter.base(model)
+    shared = [adapter.vision_tower(base)]
+    if hasattr(base, "multi_modal_projector"):
+        shared.append(base.multi_modal_projector)
+    if any("forward" in vars(module) for module in shared):
+        raise RuntimeError("cache_vision: the vision tower's forward must not be replaced already, got a nested block")
+    vision = SharedVision()
+    try:
+        for module in shared:
+            module.forward = _remembered(module.forward, vision._spans)
+        with shared_encoding():
+            yield vision
+    finally:
+        for module in shared:
+            vars(module).pop("forward", None)
+
+
+def _remembered(forward: Callable[..., Any], spans: list[tuple[Any, Any]]) -> Callable[..., Any]:
+    """The function with a memory of its last call; ``spans`` takes start and stop of the calls that it makes."""
+    last: list[tuple[tuple[tuple, dict], Any]] = []
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        # Some families hand every keyword on to the tower, also the one that only the language model reads.
+        seen = (args, {name: value for name, value in kwargs.items() if name != "use_cache"})
+        if not last or not _same(last[0][0], seen):
+            device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), _CPU)
+            start = mark(device)
+            last[:] = [(seen, forward(*args, **kwargs))]
+            spans.append((start, mark(device)))
+        output = last[0][1]
+        # Models write into the output object they get; the tensors in it stay as they are.
+        return output if isinstance(output, Tensor) else copy.copy(output)
+
+    return remembered
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+        return one is other or (alike and torch.equal(one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other) and one == other

@@ -1,0 +1,160 @@
+"""Pre-LLM Compression: vision tokens are pooled before the language model, mildly in the region, strongly outside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from crop.geometry.layout import VisionLayout
+from crop.geometry.pooling import PoolPlan
+from crop.geometry.region import Region
+from crop.geometry.strides import MAX_STRIDE, build_plan, check_strides, fit_strides
+from crop.methods.base import (
+    POOL_MODES,
+    Method,
+    PoolMode,
+    budget_alone,
+    budget_of,
+    check_choice,
+    check_count,
+    check_keep,
+)
+
+
+@lru_cache(maxsize=64)
+def plan_by_strides(layout: VisionLayout, region: Region, ring: int, strides: tuple[int, int, int]) -> PoolPlan:
+    """``build_plan`` for the levels of a region; cached by value, hence shared: do not modify.
+
+    Args:
+        layout: the tokens of one image.
+        region: what the question needs.
+        ring: width of the ring in tokens.
+        strides: (inside, context, outside).
+    Returns:
+        PoolPlan over all tokens of ``layout``.
+    """
+    return build_plan(layout, layout.levels(region, ring), strides)
+
+
+@lru_cache(maxsize=64)
+def plan_by_budget(layout: VisionLayout, region: Region, ring: int, budget: int) -> PoolPlan:
+    """Plan with exactly ``budget`` cells; cached by value, hence shared: do not modify.
+
+    The mildest strides that fit (``fit_strides``; 16 everywhere if none do) make a first plan. Its
+    cells are ranked by group (inside, ring, outside, newline, padding), then by the signed distance
+    of the leader to the region, then by reading order. Spare tokens split the first cells into
+    single tokens; the last cell touched gives up only as many members as are paid for, the nearest
+    first. If even stride 16 gives too many cells, the last ones are dropped.
+
+    Args:
+        layout: the tokens of one image.
+        region: what the question needs.
+        ring: width of the ring in tokens.
+        budget: cells to end with, in [1, len(layout)].
+    Returns:
+        PoolPlan with ``budget`` cells.
+    Source: own choice; splitting to single tokens widens the part seen at full resolution.
+    """
+    level = layout.levels(region, ring)
+    plan = build_plan(layout, level, fit_strides(layout, level, budget) or (MAX_STRIDE,) * 3)
+    if plan.num_out == budget:
+        return plan
+    leader, counts, label = plan.leader.numpy(), plan.counts.numpy(), plan.inverse.numpy()
+    distance = region.distance(layout.center).numpy()
+    group = layout.group(level).numpy()
+    rank = np.lexsort((distance[leader], group[leader]))  # stable: ties in reading order
+    chosen = np.zeros(plan.num_out, dtype=bool)
+    if plan.num_out > budget:
+        chosen[rank[budget:]] = True
+        label = np.where(chosen[label], -1, label)
+    else:
+        spare = budget - plan.num_out
+        gain = (counts[rank] - 1).cumsum()
+        whole = int(np.searchsorted(gain, spare, side="right"))
+        chosen[rank[:whole]] = True
+        single = chosen[label]
+        left = spare - (int(gain[whole - 1]) if whole else 0)
+        if left:
+            begin, end = plan.offsets[rank[whole] :][:2].tolist()
+            members = plan.members[begin:end].numpy()
+            single[members[distance[members].argsort(kind="stable")[:left]]] = True
+        label = np.where(single, plan.num_out + np.arange(len(label)), label)
+    label = torch.from_numpy(label.astype(np.int64))
+    return PoolPlan.from_labels(label, layout.row, layout.col, level)
+
+
+@dataclass(frozen=True)
+class PreLLMCompression(Method):
+    """PLC: variable-ratio adaptive pooling before the language model, training-free.
+
+    The region is pooled at stride ``inside``, a ring around it at ``context``, the rest at
+    ``outside``. With ``keep`` the strides are picked instead, and the number of tokens is met
+    exactly (``plan_by_budget``).
+
+    Args:
+        inside, context, outside: tokens per side of a cell, ascending in 1..16; to be left alone
+            when ``keep`` is given.
+        ring: width of the ring in tokens.
+        mode: "distinct", "mean" or "max" of the members, see ``Method``.
+        keep: None, a float in (0, 1] (fraction of the image's tokens) or an int >= 1 (tokens).
+    Raises:
+        ValueError, TypeError: an argument out of its range, or strides together with ``keep``.
+    Source: own choice; it stands where CROP (arXiv 2505.21233) has *learned* queries and must not
+        be credited with that paper's PLC figures.
+    """
+
+    inside: int = 1
+    context: int = 2
+    outside: int = 4
+    ring: int = 2
+    mode: PoolMode = "distinct"
+    keep: float | int | None = None
+
+    def __post_init__(self) -> None:
+        op = "PreLLMCompression"
+        check_strides(op, self._strides)
+        check_count(op, "ring", self.ring, 0)
+        check_choice(op, "mode", self.mode, POOL_MODES)
+        if self.keep is not None:
+            check_keep(op, self.keep)
+            if self._strides != (1, 2, 4):
+                raise ValueError(
+                    f"{op}: strides must be left at their defaults when keep is given, got {self._strides}"
+                )
+
+    @property
+    def _strides(self) -> tuple[int, int, int]:
+        return self.inside, self.context, self.outside
+
+    @property
+    def pool_mode(self) -> PoolMode:
+        return self.mode
+
+    def least(self, tokens: int) -> dict[int, int]:
+        """The budget, or as if all were outside the region."""
+        return {0: tokens // self.outside**2 if self.keep is None else budget_alone(self.keep, tokens)}
+
+    def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
+        """Cells of one image.
+
+        Args:
+            layout: its tokens, none pruned yet.
+            region: what the question needs.
+        Returns:
+            PoolPlan, or None if every token would stay as it is.
+        Raises:
+            ValueError: ``keep`` is a token count larger than the image has.
+        """
+        if len(layout) == 0:
+            return None
+        if self.keep is None:
+            plan = plan_by_strides(layout, region, self.ring, self._strides)
+        else:
+            budget = budget_of("PreLLMCompression", self.keep, layout)
+            if budget == len(layout):
+                return None
+            plan = plan_by_budget(layout, region, self.ring, budget)
+        return None if plan.is_identity else plan

@@ -1,0 +1,156 @@
+"""What every family shares: the ModelFamily, what it gets to see of a call, and how image tokens are shared out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crop.geometry.layout import VisionLayout
+
+Size = tuple[int, int]
+Placed = list[tuple[int, VisionLayout]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an adapter sees of one call that brings images.
+
+    Args:
+        config: configuration of the model.
+        ids: (samples, seq_len) token ids on the CPU, each sample once (before generate() repeats it for beams).
+        arguments: the call's arguments as the model's processor made them (pixel values, grids, sizes).
+        processor: the model's image processor, None where the caller gave none.
+        image_sizes: (width, height) of each original image, pixels; None where the caller gave none.
+    """
+
+    config: Any
+    ids: Tensor
+    arguments: Mapping[str, Any]
+    processor: Any = None
+    image_sizes: Sequence[Size] | None = None
+
+    def argument(self, name: str) -> Any:
+        """An argument that this family cannot do without.
+
+        Raises:
+            ValueError: it is missing.
+        """
+        value = self.arguments.get(name)
+        if value is None:
+            raise ValueError(f"patch: {name} must be given with image tokens, got None")
+        return value
+
+    def sizes(self, count: int) -> list[Size | None]:
+        """The size of each of ``count`` original images, None where unknown.
+
+        Raises:
+            ValueError: the caller gave another number of sizes.
+        """
+        if self.image_sizes is None:
+            return [None] * count
+        if len(self.image_sizes) != count:
+            raise ValueError(
+                f"patch: image_size must be given once per image, got {len(self.image_sizes)} for {count} images"
+            )
+        return list(self.image_sizes)
+
+    def place(self, layouts: Sequence[VisionLayout], token_id: int | None = None) -> Placed:
+        """Give layouts, in prompt order, the positions of the vision tokens in ``ids``: (sample, layout) each.
+
+        Args:
+            layouts: one per image, whatever their positions.
+            token_id: what stands where a vision token belongs; default ``config.image_token_id``.
+        Raises:
+            ValueError: the vision tokens are not exactly those of the layouts.
+        """
+        found: Placed = []
+        for sample, row in enumerate(self.ids == (self.config.image_token_id if token_id is None else token_id)):
+            position = torch.nonzero(row).flatten()
+            while len(position):
+                count = len(layouts[len(found)]) if len(found) < len(layouts) else 0
+                if not 0 < count <= len(position):
+                    raise ValueError(
+                        f"patch: sample {sample} must hold whole images of the grids {_grids(layouts)}, "
+                        f"got {int(row.sum())} image tokens"
+                    )
+                found.append((sample, replace(layouts[len(found)], position=position[:count])))
+                position = position[count:]
+        if len(found) != len(layouts):
+            raise ValueError(
+                f"patch: the prompt must hold whole images of the grids {_grids(layouts)}, got tokens for {len(found)}"
+            )
+        return found
+
+
+def _grids(layouts: Sequence[VisionLayout]) -> list[tuple[int, ...]]:
+    """(rows, columns) of each layout, (views, rows, columns) where it has several."""
+    return [layout.extent if layout.extent[0] > 1 else layout.extent[1:] for layout in layouts]
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """One family of Hugging Face vision-language models.
+
+    Args:
+        model_type: ``config.model_type`` of the family.
+        images: the images of a prompt, in prompt order over the batch: (sample, layout) each.
+        each: arguments that have one row per image; none where only the images themselves tell how many there are.
+        check: (config, image processor or None, original sizes or None, every region is whole) -> None; refuses at
+            once what ``images`` could not do later. None: the family needs neither.
+        tower: attribute of the multimodal model that holds the vision encoder.
+        decoder: attribute of the multimodal model that holds the language model.
+        videos: ``images`` places videos too; otherwise they are refused.
+        adds_again: method of the language model, (hidden_states, vision mask, features), that adds vision features of
+            further levels after its first layers; None: there is none.
+        makes_masks: the multimodal model makes the attention masks, since they say more than causal and padding.
+        two_way: with ``token_type_ids``, all tokens of a prompt see each other.
+    """
+
+    model_type: str
+    images: Callable[[Prompt], Placed]
+    each: tuple[str, ...] = ()
+    check: Callable[[Any, Any, Sequence[Size] | None, bool], None] | None = None
+    tower: str = "vision_tower"
+    decoder: str = "language_model"
+    videos: bool = False
+    adds_again: str | None = None
+    makes_masks: bool = False
+    two_way: bool = False
+
+    def is_vision(self, config: Any, ids: Tensor) -> Tensor:
+        """Which of (batch, seq_len) token ids stand for what an image or a video shows."""
+        found = ids == config.image_token_id
+        return found | (ids == config.video_token_id) if self.videos else found
+
+    def base(self, model: nn.Module) -> nn.Module:
+        """The multimodal model below the language-model head."""
+        if hasattr(type(model), "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        return model.model if hasattr(model, "lm_head") else model
+
+    def vision_tower(self, base: nn.Module) -> nn.Module:
+        """The image encoder."""
+        return getattr(base, self.tower)
+
+    def language_model(self, model: nn.Module) -> nn.Module:
+        """The decoder: has ``layers``, ``norm`` and ``config``."""
+        return getattr(self.base(model), self.decoder)
+
+
+def stack_views(layouts: Sequence[VisionLayout]) -> VisionLayout:
+    """One layout of several, each a view of its own, with positions from 0 in that order."""
+    count = sum(len(layout) for layout in layouts)
+    view = torch.arange(len(layouts), dtype=torch.int32)
+    return VisionLayout(
+        position=torch.arange(count),
+        center=torch.cat([layout.center for layout in layouts]),
+        row=torch.cat([layout.row for layout in layouts]),
+        col=torch.cat([layout.col for layout in layouts]),
+        view=view.repeat_interleave(torch.tensor([len(layout) for layout in layouts])),
+        kind=torch.cat([layout.kind for layout in layouts]),
+        num_original=count,
+    )

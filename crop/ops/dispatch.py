@@ -1,0 +1,133 @@
+"""Which implementation of an operator runs, and its registration with `torch.library`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, get_num_threads, is_grad_enabled
+from torch._C import _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
+from torch.nn import Parameter
+
+# None where no kernel was compiled. Any other import failure is a broken installation and must be seen.
+native: Any = importlib.import_module("crop._C") if importlib.util.find_spec("crop._C") else None
+
+
+_backend: ContextVar[str] = ContextVar("crop_backend", default="auto")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the implementation of the operators inside a `with` block (per thread and per asyncio task).
+
+    Args:
+        name: "auto": compiled kernels; plain torch for CPU tensors where nothing was compiled. "native": compiled
+            kernels or RuntimeError. "twin": plain torch (`crop.reference`).
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in ("auto", "native", "twin"):
+        raise ValueError(f'use_backend: name must be "auto", "native" or "twin", got {name!r}')
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+library = torch.library.Library("crop", "DEF")
+
+
+_PLAIN = frozenset((type(None), int, float, str, list))  # spares them isinstance, which is slow for tensors
+
+
+def _observed(args: tuple[Any, ...]) -> bool:
+    """Whether anyone beside the kernel must see a call: a gradient, a compiler, a transform, a mode, a profiler."""
+    if is_compiling() or _len_torch_dispatch_stack() or peek_interpreter_stack() is not None or _profiler_enabled():
+        return True
+    grad = is_grad_enabled()
+    for value in args[0] if type(args[0]) is list else args:
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
+            if grad and value.requires_grad:
+                return True
+        elif kind not in _PLAIN and isinstance(value, Tensor):
+            return True
+    return False
+
+
+def register(name: str, schema: str, twin: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register an operator; the decorated function launches the compiled kernel.
+
+    It receives the arguments of the schema, whether the tensors are on a CUDA device, and the stream (CUDA) or the
+    number of threads (CPU). What the decorator returns takes the arguments of the schema alone and goes through torch's
+    dispatcher only where someone observes the call: for a kernel of microseconds the dispatcher is the larger part.
+    """
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"crop::{name}", fake, lib=library)
+
+    def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
+        def cpu(*args: Any) -> Any:
+            backend = _backend.get()
+            if backend == "twin" or (native is None and backend == "auto"):
+                return twin(*args)
+            if native is None:
+                raise RuntimeError(
+                    f'{name}: use_backend must be "auto" or "twin" without compiled kernels, {_REINSTALL}'
+                )
+            return launch(*args, False, get_num_threads())
+
+        def cuda(*args: Any) -> Any:
+            if _backend.get() == "twin":
+                return twin(*args)
+            if native is None or not native.has_cuda:
+                raise RuntimeError(
+                    f"{name}: the tensors are on a GPU but crop was built without CUDA kernels, {_REINSTALL}"
+                )
+            first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+            with torch.cuda.device(first.device):
+                return launch(*args, True, torch.cuda.current_stream().cuda_stream)
+
+        library.impl(name, cpu, "CPU")
+        library.impl(name, cuda, "CUDA")
+        dispatch = getattr(torch.ops.crop, name).default
+
+        def call(*args: Any) -> Any:
+            first = args[0][0] if type(args[0]) is list else args[0]
+            run = cpu if first.is_cpu else cuda if first.is_cuda else dispatch
+            return dispatch(*args) if _observed(args) else run(*args)
+
+        return call
+
+    return decorate
+
+
+_REINSTALL = (
+    "reinstall with a C++ compiler (and nvcc for GPU kernels: `CROP_BUILD=cuda pip install --force-reinstall crop-vlm`)"
+    ' or choose plain torch with `crop.ops.use_backend("twin")`'
+)
+
+
+def raise_error(code: int) -> None:
+    if code:
+        error = ValueError if code < 0 else RuntimeError  # below 0: bad argument; above 0: CUDA error
+        raise error(native.last_error())
+
+
+def as_int64(tensor: Tensor | None) -> Tensor | None:
+    """Index tensors are small: one layout keeps the kernels simple, and it is the one the package itself produces."""
+    if tensor is None or (tensor.dtype == torch.int64 and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(torch.int64).contiguous()
+
+
+def pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,371 @@
+"""The operators as calls into the compiled kernels.
+
+One order for every operator: allocate with torch -> launcher of `crop._C` with raw pointers and the current stream ->
+an exception on an error code. The kernels know nothing of torch, so one build serves every torch version. The public
+functions in `crop.ops` check the arguments; the launchers repeat what protects memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crop.ops import dispatch, reference
+from crop.ops.dispatch import as_int64, pointer, raise_error, register
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+MODES = {"mean": 0, "weighted": 1, "max": 2}
+
+
+def row_layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], element: int, dim: int, batch: int, num_kept: int, i: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How `compact` sees tensors[i] of `element` bytes an element: the axes between batch and token axis merge into one
+    (outer), the axes after it into a row.
+
+    Returns:
+        The shape of its output; size of outer, number of tokens, bytes of a row, bytes from one sample, outer and token
+        to the next.
+    """
+    axes = len(shape)
+    dim = dim + axes if dim < 0 else dim
+    if not 1 <= dim < axes:
+        raise ValueError(f"compact: token_dim[{i}] must be in [1, {axes}), got {dim}")
+    if shape[0] != batch:
+        raise ValueError(f"compact: tensors[{i}] must have batch size {batch}, got shape {tuple(shape)}")
+    row = 1
+    for axis in range(axes - 1, dim, -1):
+        if shape[axis] != 1:
+            if strides[axis] != row:
+                raise ValueError(f"compact: tensors[{i}] must be contiguous after axis {dim}, got strides {strides}")
+            row *= shape[axis]
+    outer, stride = 1, 0
+    for axis in range(dim - 1, 0, -1):
+        if shape[axis] != 1:
+            if outer == 1:
+                stride = strides[axis]
+            elif strides[axis] != outer * stride:
+                raise ValueError(
+                    f"compact: tensors[{i}] must have axes 1..{dim - 1} that merge into one, got strides {strides}"
+                )
+            outer *= shape[axis]
+    steps = (strides[0] * element, stride * element, strides[dim] * element)
+    return (*shape[:dim], num_kept, *shape[dim + 1 :]), (outer, shape[dim], row * element, *steps)
+
+
+_known_layout = functools.lru_cache(maxsize=1024)(row_layout)  # sizes repeat from layer to layer
+
+
+@register(
+    "attention_mass",
+    "(Tensor query, Tensor key, Tensor vision_index, Tensor? sample, Tensor? lse, float scale, Tensor? visible_start,"
+    " Tensor? visible_len) -> Tensor",
+    twin=lambda query, key, index, sample, lse, scale, start, length: reference.attention_mass(
+        query, key, index, sample=sample, lse=lse, scale=scale, visible_start=start, visible_len=length
+    ),
+    fake=lambda query, key, index, *_: index.new_empty(index.shape, dtype=torch.float32),
+)
+def attention_mass(
+    query: Tensor,
+    key: Tensor,
+    vision_index: Tensor,
+    sample: Tensor | None,
+    lse: Tensor | None,
+    scale: float,
+    visible_start: Tensor | None,
+    visible_len: Tensor | None,
+    cuda: bool,
+    target: int,
+) -> Tensor:
+    mass = vision_index.new_empty(*vision_index.shape, dtype=torch.float32)
+    if mass.numel() == 0:
+        return mass
+    index, sample, start, length = (as_int64(t) for t in (vision_index, sample, visible_start, visible_len))
+    lse = None if lse is None else lse.contiguous()
+    sizes = (*query.shape[:2], key.shape[1], query.shape[2], key.shape[2], query.shape[3], *vision_index.shape)
+    num_bytes = dispatch.native.attention_mass_scratch(cuda, sizes, lse is None)
+    scratch = mass.new_empty(num_bytes, dtype=torch.uint8)
+    raise_error(
+        dispatch.native.attention_mass(
+            cuda,
+            target,
+            query.data_ptr(),
+            key.data_ptr(),
+            pointer(index),
+            pointer(sample),
+            pointer(lse),
+            pointer(start),
+            pointer(length),
+            mass.data_ptr(),
+            scratch.data_ptr(),
+            num_bytes,
+            sizes,
+            query.stride()[:3],
+            key.stride()[:3],
+            scale,
+            DTYPES[query.dtype],
+        )
+    )
+    return mass
+
+
+def _select_fake(score: Tensor, num_keep: list[Any], *_: Any) -> Tensor:
+    width = 0
+    for keep in num_keep:
+        width = torch.sym_max(width, keep)
+    return score.new_empty((score.shape[0], width), dtype=torch.int64)
+
+
+@register(
+    "select",
+    "(Tensor score, SymInt[] num_keep, Tensor? weight, Tensor? priority, Tensor? index) -> Tensor",
+    twin=lambda score, num_keep, weight, priority, index: reference.select(
+        score, num_keep, weight=weight, priority=priority, index=index
+    ),
+    fake=_select_fake,
+)
+def select(
+    score: Tensor,
+    num_keep: list[int],
+    weight: Tensor | None,
+    priority: Tensor | None,
+    index: Tensor | None,
+    cuda: bool,
+    target: int,
+) -> Tensor:
+    width = max(num_keep, default=0)
+    kept = score.new_empty(score.shape[0], width, dtype=torch.int64)
+    if kept.numel() == 0:
+        return kept
+    score, index = score.contiguous(), as_int64(index)
+    weight = None if weight is None else weight.contiguous()
+    priority = None if priority is None else priority.contiguous()
+    raise_error(
+        dispatch.native.select(
+            cuda,
+            target,
+            score.data_ptr(),
+            pointer(weight),
+            pointer(priority),
+            pointer(index),
+            num_keep,
+            kept.data_ptr(),
+            *score.shape,
+            width,
+        )
+    )
+    return kept
+
+
+def _compact_fake(tensors: list[Tensor], index: Tensor, token_dim: list[int]) -> list[Tensor]:
+    layouts = (
+        row_layout(tensor.shape, tensor.stride(), 1, dim, *index.shape, i)
+        for i, (tensor, dim) in enumerate(zip(tensors, token_dim, strict=True))
+    )
+    return [tensor.new_empty(shape) for tensor, (shape, _) in zip(tensors, layouts, strict=True)]
+
+
+def _compact_twin(tensors: list[Tensor], index: Tensor, token_dim: list[int]) -> list[Tensor]:
+    _compact_fake(tensors, index, token_dim)  # refuses what the kernels refuse
+    return reference.compact(tensors, index, token_dim=token_dim)
+
+
+@register(
+    "compact",
+    "(Tensor[] tensors, Tensor index, int[] token_dim) -> Tensor[]",
+    twin=_compact_twin,
+    fake=_compact_fake,
+)
+def compact(tensors: list[Tensor], index: Tensor, token_dim: list[int], cuda: bool, target: int) -> list[Tensor]:
+    index = as_int64(index)
+    batch, num_kept = index.shape
+    outs, table = [], []
+    for i, tensor in enumerate(tensors):
+        shape, layout = _known_layout(
+            tensor.shape, tensor.stride(), tensor.element_size(), token_dim[i], batch, num_kept, i
+        )
+        out = tensor.new_empty(*shape)
+        outs.append(out)
+        table.append((tensor.data_ptr(), out.data_ptr(), *layout))
+    raise_error(dispatch.native.compact(cuda, target, table, index.data_ptr(), batch, num_kept))
+    return outs
+
+
+@register(
+    "invert_index",
+    "(Tensor index, SymInt num_tokens) -> Tensor",
+    twin=reference.invert_index,
+    fake=lambda index, num_tokens: index.new_empty((index.shape[0], num_tokens), dtype=torch.int64),
+)
+def invert_index(index: Tensor, num_tokens: int, cuda: bool, target: int) -> Tensor:
+    index = as_int64(index)
+    inverse = index.new_empty(index.shape[0], num_tokens)
+    raise_error(
+        dispatch.native.invert_index(cuda, target, index.data_ptr(), inverse.data_ptr(), *index.shape, num_tokens)
+    )
+    return inverse
+
+
+def _pool_fake(
+    tokens: Tensor, members: Tensor, offsets: Tensor, inverse: Tensor | None, weight: Tensor | None, mode: str
+) -> tuple[Tensor, Tensor]:
+    num_out = offsets.shape[0] - 1
+    out = tokens.new_empty((num_out, tokens.shape[1]))
+    if inverse is None or mode == "mean":
+        return out, tokens.new_empty(0, dtype=torch.float32)
+    if mode == "weighted":
+        return out, tokens.new_empty(num_out, dtype=torch.float32)
+    return out, tokens.new_empty((num_out, tokens.shape[1]), dtype=torch.int32)
+
+
+def _pool_twin(
+    tokens: Tensor, members: Tensor, offsets: Tensor, inverse: Tensor | None, weight: Tensor | None, mode: str
+) -> tuple[Tensor, Tensor]:
+    out, saved = reference.pool(tokens, members, offsets, weight, mode)
+    return out, tokens.new_empty(0, dtype=torch.float32) if inverse is None else saved
+
+
+@register(
+    "adaptive_pool",
+    # Second result, for the backward pass only (inverse given): see reference.pool.
+    "(Tensor tokens, Tensor members, Tensor offsets, Tensor? inverse, Tensor? weight, str mode) -> (Tensor, Tensor)",
+    twin=_pool_twin,
+    fake=_pool_fake,
+)
+def adaptive_pool(
+    tokens: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    inverse: Tensor | None,
+    weight: Tensor | None,
+    mode: str,
+    cuda: bool,
+    target: int,
+) -> tuple[Tensor, Tensor]:
+    out, saved = _pool_fake(tokens, members, offsets, inverse, weight, mode)
+    if out.numel():
+        weight = None if weight is None else weight.contiguous()
+        raise_error(
+            dispatch.native.adaptive_pool(
+                cuda,
+                target,
+                tokens.data_ptr(),
+                members.data_ptr(),
+                offsets.data_ptr(),
+                pointer(weight),
+                out.data_ptr(),
+                saved.data_ptr() if saved.numel() else 0,
+                *tokens.shape,
+                members.shape[0],
+                out.shape[0],
+                tokens.stride(0),
+                DTYPES[tokens.dtype],
+                MODES[mode],
+            )
+        )
+    return out, saved
+
+
+def _pool_backward_fake(
+    grad: Tensor, tokens: Any, out: Any, saved: Tensor, offsets: Tensor, inverse: Tensor, weight: Any, mode: str
+) -> tuple[Tensor, Tensor]:
+    num_tokens = inverse.shape[0]
+    grad_weight = grad.new_empty(num_tokens if mode == "weighted" else 0, dtype=torch.float32)
+    return grad.new_empty((num_tokens, grad.shape[1])), grad_weight
+
+
+@register(
+    "adaptive_pool_backward",
+    "(Tensor grad, Tensor? tokens, Tensor? out, Tensor saved, Tensor offsets, Tensor inverse, Tensor? weight, str mode)"
+    " -> (Tensor, Tensor)",
+    twin=reference.pool_backward,
+    fake=_pool_backward_fake,
+)
+def adaptive_pool_backward(
+    grad: Tensor,
+    tokens: Tensor | None,
+    out: Tensor | None,
+    saved: Tensor,
+    offsets: Tensor,
+    inverse: Tensor,
+    weight: Tensor | None,
+    mode: str,
+    cuda: bool,
+    target: int,
+) -> tuple[Tensor, Tensor]:
+    grad_tokens, grad_weight = _pool_backward_fake(grad, tokens, out, saved, offsets, inverse, weight, mode)
+    if grad_tokens.numel():
+        grad = grad.contiguous()
+        weight = None if weight is None else weight.contiguous()
+        raise_error(
+            dispatch.native.adaptive_pool_backward(
+                cuda,
+                target,
+                grad.data_ptr(),
+                pointer(tokens),
+                pointer(out),
+                saved.data_ptr() if saved.numel() else 0,
+                offsets.data_ptr(),
+                inverse.data_ptr(),
+                pointer(weight),
+                grad_tokens.data_ptr(),
+                grad_weight.data_ptr() if grad_weight.numel() else 0,
+                *grad_tokens.shape,
+                grad.shape[0],
+                0 if tokens is None else tokens.stride(0),
+                DTYPES[grad.dtype],
+                MODES[mode],
+            )
+        )
+    else:
+        grad_weight.zero_()
+    return grad_tokens, grad_weight
+
+
+def _compact_save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    tensors, index, ctx.token_dim = inputs
+    ctx.num_tokens = [tensor.shape[dim] for tensor, dim in zip(tensors, ctx.token_dim, strict=True)]
+    ctx.save_for_backward(index)
+
+
+def _compact_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, None, None]:
+    # The gradient of a gather of unique rows is a gather by the inverse map: dropped rows read -1, hence zero.
+    # One inverse and one launch for all tensors that have the same number of tokens: in practice, all.
+    (index,) = ctx.saved_tensors
+    result: list[Tensor | None] = [None] * len(grads)
+    left = [i for i, grad in enumerate(grads) if grad is not None]
+    while left:
+        size = ctx.num_tokens[left[0]]
+        places = [i for i in left if ctx.num_tokens[i] == size]
+        left = [i for i in left if i not in places]
+        moved = [grads[i].contiguous() for i in places]  # type: ignore[union-attr]
+        out = compact(moved, invert_index(index, size), [ctx.token_dim[i] for i in places])
+        for i, tensor in zip(places, out, strict=True):
+            result[i] = tensor
+    return result, None, None
+
+
+def _pool_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tokens, _, offsets, inverse, weight, ctx.mode = inputs
+    extra = (tokens, weight, output[0]) if ctx.mode == "weighted" else (None, None, None)
+    ctx.save_for_backward(offsets, inverse, output[1], *extra)
+    ctx.set_materialize_grads(False)
+
+
+def _pool_grad(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None, None, None, Tensor | None, None]:
+    offsets, inverse, saved, tokens, weight, out = ctx.saved_tensors
+    if grad is None:
+        return None, None, None, None, None, None
+    gx, gw = adaptive_pool_backward(grad, tokens, out, saved, offsets, inverse, weight, ctx.mode)
+    return gx, None, None, None, gw if ctx.mode == "weighted" else None, None
+
+
+torch.library.register_autograd("crop::compact", _compact_grad, setup_context=_compact_save, lib=dispatch.library)
+
+
+torch.library.register_autograd("crop::adaptive_pool", _pool_grad, setup_context=_pool_save, lib=dispatch.library)

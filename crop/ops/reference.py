@@ -1,0 +1,378 @@
+"""The operators in plain torch: specification, oracle of the tests, and fallback where nothing was compiled.
+
+Every function has the name, the arguments and the result of its counterpart in :mod:`crop.ops`. Written for clarity:
+whole intermediate matrices are materialised, arithmetic is float32 (float64 stays float64, so the twins can be
+differentiated numerically). Letters: B samples, I images, N candidates, M scoring rows, T keys, d head_dim, K tokens
+kept, C pooled tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from crop.geometry.pooling import PoolPlan
+
+__all__ = ["adaptive_pool", "attention_mass", "compact", "region_topk", "select"]
+
+_INF = float("inf")
+
+
+def attention_mass(
+    query: Tensor,  # (B, num_heads, M, d)
+    key: Tensor,  # (B, num_kv_heads, T, d)
+    vision_index: Tensor,  # (I, N)
+    *,
+    sample: Tensor | None = None,  # (I,)
+    lse: Tensor | None = None,  # (B, num_heads, M)
+    scale: float | None = None,
+    visible_start: Tensor | None = None,  # (B,)
+    visible_len: Tensor | None = None,  # (B, M)
+) -> Tensor:  # (I, N)
+    """Share of the softmax attention that each vision token receives from the scoring rows.
+
+    ``mass[i, n] = mean over counted rows r and query heads h of exp(scale * <query[b, h, r], key[b, h // g, j]> -
+    lse[b, h, r])`` with ``b = sample[i]``, ``j = vision_index[i, n]`` and ``g = num_heads // num_kv_heads``; 0 where
+    row r does not see key j.
+
+    Row r of sample b sees the keys ``visible_start[b] <= j < visible_len[b, r]``; a row that sees none is padding and
+    is not counted. Without a counted row the mass is 0. A row whose lse is infinite contributes 0 to every finite
+    logit; a NaN or +inf logit makes the mass of its key NaN, and a NaN logit makes a computed lse NaN as well. The
+    masses of all keys of a sample sum to 1 (to less where the given lse includes a sink).
+
+    Args:
+        query: (B, num_heads, M, d) float32, bfloat16 or float16 scoring rows; unit last stride, any other strides.
+        key: (B, num_kv_heads, T, d), dtype of ``query``; all keys the softmax runs over.
+        vision_index: (I, N) int32 or int64 key positions of each image's vision tokens; -1 is filler and gets mass 0.
+        sample: (I,) int32 or int64 batch row of each image; default ``arange(B)``, which requires I == B.
+        lse: (B, num_heads, M) float32 natural log of the softmax denominator from the same inputs; default: computed.
+        scale: factor of the logits; default ``d ** -0.5``.
+        visible_start: (B,) int32 or int64 first visible key (left padding); default 0.
+        visible_len: (B, M) int32 or int64 end of the visible keys; default T.
+    Returns:
+        (I, N) float32, no gradient. float32 arithmetic; a sample's result does not depend on its batch neighbours.
+    Raises:
+        ValueError: device, rank, shape, stride or an index out of range. TypeError: unsupported or differing dtype.
+    Source: the attention score of Inner-LLM Pruning; mean over heads and rows is our own choice, the paper leaves it
+    open.
+    """
+    batch, num_heads, _, head_dim = query.shape
+    num_kv_heads, num_keys = key.shape[1], key.shape[2]
+    check_index("attention_mass", "vision_index", vision_index, num_keys, lowest=-1)
+    if sample is None:
+        sample = torch.arange(batch, device=query.device)
+    check_index("attention_mass", "sample", sample, batch)
+    real = torch.promote_types(query.dtype, torch.float32)
+    scale = head_dim**-0.5 if scale is None else scale
+
+    grouped = query.to(real).unflatten(1, (num_kv_heads, num_heads // num_kv_heads))  # (B, Hkv, g, M, d)
+    logit = torch.einsum("bkgmd,bktd->bkgmt", grouped, key.to(real)).flatten(1, 2) * scale  # (B, Hq, M, T)
+
+    position = torch.arange(num_keys, device=query.device)
+    visible = torch.ones(batch, query.shape[2], num_keys, dtype=torch.bool, device=query.device)
+    if visible_start is not None:
+        visible &= position >= visible_start[:, None, None]
+    if visible_len is not None:
+        visible &= position < visible_len[:, :, None]
+    counted = visible.any(-1).sum(-1)  # (B,) rows that see at least one key
+    visible = visible[:, None]
+
+    logit = logit.masked_fill(~visible, -_INF)
+    lse = torch.logsumexp(logit, -1) if lse is None else lse.to(real)
+    lse = torch.where(lse.isinf(), _INF, lse)  # exp(finite - inf) = 0
+    share = torch.exp(logit - lse[..., None])
+    share = share.masked_fill(logit == _INF, float("nan")).masked_fill(~visible, 0)
+    column = share.sum((1, 2)) / (counted * num_heads).clamp(min=1)[:, None]  # (B, T)
+
+    padded = torch.cat([column, column.new_zeros(batch, 1)], 1)[sample]  # filler reads the added zero
+    slot = torch.where((vision_index < 0) | (vision_index >= num_keys), num_keys, vision_index)
+    return padded.gather(1, slot.long()).to(torch.float32 if real == torch.float32 else real)
+
+
+def select(
+    score: Tensor,  # (I, N)
+    num_keep: int | Sequence[int],
+    *,
+    weight: Tensor | None = None,  # (I, N)
+    priority: Tensor | None = None,  # (I, N)
+    index: Tensor | None = None,  # (I, N)
+) -> Tensor:  # (I, K)
+    """Exact top-k under a total order, returned in reading order.
+
+    Best first: priority descending, ``score * weight`` descending (-0 equals +0, NaN ranks as -inf), position
+    ascending.
+
+    Args:
+        score: (I, N) float32.
+        num_keep: tokens to keep, one host int for all images or one per image, each in [0, N].
+        weight: (I, N) float32 factor of the score, e.g. the region weight; default 1.
+        priority: (I, N) int8; a higher one wins whatever the score, a negative one is never selected; default 0.
+        index: (I, N) int32 or int64; an entry below 0 is filler and never selected, and the result holds ``index[i,
+            n]`` instead of ``n``.
+    Returns:
+        (I, K) int64 with K = max(num_keep): the selected ``n`` in ascending order, then -1 where an image keeps fewer
+        than K.
+    Raises:
+        ValueError: device, rank, shape or num_keep out of range. TypeError: unsupported dtype.
+    Source: own choice; budget rule of Inner-LLM Pruning with a strict region priority.
+    """
+    num_images, num_tokens = score.shape
+    budget = [num_keep] * num_images if isinstance(num_keep, int) else list(num_keep)
+    width = max(budget, default=0)
+    value = score if weight is None else score * weight
+    value = torch.where(value.isnan(), -_INF, value) + 0.0  # -0 + 0 = +0
+    rank = torch.zeros_like(score, dtype=torch.int16) if priority is None else priority.to(torch.int16)
+    if index is not None:
+        rank = torch.where(index < 0, -1, rank)
+    rank = rank.clamp(min=-1)
+
+    by_value = value.argsort(dim=1, descending=True, stable=True)
+    order = by_value.gather(1, rank.gather(1, by_value).argsort(dim=1, descending=True, stable=True))
+    place = torch.arange(num_tokens, device=score.device)
+    limit = torch.tensor(budget, dtype=torch.int64, device=score.device)
+    limit = torch.minimum(limit, (rank >= 0).sum(1))
+    taken = torch.empty_like(order).scatter_(1, order, place.expand_as(order)) < limit[:, None]
+
+    slot = torch.where(taken, place, num_tokens).sort(dim=1).values[:, :width]
+    if index is None:
+        return torch.where(slot == num_tokens, -1, slot)
+    padded = torch.cat([index.long(), index.new_full((num_images, 1), -1, dtype=torch.int64)], 1)
+    return padded.gather(1, slot)
+
+
+def region_topk(
+    query: Tensor,  # (B, num_heads, M, d)
+    key: Tensor,  # (B, num_kv_heads, T, d)
+    vision_index: Tensor,  # (I, N)
+    num_keep: int | Sequence[int],
+    *,
+    weight: Tensor | None = None,  # (I, N)
+    priority: Tensor | None = None,  # (I, N)
+    sample: Tensor | None = None,  # (I,)
+    lse: Tensor | None = None,  # (B, num_heads, M)
+    scale: float | None = None,
+    visible_start: Tensor | None = None,  # (B,)
+    visible_len: Tensor | None = None,  # (B, M)
+    return_scores: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # (I, K) [, (I, N)]
+    """Sequence positions of the vision tokens to keep: :func:`attention_mass`, then :func:`select`.
+
+    ``kept = select(attention_mass(query, key, vision_index, ...), num_keep, weight=..., priority=...,
+    index=vision_index)``
+
+    Args:
+        query, key, vision_index, sample, lse, scale, visible_start, visible_len: see :func:`attention_mass`.
+        num_keep, weight, priority: see :func:`select`.
+        return_scores: also return the mass.
+    Returns:
+        (I, K) int64 positions, ascending where ``vision_index`` is, -1 tail; with ``return_scores`` also the (I, N)
+        mass.
+    Raises:
+        ValueError, TypeError: as the two halves.
+    Source: Inner-LLM Pruning (the cut), with our budget rule.
+    """
+    mass = attention_mass(
+        query,
+        key,
+        vision_index,
+        sample=sample,
+        lse=lse,
+        scale=scale,
+        visible_start=visible_start,
+        visible_len=visible_len,
+    )
+    kept = select(mass, num_keep, weight=weight, priority=priority, index=vision_index)
+    return (kept, mass) if return_scores else kept
+
+
+def compact(
+    tensors: Sequence[Tensor],
+    index: Tensor,  # (B, K)
+    *,
+    token_dim: int | Sequence[int] = 1,
+) -> list[Tensor]:
+    """Gather the kept tokens of several tensors at once.
+
+    ``out[t][b, ..., k, ...] = tensors[t][b, ..., index[b, k], ...]`` with the token axis at ``token_dim``; bitwise
+    copies.
+
+    Args:
+        tensors: each with batch axis 0 and a token axis; element type of any kind. The axes after the token axis form a
+            row and must be contiguous among themselves; the axes between batch and token axis must merge into one.
+        index: (B, K) int32 or int64 token numbers, strictly ascending where not negative; a negative one gives a zero
+            row.
+        token_dim: the token axis, one for all tensors or one per tensor; at least 1.
+    Returns:
+        Contiguous tensors with the token axis shortened to K. Gradients flow back to the kept rows, dropped rows get 0.
+    Raises:
+        ValueError: device, rank, shape, stride or index out of range or order. TypeError: index dtype.
+    Source: own choice; the physical removal behind Inner-LLM Pruning.
+    """
+    dims = [token_dim] * len(tensors) if isinstance(token_dim, int) else list(token_dim)
+    return [_gather_rows(tensor, index, dim % tensor.dim()) for tensor, dim in zip(tensors, dims, strict=True)]
+
+
+def _gather_rows(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+    num_tokens = tensor.shape[dim]
+    check_index("compact", "index", index, num_tokens, lowest=None)
+    check_ascending(index)
+    shape = list(tensor.shape)
+    shape[dim] = index.shape[1]
+    if 0 in shape or num_tokens == 0:
+        return tensor.new_zeros(shape)
+    # Bits move as integers: gather does not know every element type.
+    bits = tensor if tensor.requires_grad else tensor.view(_BITS[tensor.element_size()])
+    view = [index.shape[0], *[1] * (dim - 1), index.shape[1], *[1] * (tensor.dim() - dim - 1)]
+    rows = index.long().clamp(0, num_tokens - 1).view(view).expand(shape)
+    return bits.gather(dim, rows).masked_fill((index < 0).view(view), 0).view(tensor.dtype)
+
+
+def invert_index(index: Tensor, num_tokens: int) -> Tensor:  # (B, K) -> (B, num_tokens)
+    """Where each token went: ``inverse[b, index[b, k]] = k`` and -1 for a token that was dropped, int64.
+
+    The gradient of :func:`compact` is :func:`compact` by the inverse; an index that is negative or too large is left out.
+    """
+    place = torch.arange(index.shape[1], device=index.device).expand(index.shape)
+    slot = torch.where((index < 0) | (index >= num_tokens), num_tokens, index).long()
+    inverse = torch.full((index.shape[0], num_tokens + 1), -1, dtype=torch.int64, device=index.device)
+    return inverse.scatter(1, slot, place)[:, :num_tokens].contiguous()
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def adaptive_pool(
+    tokens: Tensor,  # (num_tokens, D)
+    plan: PoolPlan,
+    mode: str = "mean",
+    weight: Tensor | None = None,  # (num_tokens,)
+) -> Tensor:  # (C, D)
+    """Merge groups of vision tokens into one token each.
+
+    With ``cell = members[offsets[i] : offsets[i + 1]]``, accumulated in float32 in stored order and rounded once:
+    mean ``sum(x) / count``; weighted ``sum(w * x) / sum(w)``, the plain mean where ``sum(w) == 0``; max: the largest
+    member per channel, a NaN wins, the first of equals wins. A cell of one member is copied bit for bit in every mode,
+    whatever its weight; a cell without members gives zeros.
+
+    Gradients: mean ``gx = gy / count``; weighted ``gx = gy * w / sum(w)`` and ``gw = <gy, x - y> / sum(w)`` (mean rule
+    and 0 where ``sum(w) == 0``, and 0 for single members); max: to the member that won. Tokens in no cell get 0.
+
+    Args:
+        tokens: (num_tokens, D) float32, bfloat16 or float16; unit last stride, any row stride.
+        plan: the groups; ``plan.num_tokens`` must equal num_tokens.
+        mode: "mean", "weighted" or "max".
+        weight: (num_tokens,) float32, for "weighted" only. Not validated: IEEE arithmetic decides.
+    Returns:
+        (plan.num_out, D), dtype of ``tokens``, contiguous.
+    Raises:
+        ValueError: device, rank, shape, stride, mode or weight does not fit. TypeError: unsupported dtype.
+    Source: own choice; training-free stand-in for the paper's Pre-LLM Compression, which learns query tokens.
+    """
+    return pool(tokens, plan.members, plan.offsets, weight, mode)[0]
+
+
+def pool(
+    tokens: Tensor,  # (num_tokens, D)
+    members: Tensor,  # (num_members,)
+    offsets: Tensor,  # (C + 1,)
+    weight: Tensor | None,  # (num_tokens,)
+    mode: str,
+) -> tuple[Tensor, Tensor]:  # (C, D), saved
+    """:func:`adaptive_pool` on the arrays of a plan.
+
+    Returns:
+        The pooled tokens, and what the backward pass needs: the sums of weights (C,) for "weighted", the winning token
+            of
+        each channel (C, D) int32 for "max" (-1 in a cell without members), empty for "mean".
+    """
+    real = torch.promote_types(tokens.dtype, torch.float32)
+    count = offsets.diff().long()
+    x = tokens.to(real)
+    zeros = x.new_zeros(len(count), tokens.shape[1])
+    total, weighted, weights, best = zeros, zeros, zeros.new_zeros(len(count), 1), zeros
+    winner = torch.full(zeros.shape, -1, dtype=torch.int32, device=x.device)
+    for step in range(int(count.max()) if len(count) else 0):
+        cell = (count > step).nonzero().squeeze(1)  # the cells that have a member number `step`
+        row = members[offsets[:-1].long()[cell] + step].long()
+        new = x[row]
+
+        def put(total: Tensor, term: Tensor, cell: Tensor = cell, step: int = step) -> Tensor:
+            return total.index_copy(0, cell, total[cell] + term if step else term)  # keeps -0
+
+        total = put(total, new)
+        if mode == "weighted":
+            w = weight[row].to(real)[:, None]  # type: ignore[index]
+            weights, weighted = put(weights, w), put(weighted, w * new)
+        if mode == "max":
+            old = best[cell]
+            wins = (new > old) | (new.isnan() & ~old.isnan()) | (step == 0)
+            best = best.index_copy(0, cell, torch.where(wins, new, old))
+            number = row.to(torch.int32)[:, None]
+            winner = winner.index_copy(0, cell, torch.where(wins, number, winner[cell]))
+    single = (count == 1)[:, None]
+    mean = total / count.clamp(min=1)[:, None]
+    plain = (weights == 0) | single
+    out = {"mean": mean, "max": best, "weighted": torch.where(plain, mean, weighted / torch.where(plain, 1, weights))}[
+        mode
+    ]
+    out = out.to(tokens.dtype)
+    if bool(single.any()):  # the very bits: conversions may change those of a NaN
+        out = torch.where(single, tokens[members[offsets[:-1].long().clamp(max=len(members) - 1)].long()], out)
+    return out, {"mean": zeros.new_empty(0), "max": winner, "weighted": weights[:, 0]}[mode]
+
+
+def pool_backward(
+    grad: Tensor,  # (C, D)
+    tokens: Tensor | None,  # (num_tokens, D), for "weighted"
+    out: Tensor | None,  # (C, D), for "weighted"
+    saved: Tensor,
+    offsets: Tensor,  # (C + 1,)
+    inverse: Tensor,  # (num_tokens,)
+    weight: Tensor | None,  # (num_tokens,)
+    mode: str,
+) -> tuple[Tensor, Tensor]:  # (num_tokens, D), (num_tokens,) or empty
+    """Gradients of :func:`pool` by the rules of :func:`adaptive_pool`: a token reads the gradient of its own cell."""
+    real = torch.promote_types(grad.dtype, torch.float32)
+    num_tokens = len(inverse)
+    grad_weight = torch.zeros(num_tokens if mode == "weighted" else 0, dtype=real, device=grad.device)
+    if len(grad) == 0:
+        return grad.new_zeros(num_tokens, grad.shape[1]), grad_weight
+    cell = inverse.long().clamp(min=0)
+    count = offsets.diff().long()[cell][:, None]
+    gy = grad.to(real)[cell]
+    gx = gy / count
+    if mode == "weighted":
+        total = saved[cell][:, None]
+        plain = (total == 0) | (count == 1)
+        total = torch.where(plain, 1, total)
+        gx = torch.where(plain, gx, gy * weight[:, None] / total)  # type: ignore[index]
+        offset = tokens.to(real) - out.to(real)[cell]  # type: ignore[union-attr]
+        grad_weight = torch.where(plain, 0, (gy * offset).sum(1, keepdim=True) / total)[:, 0]
+        grad_weight = torch.where(inverse < 0, 0, grad_weight)
+    if mode == "max":
+        number = torch.arange(num_tokens, device=grad.device)[:, None]
+        gx = torch.where(saved[cell] == number, gy, 0)
+    return torch.where((inverse < 0)[:, None], 0, gx).to(grad.dtype), grad_weight
+
+
+def check_index(op: str, name: str, index: Tensor, limit: int, lowest: int | None = 0) -> None:
+    """Refuse values outside [lowest, limit); on the CPU only, because reading a device tensor would synchronise."""
+    if index.device.type != "cpu" or index.numel() == 0:
+        return
+    low, high = (int(v) for v in index.aminmax())
+    if high >= limit or (lowest is not None and low < lowest):
+        bound = "less than" if lowest is None else f"at least {lowest} and less than"
+        raise ValueError(f"{op}: {name} must be {bound} {limit}, got {high if high >= limit else low}")
+
+
+def check_ascending(index: Tensor) -> None:
+    """Refuse rows whose non-negative entries do not ascend strictly; on the CPU only."""
+    if index.device.type != "cpu":
+        return
+    seen = index.long().cummax(1).values if index.shape[1] else index
+    if bool(((index[:, 1:] >= 0) & (index[:, 1:] <= seen[:, :-1])).any()):
+        raise ValueError(f"compact: index must be strictly ascending where not negative, got {index.tolist()}")
