@@ -96,7 +96,7 @@ print(code, list(kept), C.last_error())
 """
 USE = """
 import torch, crop
-from crop.build import build_info
+from crop.ops.build_info import build_info
 info = build_info()
 print(crop.__file__, info["native"], info["cuda"], crop.select(torch.tensor([[1.0, 3.0, 2.0]]), 2).tolist())
 """
