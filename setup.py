@@ -23,6 +23,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-maybe-uninitialized"]
@@ -86,15 +87,16 @@ class BuildKernels(build_ext):
         include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         steps = []  # (object, source, command)
         for source in (ROOT / name for name in ext.sources):
+            name = ".".join(source.relative_to(CSRC).parts)
             if source.suffix == ".cu":
-                steps.append((build / f"{source.stem}.cu.o", source, [nvcc, *host, *device]))
-            elif source.stem.endswith("_cpu"):
+                steps.append((build / f"{name}.o", source, [nvcc, *host, *device]))
+            elif source.parent.name == "cpu":  # once per instruction set
                 for isa, flags in ISAS.items():
                     command = [*cxx, *flags, f"-DCROP_ISA={isa}"]
-                    steps.append((build / f"{source.stem}.{isa}.o", source, command))
+                    steps.append((build / f"{name}.{isa}.o", source, command))
             else:
                 extra = [*include, *defines] if source.stem == "bindings" else []
-                steps.append((build / f"{source.stem}.o", source, [*cxx, *extra]))
+                steps.append((build / f"{name}.o", source, [*cxx, *extra]))
         steps = [
             (out, source, [*cmd, "-MMD", "-MF", f"{out}.d", "-c", source, "-o", out]) for out, source, cmd in steps
         ]
@@ -140,7 +142,7 @@ class BuildKernels(build_ext):
 CHOICE = choose()
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in (ROOT / "csrc").iterdir()
+    for path in CSRC.rglob("*")
     if path.suffix == ".cpp" or (path.suffix == ".cu" and CHOICE == "cuda")
 )
 DISASSEMBLER = [f"nvidia-cuda-{tool}; sys_platform == 'linux'" for tool in ("cuobjdump", "nvdisasm")]  # 6 MB

@@ -185,7 +185,7 @@ def test_only_one_module_imports_the_kernels() -> None:
 
 
 def test_kernels_know_nothing_of_torch() -> None:
-    for path in (ROOT / "csrc").iterdir():
+    for path in filter(Path.is_file, (ROOT / "csrc").rglob("*")):
         includes = re.findall(r"#\s*include\s*[<\"]([^>\"]+)", path.read_text())
         assert not [name for name in includes if re.match(r"(torch|ATen|c10)/", name)], path
 
