@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from bench.methods import baselines
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
-from crop.methods.baselines import BASELINES
 from crop.methods.registry import POOL_SHARE
 
 BUDGETS = (0.5, 0.33, 0.22, 0.11, 0.055)
@@ -174,7 +174,7 @@ def contenders() -> list[Contender]:
     rows = [
         Contender("down-sampled image", "none", lambda b, _: CornerOnly(b), prepare=shrink),
     ]
-    for name, make in BASELINES.items():
+    for name, make in baselines().items():
         if make(0.5, 8).cuts:
             rows.append(Contender(name, "none", _inner(make), make))
         else:

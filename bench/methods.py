@@ -1,0 +1,21 @@
+"""The methods that benches compare, by name: the one place that knows where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from crop.methods import Method, by_name
+from crop.methods.baselines import BASELINES
+
+Make = Callable[[float, int], Method]  # (fraction that is left in the end, decoder layers of the model) -> method
+OURS = {"ILP": "ilp", "PLC": "plc", "both": "crop"}  # names of the tables
+
+
+def ours(keep: float) -> dict[str, Method]:
+    """Ours with default settings, by the names of the tables; they need a region."""
+    return {name: by_name(kind, keep) for name, kind in OURS.items()}
+
+
+def baselines() -> Mapping[str, Make]:
+    """What ours is compared with; none looks at the region."""
+    return BASELINES
