@@ -70,7 +70,7 @@ def compile_kernels(folder: Path, archs: Sequence[str]) -> list[Kernel]:
         source, arch = job
         command = [find_nvcc(), "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Werror", "all-warnings",
                    "-Xptxas", "-v,-warn-spills,-warn-lmem-usage,-Werror",
-                   CSRC / f"{source}.cu", "-o", folder / f"{source}.{arch}.cubin"]  # fmt: skip
+                   CSRC / "cuda" / f"{source}.cu", "-o", folder / f"{source}.{arch}.cubin"]  # fmt: skip
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{source}.cu for sm_{arch}:\n{done.stdout}{done.stderr}")

@@ -228,15 +228,15 @@ def compare(chunk: BatchPlan, language_model: nn.Module, localizer_seconds: floa
         Estimate.
     """
     layers = range(len(language_model.layers))
-    stages = [(layer, _lengths(chunk, layer)) for layer in (0, *chunk.steps)]
+    stages = [(layer, _lengths(chunk, layer)) for layer in (0, *chunk.prunes)]
     scored = 0.0
-    for layer, step in chunk.steps.items():
+    for layer, step in chunk.prunes.items():
         if step.rows is not None:
             seen = _lengths(chunk, layer - 1)
-            scored += sum(step.rows.shape[1] * seen[sample] for sample in step.sample.tolist())
+            scored += sum(step.rows.shape[1] * seen[sample] for sample in step.owners)
     before = [float(len(image.layout)) for image in chunk.images]
     after = [sum(image.tokens_at(layer) for layer in layers) / len(layers) for image in chunk.images]
-    steps = len(chunk.steps) + (chunk.pool is not None)
+    steps = len(chunk.prunes) + (chunk.pool is not None)
     facts = _facts(language_model)
     return _estimate(
         facts, measure_speed(*facts), _lengths(chunk, None), stages, scored, steps, before, after, localizer_seconds
@@ -351,7 +351,7 @@ def _own_seconds(geometry: Geometry, speed: Speed, images: int, steps: int) -> f
 
 def _lengths(chunk: BatchPlan, layer: int | None) -> list[int]:
     """Tokens per sample that decoder layer ``layer`` sees; None: unpruned."""
-    found = chunk.real.sum(1).tolist()
+    found = chunk.valid.sum(1).tolist()
     for image in chunk.images:
         found[image.sample] -= len(image.layout) - (len(image.layout) if layer is None else image.tokens_at(layer))
     return found

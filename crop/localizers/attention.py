@@ -21,7 +21,7 @@ from crop.localizers.boxes import check_ranges, find_region
 from crop.localizers.reading import Stop, only_image, run_until_stop
 from crop.methods.plc import PreLLMCompression
 from crop.models import family_of
-from crop.patching.attention_hook import tap
+from crop.patching.attention_hook import attention_hook
 from crop.patching.patch import patch
 from crop.patching.stats import PruneStats
 
@@ -144,12 +144,12 @@ class AttentionLocalizer:
 
         Args:
             stats: of the patch that surrounds the pass.
-            read: called with query, key and scale of the scoring layer, see ``tap``; should end the pass by an exception.
+            read: called with query, key and scale of the scoring layer, see ``attention_hook``; should end the pass by an exception.
         """
         layers = family_of(self.model).language_model(self.model).layers
         layer = min(max(1, len(layers) // 16), len(layers) - 1) if self.layer is None else self.layer
         scoring, undo = layers[layer].self_attn, ExitStack()
-        undo.enter_context(tap(scoring, read))
+        undo.enter_context(attention_hook(scoring, read))
         if not self.rope:
             undo.callback(scoring.register_forward_pre_hook(_still, with_kwargs=True).remove)
         if self.skip_mlp:

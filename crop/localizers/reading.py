@@ -90,7 +90,7 @@ def entering(planner: Planner, inputs: Mapping[str, Any]) -> tuple[list[VisionLa
 
     handle = planner.language_model.register_forward_pre_hook(read, with_kwargs=True)
     try:
-        run_until_stop(planner.adapter.base(planner.model), inputs)
+        run_until_stop(planner.family.base(planner.model), inputs)
     finally:
         handle.remove()
     return [] if chunk is None else [image.layout for image in chunk.images], found[0]

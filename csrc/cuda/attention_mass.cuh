@@ -8,7 +8,7 @@
 //
 // Logits, their log-sum-exp and everything between are in units of log 2: exp is one instruction.
 #pragma once
-#include "common.cuh"
+#include "../common/device.cuh"
 
 namespace crop {
 namespace {

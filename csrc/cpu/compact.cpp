@@ -1,6 +1,6 @@
 // compact on the CPU: copies of rows, whatever they hold. Work items are about 64 KB of output each.
-#include "parallel.h"
-#include "simd.h"
+#include "../common/parallel.h"
+#include "../common/simd.h"
 
 namespace crop::CROP_ISA {
 namespace {

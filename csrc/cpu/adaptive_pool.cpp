@@ -1,8 +1,8 @@
 // adaptive_pool on the CPU. Forward: a work item is a run of cells; kChunk vectors of channels stay in registers while the
 // members of a cell pass by in stored order. Backward: a work item is a run of tokens, each reads the gradient of its cell
 // (a pure gather, every result is written once). True division: a rounded reciprocal is off by one ulp for some counts.
-#include "parallel.h"
-#include "simd.h"
+#include "../common/parallel.h"
+#include "../common/simd.h"
 
 namespace crop::CROP_ISA {
 namespace {

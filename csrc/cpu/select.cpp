@@ -5,8 +5,8 @@
 // because attention masses share their leading bits. An image is one work item.
 #include <cstdlib>
 
-#include "parallel.h"
-#include "simd.h"
+#include "../common/parallel.h"
+#include "../common/simd.h"
 
 namespace crop::CROP_ISA {
 namespace {

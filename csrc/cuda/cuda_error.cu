@@ -1,7 +1,7 @@
 // Texts of CUDA errors, with advice where the usual cause is known.
 #include <cuda_runtime.h>
 
-#include "ops.h"
+#include "../common/ops.h"
 
 namespace crop {
 

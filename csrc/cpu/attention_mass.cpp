@@ -9,7 +9,7 @@
 // A work item owns a block of keys, blocks start at the sample's first visible key, and the variant follows the sample's
 // own number of rows: the result depends neither on the threads nor on the other samples.
 #include "attention_logits.h"
-#include "parallel.h"
+#include "../common/parallel.h"
 
 namespace crop::CROP_ISA {
 namespace {

@@ -1,6 +1,6 @@
 // compact on CUDA: copies of rows, whatever they hold, for all tensors of a call in one launch.
 #pragma once
-#include "common.cuh"
+#include "../common/device.cuh"
 
 namespace crop {
 namespace {

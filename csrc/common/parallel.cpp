@@ -3,7 +3,9 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cfenv>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 
@@ -23,6 +25,7 @@ struct Pool {
     int64_t items = 0;
     void (*body)(void*, int64_t) = nullptr;
     void* context = nullptr;
+    std::fenv_t floats{};  // rounding and denormals of the caller
     std::atomic<int64_t> next{0};
 
     void work() {
@@ -37,7 +40,9 @@ struct Pool {
             seen = job;
             --seats;
             ++running;
+            const std::fenv_t callers = floats;
             lock.unlock();
+            std::fesetenv(&callers);
             work();
             lock.lock();
             if (--running == 0) done.notify_one();
@@ -46,8 +51,12 @@ struct Pool {
 
     void run(int threads, int64_t count, void (*function)(void*, int64_t), void* argument) {
         std::unique_lock<std::mutex> lock(mutex);
-        for (; workers < threads - 1; ++workers) std::thread(&Pool::worker, this).detach();
+        try {
+            for (; workers < threads - 1; ++workers) std::thread(&Pool::worker, this).detach();
+        } catch (const std::exception&) {  // no more threads now: those that exist do the work
+        }
         items = count, body = function, context = argument;
+        std::fegetenv(&floats);
         next.store(0, std::memory_order_relaxed);
         seats = threads - 1;
         ++job;

@@ -1,6 +1,6 @@
 // Vectors of kLanes floats on the compiler's own vector types: one source for baseline, AVX2 and AVX-512.
-// Every *_cpu.cpp is compiled once per instruction set with CROP_ISA naming its namespace (see dispatch.cpp). Such a file
-// uses no inline function of the standard library: the linker keeps one copy, which might be the AVX-512 one.
+// Every source in cpu/ is compiled once per instruction set with CROP_ISA naming its namespace (see dispatch.cpp). Such a
+// file uses no inline function of the standard library: the linker keeps one copy, which might be the AVX-512 one.
 #pragma once
 #include <cstdint>
 #if defined(__x86_64__)

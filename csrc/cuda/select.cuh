@@ -1,10 +1,10 @@
-// select on CUDA: radix selection on order-preserving integer keys, then one ordered scan; the algorithm of select_cpu.cpp.
+// select on CUDA: radix selection on order-preserving integer keys, then one ordered scan; as in cpu/select.cpp.
 //
 // Classes (priority, filler) are settled before the radix: what is certainly taken gets the key 2^32 - 1, what is certainly
 // not taken 0; no float has these keys. The rest competes by value. Digits are taken below the range of the competing keys,
 // because attention masses share their leading bits; nothing is ever stashed, so no list can overflow.
 #pragma once
-#include "common.cuh"
+#include "../common/device.cuh"
 
 namespace crop {
 namespace {

@@ -2,7 +2,7 @@
 // one piece of one token's gradient and reads the gradient of its cell. Everything is written once; sums run in stored order,
 // in float32, with true division (a rounded reciprocal is off by one ulp for some counts).
 #pragma once
-#include "common.cuh"
+#include "../common/device.cuh"
 
 namespace crop {
 namespace {

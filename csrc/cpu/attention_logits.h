@@ -1,7 +1,7 @@
 // Products of keys and rows for attention_mass on the CPU. Vectors run along the rows, or, where these are few, along head_dim;
 // the query is packed for it.
 #pragma once
-#include "simd.h"
+#include "../common/simd.h"
 
 namespace crop::CROP_ISA {
 namespace {
