@@ -127,9 +127,9 @@ def measure(model: Any, images: int, rounds: int, only: str) -> list[dict[str, A
             want = [round(keep * 576)] * images
             if stats.tokens_after_ilp != want:
                 raise RuntimeError(f"bench: {name} must keep {want}, got {stats.tokens_after_ilp}")
-            layer = method.layer or LAYERS
-            early, late = sum(stats.tokens_after_plc), sum(stats.tokens_after_ilp)
-            lengths[name] = [TEXT + early] * layer + [TEXT + late] * (LAYERS - layer)
+            seen = stats.tokens_from
+            first = [max(start for start in seen if start <= layer) for layer in range(LAYERS)]
+            lengths[name] = [TEXT + sum(seen[start]) for start in first]
             contenders[name] = pruned(name, method)
     stages.clear()
     plain()

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import crop
@@ -27,7 +28,7 @@ from bench.latency.e2e.geometries import Shrink
 from bench.latency.e2e.workload import AFTER, BEFORE, Model, Workload, make, regions
 from bench.latency.small import random_llava
 from crop.methods.plc import plan_by_budget, plan_by_strides
-from crop.methods.saliency import distinct_weights
+from crop.methods.saliency import saliency_weights
 from crop.patching.batch_plan import BatchPlan, plan_batch
 
 KEEP = 0.11
@@ -51,7 +52,7 @@ def own_work(axis: str, size: int) -> Iterator[Case]:
     images = size if axis == "images" else 1
     side = {"tokens": round(size**0.5), "samples": 24, "images": 16}[axis]
     where, length = regions(samples * images), BEFORE + AFTER + images * side * side
-    real, method = torch.ones(samples, length, dtype=torch.bool), crop.by_name("crop", KEEP)
+    real, method = torch.ones(samples, length, dtype=torch.bool), crop.by_name("crop", KEEP).with_layer(2)
 
     def layout() -> list[tuple[int, crop.VisionLayout]]:
         return [
@@ -67,22 +68,30 @@ def own_work(axis: str, size: int) -> Iterator[Case]:
         plan_by_strides.cache_clear()
         return plan_batch(method, layouts, where, real)
 
-    chunk = plan()
-    (step,) = chunk.steps.values()
-    slots = chunk.pool.leader.shape[1]
+    made = plan()
+    (step,) = made.prunes.values()
+    slots = made.pool.kept_index.shape[1]
     key, query = torch.randn(samples, HEADS, slots, DIM), torch.randn(samples, HEADS, ROWS, DIM)
     hidden, tokens = torch.randn(samples, slots, HEADS * DIM), torch.randn(samples * length, HEADS * DIM)
-    mass = crop.attention_mass(query, key, step.vision_index, sample=step.sample)
+    mass = crop.attention_mass(query, key, step.candidates, sample=step.sample)
     kept = crop.select(mass, step.num_keep, priority=step.priority)
     keep = torch.arange(step.width).expand(samples, -1).contiguous()
     yield axis, "layout", size, layout
     yield axis, "plan", size, plan
-    yield axis, "attention_mass", size, lambda: crop.attention_mass(query, key, step.vision_index, sample=step.sample)
+    yield axis, "attention_mass", size, lambda: crop.attention_mass(query, key, step.candidates, sample=step.sample)
     yield axis, "select", size, lambda: crop.select(mass, step.num_keep, priority=step.priority)
     yield axis, "compact", size, lambda: crop.compact([hidden], keep)
-    embeds, pooling = tokens.view(samples, length, -1), chunk.pool.plan
-    weight = distinct_weights(pooling, chunk.images, embeds)
-    yield axis, "distinct weights", size, lambda: distinct_weights(pooling, chunk.images, embeds)
+    embeds, pooling = tokens.view(samples, length, -1), made.pool.plan
+
+    def weigh() -> Tensor:
+        weight = torch.ones(samples, length)
+        for image in made.images:
+            place = slice(int(image.layout.position[0]), int(image.layout.position[-1]) + 1)
+            weight[image.sample, place] = saliency_weights(embeds[image.sample, place])
+        return weight.flatten()
+
+    weight = weigh()
+    yield axis, "distinct weights", size, weigh
     yield axis, "adaptive_pool", size, lambda: crop.adaptive_pool(tokens, pooling, "weighted", weight)
     yield axis, READ, size, lambda: tokens.sum()
     assert kept.shape[1] == max(step.num_keep)
