@@ -56,7 +56,7 @@ class AttentionLocalizer:
         model: Hugging Face vision-language model of a supported family.
         processor: its processor.
         layer: decoder layer whose attention is read, 0 = first. None: a sixteenth of the depth, at least 1, which keeps the
-            pass below 5 % of the prefill (bench/bench_prefill.py).
+            pass below 5 % of the prefill (bench.latency.prefill).
         prompt: as in ``encode``.
         stride: the pass runs on vision tokens averaged in blocks of this side, which costs a ``stride ** 2``-th.
         skip_mlp: the feed-forward parts of the layers before run on the text alone, which saves most of the pass.
