@@ -4,9 +4,9 @@ from crop.cost.estimate import Estimate, estimate
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.localizers import get_localizer
 from crop.localizers.attention import AttentionLocalizer
 from crop.localizers.base import BoxLocalizer, Localizer, WholeLocalizer, encode
+from crop.localizers.registry import get_localizer, register_localizer
 from crop.localizers.vision_cache import cache_vision
 from crop.methods.base import Method, Selection
 from crop.methods.compose import Compose, Pyramid
@@ -20,6 +20,8 @@ from crop.patching.patch import patch
 from crop.patching.stats import PruneStats
 
 __version__ = "0.1.0"
+
+share_vision = cache_vision  # its former name
 
 __all__ = [
     "AttentionLocalizer",
@@ -41,13 +43,15 @@ __all__ = [
     "attention_mass",
     "build_info",
     "by_name",
+    "cache_vision",
     "compact",
     "encode",
     "estimate",
     "get_localizer",
     "patch",
     "region_topk",
+    "register_localizer",
     "select",
-    "cache_vision",
+    "share_vision",
     "use_backend",
 ]

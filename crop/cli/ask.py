@@ -13,11 +13,12 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
+from crop.cli.options import UsageError
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.localizers import get_localizer
 from crop.localizers.base import Localizer, encode, model_source
+from crop.localizers.registry import get_localizer
 from crop.localizers.vision_cache import cache_vision
 from crop.methods.base import Method
 from crop.models import ADAPTERS
@@ -25,10 +26,6 @@ from crop.patching.patch import patch
 
 EMBEDDED = "embedded"
 STAGES = ("preprocess", "localizer", "plan", "vision", "prefill", "decode", "total")
-
-
-class UsageError(Exception):
-    """Something the user can put right: a wrong path, a family that is not supported."""
 
 
 @dataclass(frozen=True)
