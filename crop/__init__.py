@@ -2,9 +2,9 @@
 
 from crop.cost.estimate import Estimate, estimate
 from crop.geometry import PoolPlan, Region, VisionLayout
-from crop.localizers import get_localizer
 from crop.localizers.attention import AttentionLocalizer
 from crop.localizers.base import BoxLocalizer, Localizer, WholeLocalizer, encode
+from crop.localizers.registry import get_localizer, register_localizer
 from crop.localizers.vision_cache import cache_vision
 from crop.methods import (
     Assignment,
@@ -67,6 +67,7 @@ __all__ = [
     "patch",
     "region_topk",
     "register_family",
+    "register_localizer",
     "register_method",
     "select",
     "share_vision",
