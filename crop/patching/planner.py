@@ -48,11 +48,7 @@ class Planner:
         self.language_model = self.family.language_model(model)
         config = self.language_model.config
         self.makes_masks = self.family.traits.mask != "causal"
-        if self.makes_masks:
-            hf.refuse_own_masks(model.config.model_type, config, self.positions, self.uniform)
-        else:
-            hf.refuse_sliding_window(config)
-        hf.refuse_attention(config)
+        hf.refuse_decoder(self.family, config, self.positions, self.uniform)
         self.method = method or Method()
         if any(cut.layer == "auto" for cut in self.method.cuts):
             self.method = self.method.with_layer(self.family.default_layer(config))

@@ -158,12 +158,9 @@ class PoolingHook(ModelHook):
         if pool is None:
             return None
 
-        def unpooled(hidden: Tensor) -> Tensor:
-            # Members of a cell share its output; padding takes whatever stands first (masked everywhere).
-            slot = pool.slot_of.to(hidden.device).clamp(min=0).unsqueeze(-1)
-            return hidden.gather(1, slot.expand(-1, -1, hidden.shape[-1]))
-
-        return hf.with_output(output, unpooled)
+        # Members of a cell share its output; padding takes whatever stands first (masked everywhere).
+        slot = pool.slot_of.to(output[0].device).clamp(min=0).unsqueeze(-1)
+        return hf.with_hidden(output, output[0].gather(1, slot.expand(-1, -1, output[0].shape[-1])))
 
     def _store(self, state: ForwardState) -> None:
         """Attach to the cache what was pruned."""
