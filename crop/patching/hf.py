@@ -265,24 +265,14 @@ def refuse_decoder(family: ModelFamily, config: Any, positions: str, uniform: bo
     if name not in ("eager", "sdpa") and not is_flash(config):
         raise ValueError(f"patch: the attention implementation must be eager, sdpa or flash_attention_*, got {name!r}")
     if family.traits.mask == "causal":
-        kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-        other = sorted(set(kinds) - {"full_attention"}) if kinds else f"sliding_window={window}" if window else None
-        if other:
-            raise ValueError(f"patch: every decoder layer must use full attention, got {other}")
         return
-    kind, cap = family.model_type, getattr(config, "attn_logit_softcapping", None)
     if is_flash(config):
         raise ValueError(
-            f"patch: the attention implementation must be eager or sdpa for {kind!r}, got {name!r}: flash attention cannot "
-            "express its masks, with or without pruning"
-        )
-    if cap is not None:
-        raise ValueError(
-            f"patch: attn_logit_softcapping must be None, got {cap} (Gemma 2 text model): the scores would not be the "
-            "model's attention; use a family without"
+            f"patch: the attention implementation must be eager or sdpa for {family.model_type!r}, got {name!r}: flash "
+            "attention cannot express its masks, with or without pruning"
         )
     if positions != "original" or uniform:
         got = f"positions={positions!r}" if positions != "original" else "cache='uniform'"
         raise ValueError(
-            f"patch: {kind!r}, whose masks are more than causal, needs positions='original' and cache='ragged', got {got}"
+            f"patch: {family.model_type!r}, whose masks are more than causal, needs positions='original' and cache='ragged', got {got}"
         )
