@@ -135,9 +135,11 @@ def test_a_killed_run_goes_on_and_shards_join(asker, tmp_path, monkeypatch):
 
 def test_whole_stays_whole_and_corner():
     layout = VisionLayout.grid(16, 16)
-    method = WholeStaysWhole(Compose(PreLLMCompression(keep=0.5), InnerLLMPruning(0.2)))
+    method = WholeStaysWhole(Compose(PreLLMCompression(keep=0.5), InnerLLMPruning(0.2, layer=2)))
     assert method.plan(layout, Region.whole()) is None and method.select(layout, Region.whole()) is None
     assert method.plan(layout, Region.box(0, 0, 0.2, 0.2)).num_out == 128 and method.layer == 2
+    auto = WholeStaysWhole(Compose(PreLLMCompression(keep=0.5), InnerLLMPruning(0.2)))
+    assert auto.layer == "auto" and auto.with_layer(3).layer == 3
     plan = CornerOnly(0.25).plan(layout, Region.whole())
     assert (
         plan.num_out == 64
