@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from crop.ops import library
+from crop.ops import dispatch
 
 CPU = Path(__file__).resolve().parent.parent / "csrc" / "cpu"
-compiled = pytest.mark.skipif(library.native is None, reason="no kernels were compiled")
+compiled = pytest.mark.skipif(dispatch.native is None, reason="no kernels were compiled")
 
 # Takes the path of the compiled module, which does not need torch: no other library has threads here.
 REFUSED = """
@@ -46,7 +46,7 @@ print(*few, call())
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 def test_refused_threads_come_later() -> None:
     """Without a thread to be had the caller does the work; the next call tries again."""
-    command = [sys.executable, "-c", REFUSED, library.native.__file__]
+    command = [sys.executable, "-c", REFUSED, dispatch.native.__file__]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["1", "1", "4"], done.stdout + done.stderr
 
@@ -70,7 +70,7 @@ def test_threads_flush_denormals_as_the_caller() -> None:
     offsets = torch.arange(0, 2 * cells + 1, 2, dtype=torch.int32)
     for flush in (False, True, False) * 10:
         with flush_denormal(flush):
-            code = library.native.adaptive_pool(
+            code = dispatch.native.adaptive_pool(
                 False, 4, tokens.data_ptr(), members.data_ptr(), offsets.data_ptr(), 0, out.data_ptr(), 0,
                 2 * cells, dim, 2 * cells, cells, dim, 0, 0,
             )  # fmt: skip

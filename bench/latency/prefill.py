@@ -97,7 +97,7 @@ def measure(model: Any, images: int, rounds: int, only: str) -> list[dict[str, A
 
         def run() -> None:
             try:
-                with crop.patch(model, localizer.pooling, processor=processor) as stats, localizer.door(stats, stop):
+                with localizer.reading(stop, processor=processor):
                     model.model(**inputs, use_cache=False)
             except StopIteration:
                 return

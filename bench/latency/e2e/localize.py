@@ -40,7 +40,7 @@ def _attention(work: Workload) -> Callable[[], None]:
             found.extend(_rows(stats, query, key, scale, localizer.rows))
             raise Stop
 
-        with crop.patch(work.model.model, localizer.pooling, **work.where) as stats, localizer.door(stats, read):
+        with localizer.reading(read, **work.where) as stats:
             run_until_stop(work.model.base, work.inputs)
         for attention in found:
             find_region(attention.layout, score_tokens(attention), min_confidence=localizer.min_confidence)
