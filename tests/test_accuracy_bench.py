@@ -17,7 +17,7 @@ from bench.accuracy.contenders import BUDGETS, CornerOnly, WholeStaysWhole, jobs
 from bench.headline import headline  # noqa: E402
 from crop.geometry.layout import VisionLayout  # noqa: E402
 from crop.geometry.region import Region  # noqa: E402
-from crop.methods import Compose, InnerLLMPruning, PreLLMCompression  # noqa: E402
+from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, registry  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -152,6 +152,14 @@ def test_whole_stays_whole_and_corner():
         and not np.asarray(image)[128:].any()
         and not np.asarray(image)[:, 128:].any()
     )
+
+
+def test_registered_methods_take_part(monkeypatch):
+    monkeypatch.setattr(registry, "_builds", dict(registry._builds))
+    registry.register_method("mine", lambda keep, _: InnerLLMPruning(keep, rows="last"))
+    (average, kept) = (job for job in jobs(8, (0.5,), ("mine",)) if job.contender.name == "mine")
+    assert (kept.counted, kept.method.keep, kept.method.layer) == ("kept", 0.5, 2)
+    assert average.method.keep == pytest.approx(1 / 3, abs=1e-6)  # two layers of eight see all
 
 
 def test_interval_covers_and_narrows():
