@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from bench.accuracy.metrics import TEXT_METRICS, Box, iou, parse_box
+from crop.cli.images import open_image, upright_size
 from crop.embedded import scenes
 from crop.geometry.region import Region
 
@@ -113,8 +114,7 @@ def json_lines(path: Path, metric: str) -> Iterator[Item]:
         place = path.parent / row["image"]
         region = None
         if box:
-            with Image.open(place) as image:
-                region = Region.from_pixels(box, image.size)
+            region = Region.from_pixels(box, upright_size(place))
         yield Item(
             key=f"{path.stem} {number}",
             question=row["question"],
@@ -122,7 +122,7 @@ def json_lines(path: Path, metric: str) -> Iterator[Item]:
             group=row.get("group", "all" if answers else "grounding"),
             metric=metric if answers else "iou",
             region=region,
-            picture=lambda place=place: Image.open(place).convert("RGB"),
+            picture=lambda place=place: open_image(place),
             box=region.boxes[0] if region is not None and not answers else None,
         )
 

@@ -18,6 +18,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from crop.cli.ask import load
+from crop.cli.images import open_image
 from crop.cli.options import METHODS, load_plugin
 from crop.geometry.region import Region
 from crop.methods.base import Method
@@ -110,7 +111,7 @@ class CropModel(lmms):
         if any(not hasattr(image, "convert") for image in images):
             kinds = {type(image).__name__ for image in images}
             raise ValueError(f"crop: visuals must be images, got {', '.join(sorted(kinds))}")
-        return [image.convert("RGB") for image in images]
+        return [open_image(image) for image in images]
 
     @torch.no_grad()
     def _answer(self, requests: list[Any], options: dict[str, Any]) -> list[str]:
