@@ -21,6 +21,7 @@ from crop.localizers.base import Localizer, chat, encode
 from crop.localizers.registry import get_localizer
 from crop.localizers.vision_cache import cache_vision
 from crop.methods.base import Method
+from crop.models import family_of
 from crop.patching.patch import patch
 
 EMBEDDED = "embedded"
@@ -108,6 +109,11 @@ class Asker:
     prompt: Callable[[str], str] | None = None
     tidy: Callable[[str], str] = str.strip
     head: Path | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Of the decoder."""
+        return len(family_of(self.model).language_model(self.model).layers)
 
     def localizer(
         self,
@@ -223,7 +229,7 @@ def load(name: str, device: str, dtype: str, **how: Any) -> Asker:
     Returns:
         Asker.
     Raises:
-        UsageError: nothing to load there, or a family without an adapter.
+        UsageError: nothing to load there, or an unknown family.
     """
     if name != EMBEDDED:
         from crop.cli.loading import load_model

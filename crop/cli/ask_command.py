@@ -75,7 +75,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-confidence", type=fraction, metavar="FRACTION",
                         help="below it the whole image counts as region (default: depends on the localizer)")  # fmt: skip
     parser.add_argument("--method", metavar="NAME", default="crop",
-                        help="plc: pool before the language model; ilp: drop inside it; crop: both (default); none")  # fmt: skip
+                        help="plc: pool before the language model; ilp: drop inside it; crop: both (default); none; a baseline "
+                        "such as fastv, visionzip, divprune; or one of a plug-in")  # fmt: skip
     parser.add_argument("--keep", type=fraction, default=0.11, metavar="FRACTION",
                         help="vision tokens left in the end, above 0 and up to 1 (default 0.11)")  # fmt: skip
     parser.add_argument("--overlay", metavar="OUT.png", help="write a picture of what was kept, pooled and dropped")
@@ -213,7 +214,7 @@ def _answers(
     options: argparse.Namespace, asker: Asker, pictures: list[Image], localizers: list[Localizer]
 ) -> tuple[Answer, Answer | None]:
     """Pruned, and unpruned where that is to be compared."""
-    method = by_name(options.method, options.keep)
+    method = by_name(options.method, options.keep, asker.num_layers)
 
     def ask(method: Method | None, localizer: Localizer | list[Localizer], length: int) -> Answer:
         return asker.ask(pictures, options.question, method=method, localizer=localizer, max_new_tokens=length)

@@ -8,7 +8,7 @@ from torch import nn
 
 from crop.cli.options import UsageError
 from crop.localizers.pretrained import damage, explain, model_source
-from crop.models import ADAPTERS
+from crop.models import families
 
 
 def load_model(
@@ -30,7 +30,7 @@ def load_model(
         attn_implementation: e.g. "sdpa", "eager", "flash_attention_2"; None: the model's default.
         trust_remote_code: run code that comes with the model; False never asks.
     Raises:
-        UsageError: nothing to load there, damaged files, a family without an adapter.
+        UsageError: nothing to load there, damaged files, an unknown family.
     """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -39,8 +39,8 @@ def load_model(
         model_source("load", name)
         trust = {"trust_remote_code": trust_remote_code}
         family = AutoConfig.from_pretrained(name, **trust).model_type
-        if family not in ADAPTERS:
-            known = ", ".join(sorted(ADAPTERS))
+        if family not in families():
+            known = ", ".join(sorted(families()))
             raise UsageError(f"model {name!r} must be of a family among {known}, got {family!r}")
         processor = AutoProcessor.from_pretrained(name, **trust)  # quick: first what may be missing
         how: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}

@@ -96,7 +96,7 @@ def _compare(
 ) -> Estimate:
     """Price a prefill with and without its plan."""
     count = len(geometry.layers)
-    real = plan.real.sum(1).tolist()
+    real = plan.valid.sum(1).tolist()
     unpruned, pruned = [real] * count, [_lengths(plan, real, layer) for layer in range(count)]
     averages = [sum(image.tokens_at(layer) for layer in range(count)) / count for image in plan.images]
     before = _cost(geometry, speed, unpruned, element_size, [float(len(image.layout)) for image in plan.images])
@@ -135,12 +135,12 @@ def _cost(
 
 def _own_seconds(plan: BatchPlan, geometry: DecoderGeometry, speed: Speed, lengths: list[list[int]]) -> float:
     """Of the patch: planning, hooks, operators, scores."""
-    steps = len(plan.steps) + (plan.pool is not None)
+    steps = len(plan.prunes) + (plan.pool is not None)
     seconds = speed.image * len(plan.images) + speed.hook * (len(geometry.layers) + 8) + speed.step * steps
-    for number, step in plan.steps.items():
+    for number, step in plan.prunes.items():
         if step.rows is not None:
             layer = geometry.layers[number - 1]
-            scored = step.rows.shape[1] * sum(lengths[number - 1][sample] for sample in step.sample.tolist())
+            scored = step.rows.shape[1] * sum(lengths[number - 1][sample] for sample in step.owners)
             # Logits once; exponentials weigh as much again.
             seconds += speed.attention * 2 * 2.0 * layer.num_heads * layer.head_dim * scored
     return seconds
