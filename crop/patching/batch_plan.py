@@ -195,7 +195,7 @@ def plan_batch(
         _checked_plan(method.plan(layout, region), layout) for (_, layout), region in zip(images, regions, strict=True)
     ]
     by_features = [plan if isinstance(plan, FeaturePooling) else None for plan in made]
-    plans = [plan if later is None else _stand_in(later) for plan, later in zip(made, by_features, strict=True)]
+    plans = [plan if later is None else later.stand_in() for plan, later in zip(made, by_features, strict=True)]
     pool, filled, pooled = None, valid, [layout for _, layout in images]
     if any(plan is not None for plan in plans):
         pool = _pool_step(images, plans, valid)
@@ -216,14 +216,6 @@ def plan_batch(
     return BatchPlan(found, valid, pool, prunes, [image.pooled.position for image in found], text).packed()
 
 
-def _stand_in(later: FeaturePooling) -> PoolPlan:
-    """A plan of the promised size: the first tokens."""
-    first = torch.arange(later.num_out, dtype=torch.int32)
-    edges = torch.arange(later.num_out + 1, dtype=torch.int32)
-    level = torch.zeros(later.num_out, dtype=torch.uint8)
-    return PoolPlan(first, edges, first, level, later.num_tokens, check=False)
-
-
 def _selections(method: Method, layout: VisionLayout, region: Region, count: int) -> dict[int, Selection]:
     """What each cut keeps of one image of ``count`` pooled tokens; only those cuts at which a token leaves.
 
@@ -231,7 +223,12 @@ def _selections(method: Method, layout: VisionLayout, region: Region, count: int
     """
     found: dict[int, Selection] = {}
     for cut in method.cuts:
-        selection = _checked_selection(cut.select(layout, region), layout)
+        selection = cut.select(layout, region)
+        if selection is not None and not isinstance(selection, Selection):
+            got = type(selection).__name__
+            raise TypeError(f"patch: select() of a method must return a Selection or None, got {got}")
+        if selection is not None:
+            selection.check(layout)
         if selection is not None and count < len(layout):
             if not selection.needs_scores:
                 raise ValueError(
@@ -266,24 +263,6 @@ def _checked_plan(plan: Any, layout: VisionLayout) -> PoolPlan | FeaturePooling 
     if plan.num_tokens != len(layout):
         raise ValueError(f"patch: plan() must cover the image's {len(layout)} tokens, got {plan.num_tokens}")
     return plan
-
-
-def _checked_selection(selection: Any, layout: VisionLayout) -> Selection | None:
-    if selection is None:
-        return None
-    if not isinstance(selection, Selection):
-        raise TypeError(f"patch: select() of a method must return a Selection or None, got {type(selection).__name__}")
-    for name in ("priority", "weight"):
-        value = getattr(selection, name)
-        if value is not None and value.shape != (len(layout),):
-            raise ValueError(f"patch: {name} of a Selection must have shape ({len(layout)},), got {tuple(value.shape)}")
-    candidates = int((selection.priority >= 0).sum())
-    if not 0 <= selection.num_keep <= candidates:
-        raise ValueError(
-            f"patch: num_keep of a Selection must be in [0, {candidates}] (tokens of priority >= 0), "
-            f"got {selection.num_keep}"
-        )
-    return selection
 
 
 def _leader_slots(pool: PoolStep, sample: int, layout: VisionLayout, plan: PoolPlan | None) -> Tensor:

@@ -7,7 +7,6 @@ windows slide, the multimodal model makes them over input tokens. ``gather`` fit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,9 +121,3 @@ def pad_columns(mask: Tensor | None, capacity: int | None) -> Tensor | None:
         return mask
     unseen = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return torch.nn.functional.pad(mask, (0, capacity - mask.shape[3]), value=unseen)
-
-
-def windows(config: Any) -> list[int | None]:
-    """Sliding window of every decoder layer, None where it sees everything."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
