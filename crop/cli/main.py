@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     # What the package refuses, no such model, no extra, no room on the device.
     except (UsageError, ValueError, OSError, ImportError, RuntimeError) as error:
-        options.parser.error(one_line(error))
+        print(f"{options.parser.prog}: error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
