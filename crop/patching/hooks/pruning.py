@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from crop import ops
+from crop.models.attention_hook import attention_hook, undo_rope
 from crop.patching import hf
-from crop.patching.attention_hook import attention_hook, undo_rope
 from crop.patching.batch_plan import PruneStep
 from crop.patching.context import ModelHook, PatchContext, hook, replace_method
 from crop.patching.hooks.pooling import spread
