@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import io
 import random
+import re
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import crop
 from crop.cli import main as cli
 from crop.cli.ask import load
 from crop.cli.images import open_image, upright_size
@@ -94,6 +97,17 @@ def test_damaged_metadata_leave_the_picture_and_its_orientation(ending, tmp_path
         assert turned.size == upright_size(file) == (24, 32)
         assert np.abs(np.asarray(turned).astype(int) - np.rot90(np.asarray(upright), -1)).max() < 16
         assert open_image(turned) is turned
+
+
+def test_no_other_place_opens_pictures():
+    """Elsewhere transparency, orientation and deep greys would be lost."""
+    root = Path(crop.__file__).parents[1]
+    drawn = ("painting.py", "report.py")  # which draw on what they are given
+    for file in (*root.glob("crop/**/*.py"), *root.glob("bench/**/*.py")):
+        text = file.read_text(encoding="utf-8")
+        assert "Image.open(" not in text or file.name == "images.py", file
+        converts = re.findall(r"(\w+)\(?\)?\.convert\(\"RGB\"\)", text)
+        assert not converts or file.name in ("pixels.py", "images.py", "workload.py", *drawn), file
 
 
 def png16(values: np.ndarray, transparent: tuple[int, ...] = ()) -> bytes:

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-REMEDIES = {  # what transformers says that it needs -> the extra that brings it
-    "torchvision": "vision",
-    "num2words": "vision",
-    "accelerate": "bench",
+REMEDIES = {  # package that transformers asks for -> how to get it
+    "torchvision": 'pip install "crop-vlm[vision]"',
+    "num2words": 'pip install "crop-vlm[vision]"',
+    "accelerate": "pip install accelerate",
 }
 
 
@@ -55,10 +55,10 @@ def one_line(error: BaseException) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """What transformers said, whole, and the extra that helps."""
+    """What transformers said, whole, and what helps."""
     text = one_line(error)
-    extra = next((extra for package, extra in REMEDIES.items() if package in text.lower()), None)
-    return text if extra is None else f'{text} Remedy: pip install "crop-vlm[{extra}]"'
+    remedy = next((remedy for package, remedy in REMEDIES.items() if package in text.lower()), None)
+    return text if remedy is None else f"{text} Remedy: {remedy}"
 
 
 def damage(path: str | Path) -> str | None:
