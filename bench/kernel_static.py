@@ -167,10 +167,10 @@ def traffic() -> list[dict[str, object]]:
     kernel reads again; most of that comes from L1 and L2.
     """
     import torch
+    from tests.csrc.emulator import Emulated, missing
 
     from bench.bench_ops import region_plan
     from crop import ops
-    from tests.emu.emulator import Emulated, missing
 
     if missing():
         return []

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
-from ops_cases import BACKENDS, Backend
-from oracle import Oracle
+
+from tests.support import tiny_models
+from tests.support.operators import BACKENDS, Backend
+from tests.support.oracle import Oracle
 
 
 @functools.cache

@@ -1,0 +1,236 @@
+"""The accuracy bench: metrics by hand, budgets met, a killed run goes on, shards join, README says what the JSON says."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # bench is not installed
+
+pytest.importorskip("tqdm")
+
+from bench import readme  # noqa: E402
+from bench.accuracy import data, metrics, summary  # noqa: E402
+from bench.accuracy import run as running  # noqa: E402
+from bench.accuracy.contenders import BUDGETS, CornerOnly, WholeStaysWhole, jobs, shrink  # noqa: E402
+from crop.geometry.layout import VisionLayout  # noqa: E402
+from crop.geometry.region import Region  # noqa: E402
+from crop.methods import Compose, InnerLLMPruning, PreLLMCompression  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    "metric,answer,truths,score",
+    [
+        (metrics.exact, "The  Total!", ["total"], 1), (metrics.exact, "3.50", ["350"], 0), (metrics.exact, "b", ["a", "B"], 1),
+        (metrics.anls, "25/12/2018", ["25/12/2018"], 1), (metrics.anls, "25/12/2019", ["25/12/2018"], 0.9),
+        (metrics.anls, "no", ["yes"], 0), (metrics.anls, "", [""], 1), (metrics.anls, "abcd", ["ab", "abcx"], 0.75),
+        (metrics.relaxed, "104", ["100"], 1), (metrics.relaxed, "106", ["100"], 0), (metrics.relaxed, "RM 1,000.00", ["1000"], 1),
+        (metrics.relaxed, "50%", ["0.5"], 1), (metrics.relaxed, "cat", ["Cat"], 1), (metrics.relaxed, "0.1", ["0"], 0),
+    ],
+)  # fmt: skip
+def test_metrics_by_hand(metric, answer, truths, score):
+    assert metric(answer, truths) == pytest.approx(score)
+
+
+def test_edit_distance_and_boxes():
+    assert metrics.edit_distance("kitten", "sitting") == 3 and metrics.edit_distance("", "abc") == 3
+    assert metrics.iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
+    assert metrics.iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
+    assert metrics.parse_box("[0.1, 0.2, 0.5, 0.9]") == (0.1, 0.2, 0.5, 0.9)
+    assert metrics.parse_box("100 200 500 900") == (0.1, 0.2, 0.5, 0.9)
+    assert metrics.parse_box("1 2 3") is None and metrics.parse_box("0.5 0.2 0.1 0.9") is None
+
+
+def test_rendered_questions_are_stable_and_of_every_group():
+    items = list(data.rendered(10_900_000, 6))
+    assert [i.key for i in items] == [i.key for i in data.rendered(10_900_000, 6)]
+    assert len({i.key for i in items}) == len(items)
+    assert {i.group for i in items} == set(data.GROUPS.values())
+    assert all(item.score(item.answers[0]) == 1 for item in items)
+    assert {i.group for i in data.rendered(10_900_000, 6, grounding=False)} == set(data.GROUPS.values()) - {"grounding"}
+
+
+def test_json_lines(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "question": "q", "answers": ["3"], "box": [0, 0, 100, 50], "group": "g"},
+            {"image": "a.png", "question": "where", "box": [100, 0, 200, 100]}]  # fmt: skip
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text, place = data.json_lines(path, "anls")
+    assert text.region == Region.box(0, 0, 0.5, 0.5) and (text.metric, text.group) == ("anls", "g")
+    assert place.metric == "iou" and place.score("0.5 0 1 1") == 1 and place.score("nowhere") == 0
+    assert text.picture().size == (200, 100)
+    path.write_text(json.dumps({"image": "a.png", "question": "q"}))
+    with pytest.raises(ValueError, match="line 1 must have image, question and answers or a box"):
+        list(data.json_lines(path, "exact"))
+
+
+def test_receipts_convert(tmp_path):
+    (tmp_path / "images").mkdir()
+    line = {"image": "7.jpg", "field": "date", "question": "when", "answer": "1/2", "box": [1, 2, 3, 4]}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(line))
+    assert data.convert_receipts(tmp_path, tmp_path / "out.jsonl") == 1
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert row["answers"] == ["1/2"] and row["group"] == "date" and row["image"].endswith("images/7.jpg")
+
+
+@pytest.fixture(scope="module")
+def asker():
+    import torch
+
+    from crop.cli.ask import EMBEDDED, load
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield load(EMBEDDED, "cpu", "auto")
+    torch.set_num_threads(threads)
+
+
+def test_every_contender_meets_its_budget(asker, tmp_path):
+    """By the model's own count, within one token a layer; rows that cannot meet a budget are absent, not approximated."""
+    wanted = [job for job in jobs(8) if job.budget in (0, 1.0, 0.33, 0.11)]
+    items = list(data.rendered(10_900_000, 1, grounding=False))[:1]
+    running.run(asker, wanted, items, asker.localizer("attention"), tmp_path)
+    rows = {row["job"]: row for row in running.read(tmp_path)}
+    assert set(rows) == {job.key for job in wanted} | {"region"}
+    for job in wanted:
+        if not job.counted or "whole stays whole" in job.key:
+            continue
+        reached = rows[job.key]["average" if job.counted == "average" else "tokens"]
+        slack = 8 if job.contender.prepare else 1
+        assert -slack <= reached - 256 * job.budget <= 1, (job.key, reached)
+    absent = {job.contender.name for job in wanted} - {j.contender.name for j in wanted if j.budget == 0.11 and j.counted == "average"}  # fmt: skip
+    assert absent == {"unpruned", "fastv", "sparsevlm", "pyramiddrop", "ILP, oracle", "ILP, predicted", "ILP strict, oracle", "ILP strict, predicted"}  # fmt: skip
+
+
+def test_a_killed_run_goes_on_and_shards_join(asker, tmp_path, monkeypatch):
+    items = list(data.rendered(10_900_000, 2, grounding=False))[:4]
+    wanted = jobs(8, (0.11,), ("PLC, predicted", "uniform"))
+    localizer = asker.localizer("attention")
+    whole = tmp_path / "whole"
+    running.run(asker, wanted, items, localizer, whole, batch=3)
+    complete = {(row["job"], row["item"]): row for row in running.read(whole)}
+    assert len(complete) == 4 * (len(wanted) + 1)
+    # Killed in the middle of a line: what stands before is kept, the rest is asked again, nothing twice.
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    text = (whole / "answers.0.jsonl").read_text()
+    (killed / "answers.0.jsonl").write_text(text[: len(text) // 2])
+    before = len(running.read(killed))
+    running.run(asker, wanted, items, localizer, killed, batch=3)
+    again = {(row["job"], row["item"]): row for row in running.read(killed)}
+    assert 0 < before < len(complete) and again == complete
+    assert len((killed / "answers.0.jsonl").read_text().splitlines()) == len(complete) + 1  # and the torn line
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        running.run(asker, wanted, items, localizer, tmp_path / "shards", batch=3)
+    joined = {(row["job"], row["item"]): row for row in running.read(tmp_path / "shards")}
+    assert joined == complete and len(list((tmp_path / "shards").iterdir())) == 2
+
+
+def test_whole_stays_whole_and_corner():
+    layout = VisionLayout.grid(16, 16)
+    method = WholeStaysWhole(Compose(PreLLMCompression(keep=0.5), InnerLLMPruning(0.2)))
+    assert method.plan(layout, Region.whole()) is None and method.select(layout, Region.whole()) is None
+    assert method.plan(layout, Region.box(0, 0, 0.2, 0.2)).num_out == 128 and method.layer == 2
+    plan = CornerOnly(0.25).plan(layout, Region.whole())
+    assert (
+        plan.num_out == 64
+        and int(layout.row[plan.leader.long()].max()) == int(layout.col[plan.leader.long()].max()) == 7
+    )
+    image = shrink(list(data.rendered(10_900_000, 1))[0].picture(), 0.25)
+    assert image.size == (256, 256)
+    assert (
+        np.asarray(image)[:128, :128].any()
+        and not np.asarray(image)[128:].any()
+        and not np.asarray(image)[:, 128:].any()
+    )
+
+
+def test_interval_covers_and_narrows():
+    rng = np.random.default_rng(1)
+    base = np.ones(400)
+    scores = (rng.random(400) < 0.8).astype(float)
+    low, high = summary.interval(scores, base)
+    few = summary.interval(scores[:40], base[:40])
+    assert low < scores.mean() < high and high - low < few[1] - few[0]
+    assert summary.interval(base, base) == (1.0, 1.0)
+
+
+def made_rows() -> list[dict]:
+    rng, rows = random.Random(0), []
+    for job, chance in (("unpruned|1|", 1.0), ("uniform|0.11|average", 0.5), ("both, predicted|0.11|average", 0.9)):
+        for item in range(40):
+            right = float(rng.random() < chance)
+            rows.append({"job": job, "item": str(item), "group": ("a", "b")[item % 2], "answer": "", "score": right,
+                         "tokens": 28, "average": 28.0, "before": 256, "whole": False})  # fmt: skip
+    return rows
+
+
+def test_leads_are_paired_differences_from_the_best_baseline():
+    rows = made_rows()
+    weak = [{**row, "job": "random|0.11|average", "score": 0.0} for row in rows if row["job"].startswith("uniform")]
+    (lead,) = summary.leads(rows + weak, ["both, predicted"], ["random", "uniform"])
+    score = {job: np.mean([row["score"] for row in rows if row["job"] == job]) for job in {row["job"] for row in rows}}
+    gap = score["both, predicted|0.11|average"] - score["uniform|0.11|average"]
+    assert (lead["contender"], lead["baseline"], lead["budget"]) == ("both, predicted", "uniform", 0.11)
+    assert (
+        lead["lead"] == pytest.approx(gap / score["unpruned|1|"], abs=1e-4)
+        and 0 < lead["low"] < lead["lead"] < lead["high"]
+    )
+    assert summary.leads(rows, ["both, predicted"], ["tome"]) == []  # nobody to compare with
+
+
+def test_summary_and_time(tmp_path):
+    times = {
+        "uniform|0.11|average": {"ms": 5.0, "ratio": 0.5},
+        "both, predicted|0.11|average": {"ms": 8.0, "ratio": 0.8},
+    }
+    rows = summary.summarise(made_rows(), times)
+    found = summary.grid(rows, summary.OVERALL, "average", BUDGETS)
+    assert found["both, predicted"][0.11]["relative"] > found["uniform"][0.11]["relative"]
+    assert found["uniform"][0.11]["average"] == pytest.approx(28 / 256, abs=1e-4)
+    within = {row["contender"]: row for row in summary.at_time(rows, summary.OVERALL, (0.6, 1.0))}
+    assert within["both, predicted"]["0.6"] is None and within["both, predicted"]["1"] is not None
+    with pytest.raises(ValueError, match="unpruned model's answers"):
+        summary.summarise([row for row in made_rows() if not row["job"].startswith("unpruned")], {})
+    pytest.importorskip("matplotlib")
+    for axis in ("average", "time"):
+        summary.plot(rows, summary.OVERALL, tmp_path / f"{axis}.png", axis)
+        assert (tmp_path / f"{axis}.png").stat().st_size > 10_000
+
+
+# -------------------------------------------------------------------------------------------------------------- README
+def test_readme_says_what_the_results_say():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.rewrite(text) == text, "run python -m bench.readme"
+    for name in readme.TABLES:
+        assert readme.marks(name)[0] in text, f"table {name} is made for nobody"
+
+
+def test_a_changed_figure_is_noticed(tmp_path):
+    rows = summary.summarise(made_rows(), {})
+    (tmp_path / "accuracy.json").write_text(json.dumps({"rows": rows}))
+    begin, end = readme.marks("accuracy")
+    made = readme.rewrite(f"before\n{begin}\n{end}\nafter\n", tmp_path)
+    assert made.startswith(f"before\n{begin}\n| % of") and made.endswith(f"|\n{end}\nafter\n")
+    assert readme.rewrite(made, tmp_path) == made
+    figure = f"{100 * summary.grid(rows, summary.OVERALL, 'average', [0.11])['uniform'][0.11]['relative']:.1f}"
+    assert figure in made
+    forged = made.replace(f"| {figure} |", "| 99.9 |")
+    assert forged != made and readme.rewrite(forged, tmp_path) == made
+
+
+@pytest.mark.parametrize("text", ["<!-- table no-such -->\n<!-- end no-such -->", "<!-- table accuracy -->\n"])
+def test_wrong_marks_raise(text):
+    with pytest.raises(ValueError, match="rewrite: "):
+        readme.rewrite(text)

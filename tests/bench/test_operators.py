@@ -1,0 +1,88 @@
+"""What the benches of operators and receipts do before and around their figures: checks, rounds, areas."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from crop.geometry.region import Region
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The folder of the benches on the path, and none of its modules left behind."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if (BENCH / f"{name}.py").is_file():
+            del sys.modules[name]
+
+
+@pytest.fixture
+def ops_bench(bench: None) -> ModuleType:
+    return importlib.import_module("bench_ops")
+
+
+def case(ops_bench: ModuleType, peer: torch.Tensor, pause: float = 0.0):
+    def call() -> torch.Tensor:
+        time.sleep(pause)
+        return peer
+
+    return ops_bench.Case("op", "shape", "float32", lambda: torch.ones(3), {"peer": call}, torch.equal, 1.0)
+
+
+def test_a_wrong_contender_is_not_timed(ops_bench: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="op shape float32: peer disagrees with crop"):
+        ops_bench.measure(case(ops_bench, torch.zeros(3)), 2, 1.0, time.perf_counter)
+
+
+@pytest.mark.parametrize(("limit", "rounds"), [(60.0, 7), (0.0, 5)])
+def test_rounds_end_after_some_seconds_but_not_before_the_fifth(
+    ops_bench: ModuleType, limit: float, rounds: int
+) -> None:
+    row = ops_bench.measure(case(ops_bench, torch.ones(3), pause=0.001), 7, limit, time.perf_counter)
+    assert row["rounds"] == rounds and row["met"] == "yes" and row["ratio"] > 1
+
+
+@pytest.mark.parametrize(
+    ("boxes", "answer", "expected"),
+    [
+        (((0.0, 0.0, 0.5, 0.5),), (0.0, 0.0, 0.5, 0.5), (1.0, 1.0, 0.25)),
+        (((0.0, 0.0, 1.0, 1.0),), (0.2, 0.2, 0.4, 0.7), (1.0, 0.1, 1.0)),
+        (((0.0, 0.0, 0.5, 0.5),), (0.5, 0.5, 1.0, 1.0), (0.0, 0.0, 0.25)),
+        # Overlapping boxes count once; half of the answer lies inside.
+        (((0.0, 0.0, 0.4, 0.2), (0.2, 0.0, 0.6, 0.2)), (0.5, 0.0, 0.7, 0.2), (0.5, 0.02 / 0.14, 0.12)),
+    ],
+)
+def test_overlap_of_region_and_answer(bench: None, boxes: tuple, answer: tuple, expected: tuple) -> None:
+    pytest.importorskip("rapidocr", reason="extra ocr")
+    found = importlib.import_module("bench_receipts").overlap(Region(boxes), answer)
+    assert found == pytest.approx(expected)
+
+
+def test_answers_on_annotated_receipts(bench: None) -> None:
+    """The row that settings are chosen by, on the words that are really there."""
+    for module in ("rapidocr", "onnxruntime", "all_minilm_l6_v2"):
+        pytest.importorskip(module, reason="extra ocr")
+    receipts, tune = importlib.import_module("receipts"), importlib.import_module("tune_ocr")
+    try:
+        some = [receipt for receipt in receipts.load() if not receipt.development][:3]
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    localizer = importlib.import_module("crop.localizers.ocr").OCRLocalizer()
+    every = [tune.Seen(one, asked, localizer.rank(one.annotated(), asked.text)) for one in some for asked in one.asked]
+    row = tune.row(localizer, every)
+    assert row["missed"] == 0 and 0.02 < row["area"] < 0.2
+    turned = [replace(one, ranked=replace(one.ranked, found=one.ranked.found[::-1])) for one in every]
+    assert tune.row(localizer, turned)["missed"] > len(every) // 2  # the same lines, each with another's probability

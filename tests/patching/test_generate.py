@@ -1,0 +1,154 @@
+"""`crop.patch` under the other ways to generate: no cache, beams, several draws, another thread."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from crop.methods import InnerLLMPruning
+from tests.support.contract import (
+    ATOL,
+    METHODS,
+    REGIONS,
+    assert_steps,
+    expected,
+    greedy,
+    layouts_of,
+    patched,
+    regions_of,
+)
+from tests.support.oracle import Steps
+from tests.support.tiny_models import ATTENTIONS, FAMILIES, standard_batch
+
+pytestmark = pytest.mark.usefixtures("one_thread", "flash")
+
+families = pytest.mark.parametrize("family", FAMILIES)
+attentions = pytest.mark.parametrize("attention", ATTENTIONS)
+methods_ = pytest.mark.parametrize("name", list(METHODS))
+
+
+@methods_
+@attentions
+@families
+def test_generate_without_a_cache(family, attention, name, get_model, get_oracle):
+    """Each step is a prefill of its own, so the decision is taken anew: text rows have been added."""
+    model, oracle = get_model(family, attention), get_oracle(family)
+    batch = standard_batch(family, "left", 2)
+    with patched(model, METHODS[name], regions_of(batch)):
+        out = greedy(model, batch, use_cache=False, max_new_tokens=3)
+    steps = []
+    for row, sample in enumerate(batch.samples):
+        steps.append(Steps())
+        for _ in range(3):
+            decision = oracle.decide(sample, METHODS[name], list(REGIONS[row]), layouts_of(sample))
+            assert not decision.near_tie
+            steps[row].logits.append(oracle.forward(sample, decision)[0][-1])
+            steps[row].tokens.append(int(steps[row].logits[-1].argmax()))
+            sample = sample.extended(steps[row].tokens[-1:])
+    assert_steps(out, batch, steps)
+
+
+def search(model, batch, **more):
+    return model.generate(
+        **batch.inputs,
+        max_new_tokens=4,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("padding", ["single", "left"])
+@families
+def test_beams_of_a_patch_that_keeps_all(family, padding, get_model):
+    model = get_model(family, "sdpa")
+    batch = standard_batch(family, padding, 1)
+    plain = search(model, batch, num_beams=2)
+    with patched(model, InnerLLMPruning(keep=1.0), regions_of(batch)):
+        out = search(model, batch, num_beams=2)
+    assert torch.equal(out.sequences, plain.sequences)
+    assert torch.equal(out.sequences_scores, plain.sequences_scores)
+
+
+@pytest.mark.parametrize("name", ["plc", "ilp_strict"])
+@pytest.mark.parametrize("padding", ["single", "left"])
+@families
+def test_beams(family, padding, name, get_model):
+    """Reordering a pruned cache gives what no cache gives (these decide alike at every step)."""
+    model = get_model(family, "sdpa")
+    batch = standard_batch(family, padding, 1)
+    with patched(model, METHODS[name], regions_of(batch)):
+        cached = search(model, batch, num_beams=3)
+        fresh = search(model, batch, num_beams=3, use_cache=False)
+    assert torch.equal(cached.sequences, fresh.sequences)
+    torch.testing.assert_close(cached.sequences_scores, fresh.sequences_scores, atol=ATOL, rtol=0)
+
+
+@methods_
+@pytest.mark.parametrize("padding", ["single", "left"])
+@families
+def test_beams_contain_the_oracles_scores(family, padding, name, get_model, get_oracle):
+    """The score of each returned beam, recomputed by the oracle along its tokens."""
+    model, oracle = get_model(family, "sdpa"), get_oracle(family)
+    batch = standard_batch(family, padding, 1)
+    wanted = expected(get_oracle, batch, name)
+    prompt = batch.inputs["input_ids"].shape[1]
+    with patched(model, METHODS[name], regions_of(batch)):
+        out = search(model, batch, num_beams=3, num_return_sequences=2)
+    for row, score in enumerate(out.sequences_scores.tolist()):
+        expect, total = wanted[row // 2], 0.0
+        tokens = out.sequences[row, prompt:].tolist()
+        for number, token in enumerate(tokens):
+            sample = expect.sample.extended(tokens[:number])
+            total += float(oracle.forward(sample, expect.decision)[0][-1].log_softmax(-1)[token])
+        assert abs(total / len(tokens) - score) < ATOL  # length penalty 1
+
+
+@pytest.mark.parametrize("name", ["ilp_budget", "compose"])
+@families
+def test_several_draws(family, name, get_model, get_oracle):
+    """num_return_sequences repeats the samples, and the regions with them."""
+    model = get_model(family, "sdpa")
+    batch = standard_batch(family, "left", 1)
+    wanted = expected(get_oracle, batch, name)
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        with patched(model, METHODS[name], regions_of(batch)) as stats:
+            draws.append(
+                model.generate(
+                    **batch.inputs,
+                    do_sample=True,
+                    top_k=10,
+                    max_new_tokens=4,
+                    num_return_sequences=2,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                )
+            )
+    assert torch.equal(draws[0].sequences, draws[1].sequences)
+    for row in range(4):  # the first step sees the prompt only
+        first = wanted[row // 2]
+        torch.testing.assert_close(draws[0].logits[0][row], first.steps.logits[0], atol=ATOL, rtol=0)
+        assert stats.kept[row].tolist() == first.decision.kept_original(0)
+
+
+@pytest.mark.parametrize("name", ["plc", "compose"])
+@families
+def test_generate_in_a_thread(family, name, get_model, get_oracle):
+    """As a streamer's caller does it: the block in one thread, generate() in another, without gradients there."""
+    model = get_model(family, "sdpa")
+    batch = standard_batch(family, "single", 1)
+    wanted = expected(get_oracle, batch, name)
+    results = []
+    with patched(model, METHODS[name], regions_of(batch)):
+        thread = threading.Thread(target=lambda: results.append(greedy(model, batch)))
+        thread.start()
+        thread.join()
+        with torch.inference_mode():
+            results.append(greedy(model, batch))
+    for out in results:
+        assert_steps(out, batch, [e.steps for e in wanted])
