@@ -12,7 +12,6 @@ import torch
 import crop
 from crop.cost.estimate import Geometry, Speed
 from crop.patching.planner import Planner
-from tests.support.tiny_models import build_model, standard_batch
 
 module = sys.modules["crop.cost.estimate"]  # its name in the package is the function
 REGION = crop.Region.box(0.0, 0.0, 0.5, 0.5)

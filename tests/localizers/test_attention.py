@@ -29,19 +29,8 @@ from crop.localizers.boxes import Raster
 from crop.localizers.vision_cache import cache_vision
 from crop.patching.attention_hook import tap
 from crop.patching.patch import patch
-from tests.support.tiny_models import (
-    ATTENTIONS,
-    FAMILIES,
-    IMAGE,
-    LLAVA_GRID,
-    NUM_LAYERS,
-    image_processor,
-    make_batch,
-    make_sample,
-)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
-families = pytest.mark.parametrize("family", FAMILIES)
 attentions = pytest.mark.parametrize("attention", ATTENTIONS)
 PICTURE = Image.new("RGB", (64, 48), "white")
 
@@ -54,7 +43,7 @@ class Processor:
     def __init__(self, family: str, after: int = 7) -> None:
         self.image_processor = image_processor("resize")
         grid = LLAVA_GRID if family == "llava" else (6, 9)
-        self.batch = make_batch(family, [make_sample(family, [4, grid, after][: 2 + (after > 0)])], "none")
+        self.batch = make_batch([make_sample(family, [4, grid, after][: 2 + (after > 0)])], "none")
 
     def __call__(self, images, text, return_tensors):
         return BatchFeature(dict(self.batch.inputs))
@@ -245,7 +234,7 @@ def test_several_views_are_one_picture_at_the_finest_pitch():
 @families
 @attentions
 @pytest.mark.parametrize("layer", [0, 3, NUM_LAYERS - 1])
-def test_attention_equals_the_models_own(family, attention, layer, get_model):
+def test_attention_equals_the_models_own(family, attention, layer):
     found = localizer(get_model(family, attention), family, layer=layer, skip_mlp=False).attend(PICTURE, "?")
     inputs = Processor(family).batch.inputs
     weights = get_model(family, "eager")(**inputs, output_attentions=True).attentions[layer][0]
@@ -260,7 +249,7 @@ def test_attention_equals_the_models_own(family, attention, layer, get_model):
 
 
 @families
-def test_skipping_the_mlp_of_vision_tokens_is_zeroing_its_output(family, get_model):
+def test_skipping_the_mlp_of_vision_tokens_is_zeroing_its_output(family):
     model = get_model(family, "sdpa")
     found = localizer(model, family, layer=2).attend(PICTURE, "?")
     vision = torch.nonzero(Processor(family).batch.inputs["input_ids"][0] == IMAGE).flatten()
@@ -285,7 +274,7 @@ def test_skipping_the_mlp_of_vision_tokens_is_zeroing_its_output(family, get_mod
 
 
 @families
-def test_stride_attends_to_means_of_blocks(family, get_model):
+def test_stride_attends_to_means_of_blocks(family):
     """On an image whose blocks are of equal tokens nothing but the number of keys changes, and blocks share their mass."""
     model = get_model(family, "sdpa")
     ask = localizer(model, family, layer=0, stride=2)
@@ -299,7 +288,7 @@ def test_stride_attends_to_means_of_blocks(family, get_model):
     assert not torch.allclose(found.question, plain.question, atol=1e-4)
 
 
-def test_rope_can_be_left_out_of_the_scores(get_model):
+def test_rope_can_be_left_out_of_the_scores():
     """Then two equal tokens get equal attention, wherever they stand."""
     model = get_model("llava", "sdpa")
     ask = localizer(model, "llava", layer=0, rope=False)
@@ -323,7 +312,7 @@ def test_rope_can_be_left_out_of_the_scores(get_model):
 
 
 @families
-def test_later_layers_and_the_head_never_run(family, get_model):
+def test_later_layers_and_the_head_never_run(family):
     model, ran = get_model(family, "sdpa"), []
     layers = model.model.language_model.layers
     hooks = [m.register_forward_pre_hook(lambda *_, name=n: ran.append(name))
@@ -338,7 +327,7 @@ def test_later_layers_and_the_head_never_run(family, get_model):
 
 @families
 @attentions
-def test_the_model_is_left_as_it_was(family, attention, get_model):
+def test_the_model_is_left_as_it_was(family, attention):
     model = get_model(family, attention)
     inputs = Processor(family).batch.inputs
     logits = model(**inputs).logits
@@ -349,7 +338,7 @@ def test_the_model_is_left_as_it_was(family, attention, get_model):
 
 
 @families
-def test_an_exception_leaves_the_model_as_it_was(family, get_model, monkeypatch):
+def test_an_exception_leaves_the_model_as_it_was(family, monkeypatch):
     model = get_model(family, "sdpa")
     before, registered = state(model), names()
 
@@ -370,7 +359,7 @@ def test_an_exception_leaves_the_model_as_it_was(family, get_model, monkeypatch)
         assert state(model) == before and names() == registered
 
 
-def test_tap_reads_without_changing_and_nests(get_model):
+def test_tap_reads_without_changing_and_nests():
     model = get_model("llava", "sdpa")
     inputs = Processor("llava").batch.inputs
     logits, seen = model(**inputs).logits, []
@@ -395,7 +384,7 @@ def test_tap_reads_without_changing_and_nests(get_model):
 
 
 @families
-def test_localizer_and_answer_share_one_vision_pass(family, get_model):
+def test_localizer_and_answer_share_one_vision_pass(family):
     model, processor, ran = get_model(family, "sdpa"), Processor(family), []
     base = model.model
     embed = base.visual.patch_embed if family == "qwen2_5_vl" else base.vision_tower.embeddings
@@ -412,7 +401,7 @@ def test_localizer_and_answer_share_one_vision_pass(family, get_model):
 
 
 @families
-def test_low_confidence_means_the_whole_image(family, get_model):
+def test_low_confidence_means_the_whole_image(family):
     narrow = {"threshold": 0.9}
     sure = localizer(get_model(family, "sdpa"), family, min_confidence=1e-6, **narrow)(PICTURE, "?")
     assert not sure.is_whole and 0 < sure.confidence < 0.999
@@ -422,19 +411,19 @@ def test_low_confidence_means_the_whole_image(family, get_model):
 
 
 @pytest.mark.parametrize("after", [0, 1])
-def test_a_prompt_without_a_question_is_refused(after, get_model):
+def test_a_prompt_without_a_question_is_refused(after):
     ask = AttentionLocalizer(get_model("llava", "sdpa"), Processor("llava", after), prompt=str)
     with pytest.raises(ValueError, match=f"text after the image, got {after} tokens"):
         ask(PICTURE, "")
 
 
-def test_localizing_a_patched_model_is_refused(get_model):
+def test_localizing_a_patched_model_is_refused():
     model = get_model("llava", "sdpa")
     with patch(model, None), pytest.raises(RuntimeError, match="patched already"):
         localizer(model, "llava")(PICTURE, "?")
 
 
-def test_prompt_or_chat_template_is_needed(get_model):
+def test_prompt_or_chat_template_is_needed():
     with pytest.raises(ValueError, match="prompt must be given"):
         localizer(get_model("llava", "sdpa"), "llava", prompt=None)(PICTURE, "?")
 
@@ -456,7 +445,7 @@ def test_prompt_or_chat_template_is_needed(get_model):
     ({"threshold": 0.0}, "threshold must be in"), ({"min_confidence": 1.0}, "min_confidence must be in"),
     ({"rows": 0}, "rows must be >= 1"), ({"stride": 17}, "stride must be in"), ({"gap": -1}, "gap must be >= 0"), ({"max_boxes": 0}, "max_boxes must be >= 1"), ({"dilate": -1}, "dilate must be >= 0"),
 ])  # fmt: skip
-def test_bad_arguments(change, message, get_model):
+def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         localizer(get_model("llava", "sdpa"), "llava", **change)
 
@@ -468,7 +457,7 @@ def test_given_and_whole():
     assert WholeLocalizer()(PICTURE, "?").is_whole
 
 
-def test_get_localizer(get_model):
+def test_get_localizer():
     region = Region.box(0, 0, 0.5, 0.5)
     assert get_localizer("box", region=region)(PICTURE, "?") == region
     assert isinstance(get_localizer("whole"), WholeLocalizer)

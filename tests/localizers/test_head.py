@@ -25,10 +25,8 @@ from crop.localizers.reading import embeddings
 from crop.localizers.vision_cache import cache_vision
 from crop.patching.patch import patch
 from tests.localizers.test_attention import Processor, state
-from tests.support.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-families = pytest.mark.parametrize("family", FAMILIES)
 PICTURE = Image.new("RGB", (64, 48), "white")
 BOXES = {"threshold": 0.3, "gap": 0, "max_boxes": 4, "dilate": 0}
 
@@ -99,7 +97,7 @@ def test_nothing_probable_is_the_whole_image(value):
 
 # --------------------------------------------------------------------------------------------------------- in the model
 @families
-def test_reads_what_enters_the_decoder_and_nothing_after(family, get_model):
+def test_reads_what_enters_the_decoder_and_nothing_after(family):
     model, processor = get_model(family, "sdpa"), Processor(family)
     inputs, seen = processor.batch.inputs, []
     entrance = model.model.language_model.register_forward_pre_hook(
@@ -122,7 +120,7 @@ def test_reads_what_enters_the_decoder_and_nothing_after(family, get_model):
 
 
 @families
-def test_localizer_and_answer_share_one_vision_pass(family, get_model):
+def test_localizer_and_answer_share_one_vision_pass(family):
     model, processor, ran = get_model(family, "sdpa"), Processor(family), []
     find = HeadLocalizer(model, processor, head_for(model), str, min_confidence=0.01, threshold=0.01)
     base = model.model
@@ -137,13 +135,13 @@ def test_localizer_and_answer_share_one_vision_pass(family, get_model):
     assert len(ran) == 1
 
 
-def test_localizing_a_patched_model_is_refused(get_model):
+def test_localizing_a_patched_model_is_refused():
     model = get_model("llava", "sdpa")
     with patch(model, None), pytest.raises(RuntimeError, match="patched already"):
         HeadLocalizer(model, Processor("llava"), head_for(model), str)(PICTURE, "?")
 
 
-def test_what_does_not_fit_is_refused(get_model):
+def test_what_does_not_fit_is_refused():
     model = get_model("llava", "sdpa")
     with pytest.raises(ValueError, match="head must be made for embeddings of width"):
         HeadLocalizer(model, Processor("llava"), Head(7))
@@ -208,7 +206,7 @@ def train_head():
 
 
 @families
-def test_training_learns_a_record_by_heart_in_any_family(family, get_model, train_head, tmp_path):
+def test_training_learns_a_record_by_heart_in_any_family(family, train_head, tmp_path):
     PICTURE.save(tmp_path / "one.png")
     lines = [{"image": "one.png", "question": "?", "boxes": [[0, 0, 0.5, 0.5]]}]
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -9,9 +9,7 @@ import crop
 from crop.cli.ask import load
 from crop.embedded import scenes
 from crop.localizers import CascadeLocalizer, UnionLocalizer
-from tests.support.tiny_models import FAMILIES, build_model, standard_batch
 
-families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def count_calls(model):

@@ -16,8 +16,6 @@ from crop.models import ADAPTERS
 from crop.patching.patch import patch
 from crop.patching.validation import refuse_transformers
 from tests.support import readme_table, zoo
-from tests.support.contract import assert_unchanged, snapshot
-from tests.support.zoo import FAMILIES, make_batch, make_sample, standard_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,6 @@ from transformers import CLIPVisionConfig, LlavaConfig, Qwen2_5_VLConfig, Siglip
 from crop.geometry.layout import PADDING, VisionLayout
 from crop.models import ADAPTERS, Prompt, family_of
 from crop.models.fixed import resize_crop_pad_view
-from tests.support.tiny_models import LLAVA_GRID, PATCH, image_processor
 
 SIZES = [(320, 320), (500, 300), (300, 500), (403, 267)]
 

@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import crop
 from crop import ops
-from tests.support import tiny_models
 from tests.support.operators import BACKENDS, mass_inputs, random_plan
 
 DEVICE = "cuda"

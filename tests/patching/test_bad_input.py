@@ -13,16 +13,6 @@ from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
 from crop.patching.patch import patch
-from tests.support.contract import METHODS, REGIONS, assert_unchanged, greedy, regions_of, snapshot
-from tests.support.tiny_models import (
-    FAMILIES,
-    TEXT,
-    build_model,
-    image_processor,
-    make_batch,
-    make_sample,
-    standard_batch,
-)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,7 +83,7 @@ ENTRY = {
 
 
 @pytest.mark.parametrize("case", list(ENTRY))
-def test_refused_at_entry(case, get_model):
+def test_refused_at_entry(case):
     """Before anything is changed: the block is not entered."""
     error, message, arguments = ENTRY[case]
     model, entered = get_model("llava", "sdpa"), False
@@ -105,7 +95,7 @@ def test_refused_at_entry(case, get_model):
     assert_unchanged(before, model)
 
 
-def test_other_families(get_model):
+def test_other_families():
     """A text model, a family that is not known, no model at all: what is supported is named."""
     llama = LlamaForCausalLM(LlamaConfig(**TEXT))
     gpt = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50))
@@ -126,8 +116,8 @@ def test_other_families(get_model):
             patch(thing, ILP).__enter__()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nested(family, get_model):
+@pytest.mark.parametrize("family", THOROUGH)
+def test_nested(family):
     """The same model twice, also through its base model; the outer patch goes on undisturbed."""
     model = get_model(family, "sdpa")
     batch, before = standard_batch(family, "single", 1), snapshot(model)
@@ -211,15 +201,15 @@ FORWARD = {
 
 
 @pytest.mark.parametrize("case", list(FORWARD))
-def test_refused_in_the_forward(case, get_model):
+def test_refused_in_the_forward(case):
     error, message, arguments = FORWARD[case]
     inputs = standard_batch("llava", "single", 1).inputs
     refused(get_model("llava", "sdpa"), inputs, error, message, **{"method": ILP, **arguments})
 
 
 @pytest.mark.parametrize("region", [BOX, [BOX]])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_one_region_for_two_images(family, region, get_model):
+@pytest.mark.parametrize("family", THOROUGH)
+def test_one_region_for_two_images(family, region):
     message = "region must be given once per image, got 1 for 2 images"
     for padding, images in (("left", 1), ("single", 2)):
         inputs = standard_batch(family, padding, images).inputs
@@ -227,10 +217,10 @@ def test_one_region_for_two_images(family, region, get_model):
                 processor=image_processor("resize"))  # fmt: skip
 
 
-def test_one_region_for_two_images_with_one_question(get_model):
+def test_one_region_for_two_images_with_one_question():
     """Equal prompts about different images are not copies of one sample."""
     samples = [make_sample("llava", [4, (8, 8), 6], seed=3) for _ in range(2)]
-    inputs = make_batch("llava", samples, "none").inputs
+    inputs = make_batch(samples, "none").inputs
     inputs["pixel_values"] = torch.cat([samples[0].pixels[0], samples[0].pixels[0].flip(-1)])
     message = "region must be given once per image, got 1 for 2 images"
     refused(get_model("llava", "sdpa"), inputs, ValueError, message, ILP, BOX, processor=image_processor("resize"))
@@ -257,7 +247,7 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("case", list(INPUTS))
-def test_inputs_that_cannot_be_pruned(case, get_model):
+def test_inputs_that_cannot_be_pruned(case):
     family, message, change = INPUTS[case]
     model = get_model(family, "sdpa")
     inputs = {k: v for k, v in change(model, standard_batch(family, "single", 1).inputs).items() if v is not None}
@@ -273,8 +263,8 @@ GENERATION = {
 
 
 @pytest.mark.parametrize("case", list(GENERATION))
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generation_that_is_not_supported(family, case, get_model):
+@pytest.mark.parametrize("family", THOROUGH)
+def test_generation_that_is_not_supported(family, case):
     """Refused before the prompt is encoded, whether named in the call or in a configuration."""
     message, arguments = GENERATION[case]
     arguments = {k: build_model(family) if v == "another" else v for k, v in arguments.items()}
@@ -293,7 +283,7 @@ def test_generation_that_is_not_supported(family, case, get_model):
     assert_unchanged(before, model)
 
 
-def test_static_cache_object(get_model):
+def test_static_cache_object():
     model, batch = get_model("llava", "sdpa"), standard_batch("llava", "single", 1)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
     refused(model, {**batch.inputs, "past_key_values": cache}, ValueError, "past_key_values must be .*StaticCache", ILP)
@@ -310,11 +300,11 @@ def test_flex_attention():
 # -------------------------------------------------------------------------------------------- odd but valid
 @pytest.mark.parametrize("region", [None, BOX])
 @pytest.mark.parametrize("name", list(METHODS))
-@pytest.mark.parametrize("family", FAMILIES)
-def test_text_only(family, name, region, get_model):
+@pytest.mark.parametrize("family", THOROUGH)
+def test_text_only(family, name, region):
     """A prompt without an image runs as ever."""
     model = get_model(family, "sdpa")
-    batch = make_batch(family, [make_sample(family, [n], seed=n) for n in (7, 11)], "left")
+    batch = make_batch([make_sample(family, [n], seed=n) for n in (7, 11)], "left")
     plain, generated = model(**batch.inputs).logits, greedy(model, batch, max_new_tokens=3)
     with patch(model, METHODS[name], region, processor=image_processor("resize")) as stats:
         assert torch.equal(model(**batch.inputs).logits, plain)
@@ -323,10 +313,10 @@ def test_text_only(family, name, region, get_model):
     assert stats.kept == [] and list(stats.tokens_before) == []
 
 
-def test_image_first_text_later(get_model):
+def test_image_first_text_later():
     """A text-only call inside the block does not disturb the next call with an image."""
     model, batch = get_model("llava", "sdpa"), standard_batch("llava", "single", 1)
-    text = make_batch("llava", [make_sample("llava", [9])], "none")
+    text = make_batch([make_sample("llava", [9])], "none")
     processor = image_processor("resize")
     with patch(model, ILP, BOX, processor=processor):
         wanted = model(**batch.inputs).logits
@@ -338,7 +328,7 @@ def test_image_first_text_later(get_model):
     assert [len(kept) for kept in stats.kept] == [16]
 
 
-def test_whole_regions_need_no_processor(get_model):
+def test_whole_regions_need_no_processor():
     model, batch = get_model("llava", "sdpa"), standard_batch("llava", "left", 1)
     results = []
     for region in (None, Region.whole(), [Region.whole()] * 2):
@@ -347,7 +337,7 @@ def test_whole_regions_need_no_processor(get_model):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_everything_may_leave(get_model):
+def test_everything_may_leave():
     model, batch = get_model("llava", "sdpa"), standard_batch("llava", "left", 1)
     with patch(model, Custom(selection=keep(0))) as stats:
         out = greedy(model, batch, max_new_tokens=2)
@@ -355,7 +345,7 @@ def test_everything_may_leave(get_model):
     assert torch.isfinite(torch.stack(out.logits)).all()
 
 
-def test_integers_and_boolean_masks(get_model):
+def test_integers_and_boolean_masks():
     """Ids in int32, masks in bool or float: what the model takes, the patch takes."""
     model, batch = get_model("llava", "sdpa"), standard_batch("llava", "left", 1)
     with patch(model, ILP, regions_of(batch), processor=image_processor("resize")):
@@ -368,17 +358,17 @@ def test_integers_and_boolean_masks(get_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", THOROUGH)
 def test_half_precision(family, dtype):
     """Runs, keeps the dtype, and keeps what float32 keeps up to a few near ties."""
     model, batch = build_model(family), standard_batch(family, "left", 1)
     more = dict(processor=image_processor("resize")) if family == "llava" else {}
-    with patch(model, METHODS["ilp_budget"], regions_of(batch), **more) as stats:
+    with patch(model, METHODS["budget"], regions_of(batch), **more) as stats:
         model(**batch.inputs)
     wanted = [set(kept.tolist()) for kept in stats.kept]
     model = model.to(dtype)
     inputs = {**batch.inputs, "pixel_values": batch.inputs["pixel_values"].to(dtype)}
-    with patch(model, METHODS["ilp_budget"], regions_of(batch), **more) as stats:
+    with patch(model, METHODS["budget"], regions_of(batch), **more) as stats:
         logits = model(**inputs).logits
     assert logits.dtype == dtype and torch.isfinite(logits).all()
     for kept, before in zip(stats.kept, wanted, strict=True):

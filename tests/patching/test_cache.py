@@ -9,31 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from crop.methods import InnerLLMPruning
-from tests.support.contract import (
-    ATOL,
-    METHODS,
-    REGIONS,
-    assert_steps,
-    cache_lengths,
-    expected,
-    greedy,
-    layouts_of,
-    patched,
-    regions_of,
-)
-from tests.support.tiny_models import (
-    ATTENTIONS,
-    FAMILIES,
-    IMAGE,
-    LLAVA_GRID,
-    make_sample,
-    standard_batch,
-    text_tokens,
-)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
-families = pytest.mark.parametrize("family", FAMILIES)
 attentions = pytest.mark.parametrize("attention", ATTENTIONS)
 methods_ = pytest.mark.parametrize("name", list(METHODS))
 QUESTION = text_tokens(6, 31)  # the second turn
@@ -85,12 +63,12 @@ def assert_turn(out, prompt, oracle, samples, decisions):
 )
 @methods_
 @families
-def test_second_question(family, attention, name, second_block, get_model, get_oracle):
+def test_second_question(family, attention, name, second_block):
     """Text turns on a pruned cache; also when the first block was left and another one entered."""
     model, oracle = get_model(family, attention), get_oracle(family)
     batch = standard_batch(family, "left", 2) if second_block else standard_batch(family, "single", 1)
-    wanted = expected(get_oracle, batch, name)
-    with patched(model, METHODS[name], regions_of(batch)):
+    wanted = expected(family, padding, images, name)
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         first = greedy(model, batch)
         if not second_block:
             lengths = cache_lengths(first.past_key_values)
@@ -98,7 +76,7 @@ def test_second_question(family, attention, name, second_block, get_model, get_o
             third = continue_text(model, out.sequences, batch, out.past_key_values, QUESTION[:2])
     if second_block:
         lengths = cache_lengths(first.past_key_values)
-        with patched(model, METHODS[name], regions_of(batch)):
+        with patched(model, METHODS[name], batch, regions_of(batch)):
             out = continue_text(model, first.sequences, batch, first.past_key_values)
             third = continue_text(model, out.sequences, batch, out.past_key_values, QUESTION[:2])
     samples = [e.sample.extended(e.steps.tokens + QUESTION) for e in wanted]
@@ -114,11 +92,11 @@ def test_second_question(family, attention, name, second_block, get_model, get_o
 @pytest.mark.parametrize("attention,padding", [("sdpa", "left"), ("eager", "right"), ("flash_attention_2", "left")])
 @methods_
 @families
-def test_pads_in_the_middle(family, attention, padding, name, get_model, get_oracle):
+def test_pads_in_the_middle(family, attention, padding, name):
     """The samples' second questions differ in length: padding comes to lie behind a pruned prompt."""
     model, oracle = get_model(family, attention), get_oracle(family)
     batch = standard_batch(family, padding, 1)
-    wanted = expected(get_oracle, batch, name)
+    wanted = expected(family, padding, images, name)
     questions = [text_tokens(3, 51), text_tokens(6, 52)]
     samples = [sample.extended(question) for sample, question in zip(batch.samples, questions, strict=True)]
     ids, mask = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
@@ -128,7 +106,7 @@ def test_pads_in_the_middle(family, attention, padding, name, get_model, get_ora
         mask[row, -len(question) :] = 1
         positions[..., row, -len(question) :] = oracle.positions(samples[row])[..., -len(question) :]
     start = torch.tensor(batch.offsets)[:, None] if family == "llava" else 0  # its forward counts the padding
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         cache = model(**batch.inputs).past_key_values
         logits = model(
             input_ids=ids,
@@ -145,13 +123,13 @@ def test_pads_in_the_middle(family, attention, padding, name, get_model, get_ora
 @methods_
 @attentions
 @families
-def test_chunk_by_forward(family, attention, name, get_model, get_oracle):
+def test_chunk_by_forward(family, attention, name):
     """The same without generate: forward calls on one cache, several tokens at a time."""
     model, oracle = get_model(family, attention), get_oracle(family)
     batch = standard_batch(family, "left", 1)
-    wanted = expected(get_oracle, batch, name)
+    wanted = expected(family, padding, images, name)
     mask = batch.inputs["attention_mask"]
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         cache, samples = model(**batch.inputs).past_key_values, batch.samples
         for size in (4, 1, 3):
             mask = torch.cat([mask, mask.new_ones(len(mask), size)], 1)
@@ -171,13 +149,13 @@ def test_chunk_by_forward(family, attention, name, get_model, get_oracle):
 
 @pytest.mark.parametrize("attention,second_block", [("sdpa", False), ("eager", True), ("flash_attention_2", True)])
 @methods_
-def test_second_image(attention, name, second_block, get_model, get_oracle):
+def test_second_image(attention, name, second_block):
     """LLaVA: the second turn brings a new image into the pruned cache."""
     model, oracle = get_model("llava", attention), get_oracle("llava")
     method = METHODS[name]
     regions = [REGIONS[0][0], REGIONS[1][0] if second_block else REGIONS[0][0]]
     batch = standard_batch("llava", "single", 1)
-    (expect,) = expected(get_oracle, batch, name)
+    (expect,) = expected(family, padding, images, name)
     turn = make_sample("llava", [4, LLAVA_GRID, 5], seed=12)
 
     def second(first):
@@ -212,7 +190,7 @@ def test_second_image(attention, name, second_block, get_model, get_oracle):
 
 @methods_
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
-def test_image_after_a_text_turn(attention, name, get_model, get_oracle):
+def test_image_after_a_text_turn(attention, name):
     """LLaVA: the cache already holds a text-only turn when the first image comes."""
     model, oracle = get_model("llava", attention), get_oracle("llava")
     text = make_sample("llava", [9], seed=21)
@@ -230,14 +208,14 @@ def test_image_after_a_text_turn(attention, name, get_model, get_oracle):
 @methods_
 @pytest.mark.parametrize("padding", ["single", "left"])
 @families
-def test_copied_cache(family, padding, name, get_model, get_oracle):
+def test_copied_cache(family, padding, name):
     """A copied cache (one prefix, several questions) carries its pruning along."""
     model, oracle = get_model(family, "sdpa"), get_oracle(family)
     batch = standard_batch(family, padding, 1)
-    wanted = expected(get_oracle, batch, name)
+    wanted = expected(family, padding, images, name)
     questions = [text_tokens(5, 41), text_tokens(5, 42)]
     mask = torch.cat([batch.inputs["attention_mask"], torch.ones(len(batch.samples), 5).long()], 1)
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         prefix = model(**batch.inputs).past_key_values
         for question in questions:
             cache = copy.deepcopy(prefix)
@@ -253,13 +231,13 @@ def test_copied_cache(family, padding, name, get_model, get_oracle):
 
 @methods_
 @families
-def test_repeated_cache(family, name, get_model, get_oracle):
+def test_repeated_cache(family, name):
     """One prefix answers several questions at once: the cache's own batch operations carry the pruning along."""
     model, oracle = get_model(family, "sdpa"), get_oracle(family)
     batch = standard_batch(family, "left", 1)
-    wanted = expected(get_oracle, batch, name)
+    wanted = expected(family, padding, images, name)
     question = text_tokens(5, 43)
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         cache = model(**batch.inputs).past_key_values
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([3, 0, 1]))  # second sample, first, first
@@ -281,13 +259,13 @@ def test_repeated_cache(family, name, get_model, get_oracle):
 
 @methods_
 @families
-def test_another_method_for_the_second_question(family, name, get_model, get_oracle):
+def test_another_method_for_the_second_question(family, name):
     """A pruned cache goes on under no method or another one: it prunes nothing without an image."""
     model, oracle = get_model(family, "sdpa"), get_oracle(family)
     batch = standard_batch(family, "single", 1)
-    (expect,) = expected(get_oracle, batch, name)
+    (expect,) = expected(family, padding, images, name)
     for method in (None, METHODS["plc"], InnerLLMPruning(keep=0.5, layer=4)):
-        with patched(model, METHODS[name], regions_of(batch)):
+        with patched(model, METHODS[name], batch, regions_of(batch)):
             first = greedy(model, batch)
         with patched(model, method):
             out = continue_text(model, first.sequences, batch, first.past_key_values)
@@ -297,28 +275,28 @@ def test_another_method_for_the_second_question(family, name, get_model, get_ora
 
 @methods_
 @families
-def test_own_cache_object(family, name, get_model, get_oracle):
+def test_own_cache_object(family, name):
     """An empty cache passed in by the caller is filled like the model's own."""
     model = get_model(family, "sdpa")
     batch = standard_batch(family, "single", 1)
-    wanted = expected(get_oracle, batch, name)
+    wanted = expected(family, padding, images, name)
     cache = DynamicCache(config=model.config.get_text_config())
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         out = greedy(model, batch, past_key_values=cache)
-    assert_steps(out, batch, [e.steps for e in wanted])
+    assert_steps(out, [e.steps for e in wanted])
     assert out.past_key_values is cache
 
 
 @methods_
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
 @families
-def test_a_placeholder_among_the_answers(family, attention, name, get_model, get_oracle):
+def test_a_placeholder_among_the_answers(family, attention, name):
     """An image token that comes without pixels after the prompt is a token like any other."""
     model, oracle = get_model(family, attention), get_oracle(family)
     batch = standard_batch(family, "single", 1)
-    (expect,) = expected(get_oracle, batch, name)
+    (expect,) = expected(family, padding, images, name)
     sample = batch.samples[0]
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         cache = model(**batch.inputs).past_key_values
         for chunk in ([IMAGE], [5, IMAGE, 7]):
             sample = sample.extended(chunk)
@@ -334,11 +312,11 @@ def test_a_placeholder_among_the_answers(family, attention, name, get_model, get
 
 @methods_
 @families
-def test_a_pruned_cache_is_not_cut(family, name, get_model):
+def test_a_pruned_cache_is_not_cut(family, name):
     """Shortening by logical positions cannot be right on layers of different lengths."""
     model = get_model(family, "sdpa")
     batch = standard_batch(family, "single", 1)
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         cache = model(**batch.inputs).past_key_values
     lengths = cache_lengths(cache)
     with pytest.raises(NotImplementedError, match="cannot be shortened"):

@@ -7,8 +7,6 @@ import torch
 
 from crop.geometry.region import Region
 from crop.methods import InnerLLMPruning
-from tests.support.contract import ATOL, patched
-from tests.support.tiny_models import FAMILIES, build_model, standard_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -16,7 +14,7 @@ METHOD = InnerLLMPruning(0.25, layer=2, floor=0)
 REGIONS = (Region.box(0.1, 0.1, 0.5, 0.5), Region.box(0.4, 0.4, 0.9, 0.9), Region.box(0.2, 0.5, 0.6, 0.9))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", THOROUGH)
 def test_compiled_layers(family):
     """Compiled before the block, as servers do it; the only breaks are those at the tap of the scoring layer."""
     model, batch = build_model(family), standard_batch(family, "single", 1)

@@ -8,23 +8,9 @@ import pytest
 import torch
 
 from crop.methods import InnerLLMPruning
-from tests.support.contract import (
-    ATOL,
-    METHODS,
-    REGIONS,
-    assert_steps,
-    expected,
-    greedy,
-    layouts_of,
-    patched,
-    regions_of,
-)
-from tests.support.oracle import Steps
-from tests.support.tiny_models import ATTENTIONS, FAMILIES, standard_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
-families = pytest.mark.parametrize("family", FAMILIES)
 attentions = pytest.mark.parametrize("attention", ATTENTIONS)
 methods_ = pytest.mark.parametrize("name", list(METHODS))
 
@@ -32,22 +18,22 @@ methods_ = pytest.mark.parametrize("name", list(METHODS))
 @methods_
 @attentions
 @families
-def test_generate_without_a_cache(family, attention, name, get_model, get_oracle):
+def test_generate_without_a_cache(family, attention, name):
     """Each step is a prefill of its own, so the decision is taken anew: text rows have been added."""
     model, oracle = get_model(family, attention), get_oracle(family)
     batch = standard_batch(family, "left", 2)
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         out = greedy(model, batch, use_cache=False, max_new_tokens=3)
     steps = []
     for row, sample in enumerate(batch.samples):
         steps.append(Steps())
         for _ in range(3):
-            decision = oracle.decide(sample, METHODS[name], list(REGIONS[row]), layouts_of(sample))
+            decision = oracle.decide(sample, METHODS[name], regions_for(row, sample), sample.layouts())
             assert not decision.near_tie
             steps[row].logits.append(oracle.forward(sample, decision)[0][-1])
             steps[row].tokens.append(int(steps[row].logits[-1].argmax()))
             sample = sample.extended(steps[row].tokens[-1:])
-    assert_steps(out, batch, steps)
+    assert_steps(out, steps)
 
 
 def search(model, batch, **more):
@@ -63,24 +49,24 @@ def search(model, batch, **more):
 
 @pytest.mark.parametrize("padding", ["single", "left"])
 @families
-def test_beams_of_a_patch_that_keeps_all(family, padding, get_model):
+def test_beams_of_a_patch_that_keeps_all(family, padding):
     model = get_model(family, "sdpa")
     batch = standard_batch(family, padding, 1)
     plain = search(model, batch, num_beams=2)
-    with patched(model, InnerLLMPruning(keep=1.0), regions_of(batch)):
+    with patched(model, InnerLLMPruning(keep=1.0), batch, regions_of(batch)):
         out = search(model, batch, num_beams=2)
     assert torch.equal(out.sequences, plain.sequences)
     assert torch.equal(out.sequences_scores, plain.sequences_scores)
 
 
-@pytest.mark.parametrize("name", ["plc", "ilp_strict"])
+@pytest.mark.parametrize("name", ["plc", "strict"])
 @pytest.mark.parametrize("padding", ["single", "left"])
 @families
-def test_beams(family, padding, name, get_model):
+def test_beams(family, padding, name):
     """Reordering a pruned cache gives what no cache gives (these decide alike at every step)."""
     model = get_model(family, "sdpa")
     batch = standard_batch(family, padding, 1)
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         cached = search(model, batch, num_beams=3)
         fresh = search(model, batch, num_beams=3, use_cache=False)
     assert torch.equal(cached.sequences, fresh.sequences)
@@ -90,13 +76,13 @@ def test_beams(family, padding, name, get_model):
 @methods_
 @pytest.mark.parametrize("padding", ["single", "left"])
 @families
-def test_beams_contain_the_oracles_scores(family, padding, name, get_model, get_oracle):
+def test_beams_contain_the_oracles_scores(family, padding, name):
     """The score of each returned beam, recomputed by the oracle along its tokens."""
     model, oracle = get_model(family, "sdpa"), get_oracle(family)
     batch = standard_batch(family, padding, 1)
-    wanted = expected(get_oracle, batch, name)
+    wanted = expected(family, padding, images, name)
     prompt = batch.inputs["input_ids"].shape[1]
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         out = search(model, batch, num_beams=3, num_return_sequences=2)
     for row, score in enumerate(out.sequences_scores.tolist()):
         expect, total = wanted[row // 2], 0.0
@@ -107,17 +93,17 @@ def test_beams_contain_the_oracles_scores(family, padding, name, get_model, get_
         assert abs(total / len(tokens) - score) < ATOL  # length penalty 1
 
 
-@pytest.mark.parametrize("name", ["ilp_budget", "compose"])
+@pytest.mark.parametrize("name", ["budget", "compose"])
 @families
-def test_several_draws(family, name, get_model, get_oracle):
+def test_several_draws(family, name):
     """num_return_sequences repeats the samples, and the regions with them."""
     model = get_model(family, "sdpa")
     batch = standard_batch(family, "left", 1)
-    wanted = expected(get_oracle, batch, name)
+    wanted = expected(family, padding, images, name)
     draws = []
     for _ in range(2):
         torch.manual_seed(3)
-        with patched(model, METHODS[name], regions_of(batch)) as stats:
+        with patched(model, METHODS[name], batch, regions_of(batch)) as stats:
             draws.append(
                 model.generate(
                     **batch.inputs,
@@ -138,17 +124,17 @@ def test_several_draws(family, name, get_model, get_oracle):
 
 @pytest.mark.parametrize("name", ["plc", "compose"])
 @families
-def test_generate_in_a_thread(family, name, get_model, get_oracle):
+def test_generate_in_a_thread(family, name):
     """As a streamer's caller does it: the block in one thread, generate() in another, without gradients there."""
     model = get_model(family, "sdpa")
     batch = standard_batch(family, "single", 1)
-    wanted = expected(get_oracle, batch, name)
+    wanted = expected(family, padding, images, name)
     results = []
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         thread = threading.Thread(target=lambda: results.append(greedy(model, batch)))
         thread.start()
         thread.join()
         with torch.inference_mode():
             results.append(greedy(model, batch))
     for out in results:
-        assert_steps(out, batch, [e.steps for e in wanted])
+        assert_steps(out, [e.steps for e in wanted])

@@ -12,7 +12,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from crop import ops
 from crop.methods import InnerLLMPruning, Pyramid
 from crop.patching import lse
-from tests.support.zoo.cases import SUPPORTED, get_batch, get_model, patched, regions_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
@@ -42,7 +41,7 @@ def test_scores_are_the_same(family, attention, padding, scored):
     """Before a cut and after one, with and without padding: given or computed, the mass is one."""
     model, batch = get_model(family, attention), get_batch(family, padding, 1)
     cuts = CUTS[1:] if family == "gemma3" else CUTS  # its first layer does not see the whole prompt
-    with patched(model, Pyramid(cuts), batch, regions_of(batch)):
+    with patched(model, Pyramid(cuts), batch, batch, regions_of(batch)):
         model(**batch.inputs)
     assert len(scored) == len(cuts)
     for given, mass, own in scored:
@@ -54,11 +53,11 @@ def test_scores_are_the_same(family, attention, padding, scored):
 def test_not_where_the_scores_ask_something_else(scored):
     """Without positions, or rows of an earlier turn among them, the attention of this call has another denominator."""
     model, batch = get_model("llava", "sdpa"), get_batch("llava", "left", 1)
-    with patched(model, InnerLLMPruning(keep=0.3, rope=False), batch, regions_of(batch)):
+    with patched(model, InnerLLMPruning(keep=0.3, rope=False), batch, batch, regions_of(batch)):
         model(**batch.inputs)
     cache, question = None, torch.tensor([[7, 21, 3, 40]] * len(batch.samples))
     for _ in range(2):
-        with patched(model, InnerLLMPruning(keep=0.3), batch, regions_of(batch), readmit=True):
+        with patched(model, InnerLLMPruning(keep=0.3), batch, batch, regions_of(batch), readmit=True):
             if cache is None:
                 cache = model(**batch.inputs).past_key_values
                 continue

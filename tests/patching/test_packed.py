@@ -6,8 +6,6 @@ import pytest
 import torch
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
-from tests.support.zoo import FAMILIES, make_batch
-from tests.support.zoo.cases import METHODS, get_batch, get_model, patched, regions_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
@@ -24,7 +22,7 @@ def test_every_argument_of_flash_attention(family, name, cached, flash):
     model = get_model(family, "flash_attention_2")
     batch = make_batch(get_batch(family, "none", 2).samples[:1], "none")
     inputs = {key: value for key, value in batch.inputs.items() if key != "attention_mask"}
-    with patched(model, METHODS[name], batch, regions_of(batch)) as stats:
+    with patched(model, METHODS[name], batch, batch, regions_of(batch)) as stats:
         flash.arguments.clear()
         model(**inputs, use_cache=cached)
     text = len(batch.samples[0].ids) - sum(stats.tokens_before)

@@ -8,42 +8,17 @@ import torch
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.methods import InnerLLMPruning
-from tests.support.contract import (
-    ATOL,
-    METHODS,
-    REGIONS,
-    assert_logits,
-    assert_stats,
-    assert_steps,
-    assert_unchanged,
-    expected,
-    greedy,
-    layouts_of,
-    patched,
-    regions_of,
-    snapshot,
-)
-from tests.support.tiny_models import (
-    ATTENTIONS,
-    FAMILIES,
-    LLAVA_GRID,
-    image_processor,
-    make_batch,
-    make_sample,
-    standard_batch,
-)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
 matrix = pytest.mark.parametrize
-families = matrix("family", FAMILIES)
 attentions = matrix("attention", ATTENTIONS)
 methods_ = matrix("name", list(METHODS))
 
 
 @matrix("kind", ["resize", "crop", "pad"])
 @matrix("size", [(50, 40), (40, 60)])
-def test_llava_processors(kind, size, get_model, get_oracle):
+def test_llava_processors(kind, size):
     """Regions live in the original image, whatever the processor does to it."""
     model, oracle = get_model("llava", "sdpa"), get_oracle("llava")
     batch = standard_batch("llava", "single", 1)
@@ -64,13 +39,13 @@ def test_llava_processors(kind, size, get_model, get_oracle):
 
 
 @attentions
-def test_adjacent_images(attention, get_model, get_oracle):
+def test_adjacent_images(attention):
     """Two LLaVA images without a token between them are still two images."""
     model, oracle = get_model("llava", attention), get_oracle("llava")
     sample = make_sample("llava", [3, LLAVA_GRID, LLAVA_GRID, 5], seed=5)
-    batch = make_batch("llava", [sample], "none")
+    batch = make_batch([sample], "none")
     for name, method in METHODS.items():
-        decision = oracle.decide(sample, method, list(REGIONS[1]), layouts_of(sample))
+        decision = oracle.decide(sample, method, list(REGIONS[1]), sample.layouts())
         with patched(model, method, list(REGIONS[1])) as stats:
             logits = model(**batch.inputs).logits[0, -1]
         assert [k.tolist() for k in stats.kept] == [decision.kept_original(i) for i in range(2)], name
@@ -81,7 +56,7 @@ def test_adjacent_images(attention, get_model, get_oracle):
 @matrix("attention,padding", [("sdpa", "right"), ("eager", "left"), ("flash_attention_2", "left")])
 @methods_
 @families
-def test_image_counts_may_differ(family, attention, name, padding, get_model, get_oracle):
+def test_image_counts_may_differ(family, attention, name, padding):
     """No image, two images, one image in one batch."""
     model, oracle = get_model(family, attention), get_oracle(family)
     grid = (8, 8) if family == "llava" else (5, 7)
@@ -90,7 +65,7 @@ def test_image_counts_may_differ(family, attention, name, padding, get_model, ge
         make_sample(family, [2, grid, 1, grid, 9], seed=8),
         make_sample(family, [grid, 6], seed=9),
     ]
-    batch = make_batch(family, samples, padding)
+    batch = make_batch(samples, padding)
     regions = [[], list(REGIONS[0]), [REGIONS[1][1]]]
     method = METHODS[name]
     with patched(model, method, [r for rs in regions for r in rs]) as stats:
@@ -98,7 +73,7 @@ def test_image_counts_may_differ(family, attention, name, padding, get_model, ge
     kept = iter(stats.kept)
     for row, sample in enumerate(samples):
         if sample.grids:
-            decision = oracle.decide(sample, method, regions[row], layouts_of(sample))
+            decision = oracle.decide(sample, method, regions[row], sample.layouts())
         else:
             decision = oracle.keep_all(sample)
         for image in range(len(sample.grids)):
@@ -110,14 +85,14 @@ def test_image_counts_may_differ(family, attention, name, padding, get_model, ge
 
 @methods_
 @families
-def test_prompt_that_ends_with_the_image(family, name, get_model, get_oracle):
+def test_prompt_that_ends_with_the_image(family, name):
     """The row that predicts the next token must not be a token that may leave: dropping refuses it.
 
     Qwen closes an image with a marker, which is text; pooling drops nothing.
     """
     model, oracle = get_model(family, "sdpa"), get_oracle(family)
     sample = make_sample(family, [6, (8, 8) if family == "llava" else (5, 7)], seed=3)
-    batch, other = make_batch(family, [sample], "none"), standard_batch(family, "single", 1)
+    batch, other = make_batch([sample], "none"), standard_batch(family, "single", 1)
     method, regions = METHODS[name], [REGIONS[0][0]]
     if family == "llava" and name != "plc":
         before = snapshot(model)
@@ -129,33 +104,33 @@ def test_prompt_that_ends_with_the_image(family, name, get_model, get_oracle):
         (expect,) = expected(get_oracle, other, name)
         assert_logits(after, other, [expect], kept=False)
         return
-    decision = oracle.decide(sample, method, regions, layouts_of(sample))
+    decision = oracle.decide(sample, method, regions, sample.layouts())
     with patched(model, method, regions) as stats:
         out = greedy(model, batch, max_new_tokens=2)
     assert stats.kept[0].tolist() == decision.kept_original(0)
-    assert_steps(out, batch, [oracle.greedy(sample, decision, 2)])
+    assert_steps(out, [oracle.greedy(sample, decision, 2)])
 
 
 @methods_
 @matrix("padding,use_cache", [("single", True), ("single", False), ("none", False)])
 @matrix("attention", ["sdpa", "flash_attention_2"])
 @families
-def test_no_attention_mask(family, attention, use_cache, padding, name, get_model, get_oracle):
+def test_no_attention_mask(family, attention, use_cache, padding, name):
     """Gaps in the position ids must not be taken for packed sequences."""
     model = get_model(family, attention)
     batch = standard_batch(family, padding, 1)
-    wanted = expected(get_oracle, batch, name)
+    wanted = expected(family, padding, images, name)
     inputs = {k: v for k, v in batch.inputs.items() if k != "attention_mask"}
-    with patched(model, METHODS[name], regions_of(batch)) as stats:
+    with patched(model, METHODS[name], batch, regions_of(batch)) as stats:
         logits = model(**inputs, use_cache=use_cache).logits
     assert_stats(stats, wanted)
     assert_logits(logits, batch, wanted, kept=name.startswith("ilp"))
 
 
-def test_prompt_that_ends_with_a_whole_image(get_model):
+def test_prompt_that_ends_with_a_whole_image():
     """What counts is the text behind the sample's last image, also if only an earlier one is pruned."""
     model = get_model("llava", "sdpa")
-    batch = make_batch("llava", [make_sample("llava", [4, LLAVA_GRID, 3, LLAVA_GRID], seed=6)], "none")
+    batch = make_batch([make_sample("llava", [4, LLAVA_GRID, 3, LLAVA_GRID], seed=6)], "none")
     with patched(model, InnerLLMPruning(mode="strict"), [REGIONS[0][0], Region.whole()]):
         with pytest.raises(ValueError, match="text must follow the last image of a prompt"):
             model(**batch.inputs)

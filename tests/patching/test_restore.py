@@ -9,12 +9,9 @@ import torch
 
 import crop
 from crop.patching.patch import patch
-from tests.support.contract import METHODS, assert_unchanged, greedy, patched, regions_of, snapshot
-from tests.support.tiny_models import FAMILIES, standard_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
-families = pytest.mark.parametrize("family", FAMILIES)
 methods_ = pytest.mark.parametrize("name", list(METHODS))
 
 
@@ -38,14 +35,14 @@ def test_the_public_name():
     [("sdpa", name) for name in METHODS] + [("eager", "compose"), ("flash_attention_2", "compose")],
 )
 @families
-def test_normal_exit(family, attention, name, get_model):
+def test_normal_exit(family, attention, name):
     model = get_model(family, attention)
     batch = standard_batch(family, "left", 2)
     plain, generated = model(**batch.inputs).logits, greedy(model, batch, max_new_tokens=3)
     before = snapshot(model)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     for _ in range(2):
-        with patched(model, METHODS[name], regions_of(batch)):
+        with patched(model, METHODS[name], batch, regions_of(batch)):
             model(**batch.inputs)
             greedy(model, batch, max_new_tokens=2)
         assert_unchanged(before, model)
@@ -56,19 +53,19 @@ def test_normal_exit(family, attention, name, get_model):
 
 @methods_
 @families
-def test_the_snapshot_sees_the_patch(family, name, get_model):
+def test_the_snapshot_sees_the_patch(family, name):
     """The check above can fail: inside the block the snapshot differs."""
     model = get_model(family, "sdpa")
     batch = standard_batch(family, "single", 1)
     before = snapshot(model)
-    with patched(model, METHODS[name], regions_of(batch)), pytest.raises(AssertionError, match="left"):
+    with patched(model, METHODS[name], batch, regions_of(batch)), pytest.raises(AssertionError, match="left"):
         assert_unchanged(before, model)
     assert_unchanged(before, model)
 
 
 @methods_
 @families
-def test_unused_block(family, name, get_model):
+def test_unused_block(family, name):
     model = get_model(family, "sdpa")
     before = snapshot(model)
     with patched(model, METHODS[name]):
@@ -78,12 +75,12 @@ def test_unused_block(family, name, get_model):
 
 @methods_
 @families
-def test_exception_in_the_block(family, name, get_model):
+def test_exception_in_the_block(family, name):
     model = get_model(family, "sdpa")
     batch = standard_batch(family, "single", 1)
     plain, generated = model(**batch.inputs).logits, greedy(model, batch, max_new_tokens=3)
     before = snapshot(model)
-    with pytest.raises(Stop, match="mine"), patched(model, METHODS[name], regions_of(batch)):
+    with pytest.raises(Stop, match="mine"), patched(model, METHODS[name], batch, regions_of(batch)):
         model(**batch.inputs)
         raise Stop("mine")
     assert_unchanged(before, model)
@@ -104,7 +101,7 @@ PLACES = {
 @pytest.mark.parametrize("place", list(PLACES))
 @pytest.mark.parametrize("name", ["plc", "compose"])
 @families
-def test_exception_inside_the_model(family, name, place, get_model):
+def test_exception_inside_the_model(family, name, place):
     """An error in the prefill, an interrupt in the second decoding step (the vision tower has none)."""
     model = get_model(family, "sdpa")
     batch = standard_batch(family, "left", 1)
@@ -122,7 +119,7 @@ def test_exception_inside_the_model(family, name, place, get_model):
         try:
             before = snapshot(model)
             with pytest.raises(error, match="from a hook"):
-                with patched(model, METHODS[name], regions_of(batch)):
+                with patched(model, METHODS[name], batch, regions_of(batch)):
                     greedy(model, batch)
             assert_unchanged(before, model)
         finally:
@@ -132,17 +129,17 @@ def test_exception_inside_the_model(family, name, place, get_model):
 
 @methods_
 @families
-def test_usable_again_inside_the_block(family, name, get_model):
+def test_usable_again_inside_the_block(family, name):
     """A forward that fails leaves no half-finished state for the next one in the same block."""
     model = get_model(family, "sdpa")
     batch = standard_batch(family, "left", 1)
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         wanted = model(**batch.inputs).logits
 
     def fail(module, args, output):
         raise Stop("once")
 
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         for place in PLACES.values():
             handle = place(model).register_forward_hook(fail)
             with pytest.raises(Stop):
@@ -152,15 +149,15 @@ def test_usable_again_inside_the_block(family, name, get_model):
 
 
 @families
-def test_other_models_are_untouched(family, get_model):
+def test_other_models_are_untouched(family):
     """A second model of the same class runs as ever while the first is patched, and both may be."""
     model, other = get_model(family, "sdpa"), get_model(family, "eager")
     batch = standard_batch(family, "left", 1)
     plain, before = other(**batch.inputs).logits, snapshot(other)
-    with patched(model, METHODS["compose"], regions_of(batch)):
+    with patched(model, METHODS["compose"], batch, regions_of(batch)):
         wanted = model(**batch.inputs).logits
         assert torch.equal(other(**batch.inputs).logits, plain)
-        with patched(other, METHODS["plc"], regions_of(batch)):
+        with patched(other, METHODS["plc"], batch, regions_of(batch)):
             pruned = other(**batch.inputs).logits
             assert torch.equal(model(**batch.inputs).logits, wanted)
         assert torch.equal(model(**batch.inputs).logits, wanted)
@@ -170,11 +167,11 @@ def test_other_models_are_untouched(family, get_model):
 
 
 @families
-def test_attention_may_change_inside_the_block(family, get_model):
+def test_attention_may_change_inside_the_block(family):
     """set_attn_implementation between two calls is honoured, and stays after the block."""
     model = copy.deepcopy(get_model(family, "sdpa"))
     batch = standard_batch(family, "left", 1)
-    with patched(model, METHODS["compose"], regions_of(batch)):
+    with patched(model, METHODS["compose"], batch, regions_of(batch)):
         first = model(**batch.inputs).logits
         model.set_attn_implementation("eager")
         second = model(**batch.inputs).logits
@@ -188,14 +185,14 @@ def test_attention_may_change_inside_the_block(family, get_model):
 
 @methods_
 @families
-def test_hooks_of_others_stay(family, name, get_model):
+def test_hooks_of_others_stay(family, name):
     """Hooks that were there before, or came inside the block, keep their order and their place."""
     model = get_model(family, "sdpa")
     batch = standard_batch(family, "single", 1)
     layer = model.model.language_model.layers[3]
     seen = []
     early = layer.register_forward_pre_hook(lambda m, a: seen.append("early"))
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         late = layer.register_forward_pre_hook(lambda m, a: seen.append("late"))
         model(**batch.inputs)
     model(**batch.inputs)
@@ -206,11 +203,11 @@ def test_hooks_of_others_stay(family, name, get_model):
 
 
 @families
-def test_copy_after_the_block(family, get_model):
+def test_copy_after_the_block(family):
     """The model can be copied and its cache dropped after the block."""
     model = get_model(family, "sdpa")
     batch = standard_batch(family, "single", 1)
-    with patched(model, METHODS["compose"], regions_of(batch)):
+    with patched(model, METHODS["compose"], batch, regions_of(batch)):
         model(**batch.inputs)
     plain = model(**batch.inputs).logits
     assert torch.equal(copy.deepcopy(model)(**batch.inputs).logits, plain)

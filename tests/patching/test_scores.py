@@ -11,13 +11,9 @@ from transformers.models.llama import modeling_llama
 
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, Pyramid
 from crop.patching.attention_hook import unrotated
-from tests.support.contract import ATOL, REGIONS, greedy, layouts_of, patched, regions_of
-from tests.support.oracle import Oracle
-from tests.support.tiny_models import FAMILIES, standard_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
-families = pytest.mark.parametrize("family", FAMILIES)
 METHODS = {
     "ilp": InnerLLMPruning(keep=0.25, layer=2, rope=False),
     "soft_last": InnerLLMPruning(keep=0.25, mode="soft", layer=3, rows="last", rope=False),
@@ -52,14 +48,14 @@ class NoPositions(Oracle):
 @pytest.mark.parametrize("attention,padding,images", [("sdpa", "left", 2), ("flash_attention_2", "single", 1)])
 @pytest.mark.parametrize("name", list(METHODS))
 @families
-def test_scores_without_positions(family, name, attention, padding, images, get_model, get_oracle):
+def test_scores_without_positions(family, name, attention, padding, images):
     model, oracle = get_model(family, attention), NoPositions(get_oracle(family).model)
     batch, method = standard_batch(family, padding, images), METHODS[name]
-    with patched(model, method, regions_of(batch)) as stats:
+    with patched(model, method, batch, regions_of(batch)) as stats:
         out = greedy(model, batch, max_new_tokens=2)
     kept, differs = iter(stats.kept), False
     for row, sample in enumerate(batch.samples):
-        regions, layouts = list(REGIONS[row][:images]), layouts_of(sample)
+        regions, layouts = regions_for(row, sample), sample.layouts()
         decision = oracle.decide(sample, method, regions, layouts)
         assert not decision.near_tie
         assert [next(kept).tolist() for _ in sample.grids] == [decision.kept_original(n) for n in range(images)]
@@ -70,11 +66,11 @@ def test_scores_without_positions(family, name, attention, padding, images, get_
 
 
 @families
-def test_every_cut_may_score_without_positions(family, get_model):
+def test_every_cut_may_score_without_positions(family):
     """After a cut the angles are those of the tokens that are left: equal scores from an untouched second layer."""
     model, batch = get_model(family, "sdpa"), standard_batch(family, "left", 1)
     cuts = tuple(InnerLLMPruning(keep, layer=layer, rope=False, floor=0) for keep, layer in ((0.5, 1), (0.2, 2)))
-    with patched(model, Pyramid(cuts), regions_of(batch)) as stats:
+    with patched(model, Pyramid(cuts), batch, regions_of(batch)) as stats:
         model(**batch.inputs)
     for once, twice in zip(stats.kept_at(1), stats.kept, strict=True):
         assert set(twice.tolist()) < set(once.tolist())
@@ -101,9 +97,9 @@ def test_an_attention_without_the_function():
         unrotated(attention, *torch.zeros(2, 1, 1, 1, 2), tuple(torch.zeros(2, 1, 1, 2)))
 
 
-def test_refused_after_a_cache(get_model):
+def test_refused_after_a_cache():
     model, batch = get_model("llava", "sdpa"), standard_batch("llava", "single", 1)
-    with patched(model, METHODS["ilp"], regions_of(batch)):
+    with patched(model, METHODS["ilp"], batch, regions_of(batch)):
         cache = model(torch.tensor([[5, 6, 7]])).past_key_values
         inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
         with pytest.raises(ValueError, match="rope must be True for an image that follows a cache, got .* 3 cached"):

@@ -8,15 +8,11 @@ import torch
 from crop.geometry.layout import _grid
 from crop.methods import PreLLMCompression
 from crop.methods.plc import plan_by_budget, plan_by_strides
-from tests.support.contract import METHODS, REGIONS, layouts_of, patched, regions_of
-from tests.support.oracle import Oracle
-from tests.support.tiny_models import FAMILIES, HOOKS_INSIDE, build_model, standard_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
-families = pytest.mark.parametrize("family", FAMILIES)
 TRAINED = {
-    **{name: METHODS[name] for name in ("plc", "ilp_budget", "compose")},
+    **{name: METHODS[name] for name in ("plc", "budget", "compose")},
     "max": PreLLMCompression(2, 2, 4, mode="max"),
 }
 LABELS = 4  # the last tokens of a prompt
@@ -53,13 +49,13 @@ def assert_close(got, wanted):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", list(TRAINED))
 @families
-def test_gradients_are_the_oracles(family, name, checkpointing, get_oracle):
+def test_gradients_are_the_oracles(family, name, checkpointing):
     if checkpointing and (HOOKS_INSIDE or name == "max"):
         return  # refused, see below; or covered by the others
     method, batch = TRAINED[name], standard_batch(family, "left", 1)
     reference, losses = Differentiable(trainable(family, "eager")), []
     for row, sample in enumerate(batch.samples):
-        decision = get_oracle(family).decide(sample, method, [REGIONS[row][0]], layouts_of(sample))
+        decision = get_oracle(family).decide(sample, method, [REGIONS[row][0]], sample.layouts())
         logits = reference.forward(sample, decision)[0][-LABELS - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(sample.ids[-LABELS:])))
     wanted = torch.stack(losses).mean()
@@ -69,7 +65,7 @@ def test_gradients_are_the_oracles(family, name, checkpointing, get_oracle):
     if checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
-    with patched(model, method, regions_of(batch)):
+    with patched(model, method, batch, regions_of(batch)):
         loss = model(**labelled(batch)).loss
     loss.backward()  # also after the block
     torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=0)
@@ -82,9 +78,9 @@ def test_training_after_inference(family):
     for remembered in (_grid, plan_by_budget, plan_by_strides):
         remembered.cache_clear()
     model, batch, method = trainable(family, "sdpa"), standard_batch(family, "left", 1), TRAINED["compose"]
-    with torch.inference_mode(), patched(model, method, regions_of(batch)):
+    with torch.inference_mode(), patched(model, method, batch, regions_of(batch)):
         model(**batch.inputs)
-    with patched(model, method, regions_of(batch)):
+    with patched(model, method, batch, regions_of(batch)):
         model(**labelled(batch)).loss.backward()
     assert all(torch.isfinite(grad).all() for grad in gradients(model).values()) and gradients(model)
 
@@ -101,19 +97,19 @@ def test_two_losses_at_once(family):
             model.gradient_checkpointing_enable()
         losses = []
         for batch in batches:
-            with patched(model, METHODS["compose"], regions_of(batch)):
+            with patched(model, METHODS["compose"], batch, regions_of(batch)):
                 losses.append(model(**labelled(batch)).loss)
         (losses[0] - losses[1]).backward()
         found.append(gradients(model))
     assert_close(*found)
 
 
-def test_checkpointing_where_hooks_run_again(get_model):
+def test_checkpointing_where_hooks_run_again():
     """Older versions of transformers run hooks in the backward pass: refused, before the model runs."""
     if not HOOKS_INSIDE:
         return
     model, batch = build_model("llava").train(), standard_batch("llava", "single", 1)
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="gradient checkpointing must be off .* transformers 5"):
-        with patched(model, METHODS["ilp_budget"], regions_of(batch)):
+        with patched(model, METHODS["budget"], batch, regions_of(batch)):
             model(**batch.inputs)

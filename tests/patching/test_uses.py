@@ -17,17 +17,9 @@ from peft import LoraConfig, get_peft_model
 
 from crop.geometry.region import Region
 from crop.methods import Pyramid
-from tests.support import zoo
-from tests.support.contract import ATOL, REGIONS, assert_unchanged, snapshot
-from tests.support.oracle import Steps
-from tests.support.pyramid import decide
-from tests.support.tiny_models import HOOKS_INSIDE, Quantised
-from tests.support.zoo import FAMILIES, NUM_LAYERS
-from tests.support.zoo.cases import METHODS, get_batch, get_model, get_oracle, greedy, greedy_steps, patched, regions_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-families = pytest.mark.parametrize("family", list(FAMILIES))
 OWN_MASKS = ("gemma3", "paligemma")  # masks that are more than causal: what they cannot do is refused
 CUTS = {family: Pyramid.steps((1, 3), keep=0.5) for family in FAMILIES}
 # A scoring layer must see the whole prompt: of its four layers, in turn sliding and full, that leaves one.
@@ -40,7 +32,7 @@ def decoder(model):
 
 def run(model, batch, name="both", steps=2):
     """Logits of every step and kept tokens."""
-    with patched(model, METHODS[name], batch, regions_of(batch)) as stats:
+    with patched(model, METHODS[name], batch, batch, regions_of(batch)) as stats:
         out = greedy(model, batch, steps)
     return torch.stack(out.logits), [kept.tolist() for kept in stats.kept]
 
@@ -55,20 +47,20 @@ def assert_refused(family, reason, **more):
     model, batch = get_model(family, "sdpa"), get_batch(family, "left", 1)
     before = snapshot(model)
     with pytest.raises(ValueError, match=reason):
-        patched(model, METHODS["ilp"], batch, regions_of(batch), **more).__enter__()
+        patched(model, METHODS["ilp"], batch, batch, regions_of(batch), **more).__enter__()
     assert_unchanged(before, model)
 
 
 @families
 def test_several_cuts(family):
     model, batch, cuts = get_model(family, "sdpa"), get_batch(family, "left", 1), CUTS[family]
-    with patched(model, cuts, batch, regions_of(batch)) as stats:
+    with patched(model, cuts, batch, batch, regions_of(batch)) as stats:
         out = greedy(model, batch, 2)
     kept = iter(stats.kept)
     for row, sample in enumerate(batch.samples):
         oracle, decision = get_oracle(family), get_oracle(family).keep_all(sample)
         if sample.images:
-            regions = list(REGIONS[row % 2][: len(sample.images)])
+            regions = regions_for(row, sample)
             oracle, decision = decide(oracle, sample, cuts, regions, sample.layouts())
         assert all(next(kept).tolist() == decision.kept_original(image) for image in range(len(sample.images)))
         for got, wanted in zip(out.logits, oracle.greedy(sample, decision, 2).logits, strict=True):
@@ -84,7 +76,7 @@ def test_without_a_cache(family):
                                 return_dict_in_generate=True).logits[1])  # fmt: skip
     if not torch.allclose(*plain, atol=ATOL, rtol=0):
         pytest.skip("this transformers answers otherwise without a cache, without a patch, too")
-    with patched(model, METHODS["ilp"], batch, regions_of(batch)):
+    with patched(model, METHODS["ilp"], batch, batch, regions_of(batch)):
         out = model.generate(**batch.inputs, max_new_tokens=2, do_sample=False, use_cache=False, output_logits=True,
                              return_dict_in_generate=True)  # fmt: skip
     for row, sample in enumerate(batch.samples):
@@ -92,7 +84,7 @@ def test_without_a_cache(family):
         for number in range(2):
             decision = oracle.keep_all(sample)
             if sample.images:
-                regions = list(REGIONS[row % 2][: len(sample.images)])
+                regions = regions_for(row, sample)
                 decision = oracle.decide(sample, METHODS["ilp"], regions, sample.layouts())
                 assert not decision.near_tie, "the test's own data is too close to call: change a seed"
             steps.logits.append(oracle.forward(sample, decision)[0][-1])
@@ -110,14 +102,14 @@ def test_beams(family):
         pytest.skip(f"this transformers has no beams for it without a patch either: {error}")
     if family == "internvl" and "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         pytest.skip("this transformers repeats the tiles of an image one by one: wrong without a patch, too")
-    with patched(model, METHODS["plc"], batch, regions_of(batch)):
+    with patched(model, METHODS["plc"], batch, batch, regions_of(batch)):
         out = model.generate(**batch.inputs, max_new_tokens=2, do_sample=False, num_beams=2, output_scores=True,
                              return_dict_in_generate=True)  # fmt: skip
     prompt = batch.inputs["input_ids"].shape[1]
     for row, sample in enumerate(batch.samples):
         decision = oracle.keep_all(sample)
         if sample.images:
-            regions = list(REGIONS[row % 2][: len(sample.images)])
+            regions = regions_for(row, sample)
             decision = oracle.decide(sample, METHODS["plc"], regions, sample.layouts())
         total, tokens = 0.0, out.sequences[row, prompt:].tolist()
         for number, token in enumerate(tokens):
@@ -134,7 +126,7 @@ def test_static_cache(family):
     model, batch = get_model(family, "sdpa"), get_batch(family, "left", 1)
     found = []
     for more in ({}, {"cache_implementation": "static"}):
-        with patched(model, METHODS["both"], batch, regions_of(batch), cache="uniform"):
+        with patched(model, METHODS["both"], batch, batch, regions_of(batch), cache="uniform"):
             out = model.generate(**batch.inputs, max_new_tokens=3, do_sample=False, output_logits=True,
                                  return_dict_in_generate=True, **more)  # fmt: skip
         found.append(torch.stack(out.logits))
@@ -186,7 +178,7 @@ def test_training(family):
         target[row, end - labels : end] = torch.tensor(sample.ids[-labels:])
         decision = get_oracle(family).keep_all(sample)
         if sample.images:
-            regions = list(REGIONS[row % 2][: len(sample.images)])
+            regions = regions_for(row, sample)
             decision = get_oracle(family).decide(sample, METHODS["plc"], regions, sample.layouts())
         logits = get_oracle(family).forward(sample, decision)[0][-labels - 1 : -1]
         wanted.append(torch.nn.functional.cross_entropy(logits, torch.tensor(sample.ids[-labels:])))
@@ -196,7 +188,7 @@ def test_training(family):
         if checkpointing:
             model.gradient_checkpointing_enable()
         model.train()
-        with patched(model, METHODS["plc"], batch, regions_of(batch)):
+        with patched(model, METHODS["plc"], batch, batch, regions_of(batch)):
             logits = model(**batch.inputs).logits
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), target[:, 1:].flatten())
             loss.backward()
@@ -248,7 +240,7 @@ def test_two_devices(family):
             return original(*send_to_device(args, "meta"), **send_to_device(kwargs, "meta"))
 
         module.forward = forward
-    with patched(model, METHODS["both"], batch, regions_of(batch)) as stats:
+    with patched(model, METHODS["both"], batch, batch, regions_of(batch)) as stats:
         out = model(**batch.inputs)
     assert [kept.tolist() for kept in stats.kept] == wanted
     assert out.logits.is_meta and out.logits.shape[:2] == batch.inputs["input_ids"].shape
@@ -286,10 +278,10 @@ def test_again_nested_and_assisted(family):
     first, before = run(model, batch), snapshot(model)
     second = run(model, batch)
     assert torch.equal(first[0], second[0]) and first[1] == second[1]
-    with patched(model, METHODS["both"], batch, regions_of(batch)):
+    with patched(model, METHODS["both"], batch, batch, regions_of(batch)):
         with (
             pytest.raises(RuntimeError, match="must not be patched already"),
-            patched(model, METHODS["ilp"], batch, regions_of(batch)),
+            patched(model, METHODS["ilp"], batch, batch, regions_of(batch)),
         ):
             pass
         with pytest.raises(ValueError, match="must not use assisted generation"):

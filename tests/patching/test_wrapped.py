@@ -11,28 +11,15 @@ from accelerate import disk_offload
 from accelerate.utils import send_to_device
 from peft import LoraConfig, get_peft_model
 
-from tests.support.contract import (
-    ATOL,
-    METHODS,
-    assert_steps,
-    assert_unchanged,
-    expected,
-    greedy,
-    patched,
-    regions_of,
-    snapshot,
-)
-from tests.support.tiny_models import FAMILIES, Quantised, build_model, standard_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
 matrix = pytest.mark.parametrize
-families = matrix("family", FAMILIES)
 names = matrix("name", ["plc", "compose"])
 
 
 def run(model, batch, name):
-    with patched(model, METHODS[name], regions_of(batch)) as stats:
+    with patched(model, METHODS[name], batch, regions_of(batch)) as stats:
         out = greedy(model, batch, max_new_tokens=3)
     return torch.stack(out.logits), [kept.tolist() for kept in stats.kept]
 
@@ -54,7 +41,7 @@ def test_adapters(family, name):
     before = snapshot(model)
     found = run(model, batch, name)
     assert_unchanged(before, model)
-    with patched(model, METHODS[name], regions_of(batch)):
+    with patched(model, METHODS[name], batch, regions_of(batch)):
         model(**batch.inputs).logits[:, -1].sum().backward()
     touched = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
     assert touched and all("lora" in key for key in touched)
@@ -77,7 +64,7 @@ def test_quantised(family, bits):
 
 
 @families
-def test_offloaded(family, get_model, tmp_path):
+def test_offloaded(family, tmp_path):
     """Weights on the disk, fetched layer by layer by accelerate's own hooks, also when those came inside the block."""
     batch, wanted = (
         standard_batch(family, "left", 1),
@@ -87,7 +74,7 @@ def test_offloaded(family, get_model, tmp_path):
     disk_offload(model, tmp_path / "before", execution_device="cpu")
     assert_same(run(model, batch, "compose"), wanted)
     model = build_model(family)
-    with patched(model, METHODS["compose"], regions_of(batch)) as stats:
+    with patched(model, METHODS["compose"], batch, regions_of(batch)) as stats:
         disk_offload(model, tmp_path / "inside", execution_device="cpu")
         out = greedy(model, batch, max_new_tokens=3)
     assert_same((torch.stack(out.logits), [kept.tolist() for kept in stats.kept]), wanted)
@@ -95,7 +82,7 @@ def test_offloaded(family, get_model, tmp_path):
 
 @names
 @families
-def test_two_devices(family, name, get_model):
+def test_two_devices(family, name):
     """The later layers on another device, as a device map has them: whatever meets there has been moved there.
 
     That device holds no data: an operation on tensors of both fails, and the kept tokens are those of one device.
@@ -110,14 +97,14 @@ def test_two_devices(family, name, get_model):
             return original(*send_to_device(args, "meta"), **send_to_device(kwargs, "meta"))
 
         module.forward = forward
-    with patched(model, METHODS[name], regions_of(batch)) as stats:
+    with patched(model, METHODS[name], batch, regions_of(batch)) as stats:
         out = model(**batch.inputs)
     assert [kept.tolist() for kept in stats.kept] == wanted
     assert out.logits.is_meta and out.logits.shape[:2] == batch.inputs["input_ids"].shape
     assert out.past_key_values.layers[4].keys.is_meta and not out.past_key_values.layers[3].keys.is_meta
 
 
-def test_two_models_in_two_threads(get_model, get_oracle):
+def test_two_models_in_two_threads():
     """Each thread has its own model, block, regions and answers."""
     results, failures = {}, []
 
@@ -125,12 +112,12 @@ def test_two_models_in_two_threads(get_model, get_oracle):
         try:
             model, batch = get_model(family, "sdpa"), standard_batch(family, "left", 1)
             for _ in range(3):
-                with patched(model, METHODS[name], regions_of(batch)):
+                with patched(model, METHODS[name], batch, regions_of(batch)):
                     results[family] = greedy(model, batch)
         except BaseException as error:  # noqa: BLE001, an assertion in a thread would be lost
             failures.append(error)
 
-    pairs = [("llava", "compose"), ("qwen2_5_vl", "ilp_budget")]
+    pairs = [("llava", "compose"), ("qwen2_5_vl", "budget")]
     before = {family: snapshot(get_model(family, "sdpa")) for family, _ in pairs}
     threads = [threading.Thread(target=work, args=pair) for pair in pairs]
     for thread in threads:
@@ -140,11 +127,11 @@ def test_two_models_in_two_threads(get_model, get_oracle):
     assert not failures
     for family, name in pairs:
         batch = standard_batch(family, "left", 1)
-        assert_steps(results[family], batch, [e.steps for e in expected(get_oracle, batch, name)])
+        assert_steps(results[family], batch, [e.steps for e in expected(family, padding, images, name)])
         assert_unchanged(before[family], get_model(family, "sdpa"))
 
 
-def test_one_model_in_two_threads(get_model):
+def test_one_model_in_two_threads():
     """A second call while the first one runs would get its regions: refused."""
     model, batch = get_model("llava", "sdpa"), standard_batch("llava", "single", 1)
     inside, done = threading.Event(), threading.Event()
@@ -153,7 +140,7 @@ def test_one_model_in_two_threads(get_model):
         inside.set()
         done.wait(30)
 
-    with patched(model, METHODS["plc"], regions_of(batch)):
+    with patched(model, METHODS["plc"], batch, regions_of(batch)):
         handle = model.model.language_model.layers[1].register_forward_pre_hook(wait)
         thread = threading.Thread(target=model, kwargs=batch.inputs)
         thread.start()
@@ -168,7 +155,7 @@ def test_one_model_in_two_threads(get_model):
 
 @pytest.mark.parametrize("place", ["q_proj", "o_proj"])
 @families
-def test_interrupted_and_used_again(family, place, get_model):
+def test_interrupted_and_used_again(family, place):
     """Ctrl-C inside the scoring attention, then the same block goes on: right answers, nothing left behind."""
     model, batch = get_model(family, "sdpa"), standard_batch(family, "left", 1)
     wanted = run(model, batch, "compose")
@@ -178,7 +165,7 @@ def test_interrupted_and_used_again(family, place, get_model):
         handle.remove()
         raise KeyboardInterrupt
 
-    with patched(model, METHODS["compose"], regions_of(batch)) as stats:
+    with patched(model, METHODS["compose"], batch, regions_of(batch)) as stats:
         handle = getattr(model.model.language_model.layers[1].self_attn, place).register_forward_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             greedy(model, batch)

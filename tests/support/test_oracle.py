@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.oracle import Decision
-from tests.support.tiny_models import FAMILIES, NUM_LAYERS, make_sample, standard_batch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
@@ -61,8 +59,8 @@ def decide(oracle: Any, sample: Any, method: Fixed) -> Decision:
 
 
 @pytest.mark.parametrize("images", [1, 2])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_dropped_is_the_plain_model(family, images, get_model, get_oracle):
+@pytest.mark.parametrize("family", THOROUGH)
+def test_nothing_dropped_is_the_plain_model(family, images):
     model, oracle = get_model(family, "eager"), get_oracle(family)
     batch = standard_batch(family, "left", images)
     plain = model(**batch.inputs).logits
@@ -72,8 +70,8 @@ def test_nothing_dropped_is_the_plain_model(family, images, get_model, get_oracl
         torch.testing.assert_close(plain[row, batch.offsets[row] :], logits, atol=EXACT, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_is_generate(family, get_model, get_oracle):
+@pytest.mark.parametrize("family", THOROUGH)
+def test_greedy_is_generate(family):
     model, oracle = get_model(family, "eager"), get_oracle(family)
     batch = standard_batch(family, "left", 2)
     out = model.generate(
@@ -87,8 +85,8 @@ def test_greedy_is_generate(family, get_model, get_oracle):
 
 
 @pytest.mark.parametrize("layer", [1, 2, NUM_LAYERS - 1])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_masking_is_slicing(family, layer, get_oracle):
+@pytest.mark.parametrize("family", THOROUGH)
+def test_masking_is_slicing(family, layer):
     """Rows dropped from the sequence for good, by a hand-written loop over the layers."""
     oracle = get_oracle(family)
     sample = standard_batch(family, "single", 2).samples[0]
@@ -113,8 +111,8 @@ def test_masking_is_slicing(family, layer, get_oracle):
 
 
 @pytest.mark.parametrize("rows", ["text", "last"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_scores_are_the_models_attention(family, rows, get_model, get_oracle):
+@pytest.mark.parametrize("family", THOROUGH)
+def test_scores_are_the_models_attention(family, rows):
     model, oracle = get_model(family, "eager"), get_oracle(family)
     batch = standard_batch(family, "single", 2)
     (sample,) = batch.samples
@@ -131,8 +129,8 @@ def test_scores_are_the_models_attention(family, rows, get_model, get_oracle):
         assert expected.max() > 2 * expected.median()  # far from uniform
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_pooling_in_cells_of_one_changes_nothing(family, get_oracle):
+@pytest.mark.parametrize("family", THOROUGH)
+def test_pooling_in_cells_of_one_changes_nothing(family):
     oracle = get_oracle(family)
     sample = standard_batch(family, "single", 2).samples[0]
     decision = decide(oracle, sample, Fixed(0, layer=None, stride=1))
@@ -140,7 +138,7 @@ def test_pooling_in_cells_of_one_changes_nothing(family, get_oracle):
     assert torch.equal(oracle.forward(sample, decision)[0], plain)
 
 
-def test_pooled_rows_are_means_with_the_leaders_position(get_oracle):
+def test_pooled_rows_are_means_with_the_leaders_position():
     oracle = get_oracle("qwen2_5_vl")
     sample = make_sample("qwen2_5_vl", [3, (4, 5), 4])
     decision = decide(oracle, sample, Fixed(0, layer=None, stride=3))
@@ -156,8 +154,8 @@ def test_pooled_rows_are_means_with_the_leaders_position(get_oracle):
     assert [leader for _, leader in rows][first : first + 7] == [start + 3 * n for n in range(7)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_oracle_tells_decisions_apart(family, get_oracle):
+@pytest.mark.parametrize("family", THOROUGH)
+def test_the_oracle_tells_decisions_apart(family):
     """Another layer, other rows, other tokens, a cell more: each moves the logits by far more than
     the tolerance of the comparisons."""
     oracle = get_oracle(family)
@@ -179,7 +177,7 @@ def test_the_oracle_tells_decisions_apart(family, get_oracle):
             assert (logits[a] - logits[b]).abs().max() > 1e-2, (a, b)
 
 
-def test_near_ties_are_reported(get_oracle):
+def test_near_ties_are_reported():
     oracle = get_oracle("llava")
     choose = oracle._choose
     selection = SimpleNamespace(num_keep=2, priority=torch.zeros(4, dtype=torch.int8), weight=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,19 @@ import transformers
 from torch import Tensor
 from transformers.models.llava_next import modeling_llava_next as llava_next_code
 
-from tests.support.tiny_models import IMAGE, PATCH, VIDEO, VISION_END, VISION_START
-
-from .entry import MARK, TEXT, TOWER, Image, pixels
+from tests.support.families.entry import (
+    IMAGE,
+    MARK,
+    PATCH,
+    TEXT,
+    TOWER,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    Family,
+    Image,
+    pixels,
+)
 
 SIDE = 4 * PATCH  # of a tile, pixels
 ANYRES = [[SIDE * rows, SIDE * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))]
@@ -39,13 +50,13 @@ def llava_onevision() -> Any:
     )
 
 
-def anyres_image(config: Callable[[], Any]) -> Callable[[tuple[int, int], int], Image]:
-    """As many tiles and tokens as the model itself expects."""
+def anyres_image(config: Callable[[], Any], always: bool) -> Callable[[tuple[int, int], int, bool], Image]:
+    """As many tiles and tokens as the model itself expects; `always`: also where a sample has several images."""
 
     def image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
         base = getattr(transformers, type(config()).__name__.replace("Config", "Model"))
         tiles = 1
-        if alone:
+        if alone or always:
             pinpoints = config().image_grid_pinpoints
             tiles = llava_next_code.image_size_to_num_patches(list(size[::-1]), pinpoints, SIDE)
         features = [torch.zeros(tiles, (SIDE // PATCH) ** 2, 1)]
@@ -94,7 +105,7 @@ def internvl_processor() -> Any:
     return GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=3)
 
 
-def internvl_image(size: tuple[int, int], seed: int) -> Image:
+def internvl_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
     tiles = internvl_processor().get_number_of_image_patches(size[1], size[0])
     ids = (VISION_START, *[IMAGE] * (16 * tiles), VISION_END)
     return Image(ids, {"pixel_values": pixels(tiles, 3, 32, 32, seed=seed)}, size)
@@ -118,7 +129,7 @@ def idefics3_processor() -> Any:
     return Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
 
 
-def idefics3_image(size: tuple[int, int], seed: int) -> Image:
+def idefics3_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
     """Two tiles and the whole, beside each other or one above the other; markers before each, a line end per row."""
     tile = (VISION_START, MARK, *[IMAGE] * 16)
     tiles = tile * 2 + (95,) if size[0] > size[1] else (tile + (95,)) * 2
@@ -131,3 +142,35 @@ def images_per_sample(images: list[list[Image]]) -> dict[str, Tensor]:
     most = max(map(len, rows))
     full = [torch.nn.functional.pad(row, (0, 0) * 3 + (0, most - len(row))) for row in rows]
     return {"pixel_values": torch.stack(full)}
+
+
+def repeats_tiles(model: Any) -> str | None:
+    """Before `generate()` encoded images once for all copies of a sample."""
+    if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
+        return None
+    return "this transformers repeats the tiles of an image one by one"
+
+
+FAMILIES = {
+    "llava_next": Family(
+        "LLaVA-NeXT: tiles, unpadding, newlines", "LlavaNextForConditionalGeneration", llava_next,
+        anyres_image(llava_next, always=True), sizes=((44, 10), (10, 44)), join=tiles_padded,
+    ),
+    "llava_onevision": Family(
+        "LLaVA-OneVision, images", "LlavaOnevisionForConditionalGeneration", llava_onevision,
+        anyres_image(llava_onevision, always=False), sizes=((52, 20), (14, 30)), join=tiles_counted,
+    ),
+    "internvl": Family(
+        "InternVL 2.5 and 3: tiles", "InternVLForConditionalGeneration", internvl, internvl_image,
+        sizes=((70, 30), (20, 30)), processor=internvl_processor, unable={"repeat": repeats_tiles}, fast=True,
+    ),
+    "idefics3": Family(
+        "Idefics3: tiles", "Idefics3ForConditionalGeneration", idefics3, idefics3_image, sizes=((48, 24), (20, 40)),
+        join=images_per_sample, processor=idefics3_processor, tower="vision_model", decoder="text_model",
+    ),
+    "smolvlm": Family(
+        "SmolVLM, images: tiles", "SmolVLMForConditionalGeneration", smolvlm, idefics3_image,
+        sizes=((48, 24), (20, 40)), join=images_per_sample, processor=idefics3_processor, tower="vision_model",
+        decoder="text_model",
+    ),
+}  # fmt: skip

@@ -9,27 +9,42 @@ import torch
 import transformers
 from torch import Tensor
 
-from tests.support.tiny_models import HIDDEN, IMAGE, PATCH, VIDEO, VISION_END, VISION_START, text_tokens
+from tests.support.families.entry import (
+    HIDDEN,
+    IMAGE,
+    MARK,
+    MARKERS,
+    MROPE,
+    PATCH,
+    QWEN_TOWER,
+    TEXT,
+    TOWER,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    Family,
+    Image,
+    pixels,
+    text_tokens,
+)
 
-from .entry import MARK, MARKERS, MROPE, QWEN_TOWER, TEXT, TOWER, Image, pixels
 
-
-def patches_image(size: tuple[int, int], seed: int, start: int = VISION_START, end: int = VISION_END) -> Image:
+def patches_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
     rows, columns = size[1] // (2 * PATCH), size[0] // (2 * PATCH)
     arguments = {
         "pixel_values": pixels(4 * rows * columns, 6 * PATCH * PATCH, seed=seed),
         "image_grid_thw": torch.tensor([[1, 2 * rows, 2 * columns]]),
     }
-    return Image((start, *[IMAGE] * (rows * columns), end), arguments, size)
+    return Image((VISION_START, *[IMAGE] * (rows * columns), VISION_END), arguments, size)
 
 
-def film(stamped: bool) -> Callable[[tuple[int, int], int], Image]:
+def film(stamped: bool) -> Callable[[tuple[int, int], int, bool], Image]:
     """Wide pictures become videos of four pictures, two frames to the model; others stay images.
 
     ``stamped``: a time stands before every frame and markers around it, else they are one run.
     """
 
-    def image(size: tuple[int, int], seed: int) -> Image:
+    def image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
         if size[0] < size[1]:
             return patches_image(size, seed)
         rows, columns = size[1] // (4 * PATCH), size[0] // (4 * PATCH)
@@ -100,10 +115,10 @@ def mistral3() -> Any:
     )
 
 
-def rows_image(side: int) -> Callable[[tuple[int, int], int], Image]:
+def rows_image(side: int) -> Callable[[tuple[int, int], int, bool], Image]:
     """Rows of image tokens with a break between two and an end behind the last."""
 
-    def image(size: tuple[int, int], seed: int) -> Image:
+    def image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
         rows, columns = size[1] // side, size[0] // side
         ids = ([IMAGE] * columns + [MARK]) * rows
         ids[-1] = VISION_END
@@ -124,3 +139,36 @@ def padded(images: list[list[Image]]) -> dict[str, Tensor]:
     for place, image in zip(full, flat, strict=True):
         place[:, : image.size[1], : image.size[0]] = image.arguments["pixel_values"][0]
     return {"pixel_values": full, "image_sizes": torch.cat([image.arguments["image_sizes"] for image in flat])}
+
+
+FAMILIES = {
+    "pixtral": Family(
+        "Pixtral", "LlavaForConditionalGeneration", pixtral, rows_image(PATCH), sizes=((24, 16), (16, 20)), join=padded
+    ),
+    "qwen2_vl": Family(
+        "Qwen2-VL, images", "Qwen2VLForConditionalGeneration", qwen2_vl, patches_image, types=vision_types,
+        tower="visual",
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2.5-VL, images", "Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, patches_image, types=vision_types,
+        sizes=((64, 48), (40, 56)), tower="visual", thorough=True, fast=True,
+    ),
+    "qwen2_5_vl_video": Family(
+        "Qwen2.5-VL, video", "Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, film(False), types=vision_types,
+        tower="visual",
+    ),
+    "qwen3_vl": Family(
+        "Qwen3-VL, images, DeepStack", "Qwen3VLForConditionalGeneration", qwen3_vl, patches_image, types=vision_types,
+        tower="visual", fast=True,
+    ),
+    "qwen3_vl_video": Family(
+        "Qwen3-VL, video, DeepStack", "Qwen3VLForConditionalGeneration", qwen3_vl, film(True), types=vision_types,
+        tower="visual",
+    ),
+    "glm4v": Family(
+        "GLM-4V, images", "Glm4vForConditionalGeneration", glm4v, patches_image, types=vision_types, tower="visual"
+    ),
+    "mistral3": Family(
+        "Mistral 3", "Mistral3ForConditionalGeneration", mistral3, rows_image(2 * PATCH), join=padded
+    ),
+}  # fmt: skip
