@@ -231,7 +231,7 @@ def test_several_views_are_one_picture_at_the_finest_pitch():
 
 
 # ------------------------------------------------------------------------------------- the attention
-@families
+@families(THOROUGH)
 @attentions
 @pytest.mark.parametrize("layer", [0, 3, NUM_LAYERS - 1])
 def test_attention_equals_the_models_own(family, attention, layer):
@@ -248,7 +248,7 @@ def test_attention_equals_the_models_own(family, attention, layer):
     torch.testing.assert_close(every, rows[:, 1:].mean(1), atol=2e-6, rtol=1e-4)
 
 
-@families
+@families(THOROUGH)
 def test_skipping_the_mlp_of_vision_tokens_is_zeroing_its_output(family):
     model = get_model(family, "sdpa")
     found = localizer(model, family, layer=2).attend(PICTURE, "?")
@@ -273,7 +273,7 @@ def test_skipping_the_mlp_of_vision_tokens_is_zeroing_its_output(family):
     assert not torch.allclose(found.question, plain.question, atol=1e-4)
 
 
-@families
+@families(THOROUGH)
 def test_stride_attends_to_means_of_blocks(family):
     """On an image whose blocks are of equal tokens nothing but the number of keys changes, and blocks share their mass."""
     model = get_model(family, "sdpa")
@@ -311,7 +311,7 @@ def test_rope_can_be_left_out_of_the_scores():
     assert not torch.allclose(turned, turned[:, :1].expand_as(turned), rtol=1e-3)
 
 
-@families
+@families(THOROUGH)
 def test_later_layers_and_the_head_never_run(family):
     model, ran = get_model(family, "sdpa"), []
     layers = model.model.language_model.layers
@@ -325,7 +325,7 @@ def test_later_layers_and_the_head_never_run(family):
     assert ran == [0, 1]
 
 
-@families
+@families(THOROUGH)
 @attentions
 def test_the_model_is_left_as_it_was(family, attention):
     model = get_model(family, attention)
@@ -337,7 +337,7 @@ def test_the_model_is_left_as_it_was(family, attention):
     assert torch.equal(model(**inputs).logits, logits)
 
 
-@families
+@families(THOROUGH)
 def test_an_exception_leaves_the_model_as_it_was(family, monkeypatch):
     model = get_model(family, "sdpa")
     before, registered = state(model), names()
@@ -383,7 +383,7 @@ def test_tap_reads_without_changing_and_nests():
     assert attention.config is config and names() == registered
 
 
-@families
+@families(THOROUGH)
 def test_localizer_and_answer_share_one_vision_pass(family):
     model, processor, ran = get_model(family, "sdpa"), Processor(family), []
     base = model.model
@@ -400,7 +400,7 @@ def test_localizer_and_answer_share_one_vision_pass(family):
         hook.remove()
 
 
-@families
+@families(THOROUGH)
 def test_low_confidence_means_the_whole_image(family):
     narrow = {"threshold": 0.9}
     sure = localizer(get_model(family, "sdpa"), family, min_confidence=1e-6, **narrow)(PICTURE, "?")

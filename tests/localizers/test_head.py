@@ -96,7 +96,7 @@ def test_nothing_probable_is_the_whole_image(value):
 
 
 # --------------------------------------------------------------------------------------------------------- in the model
-@families
+@families(THOROUGH)
 def test_reads_what_enters_the_decoder_and_nothing_after(family):
     model, processor = get_model(family, "sdpa"), Processor(family)
     inputs, seen = processor.batch.inputs, []
@@ -119,7 +119,7 @@ def test_reads_what_enters_the_decoder_and_nothing_after(family):
     assert left == before
 
 
-@families
+@families(THOROUGH)
 def test_localizer_and_answer_share_one_vision_pass(family):
     model, processor, ran = get_model(family, "sdpa"), Processor(family), []
     find = HeadLocalizer(model, processor, head_for(model), str, min_confidence=0.01, threshold=0.01)
@@ -205,7 +205,7 @@ def train_head():
         sys.modules.pop("train_head", None)
 
 
-@families
+@families(THOROUGH)
 def test_training_learns_a_record_by_heart_in_any_family(family, train_head, tmp_path):
     PICTURE.save(tmp_path / "one.png")
     lines = [{"image": "one.png", "question": "?", "boxes": [[0, 0, 0.5, 0.5]]}]

@@ -11,7 +11,6 @@ from crop.embedded import scenes
 from crop.localizers import CascadeLocalizer, UnionLocalizer
 
 
-
 def count_calls(model):
     """Calls of the tower's first encoder weights, below the forward that is shared."""
     calls = []
@@ -20,7 +19,7 @@ def count_calls(model):
     return calls, first.register_forward_hook(lambda *_: calls.append(1))
 
 
-@families
+@families(THOROUGH)
 def test_equal_images_run_once_and_answers_stay(family):
     model = build_model(family)
     inputs = standard_batch(family, "left", 2).inputs
@@ -58,7 +57,7 @@ def test_the_projector_runs_once_too():
     assert len(calls) == 2  # once outside, once inside
 
 
-@families
+@families(THOROUGH)
 def test_gradients_are_not_shared(family):
     model = build_model(family).requires_grad_(True)
     inputs = standard_batch(family, "single", 1).inputs

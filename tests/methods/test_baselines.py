@@ -81,7 +81,7 @@ def features(count: int = 40, dim: int = 12, seed: int = 0) -> Features:
 
 
 @names
-@families
+@families(THOROUGH)
 def test_equals_the_oracle(family, name):
     usable(family, name)
     model, oracle = get_model(family, "sdpa"), get_oracle(family)
@@ -107,7 +107,7 @@ def test_equals_the_oracle(family, name):
 
 
 @names
-@families
+@families(THOROUGH)
 def test_batched_is_single_and_repeatable(family, name):
     usable(family, name)
     model, method = get_model(family, "sdpa"), make(name, 0.15)
@@ -126,7 +126,7 @@ def test_batched_is_single_and_repeatable(family, name):
 
 
 @names
-@families
+@families(THOROUGH)
 def test_keep_all_is_bit_identical(family, name):
     usable(family, name)
     model, batch = get_model(family, "sdpa"), standard_batch(family, "left", 1)

@@ -13,6 +13,12 @@ from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
 from crop.patching.patch import patch
+from tests.support.batches import make_batch, make_sample, standard_batch
+from tests.support.cases import METHODS, REGIONS, families, get_model, greedy, patched, regions_of
+from tests.support.families.entry import NUM_LAYERS, TEXT
+from tests.support.processors import image_processor
+from tests.support.snapshot import assert_unchanged, snapshot
+from tests.support.tiny_families import THOROUGH, build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,7 +62,7 @@ ENTRY = {
     "method a name": (TypeError, "method must be .*got str", dict(method="ilp")),
     "method a class": (TypeError, "method must be .*got type", dict(method=InnerLLMPruning)),
     "method a number": (TypeError, "method must be .*got float", dict(method=0.5)),
-    "layer too deep": (ValueError, r"layer must be in \[1, .*6.*got 6", dict(method=InnerLLMPruning(layer=6))),
+    "layer too deep": (ValueError, r"layer must be in \[1, .*4.*got 4", dict(method=InnerLLMPruning(layer=NUM_LAYERS))),
     "layer too deep, composed": (
         ValueError, r"layer must be in \[1, .*got 99", dict(method=Compose(PreLLMCompression(), InnerLLMPruning(layer=99))),
     ),
@@ -116,7 +122,7 @@ def test_other_families():
             patch(thing, ILP).__enter__()
 
 
-@pytest.mark.parametrize("family", THOROUGH)
+@families(THOROUGH)
 def test_nested(family):
     """The same model twice, also through its base model; the outer patch goes on undisturbed."""
     model = get_model(family, "sdpa")
@@ -208,7 +214,7 @@ def test_refused_in_the_forward(case):
 
 
 @pytest.mark.parametrize("region", [BOX, [BOX]])
-@pytest.mark.parametrize("family", THOROUGH)
+@families(THOROUGH)
 def test_one_region_for_two_images(family, region):
     message = "region must be given once per image, got 1 for 2 images"
     for padding, images in (("left", 1), ("single", 2)):
@@ -219,9 +225,10 @@ def test_one_region_for_two_images(family, region):
 
 def test_one_region_for_two_images_with_one_question():
     """Equal prompts about different images are not copies of one sample."""
-    samples = [make_sample("llava", [4, (8, 8), 6], seed=3) for _ in range(2)]
+    samples = [make_sample("llava", [4, (32, 32), 6], seed=3) for _ in range(2)]
     inputs = make_batch(samples, "none").inputs
-    inputs["pixel_values"] = torch.cat([samples[0].pixels[0], samples[0].pixels[0].flip(-1)])
+    pixels = samples[0].images[0].arguments["pixel_values"]
+    inputs["pixel_values"] = torch.cat([pixels, pixels.flip(-1)])
     message = "region must be given once per image, got 1 for 2 images"
     refused(get_model("llava", "sdpa"), inputs, ValueError, message, ILP, BOX, processor=image_processor("resize"))
 
@@ -263,7 +270,7 @@ GENERATION = {
 
 
 @pytest.mark.parametrize("case", list(GENERATION))
-@pytest.mark.parametrize("family", THOROUGH)
+@families(THOROUGH)
 def test_generation_that_is_not_supported(family, case):
     """Refused before the prompt is encoded, whether named in the call or in a configuration."""
     message, arguments = GENERATION[case]
@@ -300,7 +307,7 @@ def test_flex_attention():
 # -------------------------------------------------------------------------------------------- odd but valid
 @pytest.mark.parametrize("region", [None, BOX])
 @pytest.mark.parametrize("name", list(METHODS))
-@pytest.mark.parametrize("family", THOROUGH)
+@families(THOROUGH)
 def test_text_only(family, name, region):
     """A prompt without an image runs as ever."""
     model = get_model(family, "sdpa")
@@ -358,17 +365,16 @@ def test_integers_and_boolean_masks():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", THOROUGH)
+@families(THOROUGH)
 def test_half_precision(family, dtype):
     """Runs, keeps the dtype, and keeps what float32 keeps up to a few near ties."""
     model, batch = build_model(family), standard_batch(family, "left", 1)
-    more = dict(processor=image_processor("resize")) if family == "llava" else {}
-    with patch(model, METHODS["budget"], regions_of(batch), **more) as stats:
+    with patched(model, METHODS["budget"], batch, regions_of(batch)) as stats:
         model(**batch.inputs)
     wanted = [set(kept.tolist()) for kept in stats.kept]
     model = model.to(dtype)
     inputs = {**batch.inputs, "pixel_values": batch.inputs["pixel_values"].to(dtype)}
-    with patch(model, METHODS["budget"], regions_of(batch), **more) as stats:
+    with patched(model, METHODS["budget"], batch, regions_of(batch)) as stats:
         logits = model(**inputs).logits
     assert logits.dtype == dtype and torch.isfinite(logits).all()
     for kept, before in zip(stats.kept, wanted, strict=True):

@@ -9,43 +9,32 @@ import torch
 from transformers import DynamicCache
 
 from crop.methods import InnerLLMPruning
+from tests.support.batches import make_batch, make_sample, standard_batch
+from tests.support.cases import (
+    ATOL,
+    METHODS,
+    REGIONS,
+    assert_steps,
+    cache_lengths,
+    decide,
+    expected,
+    families,
+    get_model,
+    get_oracle,
+    greedy,
+    next_turn,
+    patched,
+    position_arguments,
+    regions_of,
+)
+from tests.support.families.entry import ATTENTIONS, IMAGE, text_tokens
+from tests.support.tiny_families import THOROUGH
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
 attentions = pytest.mark.parametrize("attention", ATTENTIONS)
 methods_ = pytest.mark.parametrize("name", list(METHODS))
 QUESTION = text_tokens(6, 31)  # the second turn
-
-
-def continue_text(model, sequences, batch, cache, question=QUESTION, **more):
-    """Next turn on the same cache: the full ids, no pixels."""
-    extra = torch.tensor([question] * sequences.shape[0])
-    ids = torch.cat([sequences, extra], 1)
-    mask = torch.cat(
-        [
-            batch.inputs["attention_mask"],
-            torch.ones(len(ids), ids.shape[1] - batch.inputs["attention_mask"].shape[1], dtype=torch.long),
-        ],
-        1,
-    )
-    inputs = {"input_ids": ids, "attention_mask": mask, **more}
-    return model.generate(
-        **inputs,
-        past_key_values=cache,
-        max_new_tokens=3,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-
-
-def chunk_positions(oracle, samples, size):
-    """Position ids of the last `size` tokens. Qwen's forward cannot take a chunk and a mask of the full
-    length without them; LLaVA's needs none."""
-    if oracle.model.config.model_type != "qwen2_5_vl":
-        return {}
-    rows = [oracle.positions(sample)[..., -size:] for sample in samples]
-    return {"position_ids": torch.stack(rows, 1)}
 
 
 def assert_turn(out, prompt, oracle, samples, decisions):
@@ -62,23 +51,23 @@ def assert_turn(out, prompt, oracle, samples, decisions):
     [("sdpa", False), ("eager", False), ("flash_attention_2", True), ("sdpa", True)],
 )
 @methods_
-@families
+@families(THOROUGH)
 def test_second_question(family, attention, name, second_block):
     """Text turns on a pruned cache; also when the first block was left and another one entered."""
     model, oracle = get_model(family, attention), get_oracle(family)
     batch = standard_batch(family, "left", 2) if second_block else standard_batch(family, "single", 1)
-    wanted = expected(family, padding, images, name)
+    wanted = expected(batch, name)
     with patched(model, METHODS[name], batch, regions_of(batch)):
         first = greedy(model, batch)
         if not second_block:
             lengths = cache_lengths(first.past_key_values)
-            out = continue_text(model, first.sequences, batch, first.past_key_values)
-            third = continue_text(model, out.sequences, batch, out.past_key_values, QUESTION[:2])
+            out = next_turn(model, batch, first, QUESTION)
+            third = next_turn(model, batch, out, QUESTION[:2])
     if second_block:
         lengths = cache_lengths(first.past_key_values)
         with patched(model, METHODS[name], batch, regions_of(batch)):
-            out = continue_text(model, first.sequences, batch, first.past_key_values)
-            third = continue_text(model, out.sequences, batch, out.past_key_values, QUESTION[:2])
+            out = next_turn(model, batch, first, QUESTION)
+            third = next_turn(model, batch, out, QUESTION[:2])
     samples = [e.sample.extended(e.steps.tokens + QUESTION) for e in wanted]
     decisions = [e.decision for e in wanted]
     assert_turn(out, first.sequences.shape[1] + len(QUESTION), oracle, samples, decisions)
@@ -91,21 +80,23 @@ def test_second_question(family, attention, name, second_block):
 
 @pytest.mark.parametrize("attention,padding", [("sdpa", "left"), ("eager", "right"), ("flash_attention_2", "left")])
 @methods_
-@families
+@families(THOROUGH)
 def test_pads_in_the_middle(family, attention, padding, name):
     """The samples' second questions differ in length: padding comes to lie behind a pruned prompt."""
     model, oracle = get_model(family, attention), get_oracle(family)
     batch = standard_batch(family, padding, 1)
-    wanted = expected(family, padding, images, name)
-    questions = [text_tokens(3, 51), text_tokens(6, 52)]
+    wanted = expected(batch, name)
+    questions = [text_tokens(3, 51), text_tokens(6, 52), text_tokens(4, 53)]
     samples = [sample.extended(question) for sample, question in zip(batch.samples, questions, strict=True)]
-    ids, mask = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
-    positions = torch.zeros((3, 2, 6) if family == "qwen2_5_vl" else (2, 6), dtype=torch.long)
+    ids, mask = torch.zeros(3, 6, dtype=torch.long), torch.zeros(3, 6, dtype=torch.long)
+    places = [oracle.positions(sample) for sample in samples]
+    positions = torch.zeros(*places[0].shape[:-1], 3, 6, dtype=torch.long)
     for row, question in enumerate(questions):
         ids[row, -len(question) :] = torch.tensor(question)
         mask[row, -len(question) :] = 1
-        positions[..., row, -len(question) :] = oracle.positions(samples[row])[..., -len(question) :]
-    start = torch.tensor(batch.offsets)[:, None] if family == "llava" else 0  # its forward counts the padding
+        positions[..., row, -len(question) :] = places[row][..., -len(question) :]
+    # A forward with one axis of positions counts the padding.
+    start = torch.tensor(batch.offsets)[:, None] if positions.dim() == 2 else 0
     with patched(model, METHODS[name], batch, regions_of(batch)):
         cache = model(**batch.inputs).past_key_values
         logits = model(
@@ -122,12 +113,12 @@ def test_pads_in_the_middle(family, attention, padding, name):
 
 @methods_
 @attentions
-@families
+@families(THOROUGH)
 def test_chunk_by_forward(family, attention, name):
     """The same without generate: forward calls on one cache, several tokens at a time."""
     model, oracle = get_model(family, attention), get_oracle(family)
     batch = standard_batch(family, "left", 1)
-    wanted = expected(family, padding, images, name)
+    wanted = expected(batch, name)
     mask = batch.inputs["attention_mask"]
     with patched(model, METHODS[name], batch, regions_of(batch)):
         cache, samples = model(**batch.inputs).past_key_values, batch.samples
@@ -139,7 +130,7 @@ def test_chunk_by_forward(family, attention, name):
                 input_ids=torch.tensor([added] * len(mask)),
                 attention_mask=mask,
                 past_key_values=cache,
-                **chunk_positions(oracle, samples, size),
+                **position_arguments(oracle, samples, size),
             ).logits
             assert logits.shape[1] == size
     for row, expect in enumerate(wanted):
@@ -155,15 +146,15 @@ def test_second_image(attention, name, second_block):
     method = METHODS[name]
     regions = [REGIONS[0][0], REGIONS[1][0] if second_block else REGIONS[0][0]]
     batch = standard_batch("llava", "single", 1)
-    (expect,) = expected(family, padding, images, name)
-    turn = make_sample("llava", [4, LLAVA_GRID, 5], seed=12)
+    (expect,) = expected(batch, name)
+    turn = make_sample("llava", [4, (48, 32), 5], seed=12)
 
     def second(first):
         ids = torch.cat([first.sequences, torch.tensor([turn.ids])], 1)
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            pixel_values=turn.pixels[0],
+            pixel_values=turn.images[0].arguments["pixel_values"],
             past_key_values=first.past_key_values,
             max_new_tokens=3,
             do_sample=False,
@@ -172,18 +163,16 @@ def test_second_image(attention, name, second_block):
         )
         return ids.shape[1], out
 
-    with patched(model, method, [regions[0]]) as stats:
+    with patched(model, method, batch, regions[0]) as stats:
         first = greedy(model, batch)
-        if not second_block:
+        if not second_block:  # its picture has the size of the first one
             prompt, out = second(first)
     if second_block:
-        with patched(model, method, [regions[1]]) as stats:
+        with patched(model, method, make_batch([turn], "none"), regions[1]) as stats:
             prompt, out = second(first)
 
     sample = batch.samples[0].extended(expect.steps.tokens).joined(turn)
-    chunk = (len(batch.samples[0].ids) + 4, len(sample.ids))  # one generated token is not cached yet
-    decision = oracle.decide(sample, method, [regions[1]], layouts_of(turn), chunk=chunk, previous=expect.decision)
-    assert not decision.near_tie
+    decision = decide(oracle, sample, method, [regions[1]], previous=expect.decision)
     assert stats.kept[-1].tolist() == decision.kept_original(1)
     assert_turn(out, prompt, oracle, [sample], [decision])
 
@@ -194,12 +183,14 @@ def test_image_after_a_text_turn(attention, name):
     """LLaVA: the cache already holds a text-only turn when the first image comes."""
     model, oracle = get_model("llava", attention), get_oracle("llava")
     text = make_sample("llava", [9], seed=21)
-    turn = make_sample("llava", [2, LLAVA_GRID, 5], seed=22)
-    with patched(model, METHODS[name], [REGIONS[0][0]]) as stats:
+    turn = make_sample("llava", [2, (48, 32), 5], seed=22)
+    with patched(model, METHODS[name], make_batch([turn], "none"), REGIONS[0][0]) as stats:
         cache = model(torch.tensor([text.ids])).past_key_values
-        logits = model(torch.tensor([turn.ids]), pixel_values=turn.pixels[0], past_key_values=cache).logits
+        logits = model(
+            torch.tensor([turn.ids]), pixel_values=turn.images[0].arguments["pixel_values"], past_key_values=cache
+        ).logits
     sample = text.joined(turn)
-    decision = oracle.decide(sample, METHODS[name], [REGIONS[0][0]], layouts_of(turn), chunk=(9, len(sample.ids)))
+    decision = decide(oracle, sample, METHODS[name], [REGIONS[0][0]])
     assert stats.kept[0].tolist() == decision.kept_original(0)
     reference = oracle.forward(sample, decision)[0][-5:]
     torch.testing.assert_close(logits[0, -5:], reference, atol=ATOL, rtol=0)
@@ -207,12 +198,12 @@ def test_image_after_a_text_turn(attention, name):
 
 @methods_
 @pytest.mark.parametrize("padding", ["single", "left"])
-@families
+@families(THOROUGH)
 def test_copied_cache(family, padding, name):
     """A copied cache (one prefix, several questions) carries its pruning along."""
     model, oracle = get_model(family, "sdpa"), get_oracle(family)
     batch = standard_batch(family, padding, 1)
-    wanted = expected(family, padding, images, name)
+    wanted = expected(batch, name)
     questions = [text_tokens(5, 41), text_tokens(5, 42)]
     mask = torch.cat([batch.inputs["attention_mask"], torch.ones(len(batch.samples), 5).long()], 1)
     with patched(model, METHODS[name], batch, regions_of(batch)):
@@ -221,7 +212,7 @@ def test_copied_cache(family, padding, name):
             cache = copy.deepcopy(prefix)
             ids = torch.tensor([question] * len(batch.samples))
             samples = [sample.extended(question) for sample in batch.samples]
-            more = chunk_positions(oracle, samples, 5)
+            more = position_arguments(oracle, samples, 5)
             logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache, **more).logits
             logits = logits[:, -1]
             for row, expect in enumerate(wanted):
@@ -230,12 +221,12 @@ def test_copied_cache(family, padding, name):
 
 
 @methods_
-@families
+@families(THOROUGH)
 def test_repeated_cache(family, name):
     """One prefix answers several questions at once: the cache's own batch operations carry the pruning along."""
     model, oracle = get_model(family, "sdpa"), get_oracle(family)
     batch = standard_batch(family, "left", 1)
-    wanted = expected(family, padding, images, name)
+    wanted = expected(batch, name)
     question = text_tokens(5, 43)
     with patched(model, METHODS[name], batch, regions_of(batch)):
         cache = model(**batch.inputs).past_key_values
@@ -244,13 +235,13 @@ def test_repeated_cache(family, name):
         order = [1, 0, 0]
         samples = [batch.samples[row].extended(question) for row in order]
         mask = torch.cat([batch.inputs["attention_mask"][order], torch.ones(3, 5).long()], 1)
-        if family == "qwen2_5_vl":
+        if hasattr(model.model, "rope_deltas"):
             model.model.rope_deltas = None
         logits = model(
             input_ids=torch.tensor([question] * 3),
             attention_mask=mask,
             past_key_values=cache,
-            **chunk_positions(oracle, samples, 5),
+            **position_arguments(oracle, samples, 5),
         ).logits[:, -1]
     for row, sample in enumerate(samples):
         reference = oracle.forward(sample, wanted[order[row]].decision)[0][-1]
@@ -258,28 +249,28 @@ def test_repeated_cache(family, name):
 
 
 @methods_
-@families
+@families(THOROUGH)
 def test_another_method_for_the_second_question(family, name):
     """A pruned cache goes on under no method or another one: it prunes nothing without an image."""
     model, oracle = get_model(family, "sdpa"), get_oracle(family)
     batch = standard_batch(family, "single", 1)
-    (expect,) = expected(family, padding, images, name)
-    for method in (None, METHODS["plc"], InnerLLMPruning(keep=0.5, layer=4)):
+    (expect,) = expected(batch, name)
+    for method in (None, METHODS["plc"], InnerLLMPruning(keep=0.5, layer=3)):
         with patched(model, METHODS[name], batch, regions_of(batch)):
             first = greedy(model, batch)
-        with patched(model, method):
-            out = continue_text(model, first.sequences, batch, first.past_key_values)
+        with patched(model, method, batch):
+            out = next_turn(model, batch, first, QUESTION)
         sample = expect.sample.extended(expect.steps.tokens + QUESTION)
         assert_turn(out, first.sequences.shape[1] + len(QUESTION), oracle, [sample], [expect.decision])
 
 
 @methods_
-@families
+@families(THOROUGH)
 def test_own_cache_object(family, name):
     """An empty cache passed in by the caller is filled like the model's own."""
     model = get_model(family, "sdpa")
     batch = standard_batch(family, "single", 1)
-    wanted = expected(family, padding, images, name)
+    wanted = expected(batch, name)
     cache = DynamicCache(config=model.config.get_text_config())
     with patched(model, METHODS[name], batch, regions_of(batch)):
         out = greedy(model, batch, past_key_values=cache)
@@ -289,12 +280,12 @@ def test_own_cache_object(family, name):
 
 @methods_
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
-@families
+@families(THOROUGH)
 def test_a_placeholder_among_the_answers(family, attention, name):
     """An image token that comes without pixels after the prompt is a token like any other."""
     model, oracle = get_model(family, attention), get_oracle(family)
     batch = standard_batch(family, "single", 1)
-    (expect,) = expected(family, padding, images, name)
+    (expect,) = expected(batch, name)
     sample = batch.samples[0]
     with patched(model, METHODS[name], batch, regions_of(batch)):
         cache = model(**batch.inputs).past_key_values
@@ -304,14 +295,14 @@ def test_a_placeholder_among_the_answers(family, attention, name):
                 input_ids=torch.tensor([chunk]),
                 attention_mask=torch.ones(1, len(sample.ids)).long(),
                 past_key_values=cache,
-                **chunk_positions(oracle, [sample], len(chunk)),
+                **position_arguments(oracle, [sample], len(chunk)),
             ).logits[0, -1]
             reference = oracle.forward(sample, expect.decision)[0][-1]
             torch.testing.assert_close(logits, reference, atol=ATOL, rtol=0)
 
 
 @methods_
-@families
+@families(THOROUGH)
 def test_a_pruned_cache_is_not_cut(family, name):
     """Shortening by logical positions cannot be right on layers of different lengths."""
     model = get_model(family, "sdpa")

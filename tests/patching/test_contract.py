@@ -49,11 +49,15 @@ def matrix_of_cases() -> list[Any]:
     """(family, attention, padding, images, method); the fast ones: a padded batch of the families that say so."""
     cases = []
     for family, attention in SUPPORTED:
-        pairs = [(padding, 1 + (ATTENTIONS.index(attention) + j) % 2) for j, padding in enumerate(("left", "right", "none"))]
+        pairs = [
+            (padding, 1 + (ATTENTIONS.index(attention) + j) % 2) for j, padding in enumerate(("left", "right", "none"))
+        ]
         for padding, images in ALL if FAMILIES[family].thorough else pairs:
             for name in METHODS if FAMILIES[family].thorough else ("plc", "budget", "compose"):
                 fast = FAMILIES[family].fast and attention == "sdpa" and (padding, images) == ("left", 1)
-                cases.append(pytest.param(family, attention, padding, images, name, marks=pytest.mark.fast if fast else ()))
+                cases.append(
+                    pytest.param(family, attention, padding, images, name, marks=pytest.mark.fast if fast else ())
+                )
     return cases
 
 
@@ -61,7 +65,7 @@ def matrix_of_cases() -> list[Any]:
 def test_pruned_is_the_oracle(family, attention, padding, images, name):
     """Every row of the prefill, and decode with the pruned cache where the padding lets the model generate."""
     model, batch = get_model(family, attention), standard_batch(family, padding, images)
-    wanted = expected(family, padding, images, name)
+    wanted = expected(batch, name)
     decisions = [expect.decision for expect in wanted]
     with patched(model, METHODS[name], batch, regions_of(batch)) as stats:
         out = model(**batch.inputs)
@@ -125,7 +129,7 @@ def test_second_turn(family, name):
     with patched(model, METHODS[name], batch, regions_of(batch)):
         out = greedy(model, batch, 2)
         again = next_turn(model, batch, out, question, 2)
-    for row, expect in enumerate(expected(family, "left", 1, name)):
+    for row, expect in enumerate(expected(standard_batch(family, "left", 1), name)):
         sample = expect.sample.extended([*expect.steps.tokens[:2], *question])
         for got, logits in zip(again.logits, expect.oracle.greedy(sample, expect.decision, 2).logits, strict=True):
             torch.testing.assert_close(got[row], logits, atol=ATOL, rtol=0)
@@ -139,7 +143,7 @@ def test_repeated_samples(family):
     torch.manual_seed(0)
     with patched(model, METHODS["compose"], batch, regions_of(batch)):
         out = greedy(model, batch, 2, do_sample=True, num_return_sequences=2)
-    wanted, prompt = expected(family, "left", 1, "compose"), batch.inputs["input_ids"].shape[1]
+    wanted, prompt = expected(standard_batch(family, "left", 1), "compose"), batch.inputs["input_ids"].shape[1]
     for row, tokens in enumerate(out.sequences[:, prompt:].tolist()):
         expect = wanted[row // 2]
         for number in range(2):

@@ -8,6 +8,25 @@ import pytest
 import torch
 
 from crop.methods import InnerLLMPruning
+from tests.support.batches import standard_batch
+from tests.support.cases import (
+    ATOL,
+    METHODS,
+    assert_kept,
+    assert_steps,
+    decide,
+    expected,
+    families,
+    get_model,
+    get_oracle,
+    greedy,
+    patched,
+    regions_for,
+    regions_of,
+)
+from tests.support.decision import Steps
+from tests.support.families.entry import ATTENTIONS
+from tests.support.tiny_families import THOROUGH
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
@@ -17,7 +36,7 @@ methods_ = pytest.mark.parametrize("name", list(METHODS))
 
 @methods_
 @attentions
-@families
+@families(THOROUGH)
 def test_generate_without_a_cache(family, attention, name):
     """Each step is a prefill of its own, so the decision is taken anew: text rows have been added."""
     model, oracle = get_model(family, attention), get_oracle(family)
@@ -28,8 +47,7 @@ def test_generate_without_a_cache(family, attention, name):
     for row, sample in enumerate(batch.samples):
         steps.append(Steps())
         for _ in range(3):
-            decision = oracle.decide(sample, METHODS[name], regions_for(row, sample), sample.layouts())
-            assert not decision.near_tie
+            decision = decide(oracle, sample, METHODS[name], regions_for(row, sample))
             steps[row].logits.append(oracle.forward(sample, decision)[0][-1])
             steps[row].tokens.append(int(steps[row].logits[-1].argmax()))
             sample = sample.extended(steps[row].tokens[-1:])
@@ -48,7 +66,7 @@ def search(model, batch, **more):
 
 
 @pytest.mark.parametrize("padding", ["single", "left"])
-@families
+@families(THOROUGH)
 def test_beams_of_a_patch_that_keeps_all(family, padding):
     model = get_model(family, "sdpa")
     batch = standard_batch(family, padding, 1)
@@ -61,7 +79,7 @@ def test_beams_of_a_patch_that_keeps_all(family, padding):
 
 @pytest.mark.parametrize("name", ["plc", "strict"])
 @pytest.mark.parametrize("padding", ["single", "left"])
-@families
+@families(THOROUGH)
 def test_beams(family, padding, name):
     """Reordering a pruned cache gives what no cache gives (these decide alike at every step)."""
     model = get_model(family, "sdpa")
@@ -75,12 +93,12 @@ def test_beams(family, padding, name):
 
 @methods_
 @pytest.mark.parametrize("padding", ["single", "left"])
-@families
+@families(THOROUGH)
 def test_beams_contain_the_oracles_scores(family, padding, name):
     """The score of each returned beam, recomputed by the oracle along its tokens."""
     model, oracle = get_model(family, "sdpa"), get_oracle(family)
     batch = standard_batch(family, padding, 1)
-    wanted = expected(family, padding, images, name)
+    wanted = expected(batch, name)
     prompt = batch.inputs["input_ids"].shape[1]
     with patched(model, METHODS[name], batch, regions_of(batch)):
         out = search(model, batch, num_beams=3, num_return_sequences=2)
@@ -94,12 +112,12 @@ def test_beams_contain_the_oracles_scores(family, padding, name):
 
 
 @pytest.mark.parametrize("name", ["budget", "compose"])
-@families
+@families(THOROUGH)
 def test_several_draws(family, name):
     """num_return_sequences repeats the samples, and the regions with them."""
     model = get_model(family, "sdpa")
     batch = standard_batch(family, "left", 1)
-    wanted = expected(family, padding, images, name)
+    wanted = expected(batch, name)
     draws = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -116,19 +134,19 @@ def test_several_draws(family, name):
                 )
             )
     assert torch.equal(draws[0].sequences, draws[1].sequences)
-    for row in range(4):  # the first step sees the prompt only
+    for row in range(2 * len(wanted)):  # the first step sees the prompt only
         first = wanted[row // 2]
         torch.testing.assert_close(draws[0].logits[0][row], first.steps.logits[0], atol=ATOL, rtol=0)
-        assert stats.kept[row].tolist() == first.decision.kept_original(0)
+    assert_kept(stats, [expect.decision for expect in wanted for _ in range(2)])
 
 
 @pytest.mark.parametrize("name", ["plc", "compose"])
-@families
+@families(THOROUGH)
 def test_generate_in_a_thread(family, name):
     """As a streamer's caller does it: the block in one thread, generate() in another, without gradients there."""
     model = get_model(family, "sdpa")
     batch = standard_batch(family, "single", 1)
-    wanted = expected(family, padding, images, name)
+    wanted = expected(batch, name)
     results = []
     with patched(model, METHODS[name], batch, regions_of(batch)):
         thread = threading.Thread(target=lambda: results.append(greedy(model, batch)))

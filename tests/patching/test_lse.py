@@ -12,11 +12,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from crop import ops
 from crop.methods import InnerLLMPruning, Pyramid
 from crop.patching import lse
+from tests.support.batches import standard_batch
+from tests.support.cases import get_model, patched, regions_of
+from tests.support.tiny_families import FAMILIES, SUPPORTED
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
 matrix = pytest.mark.parametrize
-CUTS = (InnerLLMPruning(keep=0.6, layer=1, floor=3), InnerLLMPruning(keep=0.3, layer=2, ring=1))
 
 
 @pytest.fixture
@@ -39,9 +41,9 @@ def scored(monkeypatch):
 @matrix("family,attention", SUPPORTED)
 def test_scores_are_the_same(family, attention, padding, scored):
     """Before a cut and after one, with and without padding: given or computed, the mass is one."""
-    model, batch = get_model(family, attention), get_batch(family, padding, 1)
-    cuts = CUTS[1:] if family == "gemma3" else CUTS  # its first layer does not see the whole prompt
-    with patched(model, Pyramid(cuts), batch, batch, regions_of(batch)):
+    model, batch = get_model(family, attention), standard_batch(family, padding, 1)
+    cuts = [InnerLLMPruning(keep=0.6 / layer, layer=layer) for layer in FAMILIES[family].cuts[:2]]
+    with patched(model, Pyramid(tuple(cuts)), batch, regions_of(batch)):
         model(**batch.inputs)
     assert len(scored) == len(cuts)
     for given, mass, own in scored:
@@ -51,19 +53,12 @@ def test_scores_are_the_same(family, attention, padding, scored):
 
 
 def test_not_where_the_scores_ask_something_else(scored):
-    """Without positions, or rows of an earlier turn among them, the attention of this call has another denominator."""
-    model, batch = get_model("llava", "sdpa"), get_batch("llava", "left", 1)
-    with patched(model, InnerLLMPruning(keep=0.3, rope=False), batch, batch, regions_of(batch)):
-        model(**batch.inputs)
-    cache, question = None, torch.tensor([[7, 21, 3, 40]] * len(batch.samples))
-    for _ in range(2):
-        with patched(model, InnerLLMPruning(keep=0.3), batch, batch, regions_of(batch), readmit=True):
-            if cache is None:
-                cache = model(**batch.inputs).past_key_values
-                continue
-            mask = torch.cat([batch.inputs["attention_mask"], torch.ones_like(question)], 1)
-            model(input_ids=question, attention_mask=mask, past_key_values=cache)
-    assert [given is None for given, _, _ in scored] == [True, False, True]
+    """Without positions the attention of this call has another denominator."""
+    model, batch = get_model("llava"), standard_batch("llava", "left", 1)
+    for rope in (False, True):
+        with patched(model, InnerLLMPruning(keep=0.3, rope=rope), batch, regions_of(batch)):
+            model(**batch.inputs)
+    assert [given is None for given, _, _ in scored] == [True, False]
 
 
 class Attention(torch.nn.Linear):

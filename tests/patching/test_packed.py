@@ -6,6 +6,9 @@ import pytest
 import torch
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
+from tests.support.batches import make_batch, standard_batch
+from tests.support.cases import METHODS, get_model, patched, regions_of
+from tests.support.tiny_families import FAMILIES
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
@@ -20,9 +23,9 @@ def test_every_argument_of_flash_attention(family, name, cached, flash):
     """One sample, neither padding nor mask: no layer may hand over sequence borders of its own making, and every length
     is that of the tokens which the layer holds."""
     model = get_model(family, "flash_attention_2")
-    batch = make_batch(get_batch(family, "none", 2).samples[:1], "none")
+    batch = make_batch(standard_batch(family, "none", 2).samples[:1], "none")
     inputs = {key: value for key, value in batch.inputs.items() if key != "attention_mask"}
-    with patched(model, METHODS[name], batch, batch, regions_of(batch)) as stats:
+    with patched(model, METHODS[name], batch, regions_of(batch)) as stats:
         flash.arguments.clear()
         model(**inputs, use_cache=cached)
     text = len(batch.samples[0].ids) - sum(stats.tokens_before)

@@ -9,6 +9,10 @@ import torch
 
 import crop
 from crop.patching.patch import patch
+from tests.support.batches import standard_batch
+from tests.support.cases import METHODS, families, get_model, greedy, patched, regions_of
+from tests.support.snapshot import assert_unchanged, snapshot
+from tests.support.tiny_families import THOROUGH
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
@@ -34,7 +38,7 @@ def test_the_public_name():
     "attention,name",
     [("sdpa", name) for name in METHODS] + [("eager", "compose"), ("flash_attention_2", "compose")],
 )
-@families
+@families(THOROUGH)
 def test_normal_exit(family, attention, name):
     model = get_model(family, attention)
     batch = standard_batch(family, "left", 2)
@@ -52,7 +56,7 @@ def test_normal_exit(family, attention, name):
 
 
 @methods_
-@families
+@families(THOROUGH)
 def test_the_snapshot_sees_the_patch(family, name):
     """The check above can fail: inside the block the snapshot differs."""
     model = get_model(family, "sdpa")
@@ -64,17 +68,17 @@ def test_the_snapshot_sees_the_patch(family, name):
 
 
 @methods_
-@families
+@families(THOROUGH)
 def test_unused_block(family, name):
     model = get_model(family, "sdpa")
     before = snapshot(model)
-    with patched(model, METHODS[name]):
+    with patched(model, METHODS[name], standard_batch(family, "single", 1)):
         pass
     assert_unchanged(before, model)
 
 
 @methods_
-@families
+@families(THOROUGH)
 def test_exception_in_the_block(family, name):
     model = get_model(family, "sdpa")
     batch = standard_batch(family, "single", 1)
@@ -92,7 +96,7 @@ PLACES = {
     "scoring_attention": lambda m: m.model.language_model.layers[1].self_attn.o_proj,
     "layer_before": lambda m: m.model.language_model.layers[0],
     "pruning_layer": lambda m: m.model.language_model.layers[2].input_layernorm,
-    "layer_after": lambda m: m.model.language_model.layers[4].mlp,
+    "layer_after": lambda m: m.model.language_model.layers[3].mlp,
     "norm": lambda m: m.model.language_model.norm,
     "head": lambda m: m.lm_head,
 }
@@ -100,7 +104,7 @@ PLACES = {
 
 @pytest.mark.parametrize("place", list(PLACES))
 @pytest.mark.parametrize("name", ["plc", "compose"])
-@families
+@families(THOROUGH)
 def test_exception_inside_the_model(family, name, place):
     """An error in the prefill, an interrupt in the second decoding step (the vision tower has none)."""
     model = get_model(family, "sdpa")
@@ -128,7 +132,7 @@ def test_exception_inside_the_model(family, name, place):
 
 
 @methods_
-@families
+@families(THOROUGH)
 def test_usable_again_inside_the_block(family, name):
     """A forward that fails leaves no half-finished state for the next one in the same block."""
     model = get_model(family, "sdpa")
@@ -148,7 +152,7 @@ def test_usable_again_inside_the_block(family, name):
             assert torch.equal(model(**batch.inputs).logits, wanted)
 
 
-@families
+@families(THOROUGH)
 def test_other_models_are_untouched(family):
     """A second model of the same class runs as ever while the first is patched, and both may be."""
     model, other = get_model(family, "sdpa"), get_model(family, "eager")
@@ -166,7 +170,7 @@ def test_other_models_are_untouched(family):
     assert set(before) == set(snapshot(other))
 
 
-@families
+@families(THOROUGH)
 def test_attention_may_change_inside_the_block(family):
     """set_attn_implementation between two calls is honoured, and stays after the block."""
     model = copy.deepcopy(get_model(family, "sdpa"))
@@ -184,7 +188,7 @@ def test_attention_may_change_inside_the_block(family):
 
 
 @methods_
-@families
+@families(THOROUGH)
 def test_hooks_of_others_stay(family, name):
     """Hooks that were there before, or came inside the block, keep their order and their place."""
     model = get_model(family, "sdpa")
@@ -202,7 +206,7 @@ def test_hooks_of_others_stay(family, name):
     assert not layer._forward_pre_hooks
 
 
-@families
+@families(THOROUGH)
 def test_copy_after_the_block(family):
     """The model can be copied and its cache dropped after the block."""
     model = get_model(family, "sdpa")

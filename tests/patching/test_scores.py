@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from transformers.models.glm4v import modeling_glm4v
@@ -11,12 +9,27 @@ from transformers.models.llama import modeling_llama
 
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, Pyramid
 from crop.patching.attention_hook import unrotated
+from tests.support.batches import standard_batch
+from tests.support.cases import (
+    assert_kept,
+    assert_steps,
+    decide,
+    families,
+    get_model,
+    get_oracle,
+    greedy,
+    patched,
+    regions_for,
+    regions_of,
+)
+from tests.support.oracle import Oracle
+from tests.support.tiny_families import THOROUGH
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
 METHODS = {
     "ilp": InnerLLMPruning(keep=0.25, layer=2, rope=False),
-    "soft_last": InnerLLMPruning(keep=0.25, mode="soft", layer=3, rows="last", rope=False),
+    "last": InnerLLMPruning(keep=0.25, layer=3, rows="last", rope=False),
     "composed": Compose(PreLLMCompression(1, 2, 2), InnerLLMPruning(keep=0.2, rope=False)),
 }
 
@@ -24,52 +37,43 @@ METHODS = {
 class NoPositions(Oracle):
     """Scores from the projections of the scoring layer alone, which never see an angle."""
 
-    def _masses(self, sample, decision, method, fresh, first, stop):
-        rows, _ = self._layout(sample, decision)
-        leaders = [leader for _, leader in rows]
-        layer, seen = self.language_model.layers[method.layer - 1], []
-        handle = layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-        self._forward(sample, replace(decision, layer=None), False)
+    def attention(self, sample, decision, cut):
+        layer, seen = self.decoder.layers[cut.layer - 1], []
+        handle = layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        _, places, _ = self.run(sample, decision, cut.layer)
         handle.remove()
         attention, hidden = layer.self_attn, layer.input_layernorm(seen[0])[0]
         query, key = (
             project(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1).double()
             for project in (attention.q_proj, attention.k_proj)
         )
-        key = key.repeat_interleave(len(query) // len(key), 0)
-        logits = query @ key.mT / attention.head_dim**0.5
-        weights = logits.masked_fill(torch.ones(len(rows), len(rows)).triu(1).bool(), -torch.inf).softmax(-1)
-        last = max(sample.spans()[number].stop for number in fresh)
-        asking = [len(rows) - 1] if method.rows == "last" else [r for r, leader in enumerate(leaders) if leader >= last]
-        mean = weights[:, asking].mean((0, 1)).tolist()
-        return [tuple(mean[r] for r, leader in enumerate(leaders) if leader in sample.spans()[n]) for n in fresh]
+        logits = query @ key.repeat_interleave(len(query) // len(key), 0).mT / attention.head_dim**0.5
+        later = torch.ones(len(places), len(places)).triu(1).bool()
+        return logits.masked_fill(later, -torch.inf).softmax(-1), places
 
 
 @pytest.mark.parametrize("attention,padding,images", [("sdpa", "left", 2), ("flash_attention_2", "single", 1)])
 @pytest.mark.parametrize("name", list(METHODS))
-@families
+@families(THOROUGH)
 def test_scores_without_positions(family, name, attention, padding, images):
-    model, oracle = get_model(family, attention), NoPositions(get_oracle(family).model)
+    model, oracle = get_model(family, attention), NoPositions(get_oracle(family).model, get_oracle(family).family)
     batch, method = standard_batch(family, padding, images), METHODS[name]
     with patched(model, method, batch, regions_of(batch)) as stats:
-        out = greedy(model, batch, max_new_tokens=2)
-    kept, differs = iter(stats.kept), False
-    for row, sample in enumerate(batch.samples):
-        regions, layouts = regions_for(row, sample), sample.layouts()
-        decision = oracle.decide(sample, method, regions, layouts)
-        assert not decision.near_tie
-        assert [next(kept).tolist() for _ in sample.grids] == [decision.kept_original(n) for n in range(images)]
-        for got, logits in zip(out.logits, oracle.greedy(sample, decision, 2).logits, strict=True):
-            torch.testing.assert_close(got[row], logits, atol=ATOL, rtol=0)
-        differs |= get_oracle(family).decide(sample, method, regions, layouts).kept != decision.kept
-    assert differs  # with positions it would have been another choice
+        out = greedy(model, batch, 2)
+    decisions, with_positions = (
+        [decide(judge, sample, method, regions_for(row, sample)) for row, sample in enumerate(batch.samples)]
+        for judge in (oracle, get_oracle(family))
+    )
+    assert_kept(stats, decisions)
+    assert_steps(out, [oracle.greedy(sample, d, 2) for sample, d in zip(batch.samples, decisions, strict=True)])
+    assert any(a.kept != b.kept for a, b in zip(decisions, with_positions, strict=True))
 
 
-@families
+@families(THOROUGH)
 def test_every_cut_may_score_without_positions(family):
     """After a cut the angles are those of the tokens that are left: equal scores from an untouched second layer."""
     model, batch = get_model(family, "sdpa"), standard_batch(family, "left", 1)
-    cuts = tuple(InnerLLMPruning(keep, layer=layer, rope=False, floor=0) for keep, layer in ((0.5, 1), (0.2, 2)))
+    cuts = tuple(InnerLLMPruning(keep, layer=layer, rope=False) for keep, layer in ((0.5, 1), (0.2, 2)))
     with patched(model, Pyramid(cuts), batch, regions_of(batch)) as stats:
         model(**batch.inputs)
     for once, twice in zip(stats.kept_at(1), stats.kept, strict=True):

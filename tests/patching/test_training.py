@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from crop.geometry.layout import _grid
 from crop.methods import PreLLMCompression
 from crop.methods.plc import plan_by_budget, plan_by_strides
+from tests.support.batches import standard_batch
+from tests.support.cases import METHODS, decide, families, get_oracle, patched, regions_for, regions_of
+from tests.support.oracle import Oracle
+from tests.support.tiny_families import FAMILIES, THOROUGH, build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
+HOOKS_INSIDE = "__call__" in vars(GradientCheckpointingLayer)  # of the checkpoint, in older versions of transformers
 TRAINED = {
     **{name: METHODS[name] for name in ("plc", "budget", "compose")},
     "max": PreLLMCompression(2, 2, 4, mode="max"),
 }
 LABELS = 4  # the last tokens of a prompt
-
-
-class Differentiable(Oracle):
-    features = Oracle.features.__wrapped__
-    embed = Oracle.embed.__wrapped__
-    _forward = Oracle._forward.__wrapped__
 
 
 def trainable(family, attention):
@@ -48,14 +48,14 @@ def assert_close(got, wanted):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", list(TRAINED))
-@families
+@families(THOROUGH)
 def test_gradients_are_the_oracles(family, name, checkpointing):
     if checkpointing and (HOOKS_INSIDE or name == "max"):
         return  # refused, see below; or covered by the others
     method, batch = TRAINED[name], standard_batch(family, "left", 1)
-    reference, losses = Differentiable(trainable(family, "eager")), []
+    reference, losses = Oracle(trainable(family, "eager"), FAMILIES[family], grad=True), []
     for row, sample in enumerate(batch.samples):
-        decision = get_oracle(family).decide(sample, method, [REGIONS[row][0]], sample.layouts())
+        decision = decide(get_oracle(family), sample, method, regions_for(row, sample))
         logits = reference.forward(sample, decision)[0][-LABELS - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(sample.ids[-LABELS:])))
     wanted = torch.stack(losses).mean()
@@ -72,7 +72,7 @@ def test_gradients_are_the_oracles(family, name, checkpointing):
     assert_close(gradients(model), gradients(reference.model))
 
 
-@families
+@families(THOROUGH)
 def test_training_after_inference(family):
     """Layouts and plans that are remembered from inference mode can be trained with."""
     for remembered in (_grid, plan_by_budget, plan_by_strides):
@@ -85,7 +85,7 @@ def test_training_after_inference(family):
     assert all(torch.isfinite(grad).all() for grad in gradients(model).values()) and gradients(model)
 
 
-@families
+@families(THOROUGH)
 def test_two_losses_at_once(family):
     """Two forwards, then one backward, as preference training does; checkpointed is as kept in memory."""
     if HOOKS_INSIDE:

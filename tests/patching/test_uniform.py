@@ -11,7 +11,6 @@ from tests.support.batches import standard_batch
 from tests.support.cases import (
     ATOL,
     METHODS,
-    assert_steps,
     cache_lengths,
     decide,
     expected,
@@ -100,7 +99,7 @@ def test_static_by_name(family):
                 out = greedy(model, batch, 3, cache_implementation="static")
                 assert torch.equal(out.sequences, wanted.sequences)
                 torch.testing.assert_close(torch.stack(out.logits), torch.stack(wanted.logits), atol=ATOL, rtol=0)
-        for row, expect in enumerate(expected(family, "left", 1, name)):
+        for row, expect in enumerate(expected(standard_batch(family, "left", 1), name)):
             steps = expect.oracle.greedy(expect.sample, expect.decision, 3, len(expect.sample.ids))
             for got, logits in zip(wanted.logits, steps.logits, strict=True):
                 torch.testing.assert_close(got[row], logits, atol=ATOL, rtol=0)

@@ -122,7 +122,7 @@ def test_a_wrong_expectation_is_noticed(family, wrong):
 def test_positions_are_original(family):
     """Renumbering the kept tokens would be seen: the oracle with closed gaps differs."""
     model, batch = get_model(family), standard_batch(family, "single", 1)
-    (expect,) = expected(family, "single", 1, "plc")
+    (expect,) = expected(standard_batch(family, "single", 1), "plc")
     with patched(model, METHODS["plc"], batch, regions_of(batch)):
         logits = model(**batch.inputs).logits[0, -1]
 

@@ -11,6 +11,12 @@ from accelerate import disk_offload
 from accelerate.utils import send_to_device
 from peft import LoraConfig, get_peft_model
 
+from tests.support.batches import standard_batch
+from tests.support.cases import ATOL, METHODS, assert_steps, expected, families, get_model, greedy, patched, regions_of
+from tests.support.families.entry import NUM_LAYERS
+from tests.support.quantised import Quantised
+from tests.support.snapshot import assert_unchanged, snapshot
+from tests.support.tiny_families import THOROUGH, build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
@@ -30,7 +36,7 @@ def assert_same(one, other):
 
 
 @names
-@families
+@families(THOROUGH)
 def test_adapters(family, name):
     """A PEFT model is pruned as the model with the adapters merged into it; only they get gradients."""
     torch.manual_seed(0)
@@ -49,7 +55,7 @@ def test_adapters(family, name):
 
 
 @matrix("bits", [8, 4])
-@families
+@families(THOROUGH)
 def test_quantised(family, bits):
     """No weight is read: as the model whose weights were rounded alike."""
     model, batch = build_model(family), standard_batch(family, "left", 1)
@@ -63,7 +69,7 @@ def test_quantised(family, bits):
     assert_same(run(model, batch, "compose"), run(rounded, batch, "compose"))
 
 
-@families
+@families(THOROUGH)
 def test_offloaded(family, tmp_path):
     """Weights on the disk, fetched layer by layer by accelerate's own hooks, also when those came inside the block."""
     batch, wanted = (
@@ -81,7 +87,7 @@ def test_offloaded(family, tmp_path):
 
 
 @names
-@families
+@families(THOROUGH)
 def test_two_devices(family, name):
     """The later layers on another device, as a device map has them: whatever meets there has been moved there.
 
@@ -90,7 +96,7 @@ def test_two_devices(family, name):
     batch = standard_batch(family, "left", 1)
     wanted, model = run(get_model(family, "sdpa"), batch, name)[1], build_model(family)
     language_model = model.model.language_model
-    for module in (*language_model.layers[4:], language_model.norm, model.lm_head):
+    for module in (*language_model.layers[NUM_LAYERS - 1 :], language_model.norm, model.lm_head):
         module.to("meta")
 
         def forward(*args, original=module.forward, **kwargs):
@@ -101,7 +107,7 @@ def test_two_devices(family, name):
         out = model(**batch.inputs)
     assert [kept.tolist() for kept in stats.kept] == wanted
     assert out.logits.is_meta and out.logits.shape[:2] == batch.inputs["input_ids"].shape
-    assert out.past_key_values.layers[4].keys.is_meta and not out.past_key_values.layers[3].keys.is_meta
+    assert out.past_key_values.layers[NUM_LAYERS - 1].keys.is_meta and not out.past_key_values.layers[2].keys.is_meta
 
 
 def test_two_models_in_two_threads():
@@ -127,7 +133,7 @@ def test_two_models_in_two_threads():
     assert not failures
     for family, name in pairs:
         batch = standard_batch(family, "left", 1)
-        assert_steps(results[family], batch, [e.steps for e in expected(family, padding, images, name)])
+        assert_steps(results[family], [e.steps for e in expected(batch, name)])
         assert_unchanged(before[family], get_model(family, "sdpa"))
 
 
@@ -154,7 +160,7 @@ def test_one_model_in_two_threads():
 
 
 @pytest.mark.parametrize("place", ["q_proj", "o_proj"])
-@families
+@families(THOROUGH)
 def test_interrupted_and_used_again(family, place):
     """Ctrl-C inside the scoring attention, then the same block goes on: right answers, nothing left behind."""
     model, batch = get_model(family, "sdpa"), standard_batch(family, "left", 1)

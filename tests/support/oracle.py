@@ -78,7 +78,9 @@ class Oracle:
         if not hasattr(self.model.model, "get_rope_index"):
             return torch.arange(len(sample.ids)) + self.family.first_position
         inputs = sample.prompt().inputs()
-        more = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if name in inputs}
+        more = {
+            name: inputs[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if name in inputs
+        }
         if not more:
             return torch.arange(len(sample.ids)).expand(3, -1)
         found, _ = self.model.model.get_rope_index(

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
 EXACT = 3e-6
