@@ -4,10 +4,11 @@
     build a C++ compiler only       CPU kernels             CROP_BUILD=cpu     leave CUDA out
     neither                   pure Python on torch    CROP_BUILD=python  leave all kernels out
 
-CROP_CUDA_ARCHS="80 90" chooses the GPU architectures, CUDA_HOME the toolkit, CXX the compiler, MAX_JOBS the parallel
-jobs.
+CROP_CUDA_ARCHS="80 90" (or "8.0;9.0") chooses the GPU architectures, CUDA_HOME the toolkit, CXX the compiler, alone or
+behind a launcher ("ccache g++"), MAX_JOBS the parallel jobs.
 """
 
+import itertools
 import os
 import platform
 import re
@@ -23,6 +24,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-Wno-maybe-uninitialized"]
@@ -43,8 +45,44 @@ def find_nvcc() -> str | None:
 def find_cxx() -> list[str] | None:
     if os.name != "posix":
         return None  # the kernels use the vector types of GCC and Clang
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    return next((shlex.split(name) for name in names if shutil.which(shlex.split(name)[0])), None)
+    names = [os.environ["CXX"]] if os.environ.get("CXX", "").strip() else ["g++", "clang++", "c++"]
+    commands = map(shlex.split, names)
+    return next((cxx for cxx in commands if shutil.which(cxx[0]) and shutil.which(behind_launcher(cxx))), None)
+
+
+def behind_launcher(cxx: list[str]) -> str:
+    """The compiler itself: g++ of ["ccache", "g++", "-m64"]."""
+    return [*itertools.takewhile(lambda word: not word.startswith("-"), cxx)][-1]
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """GPU architectures to build for, ascending: CROP_CUDA_ARCHS decides, else those of ARCHS that nvcc knows."""
+    words = re.findall(r"[^\s,;]+", os.environ.get("CROP_CUDA_ARCHS", ""))
+    known = set(re.findall(r"sm_(\d+)", ask(nvcc, "--list-gpu-code")))
+    if not words:
+        return [arch for arch in ARCHS.split() if arch in known]
+    archs = set()
+    for word in words:
+        # The kernels use nothing of sm_90a and the like; PTX of the newest is always built.
+        named = re.fullmatch(r"(?:sm_|compute_)?(?:(\d+)\.(\d)|(\d+))[af]?(?:\+ptx)?", word.lower())
+        arch = "".join(filter(None, named.groups())) if named else ""
+        if arch not in known or int(arch) < 80:
+            usable = " ".join(sorted((k for k in known if int(k) >= 80), key=int))
+            sys.exit(f"CROP_CUDA_ARCHS must name architectures that nvcc and the kernels know ({usable}), got {word!r}")
+        archs.add(arch)
+    return sorted(archs, key=int)
+
+
+def max_jobs() -> int | None:
+    """Compilations at a time by MAX_JOBS, or None."""
+    wanted = os.environ.get("MAX_JOBS", "").strip()
+    if wanted and not re.fullmatch(r"0*[1-9]\d{0,8}", wanted):
+        sys.exit(f"MAX_JOBS must be a whole number from 1 on, got {wanted!r}")
+    return int(wanted) if wanted else None
+
+
+def ask(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def choose() -> str:
@@ -57,6 +95,10 @@ def choose() -> str:
     if wanted == "cuda" and not nvcc:
         sys.exit("CROP_BUILD=cuda: no nvcc found. Install the CUDA toolkit, set CUDA_HOME, or unset CROP_BUILD.")
     choice = wanted or ("python" if not cxx else "cuda" if nvcc else "cpu")
+    if choice == "cuda":
+        cuda_archs(nvcc)  # a wrong setting ends here, before anything is built
+    if choice != "python":
+        max_jobs()
     if choice == "python" and not wanted:
         print("WARNING: crop: no C++ compiler found: installing without kernels, on plain torch", file=sys.stderr)
     print(f"crop: build={choice} CXX={cxx} nvcc={nvcc}", file=sys.stderr)
@@ -73,28 +115,27 @@ class BuildKernels(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         defines = [f"-DCROP_HAVE_CUDA={int(cuda)}", '-DCROP_CUDA_ARCHS=""', '-DCROP_NVCC=""']
         if cuda:
-            release = re.search(r"release ([\d.]+)", self.ask(nvcc, "--version")).group(1)
-            archs = os.environ.get("CROP_CUDA_ARCHS", "").split()
-            known = re.findall(r"sm_(\w+)", self.ask(nvcc, "--list-gpu-code"))
-            archs = archs or [arch for arch in ARCHS.split() if arch in known]
+            release = re.search(r"release ([\d.]+)", ask(nvcc, "--version")).group(1)
+            archs = cuda_archs(nvcc)
             defines[1:] = [f'-DCROP_CUDA_ARCHS="{" ".join(archs)} {archs[-1]}+PTX"', f'-DCROP_NVCC="{release}"']
             codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-            host = ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            host = ["-ccbin", behind_launcher(cxx), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
             device = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-warn-spills", *codes]
 
         include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         steps = []  # (object, source, command)
         for source in (ROOT / name for name in ext.sources):
+            name = ".".join(source.relative_to(CSRC).parts)
             if source.suffix == ".cu":
-                steps.append((build / f"{source.stem}.cu.o", source, [nvcc, *host, *device]))
-            elif source.stem.endswith("_cpu"):
+                steps.append((build / f"{name}.o", source, [nvcc, *host, *device]))
+            elif source.parent.name == "cpu":  # once per instruction set
                 for isa, flags in ISAS.items():
                     command = [*cxx, *flags, f"-DCROP_ISA={isa}"]
-                    steps.append((build / f"{source.stem}.{isa}.o", source, command))
+                    steps.append((build / f"{name}.{isa}.o", source, command))
             else:
                 extra = [*include, *defines] if source.stem == "bindings" else []
-                steps.append((build / f"{source.stem}.o", source, [*cxx, *extra]))
+                steps.append((build / f"{name}.o", source, [*cxx, *extra]))
         steps = [
             (out, source, [*cmd, "-MMD", "-MF", f"{out}.d", "-c", source, "-o", out]) for out, source, cmd in steps
         ]
@@ -111,10 +152,10 @@ class BuildKernels(build_ext):
         self.call([*link, *objects, "-o", target])
 
     def compile(self, steps: list, build: Path) -> None:
-        jobs = os.environ.get("MAX_JOBS")
+        jobs = max_jobs()
         ninja = shutil.which("ninja")
         if not ninja:
-            with ThreadPoolExecutor(int(jobs or os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
                 list(pool.map(self.call, (command for _, _, command in steps)))
             return
         lines = ["rule compile\n command = $command\n depfile = $out.d\n deps = gcc\n"]
@@ -122,15 +163,11 @@ class BuildKernels(build_ext):
             text = shlex.join(map(str, command)).replace("$", "$$")
             lines.append(f"build {self.escape(out)}: compile {self.escape(source)}\n command = {text}\n")
         (build / "build.ninja").write_text("".join(lines))
-        self.call([ninja, "-C", build, *(["-j", jobs] if jobs else [])])
+        self.call([ninja, "-C", build, *(["-j", str(jobs)] if jobs else [])])
 
     @staticmethod
     def escape(path: Path) -> str:
         return re.sub(r"([$ :])", r"$\1", str(path))
-
-    @staticmethod
-    def ask(*command: str) -> str:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     @staticmethod
     def call(command: list) -> None:
@@ -140,7 +177,7 @@ class BuildKernels(build_ext):
 CHOICE = choose()
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in (ROOT / "csrc").iterdir()
+    for path in CSRC.rglob("*")
     if path.suffix == ".cpp" or (path.suffix == ".cu" and CHOICE == "cuda")
 )
 DISASSEMBLER = [f"nvidia-cuda-{tool}; sys_platform == 'linux'" for tool in ("cuobjdump", "nvdisasm")]  # 6 MB

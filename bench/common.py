@@ -1,15 +1,12 @@
-"""What every bench shares: where it ran, interleaved timing, one table, one JSON file."""
+"""What every bench shares: where it ran, where its data is, one table, one JSON file."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +41,12 @@ def machine() -> dict[str, str]:
 
 def header() -> str:
     """The facts of ``machine``, one a line."""
-    return "\n".join(f"{name + ':':14}{value}" for name, value in machine().items())
+    return facts_text(machine())
+
+
+def facts_text(facts: Mapping[str, str]) -> str:
+    """Facts, one a line."""
+    return "\n".join(f"{name + ':':14}{value}" for name, value in facts.items())
 
 
 def _cpu_name() -> str:
@@ -67,48 +69,9 @@ def commit() -> str:
     return (commit + (" with changes" if git("status", "--porcelain", "-uno") else "")) or "unknown"
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call: median and spread over the rounds."""
-
-    median: float
-    p10: float
-    p90: float
-
-
-def interleave(
-    contenders: Mapping[str, Callable[[], Any]], *, rounds: int = 20, warmup: int = 2, repeat: int = 1
-) -> dict[str, Timing]:
-    """Time every contender once per round, in turn, so that a busy machine slows all of them alike.
-
-    Args:
-        contenders: name -> call without arguments.
-        rounds: timed rounds. warmup: untimed ones. repeat: calls per timing, for work of microseconds.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(warmup + rounds):
-        for name, call in contenders.items():
-            _wait()
-            start = time.perf_counter()
-            for _ in range(repeat):
-                call()
-            _wait()
-            if turn >= warmup:
-                seconds[name].append((time.perf_counter() - start) / repeat)
-    return {name: timing(values) for name, values in seconds.items()}
-
-
-def timing(values: Sequence[float]) -> Timing:
-    """Median and spread of measured values."""
-    if len(values) == 1:
-        return Timing(values[0], values[0], values[0])
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return Timing(statistics.median(values), deciles[0], deciles[-1])
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def data_folder() -> Path:
+    """The folder with the data files: CROP_DATA, or shared/data beside the project."""
+    return Path(os.environ.get("CROP_DATA") or ROOT.parent / "shared" / "data")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -126,12 +89,15 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; all columns but the first are numbers."""
+    lines = [f"| {' | '.join(header)} |", "|---|" + "--:|" * (len(header) - 1)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
 def save(
     path: Path, rows: Sequence[Mapping[str, Any]], more: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
 ) -> None:
-    """Machine and rows as JSON, and the printed table beside it as text; ``more``: further tables by name, printed first."""
-    more = more or {}
+    """Machine and rows as JSON, which ``python -m bench.show`` prints; ``more``: further tables by name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), **more, "rows": list(rows)}, indent=1) + "\n")
-    tables = "\n\n".join(table(found) for found in (*more.values(), rows))
-    path.with_suffix(".txt").write_text(f"{header()}\n\n{tables}\n")
+    path.write_text(json.dumps({"machine": machine(), **(more or {}), "rows": list(rows)}, indent=1) + "\n")

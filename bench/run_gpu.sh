@@ -5,8 +5,8 @@
 #
 #   tests      operator tests on the GPU, graphs, streams, patched models on flash attention
 #   sanitizer  compute-sanitizer memcheck, racecheck and synccheck on small shapes
-#   kernels    bench/bench_kernels.py
-#   e2e        python -m bench.e2e: whole models of full size
+#   kernels    python -m bench.kernels.cuda
+#   e2e        python -m bench.latency.e2e: whole models of full size
 #
 # A part writes OUT/<part>.txt (benches also .json, row by row) and its line of OUT/summary.json; e2e keeps e2e.jsonl while rows
 # are missing. A part that has succeeded is not run again unless --only names it. Without a GPU a part says that it was skipped
@@ -39,7 +39,7 @@ if [ -n "$arch" ]; then
         { tail -20 "$out/build.txt" >&2; exit 1; }
     rm "$out/build.txt"
 fi
-"$python" -c 'import sys; sys.path.insert(0, "bench"); from common import header; print(header())' > "$out/machine.txt"
+"$python" -c 'from bench.common import header; print(header())' > "$out/machine.txt"
 
 limited() { timeout -k 5 "$seconds" "$@"; }
 skip() {
@@ -51,7 +51,7 @@ skip() {
 passed() { [ "$(grep -c '[0-9] passed' "$out/$1.log")" -ge "$2" ] || { echo "no test has run on the GPU"; return 1; }; }
 
 run_tests() {
-    limited "$python" -m pytest tests/test_ops*.py tests/test_emu_ops.py tests/test_cuda.py -k cuda -rs --durations=5
+    limited "$python" -m pytest tests/ops tests/csrc/test_kernels.py -k cuda -rs --durations=5
     local code=$?
     [ $code -ne 0 ] && return $code
     [ -n "$arch" ] || { skip "no GPU: every test above skipped itself"; return; }
@@ -69,7 +69,7 @@ run_sanitizer() {
         more=()
         [ $tool = memcheck ] && more=(--report-api-errors no)
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "$sanitizer" --tool "$tool" "${more[@]}" --error-exitcode 9 \
-            "$python" -m pytest tests/test_emu_ops.py -k "operators and cuda" --noconftest -p no:cacheprovider \
+            "$python" -m pytest tests/csrc/test_kernels.py -k "operators and cuda" --noconftest -p no:cacheprovider \
             > "$out/$tool.log" 2>&1 &
         pids[${#pids[@]}]=$!
     done
@@ -84,12 +84,12 @@ run_sanitizer() {
     passed sanitizer 3
 }
 
-run_kernels() { limited "$python" bench/bench_kernels.py --time $((seconds - 20)) --json "$out/kernels.json"; }
+run_kernels() { limited "$python" -m bench.kernels.cuda --time $((seconds - 20)) --json "$out/kernels.json"; }
 
 run_e2e() {
     [ -n "$arch" ] || { skip "no GPU"; return; }
     local most=${E2E_SECONDS:-170}
-    timeout "$most" "$python" -m bench.e2e --time $((most - 50)) --json "$out/e2e.json"
+    timeout "$most" "$python" -m bench.latency.e2e --time $((most - 50)) --json "$out/e2e.json"
 }
 
 note() { # part, status, seconds
@@ -126,7 +126,7 @@ for part in "${todo[@]}"; do
     {
         cat "$out/machine.txt" && echo && cat "$out/$part.log"
         # A bench that was cut off has not printed its table, but written it.
-        [ $code -eq 0 ] || [ ! -e "$out/$part.json" ] || { echo && cat "$out/$part.txt"; }
+        [ $code -eq 0 ] || [ ! -e "$out/$part.json" ] || { echo && "$python" -m bench.show "$out/$part.json"; }
     } > "$out/$part.new"
     mv "$out/$part.new" "$out/$part.txt"
     rm "$out/$part.log"

@@ -1,39 +1,57 @@
 """crop: region-guided pruning of vision tokens for Hugging Face vision-language models, training-free."""
 
 from crop.cost.estimate import Estimate, estimate
-from crop.geometry.layout import VisionLayout
-from crop.geometry.pooling import PoolPlan
-from crop.geometry.region import Region
-from crop.localizers import get_localizer
+from crop.geometry import PoolPlan, Region, VisionLayout
 from crop.localizers.attention import AttentionLocalizer
 from crop.localizers.base import BoxLocalizer, Localizer, WholeLocalizer, encode
+from crop.localizers.registry import get_localizer, register_localizer
 from crop.localizers.vision_cache import cache_vision
-from crop.methods.base import Method, Selection
-from crop.methods.compose import Compose, Pyramid
-from crop.methods.ilp import InnerLLMPruning
-from crop.methods.plc import PreLLMCompression
-from crop.methods.registry import by_name
-from crop.ops import adaptive_pool, attention_mass, compact, region_topk, select
+from crop.methods import (
+    Assignment,
+    Compose,
+    FeaturePooling,
+    Features,
+    InnerLLMPruning,
+    MergeView,
+    Method,
+    PreLLMCompression,
+    Pyramid,
+    ScoreView,
+    Selection,
+    by_name,
+    register_method,
+)
+from crop.models import DecoderTraits, ModelFamily, register_family
+from crop.ops import adaptive_pool, attention_mass, compact, region_topk, select, use_backend
 from crop.ops.build_info import build_info
-from crop.ops.dispatch import use_backend
 from crop.patching.patch import patch
-from crop.patching.stats import PruneStats
+from crop.patching.stats import PrefillStats, PruneStats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+share_vision = cache_vision  # its name until 0.2
 
 __all__ = [
+    "Assignment",
     "AttentionLocalizer",
     "BoxLocalizer",
     "Compose",
+    "DecoderTraits",
     "Estimate",
+    "FeaturePooling",
+    "Features",
     "InnerLLMPruning",
     "Localizer",
+    "MergeView",
     "Method",
+    "ModelFamily",
     "PoolPlan",
     "PreLLMCompression",
+    "PrefillStats",
     "PruneStats",
     "Pyramid",
     "Region",
+    "ScoreView",
     "Selection",
     "VisionLayout",
     "WholeLocalizer",
@@ -41,13 +59,17 @@ __all__ = [
     "attention_mass",
     "build_info",
     "by_name",
+    "cache_vision",
     "compact",
     "encode",
     "estimate",
     "get_localizer",
     "patch",
     "region_topk",
+    "register_family",
+    "register_localizer",
+    "register_method",
     "select",
-    "cache_vision",
+    "share_vision",
     "use_backend",
 ]

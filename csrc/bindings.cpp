@@ -5,8 +5,8 @@
 #include <array>
 #include <vector>
 
-#include "dispatch.h"
-#include "ops.h"
+#include "common/dispatch.h"
+#include "common/ops.h"
 
 // setup.py defines CROP_HAVE_CUDA (0 or 1), CROP_CUDA_ARCHS (e.g. "80 90 90+PTX") and CROP_NVCC (its release).
 #if CROP_HAVE_CUDA

@@ -24,7 +24,7 @@ from bench.accuracy.run import read, run, shard
 from bench.accuracy.timing import measure
 from bench.common import machine
 from crop.cli.ask import EMBEDDED, load
-from crop.localizers import LOCALIZERS
+from crop.localizers import localizer_names
 from crop.models import family_of
 
 
@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, default=60, help="rendered pictures, about five questions each")
     parser.add_argument("--grounding", action=argparse.BooleanOptionalAction, default=False, help="ask for boxes, too")
     parser.add_argument("--first", type=int, default=10_900_000, help="seed of the first picture")
-    parser.add_argument("--localizer", choices=[n for n in LOCALIZERS if n != "box"], default="attention")
+    parser.add_argument("--localizer", choices=[n for n in localizer_names() if n != "box"], default="attention")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--contenders", nargs="+", help="only these rows")
     parser.add_argument("--batch", type=int, default=16)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from bench.methods import others
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
-from crop.methods.baselines import BASELINES
 from crop.methods.registry import POOL_SHARE
 
 BUDGETS = (0.5, 0.33, 0.22, 0.11, 0.055)
@@ -140,6 +140,11 @@ def _inner(make: Make) -> Make:
     return average
 
 
+def _at_cut(make: Make) -> Make:
+    """The same, its cut at the layer of all rows where it leaves the layer to the family."""
+    return lambda keep, layers: make(keep, layers).with_layer(CUT)
+
+
 def _average(method: Method, layers: int) -> float:
     """Fraction of the tokens that a layer sees on average; by the methods' own fractions, before they are rounded."""
     borders = [0, *(cut.layer for cut in method.cuts), layers]
@@ -174,9 +179,10 @@ def contenders() -> list[Contender]:
     rows = [
         Contender("down-sampled image", "none", lambda b, _: CornerOnly(b), prepare=shrink),
     ]
-    for name, make in BASELINES.items():
+    for name, make in others().items():
         if make(0.5, 8).cuts:
-            rows.append(Contender(name, "none", _inner(make), make))
+            made = _at_cut(make)
+            rows.append(Contender(name, "none", _inner(made), made))
         else:
             rows.append(Contender(name, "none", make))
     for region in ("oracle", "predicted"):

@@ -13,22 +13,19 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
+from crop.cli.options import UsageError
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.localizers import get_localizer
 from crop.localizers.base import Localizer, encode, model_source
+from crop.localizers.registry import get_localizer
 from crop.localizers.vision_cache import cache_vision
 from crop.methods.base import Method
-from crop.models import ADAPTERS
+from crop.models import families
 from crop.patching.patch import patch
 
 EMBEDDED = "embedded"
 STAGES = ("preprocess", "localizer", "plan", "vision", "prefill", "decode", "total")
-
-
-class UsageError(Exception):
-    """Something the user can put right: a wrong path, a family that is not supported."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +199,7 @@ def load(name: str, device: str, dtype: str) -> Asker:
     Returns:
         Asker.
     Raises:
-        UsageError: nothing to load there, or a family without an adapter.
+        UsageError: nothing to load there, or an unknown family.
     """
     if name == EMBEDDED:
         from crop import embedded
@@ -221,8 +218,8 @@ def load(name: str, device: str, dtype: str) -> Asker:
 
     try:
         family = AutoConfig.from_pretrained(name).model_type
-        if family not in ADAPTERS:
-            known = ", ".join(sorted(ADAPTERS))
+        if family not in families():
+            known = ", ".join(sorted(families()))
             raise UsageError(f"model {name!r} must be of a family among {known}, got {family!r}")
         model = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)

@@ -22,11 +22,13 @@ def open_image(source: str | os.PathLike[str] | Image) -> Image:
     """
     from PIL import Image, UnidentifiedImageError
 
+    from crop.localizers.pixels import as_rgb
+
     if isinstance(source, Image.Image):
-        return _rgb(source)
+        return as_rgb(source)
     try:
         with Image.open(source) as image:
-            return _rgb(image).copy()  # the file is closed next
+            return as_rgb(image).copy()  # the file is closed next
     except FileNotFoundError:
         raise FileNotFoundError(f"open_image: source must be an existing file, got {source}") from None
     except UnidentifiedImageError:
@@ -36,30 +38,3 @@ def open_image(source: str | os.PathLike[str] | Image) -> Image:
     # Decoders of damaged files raise any of these.
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         raise ValueError(f"open_image: source must be readable, got {source}: {error}") from error
-
-
-def _rgb(image: Image) -> Image:
-    from PIL import Image, ImageOps
-
-    if image.mode == "RGB" and not image.getexif() and "transparency" not in image.info:
-        return image
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _eight_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _eight_bits(image: Image) -> Image:
-    """Grey of more than 8 bits; Pillow's own conversion would clip at 255."""
-    import numpy as np
-    from PIL import Image
-
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    # Floats in 0..1 or in the range of the fitting integers: Pillow keeps no other hint of the scale.
-    top = next((limit for limit in (1.0, 255.0, 65535.0) if values.max(initial=0) <= limit), max(values.max(), 1.0))
-    if image.mode != "F":
-        top = max(top, 65535.0 if image.mode.startswith("I;16") else 255.0)
-    return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))

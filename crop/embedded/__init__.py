@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 WEIGHTS = Path(__file__).parent / "weights"
-HEAD = Path(__file__).parent / "head.safetensors"  # of ``HeadLocalizer``, made by bench/train_head.py
+HEAD = Path(__file__).parent / "head.safetensors"  # of ``HeadLocalizer``, made by bench.training.head
 
 __all__ = ["HEAD", "WEIGHTS", "Question", "Scene", "answer", "load", "prompt", "scene", "scenes", "tidy"]
 

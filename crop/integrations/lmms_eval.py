@@ -18,6 +18,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from crop.cli.ask import load
+from crop.cli.options import METHODS, load_plugin
 from crop.geometry.region import Region
 from crop.methods.base import Method
 from crop.methods.baselines import BASELINES
@@ -26,7 +27,6 @@ from crop.models import family_of
 from crop.patching.patch import patch
 
 NAME = "crop"
-OURS = ("crop", "plc", "ilp", "none")
 
 
 def manifest() -> Any:
@@ -44,9 +44,9 @@ def make_method(name: str, keep: float, num_layers: int) -> Method | None:
     Raises:
         ValueError: unknown name.
     """
-    if name not in (*OURS, *BASELINES):
-        raise ValueError(f"make_method: name must be one of {', '.join((*OURS, *BASELINES))}, got {name!r}")
-    return by_name(name, keep) if name in OURS else BASELINES[name](keep, num_layers)
+    if name not in (*METHODS, *BASELINES):
+        raise ValueError(f"make_method: name must be one of {', '.join((*METHODS, *BASELINES))}, got {name!r}")
+    return by_name(name, keep) if name in METHODS else BASELINES[name](keep, num_layers)
 
 
 class CropModel(lmms):
@@ -55,9 +55,10 @@ class CropModel(lmms):
     Args:
         pretrained: folder or hub name, or "embedded". method, keep: see ``make_method``.
         localizer: name of a localizer; "whole" for methods that look at no region.
+        plugin: file or module that registers a localizer of your own.
         device, dtype: of the model. batch_size: questions at once.
     Raises:
-        ValueError: unknown method or localizer.
+        ValueError: unknown method or localizer. UsageError: no such model or plug-in.
     """
 
     def __init__(
@@ -70,8 +71,11 @@ class CropModel(lmms):
         dtype: str = "auto",
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
+        plugin: str | None = None,
     ) -> None:
         super().__init__()
+        if plugin is not None:
+            load_plugin(plugin)
         self.asker = load(pretrained, device, dtype)
         num_layers = len(family_of(self.asker.model).language_model(self.asker.model).layers)
         self.method = make_method(method, float(keep), num_layers)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from crop.localizers.boxes import check_ranges, find_region
 from crop.localizers.reading import Stop, only_image, run_until_stop
 from crop.methods.plc import PreLLMCompression
 from crop.models import family_of
-from crop.patching.attention_hook import tap
+from crop.patching.attention_hook import attention_hook
 from crop.patching.patch import patch
 from crop.patching.stats import PruneStats
 
@@ -56,7 +56,7 @@ class AttentionLocalizer:
         model: Hugging Face vision-language model of a supported family.
         processor: its processor.
         layer: decoder layer whose attention is read, 0 = first. None: a sixteenth of the depth, at least 1, which keeps the
-            pass below 5 % of the prefill (bench/bench_prefill.py).
+            pass below 5 % of the prefill (see bench/README.md).
         prompt: as in ``encode``.
         stride: the pass runs on vision tokens averaged in blocks of this side, which costs a ``stride ** 2``-th.
         skip_mlp: the feed-forward parts of the layers before run on the text alone, which saves most of the pass.
@@ -69,7 +69,7 @@ class AttentionLocalizer:
         min_confidence: below it the whole image is returned. Nearly all right regions of the embedded model reach the
             default, few of its wrong ones; other models may look at images in another way, and need another.
     Raises:
-        ValueError, TypeError: an argument out of its range; a family without an adapter.
+        ValueError, TypeError: an argument out of its range; a unknown family.
     Source: own choice, tuned on the embedded model. The idea of reading the region off the model's attention, relative to
         a question-free reference, is also that of arXiv 2502.17422 (known to us from digests only).
     """
@@ -129,33 +129,33 @@ class AttentionLocalizer:
             found.append(_attention(stats, query, key, scale, self.rows))
             raise Stop
 
-        where = {"processor": self.processor, "image_size": image.size}
-        with patch(self.model, self.pooling, **where) as stats, self.door(stats, read):
+        with self.reading(read, processor=self.processor, image_size=image.size) as stats:
             run_until_stop(family_of(self.model).base(self.model), inputs)
         return found[0]
 
-    @property
-    def pooling(self) -> PreLLMCompression:
-        """The method that the pass runs under."""
-        return PreLLMCompression(inside=self.stride, context=self.stride, outside=self.stride, mode="mean")
-
-    def door(self, stats: PruneStats, read: Callable[[Tensor, Tensor, float | None], None]) -> ExitStack:
-        """A context in which the model's prefill skips what the localizer does not need.
+    @contextmanager
+    def reading(self, read: Callable[[Tensor, Tensor, float | None], None], **where: Any) -> Iterator[PruneStats]:
+        """A context in which the model's prefill does no more than the localizer needs, and is read.
 
         Args:
-            stats: of the patch that surrounds the pass.
-            read: called with query, key and scale of the scoring layer, see ``tap``; should end the pass by an exception.
+            read: called with query, key and scale of the scoring layer, see ``attention_hook``; should end the pass by
+                raising ``Stop``.
+            where: ``processor`` and ``image_size``, as for ``patch``.
+        Yields:
+            PruneStats of the pass.
         """
         layers = family_of(self.model).language_model(self.model).layers
         layer = min(max(1, len(layers) // 16), len(layers) - 1) if self.layer is None else self.layer
-        scoring, undo = layers[layer].self_attn, ExitStack()
-        undo.enter_context(tap(scoring, read))
-        if not self.rope:
-            undo.callback(scoring.register_forward_pre_hook(_still, with_kwargs=True).remove)
-        if self.skip_mlp:
-            for earlier in layers[:layer]:
-                _run_on_text(earlier.mlp, stats, undo)
-        return undo
+        scoring = layers[layer].self_attn
+        pooling = PreLLMCompression(inside=self.stride, context=self.stride, outside=self.stride, mode="mean")
+        with patch(self.model, pooling, **where) as stats, ExitStack() as undo:
+            undo.enter_context(attention_hook(scoring, read))
+            if not self.rope:
+                undo.callback(scoring.register_forward_pre_hook(_without_rotation, with_kwargs=True).remove)
+            if self.skip_mlp:
+                for earlier in layers[:layer]:
+                    _run_on_text(earlier.mlp, stats, undo)
+            yield stats
 
 
 def _run_on_text(mlp: nn.Module, stats: PruneStats, undo: ExitStack) -> None:
@@ -183,7 +183,7 @@ def _run_on_text(mlp: nn.Module, stats: PruneStats, undo: ExitStack) -> None:
     undo.callback(mlp.register_forward_hook(leave).remove)
 
 
-def _still(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _without_rotation(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Rotary tables of no rotation, for a call whose result nobody sees."""
     cosine, sine = kwargs["position_embeddings"]
     return args, kwargs | {"position_embeddings": (torch.ones_like(cosine), torch.zeros_like(sine))}

@@ -154,7 +154,7 @@ class HeadLocalizer:
     Args:
         model: vision-language model of a supported family.
         processor: its processor.
-        head: trained for this model, e.g. by ``bench/train_head.py``; float32, moved to the model's device by the
+        head: trained for this model, e.g. by ``bench.training.head``; float32, moved to the model's device by the
             caller.
         prompt: as in ``encode``; the one the head was trained with.
         threshold: probability from which a token belongs to the region, in (0, 1).

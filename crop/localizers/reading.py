@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from crop.geometry.layout import VisionLayout
 from crop.localizers.base import encode
+from crop.models import family_of
 from crop.patching.patch import refuse_patched
 from crop.patching.planner import Planner
 
@@ -82,7 +83,7 @@ def entering(planner: Planner, inputs: Mapping[str, Any]) -> tuple[list[VisionLa
         RuntimeError: the model is patched.
     """
     refuse_patched(planner.language_model)
-    chunk, found = planner.plan(inputs), []
+    plan, found = planner.plan(inputs), []
 
     def read(module: nn.Module, args: tuple, kwargs: dict) -> None:
         found.append(kwargs["inputs_embeds"])
@@ -90,10 +91,10 @@ def entering(planner: Planner, inputs: Mapping[str, Any]) -> tuple[list[VisionLa
 
     handle = planner.language_model.register_forward_pre_hook(read, with_kwargs=True)
     try:
-        run_until_stop(planner.adapter.base(planner.model), inputs)
+        run_until_stop(family_of(planner.model).base(planner.model), inputs)
     finally:
         handle.remove()
-    return [] if chunk is None else [image.layout for image in chunk.images], found[0]
+    return [] if plan is None else [image.layout for image in plan.images], found[0]
 
 
 def embeddings(

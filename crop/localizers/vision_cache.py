@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,20 +18,24 @@ from crop.patching.stats import elapsed, mark
 _CPU = torch.device("cpu")
 
 
-class SharedVision:
-    """What ``cache_vision`` yields."""
+@dataclass(frozen=True)
+class VisionCache:
+    """What ``cache_vision`` yields.
 
-    def __init__(self) -> None:
-        self._spans: list[tuple[Any, Any]] = []
+    Args:
+        spans: start and stop of every run of tower and projector so far.
+    """
+
+    spans: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
 
     @property
     def seconds(self) -> float:
         """Time that tower and projector have really run so far, whoever called them; waits for the device."""
-        return sum(elapsed(start, stop) for start, stop in self._spans)
+        return sum(elapsed(start, stop) for start, stop in self.spans)
 
 
 @contextmanager
-def cache_vision(model: nn.Module) -> Iterator[SharedVision]:
+def cache_vision(model: nn.Module) -> Iterator[VisionCache]:
     """Run the vision tower, and the projector behind it, once for equal images inside the block; encode once, too.
 
     A localizer that reads the model's own attention needs the inputs and image features that ``generate`` needs again::
@@ -48,21 +53,21 @@ def cache_vision(model: nn.Module) -> Iterator[SharedVision]:
     Args:
         model: unmodified Hugging Face vision-language model of a supported family.
     Yields:
-        SharedVision, with the time that the vision passes took.
+        VisionCache, with the time that the vision passes took.
     Raises:
         TypeError, ValueError: as ``patch`` for an unknown model. RuntimeError: the block is nested for one model.
     """
-    adapter = family_of(model)
-    base = adapter.base(model)
-    shared = [adapter.vision_tower(base)]
+    family = family_of(model)
+    base = family.base(model)
+    shared = [family.vision_tower(base)]
     if hasattr(base, "multi_modal_projector"):
         shared.append(base.multi_modal_projector)
     if any("forward" in vars(module) for module in shared):
         raise RuntimeError("cache_vision: the vision tower's forward must not be replaced already, got a nested block")
-    vision = SharedVision()
+    vision = VisionCache()
     try:
         for module in shared:
-            module.forward = _remembered(module.forward, vision._spans)
+            module.forward = _cached(module.forward, vision.spans)
         with shared_encoding():
             yield vision
     finally:
@@ -70,11 +75,11 @@ def cache_vision(model: nn.Module) -> Iterator[SharedVision]:
             vars(module).pop("forward", None)
 
 
-def _remembered(forward: Callable[..., Any], spans: list[tuple[Any, Any]]) -> Callable[..., Any]:
+def _cached(forward: Callable[..., Any], spans: list[tuple[Any, Any]]) -> Callable[..., Any]:
     """The function with a memory of its last call; ``spans`` takes start and stop of the calls that it makes."""
     last: list[tuple[tuple[tuple, dict], Any]] = []
 
-    def remembered(*args: Any, **kwargs: Any) -> Any:
+    def cached(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             return forward(*args, **kwargs)
         # Some families hand every keyword on to the tower, also the one that only the language model reads.
@@ -88,7 +93,7 @@ def _remembered(forward: Callable[..., Any], spans: list[tuple[Any, Any]]) -> Ca
         # Models write into the output object they get; the tensors in it stay as they are.
         return output if isinstance(output, Tensor) else copy.copy(output)
 
-    return remembered
+    return cached
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -61,7 +61,7 @@ class VLMLocalizer:
 
     Args:
         model: any image-text-to-text model of transformers, in evaluation mode; meant to be small and, for good boxes,
-            fine-tuned for this (``bench/train_localizer.py``).
+            fine-tuned for this (``bench.training.localizer``).
         processor: its processor.
         prompt: question -> full text with the image placeholder; None: ``block_prompt`` in the chat template.
         min_confidence: below it the whole image is returned; in [0, 1). The confidence is the geometric mean of the
@@ -84,7 +84,7 @@ class VLMLocalizer:
     def load(path: str | Path, device: str = "cpu") -> VLMLocalizer:
         """With model and processor from a folder (or a name on the hub, which transformers then downloads).
 
-        A folder that ``bench/train_localizer.py`` wrote also says how the model wants to be asked.
+        A folder that ``bench.training.localizer`` wrote also says how the model wants to be asked.
 
         Raises:
             OSError, ValueError: there is no such model; what transformers raises.

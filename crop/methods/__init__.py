@@ -1,10 +1,10 @@
 """Methods: how many and which vision tokens stay. Pure policy, on the host."""
 
-from crop.methods.base import Assignment, FeaturePooling, Features, Method, Selection
+from crop.methods.base import Assignment, FeaturePooling, Features, MergeView, Method, ScoreView, Selection
 from crop.methods.compose import Compose, Pyramid
 from crop.methods.ilp import InnerLLMPruning
 from crop.methods.plc import PreLLMCompression
-from crop.methods.registry import by_name
+from crop.methods.registry import by_name, method_names, register_method
 
 __all__ = [
     "Assignment",
@@ -12,9 +12,13 @@ __all__ = [
     "FeaturePooling",
     "Features",
     "InnerLLMPruning",
+    "MergeView",
     "Method",
     "PreLLMCompression",
     "Pyramid",
+    "ScoreView",
     "Selection",
     "by_name",
+    "method_names",
+    "register_method",
 ]

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from crop import ops
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 
-if TYPE_CHECKING:
-    pass
-
-
 PoolMode = Literal["mean", "max", "distinct"]
-
 POOL_MODES = get_args(PoolMode)
 
 
@@ -40,116 +37,62 @@ class Selection:
     needs_scores: bool = True
 
 
-def check_keep(op: str, keep: float | int) -> None:
-    """Refuse what is neither a fraction in (0, 1] nor a token count: TypeError or ValueError in the name of ``op``."""
-    if isinstance(keep, bool) or not isinstance(keep, Real):
-        raise TypeError(f"{op}: keep must be a float in (0, 1] or an int >= 1, got {keep!r}")
-    if isinstance(keep, Integral):
-        if keep < 1:
-            raise ValueError(f"{op}: keep as a token count must be >= 1, got {keep}")
-    elif not 0.0 < keep <= 1.0:  # also False for NaN
-        raise ValueError(f"{op}: keep as a fraction must be in (0, 1], got {keep}")
+@dataclass(frozen=True, eq=False)
+class ScoreView:
+    """What a score is to be given for, beside query and key; tensors on their device.
 
-
-def budget_of(op: str, keep: float | int, layout: VisionLayout) -> int:
-    """Tokens that ``keep`` allows for this image, in [1, len(layout)]; ValueError: a count above its original tokens."""
-    if isinstance(keep, Integral):
-        if keep > layout.num_original:
-            raise ValueError(f"{op}: keep as a token count must be <= num_original={layout.num_original}, got {keep}")
-        count = int(keep)
-    else:
-        count = round(keep * layout.num_original)
-    return min(max(count, 1), len(layout))
-
-
-def budget_alone(keep: float | int, tokens: int) -> int:
-    """As ``budget_of`` where no more is known of an image than its number of tokens."""
-    count = int(keep) if isinstance(keep, Integral) else round(keep * tokens)
-    return min(max(count, 1), tokens)
-
-
-def check_count(op: str, name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
-    if value < low:
-        raise ValueError(f"{op}: {name} must be >= {low}, got {value}")
-
-
-def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{op}: {name} must be one of {choices}, got {value!r}")
-
-
-class Method:
-    """A pruning policy. The base keeps everything; a method overrides ``plan``, ``select`` or both.
-
-    ``layer``: decoder layer at whose input ``select`` applies, None if it never does.
-    ``rows``: queries whose attention scores the tokens: "text" (all after the image), "raters" (those of them that look
-        at the image more than average) or "last".
-    ``rope``: whether the scores know positions; False takes query and key before the rotary embedding.
-    ``pool_mode``: reduction of a cell of ``plan``: "mean", "max", or "distinct", a mean in which a token weighs the more,
-        the less it looks like the rest of its image (``crop.distinct``).
-    ``cuts``: the methods whose ``select`` applies, one per layer where tokens leave, in ascending order; of itself a
-        method is its only cut.
-    ``salience``: whether late plans want the attention inside the vision tower.
+    Args:
+        candidates: (num_images, N) int64 keys of each image's tokens, -1 = filler.
+        sample: (num_images,) int64 batch row of each image.
+        visible_len: (batch, M) int64 keys before which each query row sees all from ``visible_start`` on; 0 = filler row.
+        visible_start: (batch,) int64 first real key, None: 0.
+        scale: of the product of query and key, None: ``head_dim ** -0.5``.
+        lse: (batch, num_heads, M) float32 log-sum-exp of what each row sees, None: not known.
     """
 
-    layer: int | None = None
-    rows: Literal["text", "last", "raters"] = "text"
-    rope: bool = True
-    pool_mode: PoolMode = "mean"
-    salience: bool = False
+    candidates: Tensor
+    sample: Tensor
+    visible_len: Tensor
+    visible_start: Tensor | None = None
+    scale: float | None = None
+    lse: Tensor | None = None
 
-    @property
-    def cuts(self) -> tuple[Method, ...]:
-        return () if self.layer is None else (self,)
 
-    def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | FeaturePooling | None:
-        """How to pool the tokens of one image before the language model; None: not at all.
+@dataclass(frozen=True, eq=False)
+class MergeView:
+    """One cut, for methods that merge tokens before they leave; one entry per pruned image.
 
-        A ``FeaturePooling`` says how many tokens it will leave, and decides which when their features are there.
-        """
-        return None
+    Args:
+        sample: batch row of each image.
+        num_keep, num_candidates: tokens that stay, and those that they are taken from.
+        best: numbers of tokens per image -> (num_images, most) int64 their places in the hidden states, the best ones by
+            priority and score, ascending, -1 = filler at the end.
+    """
 
-    def select(self, layout: VisionLayout, region: Region) -> Selection | None:
-        """What to keep of one image at ``layer``; None: all that came so far.
-
-        ``layout`` is the one after pooling, at every cut. Of what an earlier cut left, a later one keeps ``num_keep``
-        (all, if there are no more), by the order of its own ``Selection``; there a negative priority means last.
-        """
-        return None
-
-    def least(self, tokens: int) -> dict[int, int]:
-        """The fewest of an image's ``tokens`` that can be left, by the first decoder layer that sees no more, from 0 on.
-
-        Known before the image's geometry is: what cannot pay need not be planned.
-        """
-        return {0: 0}
-
-    def recycle(self, num_keep: int, num_candidates: int) -> tuple[int, int]:
-        """Of one image at ``layer``: how many of the kept tokens take others in, and how many they take in."""
-        return 0, 0
+    sample: Sequence[int]
+    num_keep: Sequence[int]
+    num_candidates: Sequence[int]
+    best: Callable[[list[int]], Tensor]
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a late decision may look at, on the model's device.
+    """What pooling by features may look at, on the model's device.
 
     Args:
         tokens: (N, dim) of one image, as the language model would get them.
         text: (M, dim) embeddings of the text after the sample's last image.
-        salience: (N,) float32 attention that the tokens receive inside the vision tower, or None where the method did
-            not ask for it.
+        observed: (N, ...) what ``Method.observe`` read of this image, or None where it reads nothing.
     """
 
     tokens: Tensor
     text: Tensor
-    salience: Tensor | None = None
+    observed: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A late decision: ``num_out`` cells in ascending order of their leaders.
+    """Which cell each token joins: ``num_out`` cells in ascending order of their leaders.
 
     Args:
         cell: (N,) int64 cell of each token, -1 = dropped.
@@ -176,28 +119,130 @@ class Assignment:
 
 @dataclass(frozen=True, eq=False)
 class FeaturePooling:
-    """Promise of a plan.
+    """Pooling by what the tokens hold: the count is promised on the host, the cells are decided on the device.
 
     Args:
         num_out: tokens it will leave, in [1, num_tokens].
         num_tokens: tokens of the image.
-        decide: Features -> Assignment; must not wait for the device.
+        decide: Features -> Assignment of ``num_out`` cells; must not wait for the device.
     """
 
     num_out: int
     num_tokens: int
     decide: Callable[[Features], Assignment]
-    decided: list[Assignment] = field(default_factory=list, init=False)  # of the last prefill, for the statistics
 
-    def stand_in(self) -> PoolPlan:
-        """A plan of the promised size: the first tokens."""
-        first = torch.arange(self.num_out, dtype=torch.int32)
-        edges = torch.arange(self.num_out + 1, dtype=torch.int32)
-        return PoolPlan(first, edges, first, torch.zeros(self.num_out, dtype=torch.uint8), self.num_tokens, check=False)
 
-    def outcome(self) -> PoolPlan:
-        """What was decided, on the CPU (waits for the device)."""
-        cells = self.decided[-1]
-        plan = PoolPlan.from_cells(cells.cell.cpu(), cells.leader.cpu())
-        size = int(plan.offsets[-1])
-        return replace(plan, members=plan.members[:size])
+def check_keep(op: str, keep: float | int) -> None:
+    """Refuse what is neither a fraction in (0, 1] nor a token count: TypeError or ValueError in the name of ``op``."""
+    if isinstance(keep, bool) or not isinstance(keep, Real):
+        raise TypeError(f"{op}: keep must be a float in (0, 1] or an int >= 1, got {keep!r}")
+    if isinstance(keep, Integral):
+        if keep < 1:
+            raise ValueError(f"{op}: keep as a token count must be >= 1, got {keep}")
+    elif not 0.0 < keep <= 1.0:  # also False for NaN
+        raise ValueError(f"{op}: keep as a fraction must be in (0, 1], got {keep}")
+
+
+def budget_of(op: str, keep: float | int, layout: VisionLayout) -> int:
+    """Tokens that ``keep`` allows for this image, in [1, len(layout)]; ValueError: a count above its original tokens."""
+    if isinstance(keep, Integral):
+        if keep > layout.num_original:
+            raise ValueError(f"{op}: keep as a token count must be <= num_original={layout.num_original}, got {keep}")
+        count = int(keep)
+    else:
+        count = round(keep * layout.num_original)
+    return min(max(count, 1), len(layout))
+
+
+def check_count(op: str, name: str, value: int, low: int) -> None:
+    """Refuse what is no integer of at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+    if value < low:
+        raise ValueError(f"{op}: {name} must be >= {low}, got {value}")
+
+
+def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse what is not one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {choices}, got {value!r}")
+
+
+class Method:
+    """A pruning policy. The base keeps everything; a method overrides ``plan``, ``select`` or both.
+
+    ``layer``: decoder layer at whose input ``select`` applies, "auto" for the family's default, None if it never does.
+    ``rows``: queries that score the tokens: "text" (all after the sample's last image) or "last".
+    ``rope``: whether the scores know positions; False takes query and key before the rotary embedding.
+    ``pool_mode``: reduction of a cell of ``plan``: "mean", "max", or "distinct", a mean in which a token weighs the more,
+        the less it looks like the rest of its image (``methods.saliency``).
+    ``cuts``: the methods whose ``select`` applies, one per layer where tokens leave, in ascending order; of itself a
+        method is its only cut.
+    """
+
+    layer: int | Literal["auto"] | None = None
+    rows: Literal["text", "last"] = "text"
+    rope: bool = True
+    pool_mode: PoolMode = "mean"
+
+    @property
+    def cuts(self) -> tuple[Method, ...]:
+        return () if self.layer is None else (self,)
+
+    def with_layer(self, default: int) -> Method:
+        """This method with ``default`` in the place of ``layer="auto"``."""
+        if self.layer != "auto":
+            return self
+        resolved = copy.copy(self)
+        object.__setattr__(resolved, "layer", default)
+        return resolved
+
+    def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | FeaturePooling | None:
+        """How to pool the tokens of one image before the language model; None: not at all."""
+        return None
+
+    def select(self, layout: VisionLayout, region: Region) -> Selection | None:
+        """What to keep of one image at ``layer``; None: all that came so far.
+
+        ``layout`` is the one after pooling, at every cut (before it, where features decide the pooling). Of what an earlier
+        cut left, a later one keeps ``num_keep`` (all, if there are no more), by the order of its own ``Selection``; there a
+        negative priority means last.
+        """
+        return None
+
+    def score(self, query: Tensor, key: Tensor, view: ScoreView) -> Tensor:
+        """How much each token matters: (num_images, N) float32, higher is better. Default: attention mass.
+
+        Args:
+            query: (batch, num_heads, M, head_dim) of the scoring rows, key: (batch, num_kv_heads, keys, head_dim), of the
+                layer before the cut, rotated unless ``rope`` is False.
+            view: where the tokens are, and what each row sees. Nothing may wait for the device.
+        """
+        return ops.attention_mass(
+            query,
+            key,
+            view.candidates,
+            sample=view.sample,
+            lse=view.lse,
+            scale=view.scale,
+            visible_start=view.visible_start,
+            visible_len=view.visible_len,
+        )
+
+    def merge(self, hidden: Tensor, view: MergeView) -> Tensor:
+        """Hidden states (batch, entries, dim) at the cut before tokens leave; what is to survive of them is written in."""
+        return hidden
+
+    def observe(self, tower: nn.Module, config: Any, watch: Callable[..., None]) -> None:
+        """Ask for attention inside the vision tower, which ``FeaturePooling.decide`` finds as ``Features.observed``.
+
+        Args:
+            tower: the vision tower. config: of the whole model.
+            watch: (attention module, read): ``read(query, key, scale) -> (rows, N, ...)`` is called at every call of that
+                module; the rows are the images in prompt order.
+        """
+
+
+def prunes(method: Method) -> bool:
+    """Whether a method can drop or pool anything at all."""
+    return bool(method.cuts) or type(method).plan is not Method.plan

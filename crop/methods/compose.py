@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from torch import nn
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.methods.base import Method, PoolMode, Selection
+from crop.methods.base import FeaturePooling, Method, PoolMode, Selection
 from crop.methods.ilp import InnerLLMPruning
 
 
@@ -23,7 +25,7 @@ class Pyramid(Method):
     Raises:
         TypeError: not methods of one cut. ValueError: none, or layers that do not ascend.
     Source: PyramidDrop (arXiv 2410.17247), which halves the tokens at three layers by the attention of the last row:
-        ``Pyramid.steps((8, 16, 24), keep=0.5, rows="last", floor=0)`` without a region. That cuts can be led by a
+        ``Pyramid.steps((8, 16, 24), keep=0.5, rows="last")`` without a region. That cuts can be led by a
         region is our addition.
     """
 
@@ -35,16 +37,14 @@ class Pyramid(Method):
             if not isinstance(stage, Method) or stage.cuts != (stage,):
                 raise TypeError(f"Pyramid: stages must be methods of one cut each, got {stage!r}")
         layers = [stage.layer for stage in self.stages]
+        if "auto" in layers:
+            raise ValueError("Pyramid: stages must name their layers, got layer='auto'")
         if not layers or layers != sorted(set(layers)):
             raise ValueError(f"Pyramid: stages must have one or more layers that ascend, got {layers}")
 
     @property
     def cuts(self) -> tuple[Method, ...]:
         return self.stages
-
-    def least(self, tokens: int) -> dict[int, int]:
-        """That of every stage."""
-        return {layer: count for stage in self.stages for layer, count in stage.least(tokens).items()}
 
     @classmethod
     def steps(cls, layers: Sequence[int], keep: float = 0.5, **more: Any) -> Pyramid:
@@ -81,7 +81,7 @@ class Compose(Method):
         return self.ilp.cuts
 
     @property
-    def layer(self) -> int | None:
+    def layer(self) -> int | Literal["auto"] | None:
         return self.ilp.layer
 
     @property
@@ -96,18 +96,17 @@ class Compose(Method):
     def pool_mode(self) -> PoolMode:
         return self.plc.pool_mode
 
-    @property
-    def salience(self) -> bool:
-        return self.plc.salience
+    def with_layer(self, default: int) -> Compose:
+        """``ilp`` with ``default`` in the place of ``layer="auto"``."""
+        return replace(self, ilp=self.ilp.with_layer(default))
 
-    def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
+    def observe(self, tower: nn.Module, config: Any, watch: Callable[..., None]) -> None:
+        """As ``plc.observe``."""
+        self.plc.observe(tower, config, watch)
+
+    def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | FeaturePooling | None:
         """As ``plc.plan``."""
         return self.plc.plan(layout, region)
-
-    def least(self, tokens: int) -> dict[int, int]:
-        """That of ``ilp``, of what ``plc`` leaves."""
-        start = self.plc.least(tokens)[0]
-        return {layer: min(start, count) for layer, count in self.ilp.least(tokens).items()}
 
     def select(self, layout: VisionLayout, region: Region) -> Selection | None:
         """As ``ilp.select``."""

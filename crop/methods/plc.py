@@ -16,7 +16,6 @@ from crop.methods.base import (
     POOL_MODES,
     Method,
     PoolMode,
-    budget_alone,
     budget_of,
     check_choice,
     check_count,
@@ -132,10 +131,6 @@ class PreLLMCompression(Method):
     @property
     def pool_mode(self) -> PoolMode:
         return self.mode
-
-    def least(self, tokens: int) -> dict[int, int]:
-        """The budget, or as if all were outside the region."""
-        return {0: tokens // self.outside**2 if self.keep is None else budget_alone(self.keep, tokens)}
 
     def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
         """Cells of one image.

@@ -1,10 +1,11 @@
-"""Methods by name."""
+"""Methods by name: what the command line, lmms-eval and the benches offer."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
 
-from crop.methods.base import Method, check_choice, check_keep
+from crop.methods.base import Method, check_keep
+from crop.methods.baselines import BASELINES
 from crop.methods.compose import Compose
 from crop.methods.ilp import InnerLLMPruning
 from crop.methods.plc import PreLLMCompression
@@ -13,28 +14,50 @@ from crop.methods.plc import PreLLMCompression
 # a question about a part of the image, less so for one about all of it: with half of the way the embedded model did worse.
 POOL_SHARE = 0.75
 
+Build = Callable[[float, "int | None"], "Method | None"]
 
-def by_name(name: Literal["crop", "plc", "ilp", "none"], keep: float) -> Method | None:
+_builds: dict[str, Build] = {
+    "crop": lambda keep, _: Compose(PreLLMCompression(keep=keep**POOL_SHARE), InnerLLMPruning(keep)),
+    "plc": lambda keep, _: PreLLMCompression(keep=keep),
+    "ilp": lambda keep, _: InnerLLMPruning(keep),
+    "none": lambda keep, _: None,
+    **BASELINES,
+}
+
+
+def register_method(name: str, build: Build) -> None:
+    """Offer a method under a name, in the place of one of the same name.
+
+    Args:
+        name: for ``by_name``, ``crop ask --method``, lmms-eval's ``method=`` and the benches.
+        build: (fraction of the vision tokens that is left in the end, decoder layers of the model or None) -> Method.
+    """
+    _builds[name] = build
+
+
+def method_names() -> tuple[str, ...]:
+    """All names, those of this package first."""
+    return tuple(_builds)
+
+
+def by_name(name: str, keep: float, num_layers: int | None = None) -> Method | None:
     """Method with default settings that ends with a fraction ``keep`` of the vision tokens.
 
     Args:
-        name: "plc" pools to ``keep``; "ilp" prunes to ``keep`` at layer 2; "crop" does both: pooling to
-            ``keep ** POOL_SHARE``, then pruning to ``keep``; "none" is the unpruned model.
+        name: "plc" pools to ``keep``; "ilp" prunes to ``keep`` at the family's default layer; "crop" does both: pooling to
+            ``keep ** POOL_SHARE``, then pruning to ``keep``; "none" is the unpruned model; or a baseline's or registered
+            method's name.
         keep: fraction in (0, 1]; 1.0 keeps everything (``plan`` and ``select`` return None).
+        num_layers: of the decoder, for methods whose layers are spread over the depth ("pyramiddrop").
     Returns:
         Method, or None for "none".
     Raises:
         ValueError: unknown name, ``keep`` out of range. TypeError: ``keep`` is not a float.
     Source: own choice; the paper does not publish how it splits a budget between the stages.
     """
-    check_choice("by_name", "name", name, ("crop", "plc", "ilp", "none"))
+    if name not in _builds:
+        raise ValueError(f"by_name: name must be one of {', '.join(_builds)}, got {name!r}")
     if not isinstance(keep, float):
         raise TypeError(f"by_name: keep must be a float in (0, 1], got {keep!r}")
     check_keep("by_name", keep)
-    if name == "none":
-        return None
-    if name == "plc":
-        return PreLLMCompression(keep=keep)
-    if name == "ilp":
-        return InnerLLMPruning(keep)
-    return Compose(PreLLMCompression(keep=keep**POOL_SHARE), InnerLLMPruning(keep))
+    return _builds[name](keep, num_layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -92,34 +92,42 @@ def _grids(layouts: Sequence[VisionLayout]) -> list[tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
+class DecoderTraits:
+    """What a family's decoder does differently; read by masks, planner, cost model and localizers.
+
+    Args:
+        mask: what a token sees beside itself and what stands before it: "causal": nothing; "image": all of its image;
+            "prefix": all of its prompt. Beyond "causal" the multimodal model makes the masks, over the input.
+        deepstack_method: method of the language model, (hidden_states, vision mask, features), that adds vision features
+            of further levels after its first layers; None: there is none.
+    """
+
+    mask: Literal["causal", "image", "prefix"] = "causal"
+    deepstack_method: str | None = None
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """One family of Hugging Face vision-language models.
 
     Args:
         model_type: ``config.model_type`` of the family.
         images: the images of a prompt, in prompt order over the batch: (sample, layout) each.
-        each: arguments that have one row per image; none where only the images themselves tell how many there are.
         check: (config, image processor or None, original sizes or None, every region is whole) -> None; refuses at
             once what ``images`` could not do later. None: the family needs neither.
         tower: attribute of the multimodal model that holds the vision encoder.
         decoder: attribute of the multimodal model that holds the language model.
         videos: ``images`` places videos too; otherwise they are refused.
-        adds_again: method of the language model, (hidden_states, vision mask, features), that adds vision features of
-            further levels after its first layers; None: there is none.
-        makes_masks: the multimodal model makes the attention masks, since they say more than causal and padding.
-        two_way: with ``token_type_ids``, all tokens of a prompt see each other.
+        traits: of the decoder.
     """
 
     model_type: str
     images: Callable[[Prompt], Placed]
-    each: tuple[str, ...] = ()
     check: Callable[[Any, Any, Sequence[Size] | None, bool], None] | None = None
     tower: str = "vision_tower"
     decoder: str = "language_model"
     videos: bool = False
-    adds_again: str | None = None
-    makes_masks: bool = False
-    two_way: bool = False
+    traits: DecoderTraits = DecoderTraits()
 
     def is_vision(self, config: Any, ids: Tensor) -> Tensor:
         """Which of (batch, seq_len) token ids stand for what an image or a video shows."""
@@ -139,6 +147,29 @@ class ModelFamily:
     def language_model(self, model: nn.Module) -> nn.Module:
         """The decoder: has ``layers``, ``norm`` and ``config``."""
         return getattr(self.base(model), self.decoder)
+
+    def scoring_layers(self, config: Any) -> list[int]:
+        """Decoder layers whose attention sees the whole prompt, so that it can score for a cut behind them.
+
+        Args:
+            config: of the language model.
+        """
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        return [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+
+    def default_layer(self, config: Any) -> int:
+        """Decoder layer at whose input ``layer="auto"`` prunes: 2, or the first one that a scoring layer stands before.
+
+        Raises:
+            ValueError: no layer of this decoder can score for a later one.
+        """
+        cuts = [layer + 1 for layer in self.scoring_layers(config) if layer + 1 < config.num_hidden_layers]
+        if not cuts:
+            raise ValueError(
+                f"patch: layer must follow a layer with full attention, got a decoder of {config.num_hidden_layers} layers "
+                "without one before its last; prune before the language model (PreLLMCompression) instead"
+            )
+        return next((layer for layer in cuts if layer >= 2), cuts[-1])
 
 
 def stack_views(layouts: Sequence[VisionLayout]) -> VisionLayout:

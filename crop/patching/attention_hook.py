@@ -19,7 +19,7 @@ _naming = threading.Lock()
 
 
 @contextmanager
-def tap(
+def attention_hook(
     module: nn.Module,
     read: Callable[..., None],
     *,
@@ -28,55 +28,33 @@ def tap(
 ) -> Iterator[None]:
     """Call ``read(query, key, scale)`` at every attention call of ``module`` inside the block.
 
-    The module looks its attention function up by the name in its configuration; while its forward
-    runs, it carries a copy of the configuration that names a function of ours, which reads and then
-    calls what the model would have called. No weight is read, and no other module sees the name.
+    The module looks its attention function up by the name in its configuration; inside the block it carries a copy of the
+    configuration that names a function of ours, which reads and then calls what the model would have called. No weight is
+    read, no other module sees the name, and any number of threads may call the module at once.
 
     Args:
         module: attention module of a Hugging Face decoder layer.
         read: receives query (batch, num_heads, rows, head_dim) and key (batch, num_kv_heads, keys,
-            head_dim), rotated, and the scale of their product. An exception leaves the model as it
-            was before the call.
-        when: asked at the start of each forward of ``module``; False leaves that call alone.
+            head_dim), rotated, and the scale of their product.
+        when: asked at each attention call; False leaves that call alone.
         with_lse: asked at each attention call; True lets the attention run first, and ``read`` receives the log-sum-exp
-            that it returned as a fourth argument (``crop.lse``; None where it returns none).
+            that it returned as a fourth argument (``patching.lse``; None where it returns none).
     Source: own choice; config copy instead of a process-wide switch of the attention function.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    # The first free name: compiled code is compiled again for every new one.
-    with _naming:
-        name = next(
-            name for name in map("crop_tap_{}".format, itertools.count()) if name not in ALL_ATTENTION_FUNCTIONS
-        )
-        ALL_ATTENTION_FUNCTIONS[name] = None
-    untapped: Any = None
-
-    @torch.compiler.disable
-    def enter(module: nn.Module, args: tuple) -> None:
-        nonlocal untapped
-        leave()  # an interrupt may have come between
-        if when():
-            untapped = module.config
-            tapped = copy.copy(untapped)
-            tapped._attn_implementation_internal = name
-            module.config = tapped
-
-    @torch.compiler.disable
-    def leave(*_: Any) -> None:
-        nonlocal untapped
-        if untapped is not None:
-            module.config, untapped = untapped, None
+    original = module.config
 
     @torch.compiler.disable
     def attend(called: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        leave()
         eager = getattr(sys.modules[type(called).__module__], "eager_attention_forward", None)
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(called.config._attn_implementation, eager)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(original._attn_implementation, eager)
 
         def call(function: Callable[..., Any]) -> Any:
             return function(called, query, key, value, mask, **kwargs)
 
+        if not when():
+            return call(function)
         if not with_lse():
             read(query, key, kwargs.get("scaling"))
             return call(function)
@@ -84,20 +62,23 @@ def tap(
         read(query, key, kwargs.get("scaling"), lse)
         return out
 
-    handles = []
-    ALL_ATTENTION_FUNCTIONS[name] = attend
+    # The first free name: compiled code is compiled again for every new one.
+    with _naming:
+        name = next(
+            name for name in map("crop_attention_{}".format, itertools.count()) if name not in ALL_ATTENTION_FUNCTIONS
+        )
+        ALL_ATTENTION_FUNCTIONS[name] = attend
+    renamed = copy.copy(original)
+    renamed._attn_implementation_internal = name
+    module.config = renamed
     try:
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave, always_call=True))
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-        leave()
+        module.config = original
         del ALL_ATTENTION_FUNCTIONS[name]
 
 
-def unrotated(module: nn.Module, query: Tensor, key: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def undo_rope(module: nn.Module, query: Tensor, key: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Query and key as they were before the rotary embedding, up to rounding.
 
     The function that turned them turns them back: by the same angles with the other sign, so that halves, interleaved

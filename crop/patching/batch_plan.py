@@ -1,29 +1,37 @@
 """What one prefill will do, decided on the host before the vision tower runs.
 
-A chunk is the part of the sequences that one forward call processes. Planning it needs token ids, the padding
-mask and the regions only, so every size is known up front: the device is never asked.
+Planning needs token ids, the padding mask and the regions only, so every size is known up front: the device is never
+asked. All tensors of a plan are views into one host buffer, which goes to the device in one copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from crop.geometry.layout import VisionLayout
+from crop.geometry.layout import PATCH, VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods.base import FeaturePooling, Method, Selection
-from crop.patching.cache import left_pack
+from crop.patching.token_map import left_pack
 
 
 @dataclass(frozen=True)
 class ImagePlan:
     """One image: where its tokens are, how they are pooled, which of the pooled ones stay at which layer.
 
-    ``late``: the promise that ``plan`` stands in for, or None.
+    Args:
+        sample: its batch row.
+        layout: its tokens, input positions.
+        plan: its cells, a stand-in of the right size where features decide; None: not pooled.
+        pooled: its tokens after pooling, pooled positions.
+        selections: by decoder layer, what stays there.
+        by_features: what decides in the place of ``plan``, or None.
     """
 
     sample: int
@@ -31,7 +39,7 @@ class ImagePlan:
     plan: PoolPlan | None
     pooled: VisionLayout
     selections: dict[int, Selection]
-    late: FeaturePooling | None = None
+    by_features: FeaturePooling | None = None
 
     def tokens_at(self, layer: int) -> int:
         """How many of its tokens decoder layer ``layer`` sees."""
@@ -45,72 +53,135 @@ class PoolStep:
 
     Args:
         plan: cells over the flattened (batch * seq_len) tokens; text tokens are cells of one, padding is in none.
-        leader: (batch, num_slots) int64 source position of each slot, -1 = filler.
-        slot: (batch, seq_len) int64 slot that stands for each source position, -1 = padding or dropped.
-        filled: (num_out,) int64 flat slot of each cell, or None where the cells fill the batch exactly.
+        kept_index: (batch, pooled length) int64 input position of each pooled token, -1 = filler.
+        slot_of: (batch, seq_len) int64 pooled token that stands for each input position, -1 = padding or dropped.
+        filled: (num_out,) int64 flat pooled position of each cell, or None where the cells fill the batch exactly.
     """
 
     plan: PoolPlan
-    leader: Tensor
-    slot: Tensor
+    kept_index: Tensor
+    slot_of: Tensor
     filled: Tensor | None
 
 
 @dataclass(frozen=True)
 class PruneStep:
-    """One cut of inner-LLM pruning, for a whole batch.
+    """One cut of inner-LLM pruning, for a whole batch; positions are pooled ones.
 
     Args:
-        stays: (batch, seq_len) bool, tokens that this cut leaves alone (text, images kept whole).
-        width: slots of the longest sample afterwards.
-        dense: every sample fills all slots.
-        images: the pruned images, by their number in the chunk.
-        sample: (num_images,) int64 batch row of each pruned image.
-        vision_index: (num_images, num_candidates) int64 token positions in the chunk, -1 = filler.
-        priority: int8, weight: float32 or None, both like ``vision_index``.
-        num_keep: tokens to keep per image.
+        method: scores and merges.
+        stays: (batch, pooled length) bool, tokens that this cut leaves alone (text, images kept whole).
+        width: entries of the longest sample afterwards.
+        full: every sample fills all of them.
+        images: the pruned images, by their number in the batch; owners: the batch row of each.
+        sample: (num_images,) int64, ``owners``.
+        candidates: (num_images, num_candidates) int64 positions of the tokens, -1 = filler.
+        priority: int8, weight: float32 or None, both like ``candidates``.
+        num_keep, num_candidates: tokens to keep per image, and those to choose from.
+        by_features: (priority, weight or None) of the original tokens of each pruned image whose pooling features decide.
         rows: (batch, num_rows) int64 scoring rows, -1 = filler; None where no scores are needed.
-        rope: whether the scores know positions. raters: whether only rows that look at the image count.
-        recycle: per image, tokens kept, kept as they are, and both kept and recycled; None: nothing is recycled.
         first: (batch,) int64 first real token of each sample; None where padding stands between real tokens.
     """
 
+    method: Method
     stays: Tensor
     width: int
-    dense: bool
+    full: bool
     images: list[int]
+    owners: list[int]
     sample: Tensor
-    vision_index: Tensor
+    candidates: Tensor
     priority: Tensor
     weight: Tensor | None
     num_keep: list[int]
+    num_candidates: list[int]
+    by_features: dict[int, tuple[Tensor, Tensor | None]]
     rows: Tensor | None
-    rope: bool
-    raters: bool
-    recycle: list[tuple[int, int, int]] | None
     first: Tensor | None
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Everything one prefill does. ``steps``: by decoder layer, the cuts at which a token leaves, ascending.
+    """Everything one prefill does.
 
-    ``real`` (batch, seq_len) bool marks what is no padding, before pooling. ``text``: positions of the text after each
-    sample's last image, where a late plan asks for it.
+    Args:
+        images: all images, in prompt order.
+        valid: (batch, seq_len) bool marks what is no padding, before pooling.
+        pool: the pooling, None: there is none.
+        prunes: by decoder layer, the cuts at which a token leaves, ascending.
+        positions: per image, (N,) int64 pooled positions of its pooled tokens.
+        text: per sample, (M,) int64 input positions of the text after its last image; None where no feature decides.
     """
 
     images: list[ImagePlan]
-    real: Tensor
+    valid: Tensor
     pool: PoolStep | None
-    steps: dict[int, PruneStep]
+    prunes: dict[int, PruneStep]
+    positions: list[Tensor]
     text: list[Tensor] | None = None
+
+    @property
+    def prunes_nothing(self) -> bool:
+        """Whether every token stays."""
+        return self.pool is None and not self.prunes
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.valid.device
+
+    def packed(self) -> BatchPlan:
+        """The same plan with all tensors as views into one buffer."""
+        tensors: list[Tensor] = []
+        _map_tensors(self, lambda tensor: tensors.append(tensor) or tensor)
+        starts, size = [], 0
+        for tensor in tensors:
+            starts.append(size)
+            size += -(-tensor.numel() * tensor.element_size() // 16) * 16  # views need aligned starts
+        buffer, found = torch.empty(size, dtype=torch.uint8), iter(starts)
+
+        def place(tensor: Tensor) -> Tensor:
+            view = _view(buffer, next(found), tensor)
+            view.copy_(tensor)
+            return view
+
+        return _map_tensors(self, place)
+
+    def to(self, device: torch.device) -> BatchPlan:
+        """A packed plan on ``device``, by one copy of its buffer."""
+        if device == self.device:
+            return self
+        storage = self.valid.untyped_storage()
+        buffer = torch.empty(0, dtype=torch.uint8).set_(storage).to(device, non_blocking=True)
+        return _map_tensors(self, lambda tensor: _view(buffer, tensor.storage_offset() * tensor.element_size(), tensor))
+
+
+def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
+    return buffer[start : start + like.numel() * like.element_size()].view(like.dtype).view(like.shape)
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same plan with every tensor changed, in a fixed order; what describes single images stays on the host."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, PoolPlan):
+        arrays = (change(getattr(value, name)) for name in ("members", "offsets", "leader", "level"))
+        return PoolPlan(*arrays, value.num_tokens, check=False)
+    if isinstance(value, dict):
+        return {key: _map_tensors(entry, change) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+        return type(value)(_map_tensors(entry, change) for entry in value)
+    if is_dataclass(value) and not isinstance(value, Method):
+        names = [field.name for field in fields(value)]
+        return replace(value, **{name: _map_tensors(getattr(value, name), change) for name in names})
+    return value
 
 
 def plan_batch(
     method: Method,
     images: Sequence[tuple[int, VisionLayout]],
     regions: Sequence[Region],
-    real: Tensor,
+    valid: Tensor,
 ) -> BatchPlan:
     """Turn regions into pooling cells and candidate lists.
 
@@ -118,84 +189,86 @@ def plan_batch(
         method: the pruning policy.
         images: (sample, layout) per image in prompt order.
         regions: one per image.
-        real: (batch, seq_len) bool, False for padding.
+        valid: (batch, seq_len) bool, False for padding.
     """
     made = [
         _checked_plan(method.plan(layout, region), layout) for (_, layout), region in zip(images, regions, strict=True)
     ]
-    late = [plan if isinstance(plan, FeaturePooling) else None for plan in made]
-    pool_plans = [plan if promise is None else promise.stand_in() for plan, promise in zip(made, late, strict=True)]
-    pool = None
-    slots = real
-    pooled = [layout for _, layout in images]
-    if any(plan is not None for plan in pool_plans):
-        pool = _pool_step(images, pool_plans, real)
-        slots = pool.leader >= 0
+    by_features = [plan if isinstance(plan, FeaturePooling) else None for plan in made]
+    plans = [plan if later is None else _stand_in(later) for plan, later in zip(made, by_features, strict=True)]
+    pool, filled, pooled = None, valid, [layout for _, layout in images]
+    if any(plan is not None for plan in plans):
+        pool = _pool_step(images, plans, valid)
+        filled = pool.kept_index >= 0
         pooled = [
             layout.pool(plan or PoolPlan.identity(len(layout)), _leader_slots(pool, sample, layout, plan))
-            for (sample, layout), plan in zip(images, pool_plans, strict=True)
+            for (sample, layout), plan in zip(images, plans, strict=True)
         ]
-        # The kind of a stand-in's tokens says nothing about those that will take their slots.
-        pooled = [
-            after if promise is None else replace(after, kind=torch.zeros_like(after.kind))
-            for after, promise in zip(pooled, late, strict=True)
-        ]
-    plans = [
-        ImagePlan(sample, layout, plan, after, _selections(method, after, region), promise)
-        for (sample, layout), plan, after, region, promise in zip(
-            images, pool_plans, pooled, regions, late, strict=True
-        )
-    ]
-    text = None
-    if any(promise is not None for promise in late):
-        if method.cuts and not all(region.is_whole for region in regions):
-            raise ValueError(
-                "patch: region must be the whole image where a cut follows a FeaturePooling, whose tokens have no known place "
-                "beforehand, got boxes"
-            )
-        text = _text_after([image.layout for image in plans], [image.sample for image in plans], real)
-    steps = {cut.layer: _select_step(cut, plans, slots) for cut in method.cuts}
-    return BatchPlan(plans, real, pool, {layer: step for layer, step in steps.items() if step is not None}, text)
+    found = []
+    for (sample, layout), plan, after, region, later in zip(images, plans, pooled, regions, by_features, strict=True):
+        if later is not None:  # the kind of a stand-in's tokens says nothing about those that will take their places
+            after = replace(after, kind=torch.full_like(after.kind, PATCH))
+        selections = _selections(method, layout if later else after, region, len(after))
+        found.append(ImagePlan(sample, layout, plan, after, selections, later))
+    text = _text_after(found, valid) if any(later is not None for later in by_features) else None
+    steps = {cut.layer: _prune_step(cut, found, filled) for cut in method.cuts}
+    prunes = {layer: step for layer, step in steps.items() if step is not None}
+    return BatchPlan(found, valid, pool, prunes, [image.pooled.position for image in found], text).packed()
 
 
-def _selections(method: Method, layout: VisionLayout, region: Region) -> dict[int, Selection]:
-    """What each cut keeps of one image; only those cuts at which a token leaves."""
+def _stand_in(later: FeaturePooling) -> PoolPlan:
+    """A plan of the promised size: the first tokens."""
+    first = torch.arange(later.num_out, dtype=torch.int32)
+    edges = torch.arange(later.num_out + 1, dtype=torch.int32)
+    level = torch.zeros(later.num_out, dtype=torch.uint8)
+    return PoolPlan(first, edges, first, level, later.num_tokens, check=False)
+
+
+def _selections(method: Method, layout: VisionLayout, region: Region, count: int) -> dict[int, Selection]:
+    """What each cut keeps of one image of ``count`` pooled tokens; only those cuts at which a token leaves.
+
+    Where features decide the pooling, ``layout`` is the one before it, and every token must stay a candidate.
+    """
     found: dict[int, Selection] = {}
     for cut in method.cuts:
         selection = _checked_selection(cut.select(layout, region), layout)
-        left = [earlier.num_keep for earlier in found.values()][-1:]
-        if selection is not None and (not left or selection.num_keep < left[0]):
+        if selection is not None and count < len(layout):
+            if not selection.needs_scores:
+                raise ValueError(
+                    "patch: a cut behind pooling by features must go by scores, got a Selection without (mode='strict'), "
+                    "whose number of tokens nobody knows beforehand; use mode='budget'"
+                )
+            selection = replace(selection, priority=selection.priority - selection.priority.min().clamp(max=0))
+        left = [count, *(earlier.num_keep for earlier in found.values())][-1]
+        if selection is not None and (selection.num_keep < left or (count == len(layout) and not found)):
             # What an earlier cut left is known on the device only, so that priorities alone may not decide.
-            found[cut.layer] = replace(selection, needs_scores=selection.needs_scores or bool(left))
+            found[cut.layer] = replace(selection, needs_scores=selection.needs_scores or bool(found))
     return found
 
 
-def _text_after(layouts: Sequence[VisionLayout], samples: Sequence[int], real: Tensor) -> list[Tensor]:
+def _text_after(images: Sequence[ImagePlan], valid: Tensor) -> list[Tensor]:
     """(M,) int64 positions of the text after the last image, per sample."""
-    begin = [0] * len(real)
-    for sample, layout in zip(samples, layouts, strict=True):
-        begin[sample] = int(layout.position[-1]) + 1
-    return [torch.nonzero(row[first:]).flatten() + first for row, first in zip(real, begin, strict=True)]
+    begin = [0] * len(valid)
+    for image in images:
+        begin[image.sample] = int(image.layout.position[-1]) + 1
+    return [torch.nonzero(row[first:]).flatten() + first for row, first in zip(valid, begin, strict=True)]
 
 
-def _checked_plan(plan: PoolPlan | FeaturePooling | None, layout: VisionLayout) -> PoolPlan | FeaturePooling | None:
-    if plan is not None and not isinstance(plan, (PoolPlan, FeaturePooling)):
+def _checked_plan(plan: Any, layout: VisionLayout) -> PoolPlan | FeaturePooling | None:
+    if plan is None:
+        return None
+    if not isinstance(plan, (PoolPlan, FeaturePooling)):
         raise TypeError(
             f"patch: plan() of a method must return a PoolPlan, a FeaturePooling or None, got {type(plan).__name__}"
         )
-    if isinstance(plan, FeaturePooling):
-        if not 1 <= plan.num_out <= len(layout):
-            raise ValueError(f"patch: num_out of a FeaturePooling must be in [1, {len(layout)}], got {plan.num_out}")
-        if int(layout.position[-1] - layout.position[0]) != len(layout) - 1:
-            raise ValueError(
-                "patch: a FeaturePooling needs an image whose tokens follow each other, got text among them"
-            )
-    if plan is not None and plan.num_tokens != len(layout):
+    if isinstance(plan, FeaturePooling) and not 1 <= plan.num_out <= len(layout):
+        raise ValueError(f"patch: num_out of a FeaturePooling must be in [1, {len(layout)}], got {plan.num_out}")
+    if plan.num_tokens != len(layout):
         raise ValueError(f"patch: plan() must cover the image's {len(layout)} tokens, got {plan.num_tokens}")
     return plan
 
 
-def _checked_selection(selection: Selection | None, layout: VisionLayout) -> Selection | None:
+def _checked_selection(selection: Any, layout: VisionLayout) -> Selection | None:
     if selection is None:
         return None
     if not isinstance(selection, Selection):
@@ -215,13 +288,13 @@ def _checked_selection(selection: Selection | None, layout: VisionLayout) -> Sel
 
 def _leader_slots(pool: PoolStep, sample: int, layout: VisionLayout, plan: PoolPlan | None) -> Tensor:
     leaders = layout.position if plan is None else layout.position[plan.leader.long()]
-    return pool.slot[sample, leaders]
+    return pool.slot_of[sample, leaders]
 
 
-def _pool_step(images: Sequence[tuple[int, VisionLayout]], plans: Sequence[PoolPlan | None], real: Tensor) -> PoolStep:
-    batch, seq_len = real.shape
+def _pool_step(images: Sequence[tuple[int, VisionLayout]], plans: Sequence[PoolPlan | None], valid: Tensor) -> PoolStep:
+    batch, seq_len = valid.shape
     # Every token is labelled with the flat position of the token that leads its cell; equal labels are one cell.
-    label = torch.arange(batch * seq_len).view(batch, seq_len).masked_fill(~real, -1)
+    label = torch.arange(batch * seq_len).view(batch, seq_len).masked_fill(~valid, -1)
     for (sample, layout), plan in zip(images, plans, strict=True):
         if plan is None:
             continue
@@ -243,27 +316,26 @@ def _pool_step(images: Sequence[tuple[int, VisionLayout]], plans: Sequence[PoolP
     is_leader[leaders] = True
     is_leader = is_leader.view(batch, seq_len)
     width = int(is_leader.sum(1).max())
-    leader_index, leader_slot = left_pack(is_leader, width)
-    slot = torch.full((batch * seq_len,), -1, dtype=torch.int64)
-    slot[members] = leader_slot.flatten()[leaders][cell]
+    kept_index, leader_slot = left_pack(is_leader, width)
+    slot_of = torch.full((batch * seq_len,), -1, dtype=torch.int64)
+    slot_of[members] = leader_slot.flatten()[leaders][cell]
     filled = None
     if len(leaders) != batch * width:
-        filled = torch.nonzero(leader_index.flatten() >= 0).flatten()
-    return PoolStep(plan, leader_index, slot.view(batch, seq_len), filled)
+        filled = torch.nonzero(kept_index.flatten() >= 0).flatten()
+    return PoolStep(plan, kept_index, slot_of.view(batch, seq_len), filled)
 
 
-def _select_step(cut: Method, images: Sequence[ImagePlan], slots: Tensor) -> PruneStep | None:
+def _prune_step(cut: Method, images: Sequence[ImagePlan], filled: Tensor) -> PruneStep | None:
     layer = cut.layer
     pruned = [number for number, image in enumerate(images) if layer in image.selections]
     if not pruned:
         return None
-    stays = slots.clone()
-    kept = slots.sum(1)
-    after = _ends(images, slots)
+    stays, kept, after = filled.clone(), filled.sum(1), [0] * len(filled)
     for image in images:
         kept[image.sample] += image.tokens_at(layer) - len(image.pooled)
+        after[image.sample] = max(after[image.sample], int(image.pooled.position[-1]) + 1)
     for image in (images[number] for number in pruned):
-        if not slots[image.sample, after[image.sample] :].any():
+        if not filled[image.sample, after[image.sample] :].any():
             # Nothing would ask, and the token that predicts the answer could itself be dropped.
             raise ValueError(
                 f"patch: text must follow the last image of a prompt to prune inside the decoder, "
@@ -272,47 +344,37 @@ def _select_step(cut: Method, images: Sequence[ImagePlan], slots: Tensor) -> Pru
         stays[image.sample, image.pooled.position] = False
     width = int(kept.max())
     chosen = [(images[number], images[number].selections[layer]) for number in pruned]
+    by_features = {
+        row: (one.priority, one.weight) for row, (image, one) in enumerate(chosen) if image.by_features is not None
+    }
+    chosen = [  # which of its tokens are left is decided later
+        (image, one if image.by_features is None else _first_of(one, len(image.pooled))) for image, one in chosen
+    ]
     weight = None
-    if any(selection.weight is not None for _, selection in chosen):
-        weight = _stack(
-            [torch.ones(len(image.pooled)) if one.weight is None else one.weight for image, one in chosen], 1.0
-        )
+    if any(one.weight is not None for _, one in chosen):
+        weight = _stack([torch.ones(len(one.priority)) if one.weight is None else one.weight for _, one in chosen], 1.0)
     return PruneStep(
+        method=cut,
         stays=stays,
         width=width,
-        dense=bool((kept == width).all()),
+        full=bool((kept == width).all()),
         images=pruned,
+        owners=[image.sample for image, _ in chosen],
         sample=torch.tensor([image.sample for image, _ in chosen]),
-        vision_index=_stack([image.pooled.position for image, _ in chosen], -1),
-        priority=_stack([selection.priority for _, selection in chosen], -1),
+        candidates=_stack([image.pooled.position for image, _ in chosen], -1),
+        priority=_stack([one.priority for _, one in chosen], -1),
         weight=weight,
-        num_keep=[selection.num_keep for _, selection in chosen],
-        rows=_scoring_rows(cut.rows, after, slots) if any(one.needs_scores for _, one in chosen) else None,
-        rope=cut.rope,
-        raters=cut.rows == "raters",
-        recycle=_recycle(cut, [selection for _, selection in chosen], first=layer == min(images[pruned[0]].selections)),
-        first=_first_if_contiguous(slots),
+        num_keep=[one.num_keep for _, one in chosen],
+        num_candidates=[int((one.priority >= 0).sum()) for _, one in chosen],
+        by_features=by_features,
+        rows=_scoring_rows(cut.rows, after, filled) if any(one.needs_scores for _, one in chosen) else None,
+        first=_first_if_contiguous(filled),
     )
 
 
-def _recycle(cut: Method, selections: Sequence[Selection], first: bool) -> list[tuple[int, int, int]] | None:
-    counts = []
-    for selection in selections:
-        candidates = int((selection.priority >= 0).sum())
-        seeds, taken = cut.recycle(selection.num_keep, candidates)
-        if not (0 <= seeds <= selection.num_keep and 0 <= taken <= candidates - selection.num_keep):
-            raise ValueError(
-                f"patch: recycle() of a method must return at most {selection.num_keep} seeds and "
-                f"{candidates - selection.num_keep} recycled tokens, got {seeds} and {taken}"
-            )
-        counts.append((selection.num_keep, selection.num_keep - seeds, selection.num_keep + (taken if seeds else 0)))
-    if all(kept == reach for kept, _, reach in counts):
-        return None
-    if not first:
-        raise ValueError(
-            "patch: tokens can be recycled at the first cut only, got a method that does so at a later one"
-        )
-    return counts
+def _first_of(selection: Selection, count: int) -> Selection:
+    weight = None if selection.weight is None else selection.weight[:count]
+    return replace(selection, priority=selection.priority[:count], weight=weight)
 
 
 def _first_if_contiguous(real: Tensor) -> Tensor | None:
@@ -325,15 +387,7 @@ def _stack(rows: Sequence[Tensor], fill: float) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill)
 
 
-def _ends(images: Sequence[ImagePlan], slots: Tensor) -> list[int]:
-    """Position after the last image of every sample."""
-    after = [0] * slots.shape[0]
-    for image in images:
-        after[image.sample] = max(after[image.sample], int(image.pooled.position[-1]) + 1)
-    return after
-
-
-def _scoring_rows(kind: str, after: Sequence[int], slots: Tensor) -> Tensor:
+def _scoring_rows(kind: str, after: Sequence[int], filled: Tensor) -> Tensor:
     """Rows whose attention decides: the text after a sample's last image, or its last token alone."""
-    rows = [torch.nonzero(row[begin:]).flatten() + begin for row, begin in zip(slots, after, strict=True)]
+    rows = [torch.nonzero(row[begin:]).flatten() + begin for row, begin in zip(filled, after, strict=True)]
     return _stack([row[-1:] if kind == "last" else row for row in rows], -1)

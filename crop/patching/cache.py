@@ -1,111 +1,43 @@
-"""Which tokens a key-value cache still holds after pruning.
+"""What a key-value cache still holds after pruning.
 
-A pruned sequence has one thinning before the decoder and one per cut inside it, each a :class:`TokenMap` map:
-``pooled`` takes logical positions (what the caller counts) to the slots of the layers below the first cut,
-``cuts[layer]`` takes those slots to the slots of the layers from ``layer`` on. They live on the cache object, so they
-survive ``copy.deepcopy`` and a later patch of the same conversation finds them.
+The maps (``token_map``) live on the cache object, so they survive ``copy.deepcopy``, and a later block on the same
+conversation finds them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from crop import ops
-
-if TYPE_CHECKING:
-    from crop.patching.readmit import Memory
+from crop.patching.token_map import TokenMap
 
 _STATE = "_crop_state"
 
 
-def left_pack(keep: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Index that moves the kept tokens of every sample, in order, to the right end of ``length`` slots.
-
-    Fillers always stand at the left, whatever the padding side of the input was, so the real tokens of a sample
-    are contiguous and causal order is slot order. No host sync.
-
-    Args:
-        keep: (batch, seq_len) bool, at most ``length`` True per row.
-        length: number of slots.
-    Returns:
-        index (batch, length) int64, source position of each slot, -1 = filler;
-        slot (batch, seq_len) int64, slot of each source position, -1 = dropped.
-    """
-    batch, seq_len = keep.shape
-    rank = keep.cumsum(1)
-    slot = torch.where(keep, rank - 1 + length - rank[:, -1:], -1) if seq_len else rank
-    index = torch.full((batch, length + 1), -1, dtype=torch.int64, device=keep.device)
-    source = torch.arange(seq_len, device=keep.device).expand(batch, -1)
-    index.scatter_(1, torch.where(keep, slot, length), source)
-    return index[:, :length], slot
-
-
-@dataclass(frozen=True)
-class TokenMap:
-    """Source position of every slot: (batch, num_slots) int64, -1 = filler; later positions follow one to one.
-
-    Args:
-        index: source positions, ascending where >= 0.
-        covers: number of source positions that ``index`` accounts for.
-        dense: no filler in ``index``, known on the host.
-    """
-
-    index: Tensor
-    covers: int
-    dense: bool
-
-    @property
-    def dropped(self) -> int:
-        """Source positions without a slot of their own."""
-        return self.covers - self.index.shape[1]
-
-    def columns(self, total: int) -> Tensor:
-        """Source position of every slot once ``total`` source positions were seen: (batch, total - dropped)."""
-        new = torch.arange(self.covers, total, device=self.index.device)
-        return torch.cat([self.index, new.expand(self.index.shape[0], -1)], dim=1)
-
-    @staticmethod
-    def extended(old: TokenMap | None, past: int, index: Tensor, added: int, dense: bool) -> TokenMap:
-        """Append a pruned chunk: ``index`` (batch, n) into the chunk's ``added`` source positions, -1 = filler."""
-        shifted = torch.where(index >= 0, index + past, -1)
-        if past == 0:
-            return TokenMap(shifted, added, dense)
-        old = old or TokenMap(shifted[:, :0], 0, True)
-        merged = torch.cat([old.columns(past), shifted], dim=1)
-        return TokenMap(merged, past + added, old.dense and dense)
-
-    def after(self, first: TokenMap | None) -> TokenMap:
-        """This thinning applied to the slots of another one: from the source of ``first`` at once."""
-        if first is None:
-            return self
-        source = first.columns(self.covers + first.dropped)
-        index = torch.where(self.index >= 0, source.gather(1, self.index.clamp(min=0)), -1)
-        return TokenMap(index, source.shape[1] + first.dropped, self.dense)
-
-
 @dataclass(frozen=True)
 class CacheState:
-    """Thinnings of one cache; ``cuts`` by the first decoder layer that they hold for.
+    """What was pruned in one cache.
 
-    ``moved``: (batch,) int64, by first decoder layer, how far renumbered position ids lie below the caller's.
-    ``whole_masks``: masks are to be made for all of the caller's tokens, whatever the layers hold.
-    ``memory``: what later questions need to cut anew, where that is wanted.
+    Args:
+        pooled: input to pooled coordinates, None: nothing was pooled.
+        cuts: by first decoder layer, pooled coordinates to those of that layer and the following ones.
+        shifts: by first decoder layer, (batch,) int64 how far renumbered position ids lie below the caller's.
+        whole_masks: masks are to be made for all of the caller's tokens, whatever the layers hold.
     """
 
     pooled: TokenMap | None = None
     cuts: dict[int, TokenMap] = field(default_factory=dict)
-    moved: dict[int, Tensor] = field(default_factory=dict)
+    shifts: dict[int, Tensor] = field(default_factory=dict)
     whole_masks: bool = False
-    memory: Memory | None = None
 
     @staticmethod
     def at(table: dict[int, Any], layer: int) -> Any:
-        """The entry of ``cuts`` or ``moved`` that holds for a decoder layer, None before the first cut."""
+        """The entry of ``cuts`` or ``shifts`` that holds for a decoder layer, None before the first cut."""
         return table.get(max((first for first in table if 0 < first <= layer), default=-1))
 
 
@@ -149,36 +81,39 @@ class _PrunedCache:
 
 
 def _take_samples(cache: Any, take: Callable[[Tensor], Tensor]) -> None:
-    def taken(slots: TokenMap | None) -> TokenMap | None:
-        return None if slots is None else replace(slots, index=take(slots.index))
+    def taken(tokens: TokenMap | None) -> TokenMap | None:
+        return None if tokens is None else replace(tokens, index=take(tokens.index))
 
     state = cache_state(cache)
-    cuts = {layer: taken(slots) for layer, slots in state.cuts.items()}
-    moved = {layer: take(by) for layer, by in state.moved.items()}
-    memory = None if state.memory is None else state.memory.take_samples(take)
-    setattr(cache, _STATE, replace(state, pooled=taken(state.pooled), cuts=cuts, moved=moved, memory=memory))
+    cuts = {layer: taken(tokens) for layer, tokens in state.cuts.items()}
+    shifts = {layer: take(by) for layer, by in state.shifts.items()}
+    setattr(cache, _STATE, replace(state, pooled=taken(state.pooled), cuts=cuts, shifts=shifts))
 
 
 _pruned_classes: dict[type, type] = {}
 
 
 def cache_state(cache: Any) -> CacheState:
-    """The thinnings of a cache; empty for none or an untouched one."""
+    """What was pruned in a cache; empty for none or an untouched one."""
     return getattr(cache, _STATE, None) or CacheState()
 
 
-def is_pruned(cache: Any) -> bool:
-    """Whether calls on a cache must follow what was done to it."""
-    state = getattr(cache, _STATE, None)
-    return state is not None and bool(state.pooled or state.cuts or state.moved)
+def store_state(cache: Any, **changes: Any) -> None:
+    """Update what is known of a cache, which is from now on a pruned variant of its class."""
+    setattr(cache, _STATE, replace(cache_state(cache), **changes))
+    kind = type(cache)
+    if not issubclass(kind, _PrunedCache):
+        if kind not in _pruned_classes:
+            _pruned_classes[kind] = type(f"Pruned{kind.__name__}", (_PrunedCache, kind), {})
+        cache.__class__ = _pruned_classes[kind]
 
 
 def make_uniform(cache: Any, take: list[Tensor | None], past: int) -> None:
-    """Leave in every layer the slots that the last layer holds, moved to the front.
+    """Leave in every layer the entries that the last layer holds, moved to the front.
 
     Args:
-        take: per layer (batch, width) int64 slots of the last chunk to keep, -1 = filler; None: all of them.
-        past: slots before that chunk, which stay.
+        take: per layer (batch, width) int64 entries of the last call to keep, -1 = filler; None: all of them.
+        past: entries before that call, which stay.
     """
     for layer, index in zip(cache.layers, take, strict=True):
         if index is None:
@@ -194,13 +129,3 @@ def make_uniform(cache: Any, take: list[Tensor | None], past: int) -> None:
             layer.cumulative_length.fill_(length)
         else:
             layer.keys, layer.values = keys, values
-
-
-def store_state(cache: Any, **changes: Any) -> None:
-    """Update what is known of a cache, which is from now on a pruned variant of its class."""
-    setattr(cache, _STATE, replace(cache_state(cache), **changes))
-    kind = type(cache)
-    if not issubclass(kind, _PrunedCache):
-        if kind not in _pruned_classes:
-            _pruned_classes[kind] = type(f"Pruned{kind.__name__}", (_PrunedCache, kind), {})
-        cache.__class__ = _pruned_classes[kind]

@@ -1,12 +1,10 @@
-"""What the doors of one block share."""
+"""What the hooks of one block share."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -14,48 +12,52 @@ import torch
 from torch import nn
 
 from crop.patching.planner import Planner
-from crop.patching.salience import VisionSalience
-from crop.patching.state import Run
+from crop.patching.state import CALL, GENERATION, ForwardState, GenerationState, VisionRun
 from crop.patching.stats import PruneStats
 
 
-@dataclass
-class Block:
-    """One ``with`` block.
+class PatchContext:
+    """One ``patch`` block: what was asked for, what callers get to see, and the call that runs now."""
 
-    Args:
-        planner: what was asked for. stats: what callers get to see.
-        salience: reads the vision tower where the method wants that.
-        run: the call that runs now, None between calls.
-        vision_span: marks at the vision tower's last begin and end.
-    """
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        self.stats = PruneStats(lambda: None if self.call is None else self.call.stats)
 
-    planner: Planner
-    stats: PruneStats
-    salience: VisionSalience | None
-    run: Run | None = None
-    vision_span: list[Any] = field(default_factory=list)
+    @property
+    def call(self) -> ForwardState | None:
+        """The innermost call of this thread and task, None: it is of another model, or there is none."""
+        call = CALL.get()
+        return call if call is not None and call.owner is self else None
 
-    @staticmethod
-    def of(planner: Planner) -> Block:
-        """A new one.
+    @property
+    def generation(self) -> GenerationState | None:
+        """The innermost ``generate()``, likewise."""
+        generation = GENERATION.get()
+        return generation if generation is not None and generation.owner is self else None
 
-        Raises:
-            ValueError: the method reads the vision tower's attention and the tower is of another kind.
-        """
-        salience = None
-        if planner.method.salience:
-            tower = planner.adapter.vision_tower(planner.adapter.base(planner.model))
-            salience = VisionSalience(tower, planner.model.config)
-        return Block(planner, PruneStats(), salience)
+    @property
+    def vision(self) -> VisionRun | None:
+        """Where what the vision tower does now is noted; None: it runs for somebody else."""
+        call, generation = self.call, self.generation
+        return call.vision if call is not None else generation.vision if generation is not None else None
+
+    def begin(self, call: ForwardState) -> ForwardState:
+        """``call`` begins, inside the one that runs now."""
+        call.outer = CALL.get()
+        CALL.set(call)
+        return call
+
+    def end(self) -> None:
+        """The call that runs now ends."""
+        CALL.set(self.call.outer)
 
 
-class Door:
-    """Hooks that work on a block; the names that all of them need."""
+class ModelHook:
+    """Hooks of one place of the model; the names that all of them need."""
 
-    def __init__(self, block: Block) -> None:
-        self.block, self.planner, self.stats = block, block.planner, block.stats
-        self.adapter, self.method, self.model = self.planner.adapter, self.planner.method, self.planner.model
+    def __init__(self, context: PatchContext) -> None:
+        self.context, self.planner = context, context.planner
+        self.family, self.method, self.model = self.planner.family, self.planner.method, self.planner.model
         self.language_model = self.planner.language_model
 
     @cached_property
@@ -63,11 +65,9 @@ class Door:
         """Of the decoder."""
         return list(self.language_model.layers)
 
-    @property
-    def run(self) -> Run | None:
-        """The call that runs now in this thread; one that was there before the door is none."""
-        run = self.block.run
-        return run if run is not None and run.thread is threading.current_thread() else None
+    def install(self, undo: ExitStack) -> None:
+        """Register the hooks, and their removal with ``undo``."""
+        raise NotImplementedError
 
 
 def hook(undo: ExitStack, register: Callable[..., Any], method: MethodType, *first: Any, **options: Any) -> None:
@@ -84,6 +84,20 @@ def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function)
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module's first parameter is."""
-    return next(module.parameters()).device
+def replace_method(owner: Any, name: str, around: Callable[..., Any], undo: ExitStack) -> None:
+    """Let ``around(original, *args, **kwargs)`` stand for a method of one object, which may lack it, until ``undo``."""
+    own = vars(owner)  # past a module's own way of setting attributes, which is slow and for parameters
+    had, original = name in own, getattr(owner, name, None)
+
+    @wraps(original or around)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    def restore() -> None:
+        if had:
+            own[name] = original
+        else:
+            del own[name]
+
+    own[name] = replacement
+    undo.callback(restore)

@@ -1,62 +1,95 @@
 """Pooling that needs features: the count is known on the host, the members on the device.
 
-A method whose ``plan`` returns a ``FeaturePooling`` says beforehand how many tokens it leaves; which ones it decides when the
-projected features are there. The batch is planned with a stand-in of that many tokens, so shapes, masks and the cache
-are settled without looking at the device, and ``settle`` writes the decision into it.
+The batch is planned with a stand-in of the promised number of tokens per image, so that shapes, masks and the cache are
+settled without looking at the device; ``settle`` writes the decisions in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from crop.geometry.pooling import PoolPlan
+from crop.methods.base import Assignment, Features
+from crop.patching.batch_plan import BatchPlan, PoolStep, PruneStep
+from crop.patching.token_map import left_pack
 
-if TYPE_CHECKING:
-    from crop.patching.batch_plan import ImagePlan, PoolStep
-from crop.methods.base import Features
 
-
-def settle(
-    pool: PoolStep, images: Sequence[ImagePlan], after: Sequence[Tensor], embeds: Tensor, salience: Tensor | None
-) -> PoolStep:
-    """Write the decisions of late plans into a batch that was planned with their stand-ins.
+def settle(plan: BatchPlan, embeds: Tensor, observed: list[Tensor] | None) -> tuple[BatchPlan, dict[int, Assignment]]:
+    """Let features decide, and put the decisions in the place of their stand-ins; nothing is read back.
 
     Args:
-        pool: planned on the host.
-        images: all images of the chunk, in prompt order.
-        after: per sample, (M,) int64 positions of the text after its last image.
+        plan: on the device of ``embeds``.
         embeds: (batch, seq_len, dim) input of the language model.
-        salience: (num_images, N) float32, or None.
+        observed: per image, what the method observes in the vision tower; None: nothing.
     Returns:
-        PoolStep on the device of ``embeds``; nothing was read back.
+        The plan as decided; the decision for each image, by number.
+    Raises:
+        TypeError: a method returned something else than an Assignment.
     """
-    device, seq_len = embeds.device, embeds.shape[1]
-    cell = pool.plan.inverse.to(device, torch.int64)
-    leader, slot = pool.leader.to(device, copy=True), pool.slot.to(device, copy=True)
-    flat_leader = pool.plan.leader.to(device, torch.int64)
-    for number, image in enumerate(images):
-        if image.late is None:
+    pool, (batch, seq_len), device = plan.pool, embeds.shape[:2], embeds.device
+    inverse, leader = pool.plan.inverse.long(), pool.plan.leader.long()
+    leader_of = torch.where(inverse >= 0, leader[inverse.clamp(min=0)], -1)  # flat position, of every flat position
+    decisions: dict[int, Assignment] = {}
+    place: dict[int, Tensor] = {}
+    for number, image in enumerate(plan.images):
+        if image.by_features is None:
             continue
-        place = image.layout.position
-        first = image.sample * seq_len + int(place[0])
-        first_cell, first_slot = int(pool.plan.inverse[first]), int(pool.slot[image.sample, place[0]])
-        place = place.to(device)
-        found = image.late.decide(
-            Features(
-                embeds[image.sample, place],
-                embeds[image.sample, after[image.sample].to(device)],
-                None if salience is None else salience[number],
+        where = place[number] = image.layout.position.to(device, non_blocking=True) + image.sample * seq_len
+        tokens, text = embeds.flatten(0, 1)[where], embeds[image.sample, plan.text[image.sample]]
+        found = image.by_features.decide(Features(tokens, text, None if observed is None else observed[number]))
+        if not isinstance(found, Assignment) or len(found.leader) != image.by_features.num_out:
+            got = f"{len(found.leader)} cells" if isinstance(found, Assignment) else type(found).__name__
+            raise TypeError(
+                f"patch: decide() of a FeaturePooling must return an Assignment of {image.by_features.num_out} cells, got {got}"
             )
-        )
-        image.late.decided[:] = [found]
-        dropped = found.cell < 0
-        cell[image.sample * seq_len + place] = torch.where(dropped, -1, found.cell + first_cell)
-        slot[image.sample, place] = torch.where(dropped, -1, found.cell + first_slot)
-        leader[image.sample, first_slot : first_slot + image.late.num_out] = place[found.leader]
-        flat_leader[first_cell : first_cell + image.late.num_out] = image.sample * seq_len + place[found.leader]
-    return replace(pool, plan=PoolPlan.from_cells(cell, flat_leader), leader=leader, slot=slot)
+        leader_of[where] = torch.where(found.cell >= 0, where[found.leader][found.cell.clamp(min=0)], -1)
+        decisions[number] = found
+    # The same number of cells as planned, in the order of their leaders.
+    position = torch.arange(batch * seq_len, device=device)
+    leads = leader_of == position
+    rank = leads.cumsum(0) - 1
+    cell = torch.where(leader_of >= 0, rank[leader_of.clamp(min=0)], -1)
+    leader = position.new_zeros(len(leader) + 1).scatter(0, torch.where(leads, rank, len(leader)), position)[:-1]
+    kept_index, slot = left_pack(leads.view(batch, seq_len), pool.kept_index.shape[1])
+    slot_of = torch.where(leader_of >= 0, slot.flatten()[leader_of.clamp(min=0)], -1)
+    filled = leader // seq_len * kept_index.shape[1] + slot_of[leader]
+    pool = PoolStep(
+        PoolPlan.from_cells(cell, leader),
+        kept_index,
+        slot_of.view(batch, seq_len),
+        None if pool.filled is None else filled,
+    )
+    positions = list(plan.positions)
+    for number, image in enumerate(plan.images):
+        if number in decisions:
+            positions[number] = slot_of[place[number][decisions[number].leader]]
+        elif image.plan is None:
+            positions[number] = pool.slot_of[image.sample, image.layout.position.to(device)]
+        else:
+            leaders = image.layout.position[image.plan.leader.long()].to(device)
+            positions[number] = pool.slot_of[image.sample, leaders]
+    prunes = {layer: _settled(step, kept_index, positions, decisions) for layer, step in plan.prunes.items()}
+    return replace(plan, pool=pool, positions=positions, prunes=prunes), decisions
+
+
+def _settled(
+    step: PruneStep, kept_index: Tensor, positions: list[Tensor], decisions: dict[int, Assignment]
+) -> PruneStep:
+    """A cut, for the tokens that are left."""
+    candidates, priority = step.candidates.clone(), step.priority.clone()
+    weight = None if step.weight is None else step.weight.clone()
+    # One spare column at the end swallows the fillers.
+    stays = torch.cat([kept_index >= 0, kept_index.new_zeros(len(kept_index), 1, dtype=torch.bool)], 1)
+    for row, (number, sample) in enumerate(zip(step.images, step.owners, strict=True)):
+        count = len(positions[number])
+        candidates[row, :count] = positions[number]
+        if number in decisions:
+            of_token, factor = step.by_features[row]
+            priority[row, :count] = of_token[decisions[number].leader]
+            if factor is not None:
+                weight[row, :count] = factor[decisions[number].leader]
+        stays[sample, positions[number]] = False
+    return replace(step, stays=stays[:, :-1], candidates=candidates, priority=priority, weight=weight)

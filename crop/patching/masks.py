@@ -1,5 +1,7 @@
-"""Attention masks that the multimodal model makes before the language model runs (bidirectional prefix or images,
-sliding windows), over all tokens of the caller: each layer takes the rows and columns of the tokens it holds.
+"""Attention masks: the model makes them for the tokens that it knows of; every layer takes those of the tokens it holds.
+
+A causal decoder makes its masks over pooled tokens, from ``pooled_valid``. Where images or prompts see themselves, or
+windows slide, the multimodal model makes them over input tokens. ``gather`` fits either to a layer.
 """
 
 from __future__ import annotations
@@ -10,97 +12,119 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crop.patching.cache import TokenMap
-from crop.patching.state import look_up
+from crop.patching.token_map import TokenMap, look_up
 
 
-def held(
-    thinnings: Sequence[TokenMap | None], batch: int, past: int, added: int, queries: int, window: int | None
-) -> tuple[Tensor, bool]:
-    """The caller's positions of the keys that a layer's attention gets in this call.
+def pooled_valid(
+    valid: Tensor | None, before: TokenMap | None, now: TokenMap | None, past: int, pooled_past: int, pooled_length: int
+) -> Tensor | None:
+    """Which pooled tokens, those of the cache first, are real: (batch, pooled_past + pooled_length) bool; None: all are.
 
     Args:
-        thinnings: how the layer's slots came about, one after the other.
-        past, added: the caller's tokens before and in this call.
-        queries: slots of this call in the layer.
-        window: sliding window of the layer; its cache holds one slot less.
-    Returns:
-        (batch, keys) int64, -1 = filler, the last ``queries`` of them those of this call; whether there is no filler.
+        valid: (batch, past + added) mask over input tokens, None: all are real.
+        before: pooled tokens of the cache; None: nothing was pooled.
+        now: pooled tokens after this call; None: this call pools nothing.
+        past: input tokens before this call. pooled_past, pooled_length: pooled tokens before and in it.
     """
-    columns, dense = torch.arange(past + added).expand(batch, -1), True
-    for slots in thinnings:
-        if slots is not None:
-            index = slots.columns(columns.shape[1])
-            columns = look_up(columns.to(index.device), index)
-            dense = dense and slots.dense
-    if window is not None:
-        columns = columns[:, -(min(columns.shape[1] - queries, window - 1) + queries) :]
-    return columns, dense
+    earlier = later = None
+    if before is not None:
+        sources = before.sources(past)
+        if valid is not None:
+            earlier = valid[:, :past].bool().gather(1, sources.clamp(min=0)) & (sources >= 0)
+        elif not before.full:
+            earlier = sources >= 0
+    elif valid is not None:
+        earlier = valid[:, :past].bool()
+    if now is None:
+        later = None if valid is None else valid[:, past:].bool()
+    elif not now.full:
+        later = now.index[:, -pooled_length:] >= 0
+    if earlier is None and later is None:
+        return None
+    known = later if earlier is None else earlier
+    if earlier is None:
+        earlier = known.new_ones(len(known), pooled_past)
+    if later is None:
+        later = known.new_ones(len(known), pooled_length)
+    return torch.cat([earlier, later], dim=1)
 
 
-def fit_mask(mask: Tensor | None, keys: Tensor, dense: bool, queries: int, past: int, total: int) -> Tensor | None:
-    """Rows and columns of a mask over all tokens: (batch, 1, queries, keys).
+def layer_valid(valid: Tensor | None, tokens: TokenMap | None, total: int) -> Tensor | None:
+    """Which tokens of a layer are real: (batch, entries) bool; None: all are.
 
     Args:
-        mask: (1 or batch, 1, tokens of this call, last of the ``total`` tokens) bool or additive; None: plain causal.
-        keys, dense: as by ``held``.
-        past, total: the caller's tokens before and after this call.
+        valid: as by ``pooled_valid``. tokens: of the layer. total: pooled tokens after this call.
+    """
+    if tokens is None or (tokens.full and valid is None):
+        return valid
+    sources = tokens.sources(total)
+    real = sources >= 0
+    return real if valid is None else real & valid.gather(1, sources.clamp(min=0))
+
+
+def key_positions(maps: Sequence[TokenMap | None], batch: int, total: int, queries: int, window: int | None) -> Tensor:
+    """The positions, in the coordinates of a mask, of the keys that a layer's attention gets.
+
+    Args:
+        maps: how the layer's entries came about, one after the other; None: nothing was dropped there.
+        batch: samples. total: positions after this call. queries: entries of this call in the layer.
+        window: sliding window of the layer, whose cache holds one entry less; None: there is none.
+    Returns:
+        (batch, keys) int64, -1 = filler; the last ``queries`` are those of this call.
+    """
+    positions = torch.arange(total).expand(batch, -1)
+    for tokens in maps:
+        if tokens is not None:
+            sources = tokens.sources(positions.shape[1])
+            positions = look_up(positions.to(sources.device), sources)
+    if window is not None:
+        positions = positions[:, -(min(positions.shape[1] - queries, window - 1) + queries) :]
+    return positions
+
+
+def gather(
+    mask: Tensor | None, keys: Tensor, full: bool, queries: int, past: int, total: int, flash: bool
+) -> Tensor | None:
+    """Rows and columns of a mask for the tokens that a layer holds.
+
+    Args:
+        mask: (batch, keys) for flash attention, (1 or batch, 1, tokens of this call, last of the ``total`` tokens) bool or
+            additive otherwise; None: plain causal.
+        keys: as by ``key_positions``. full: there is no filler among them.
+        queries: the last of ``keys`` that are of this call.
+        past, total: positions before and after this call, in the mask's coordinates.
+        flash: a mask that is made anew is one for flash attention.
+    Returns:
+        A mask of the same kind; None: plain causal still.
     """
     if mask is None:
-        if dense:
+        if full:
             return None
-        place = torch.arange(keys.shape[1], device=keys.device)
-        return (keys >= 0)[:, None, None, :] & (place <= place[-queries:, None])
+        if flash:
+            return keys >= 0
+        entry = torch.arange(keys.shape[1], device=keys.device)
+        return (keys >= 0)[:, None, None, :] & (entry <= entry[-queries:, None])
     keys = keys.to(mask.device)
-    rows, columns = (keys[:, -queries:] - past).clamp(min=0), keys - (total - mask.shape[-1])
+    if mask.ndim == 2:
+        return mask.gather(1, keys.clamp(min=0)).bool() & (keys >= 0)
+    # A static cache has more columns than tokens, a sliding window fewer.
+    rows, columns = (keys[:, -queries:] - past).clamp(min=0), keys - max(0, total - mask.shape[-1])
     real = ((keys >= 0) & (columns >= 0))[:, None, None, :]
     mask = mask.expand(len(keys), -1, -1, -1)
     mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
     mask = mask.gather(3, columns.clamp(min=0)[:, None, None, :].expand(-1, mask.shape[1], queries, -1))
-    if mask.dtype == torch.bool:
-        return mask & real
-    return mask.masked_fill(~real, torch.finfo(mask.dtype).min)
+    return mask & real if mask.dtype == torch.bool else mask.masked_fill(~real, torch.finfo(mask.dtype).min)
+
+
+def pad_columns(mask: Tensor | None, capacity: int | None) -> Tensor | None:
+    """A 4-D mask with as many columns as the cache has room for, where that is fixed (None: it is not)."""
+    if mask is None or mask.ndim == 2 or capacity is None:
+        return mask
+    unseen = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return torch.nn.functional.pad(mask, (0, capacity - mask.shape[3]), value=unseen)
 
 
 def windows(config: Any) -> list[int | None]:
     """Sliding window of every decoder layer, None where it sees everything."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def refuse_prepared(model_type: str, config: Any, positions: str, uniform: bool) -> None:
-    """What these families cannot do, or not with what was asked for."""
-    if "flash" in (config._attn_implementation or ""):
-        raise ValueError(
-            f"patch: the attention implementation must be eager or sdpa for {model_type!r}, got "
-            f"{config._attn_implementation!r}: flash attention cannot express its masks, with or without pruning"
-        )
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError(
-            f"patch: attn_logit_softcapping must be None, got {config.attn_logit_softcapping} (Gemma 2 text model): the "
-            "scores would not be the model's attention; use a family without"
-        )
-    if positions != "original" or uniform:
-        got = f"positions={positions!r}" if positions != "original" else "cache='uniform'"
-        raise ValueError(
-            f"patch: {model_type!r}, whose masks are more than causal, needs positions='original' and cache='ragged', "
-            f"got {got}"
-        )
-
-
-def refuse_short_sight(layers: Sequence[int], config: Any, total: int) -> None:
-    """A sliding layer whose window is shorter than the prompt does not see what it would have to score.
-
-    Args:
-        layers: where cuts by score are.
-        total: tokens, those of the cache included.
-    """
-    seen = windows(config)
-    for layer in layers:
-        window = seen[layer - 1]
-        if window is not None and total > window:
-            full = [number + 1 for number, width in enumerate(seen[:-1]) if width is None]
-            raise ValueError(
-                f"patch: layer must follow a layer that sees all {total} tokens, i.e. be one of {full}, got {layer}: "
-                f"layer {layer - 1} scores and has a sliding window of {window}"
-            )

@@ -1,6 +1,6 @@
-"""Position ids of tokens that stay: their own, their cell's centre, or renumbered without gaps.
+"""Position ids of tokens that stay: their own, or renumbered without gaps.
 
-Every policy is arithmetic on the ids that the model made, one axis (rotary embeddings of a line) or three (time, height,
+Both are arithmetic on the ids that the model made, one axis (rotary embeddings of a line) or three (time, height,
 width), so that no family needs code of its own.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-Policy = Literal["original", "centroid", "compact"]
+Policy = Literal["original", "compact"]
 POLICIES = get_args(Policy)
 
 
@@ -22,7 +22,7 @@ def num_axes(config: Any) -> int:
 
 
 def own_ids(position_ids: Tensor | None, axes: int, batch: int, added: int, past: int, device: torch.device) -> Tensor:
-    """(axes, batch, added) ids of a chunk, from what the language model received; None: counted from ``past``.
+    """(axes, batch, added) ids of a call, from what the language model received; None: counted from ``past``.
 
     Text alone may come with one axis for all. Where four axes are given the first counts text for packed sequences and takes
     no part in the rotation.

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from crop.cost.estimate import Estimate
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
+from crop.methods.base import Assignment
 from crop.patching.batch_plan import BatchPlan, ImagePlan
 
 
@@ -33,73 +34,81 @@ def elapsed(start: float | torch.cuda.Event, stop: float | torch.cuda.Event) -> 
     return start.elapsed_time(stop) / 1000
 
 
-@dataclass
-class PruneStats:
-    """Filled by each prefill inside a ``patch`` block; describes the last one that held an image.
+class PrefillStats:
+    """One prefill that held an image; every list has one entry per image, in prompt order."""
 
-    Attributes:
-        tokens_before, tokens_after_plc, tokens_after_ilp: vision tokens per image, the last after every cut.
-        tokens_from: first decoder layer -> vision tokens per image that it and the following layers see.
-        layer_average: vision tokens per image, averaged over the decoder layers; with one cut
-            ``(layer * after_plc + (num_layers - layer) * after_ilp) / num_layers``.
-        layouts: geometry of each image's tokens before pruning.
-        estimate: what ``patch(auto=True)`` predicted, None otherwise. Where it left a prefill alone, ``seconds`` is empty.
-    """
+    def __init__(self, plan: BatchPlan | None = None, num_layers: int = 0) -> None:
+        self._plan, self._num_layers = plan, num_layers
+        self._selected: dict[int, Tensor] = {}
+        self._decisions: dict[int, Assignment] = {}
+        self._spans: list[tuple[str, Any, Any]] = []
 
-    _estimated: Callable[[], Estimate | None] | None = field(default=None, repr=False)
-    _planned: Callable[[], BatchPlan] | None = field(default=None, repr=False)
-    _num_layers: int = field(default=0, repr=False)
-    _selected: dict[int, Tensor] = field(default_factory=dict, repr=False)
-    _spans: list[tuple[str, object, object]] = field(default_factory=list, repr=False)
+    def add_span(self, stage: str, start: Any, stop: Any) -> None:
+        """Note the two marks of a stage."""
+        self._spans.append((stage, start, stop))
 
-    @cached_property
-    def estimate(self) -> Estimate | None:
-        return None if self._estimated is None else self._estimated()
+    def add_selection(self, layer: int, kept: Tensor) -> None:
+        """Note (num_images, most) pooled positions that a cut keeps, -1 = filler."""
+        self._selected[layer] = kept
 
-    @cached_property
-    def _chunk(self) -> BatchPlan | None:
-        return None if self._planned is None else self._planned()
+    def add_decisions(self, decisions: dict[int, Assignment], positions: list[Tensor]) -> None:
+        """Note what features decided, by image, and where the pooled tokens of every image came to stand."""
+        self._decisions, self._positions = decisions, positions
 
     @property
-    def _images(self) -> Sequence[ImagePlan]:
-        return () if self._chunk is None else self._chunk.images
+    def _images(self) -> list[ImagePlan]:
+        return [] if self._plan is None else self._plan.images
 
     @property
     def layouts(self) -> list[VisionLayout]:
+        """Geometry of each image's tokens before pruning."""
         return [image.layout for image in self._images]
 
     @property
     def tokens_before(self) -> list[int]:
+        """Vision tokens per image."""
         return [image.layout.num_original for image in self._images]
 
     @property
     def tokens_after_plc(self) -> list[int]:
+        """Vision tokens per image that enter the language model."""
         return [len(image.pooled) for image in self._images]
 
     @property
     def tokens_after_ilp(self) -> list[int]:
+        """Vision tokens per image after every cut."""
         return [image.tokens_at(self._num_layers - 1) for image in self._images]
 
     @property
     def tokens_from(self) -> dict[int, list[int]]:
-        if self._chunk is None:
+        """First decoder layer -> vision tokens per image that it and the following layers see."""
+        if self._plan is None:
             return {}
-        return {layer: [image.tokens_at(layer) for image in self._images] for layer in (0, *self._chunk.steps)}
+        return {layer: [image.tokens_at(layer) for image in self._images] for layer in (0, *self._plan.prunes)}
 
     @property
     def layer_average(self) -> list[float]:
+        """Vision tokens per image, averaged over the decoder layers."""
         layers = range(self._num_layers)
         return [sum(image.tokens_at(layer) for layer in layers) / len(layers) for image in self._images]
 
-    @property
+    @cached_property
     def plans(self) -> list[PoolPlan | None]:
         """Pooling plan per image, None where it was left whole."""
-        return [image.plan if image.late is None else image.late.outcome() for image in self._images]
+        return [
+            _decided(self._decisions[number]) if number in self._decisions else image.plan
+            for number, image in enumerate(self._images)
+        ]
 
-    @property
+    @cached_property
     def pooled(self) -> list[VisionLayout]:
-        """Geometry of each image's tokens after pooling, in the shortened sequence."""
-        return [image.pooled for image in self._images]
+        """Geometry of each image's tokens after pooling, pooled positions."""
+        if not self._decisions:
+            return [image.pooled for image in self._images]
+        return [
+            image.layout.pool(plan or PoolPlan.identity(len(image.layout)), position.cpu())
+            for image, plan, position in zip(self._images, self.plans, self._positions, strict=True)
+        ]
 
     @property
     def kept(self) -> list[Tensor]:
@@ -108,33 +117,52 @@ class PruneStats:
 
     def kept_at(self, layer: int) -> list[Tensor]:
         """Original vision tokens that decoder layer ``layer`` sees, as in ``kept``."""
-        if self._chunk is None:
-            return []
-        kept = [torch.arange(len(image.pooled)) for image in self._chunk.images]
-        for cut, step in self._chunk.steps.items():
-            if cut <= layer:
-                for number, row, count in zip(step.images, self._selected[cut].cpu(), step.num_keep, strict=True):
-                    kept[number] = torch.searchsorted(self._chunk.images[number].pooled.position, row[:count])
-        return [
-            index if plan is None else plan.leader.long()[index] for plan, index in zip(self.plans, kept, strict=True)
-        ]
+        found = []
+        for number, (image, plan, pooled) in enumerate(zip(self._images, self.plans, self.pooled, strict=True)):
+            original = torch.arange(len(image.layout)) if plan is None else plan.leader.long()
+            cuts = [cut for cut in image.selections if cut <= layer and cut in self._selected]
+            if cuts:
+                row = self._plan.prunes[cuts[-1]].images.index(number)
+                kept = self._selected[cuts[-1]][row].cpu()
+                original = original[torch.searchsorted(pooled.position, kept[kept >= 0])]
+            found.append(original)
+        return found
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Time per stage of the last prefill: plan, vision, plc, ilp, language_model (includes plc and ilp)."""
+        """Time per stage of the prefill; waits for the device."""
         total: dict[str, float] = {}
         for stage, start, stop in self._spans:
             total[stage] = total.get(stage, 0.0) + elapsed(start, stop)
         return total
 
-    def _begin(
-        self, planned: Callable[[], BatchPlan], num_layers: int, estimated: Callable[[], Estimate | None]
-    ) -> None:
-        """A prefill begins; its plan and estimate are asked for when somebody looks."""
-        self._planned, self._num_layers, self._estimated = planned, num_layers, estimated
-        self._selected, self._spans = {}, []
-        for known in ("_chunk", "estimate"):
-            self.__dict__.pop(known, None)
 
-    def _add(self, stage: str, start: object, stop: object) -> None:
-        self._spans.append((stage, start, stop))
+def _decided(found: Assignment) -> PoolPlan:
+    """What was decided, on the CPU (waits for the device)."""
+    plan = PoolPlan.from_cells(found.cell.cpu(), found.leader.cpu())
+    return replace(plan, members=plan.members[: int(plan.offsets[-1])])
+
+
+class PruneStats:
+    """What a ``patch`` block did.
+
+    Every attribute of :class:`PrefillStats` is here, too, and tells of the last prefill (inside a call of the model: of
+    that call's): ``layouts``, ``tokens_before``, ``tokens_after_plc``, ``tokens_after_ilp``, ``tokens_from``,
+    ``layer_average``, ``plans``, ``pooled``, ``kept``, ``kept_at(layer)``, ``seconds``.
+
+    Attributes:
+        prefills: one entry per prefill that held an image, in the order of their ends.
+    """
+
+    def __init__(self, running: Callable[[], PrefillStats | None] = lambda: None) -> None:
+        self.prefills: list[PrefillStats] = []
+        self._running = running
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "prefills":  # not made yet, when copied
+            raise AttributeError(name)
+        last = self._running() or (self.prefills[-1] if self.prefills else PrefillStats())
+        return getattr(last, name)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *(name for name in vars(PrefillStats) if not name.startswith("_"))]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench is not installed
-
 pytest.importorskip("tqdm")
 
 import crop  # noqa: E402
-from bench.e2e import __main__ as command  # noqa: E402
-from bench.e2e import report, workload  # noqa: E402
-from bench.e2e.clock import PARTS  # noqa: E402
-from bench.e2e.contenders import Answer, Contender, verify  # noqa: E402
-from bench.e2e.fastv import fastv  # noqa: E402
-from bench.e2e.geometries import GEOMETRIES, Shrink, build  # noqa: E402
-from bench.e2e.memory import peak  # noqa: E402
+from bench import show  # noqa: E402
+from bench.latency.e2e import __main__ as command  # noqa: E402
+from bench.latency.e2e import report, workload  # noqa: E402
+from bench.latency.e2e.clock import PARTS  # noqa: E402
+from bench.latency.e2e.contenders import Answer, Contender, verify  # noqa: E402
+from bench.latency.e2e.fastv import fastv  # noqa: E402
+from bench.latency.e2e.geometries import GEOMETRIES, Shrink, build  # noqa: E402
+from bench.latency.e2e.memory import peak  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = ["--reduce", "64", "8", "--rounds", "1", "--decode", "1", "--device", "cpu"]
@@ -70,7 +68,7 @@ def test_a_row_through_the_command(written: Path) -> None:
     assert found["ILP"]["kv_bytes"] == found["FastV, eager layer"]["kv_bytes"] == (full + kept) * bytes_per_token // 2
     assert found["PLC"]["kv_bytes"] == kept * bytes_per_token
     assert found["PLC"]["ideal"] < found["both"]["ideal"] < found["ILP"]["ideal"] < found["unpatched"]["ideal"]
-    page = written.with_suffix(".txt").read_text()
+    page = show.text(content)
     assert row["attention"] == {"flash": 8} and "unpatched model: 8 flash; regions " in page
     assert "widths / 64" in page and "not measured" in page and "llava-1.5-7b" in page
     assert not written.with_suffix(".jsonl").exists()
@@ -106,7 +104,7 @@ def test_what_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     monkeypatch.setattr(command, "measure", measure)
     command.main(["--geometry", "llava-1.5-7b", "--json", str(tmp_path / "x.json"), *TINY])
-    assert "does not fit: CUDA out of memory" in (tmp_path / "x.txt").read_text()
+    assert "does not fit: CUDA out of memory" in show.text(json.loads((tmp_path / "x.json").read_text()))
 
 
 def test_a_row_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, written: Path) -> None:
@@ -123,7 +121,7 @@ def test_a_row_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch, tmp_pa
         command.main(arguments)
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     assert [r.get("reason") for r in rows] == ["FAILED: ILP: wrong", None] and (tmp_path / "x.jsonl").exists()
-    assert "FAILED: ILP: wrong" in (tmp_path / "x.txt").read_text()
+    assert "FAILED: ILP: wrong" in report.text(rows)
 
 
 def test_fastv_in_its_usual_form_is_our_configuration_of_it() -> None:

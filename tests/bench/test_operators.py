@@ -3,56 +3,48 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+from bench.kernels import cpu, cuda
+from bench.kernels.peers import peers_of
 from crop.geometry.region import Region
-
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The folder of the benches on the path, and none of its modules left behind."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if (BENCH / f"{name}.py").is_file():
-            del sys.modules[name]
+from crop.selftest.cases import CASES
 
 
-@pytest.fixture
-def ops_bench(bench: None) -> ModuleType:
-    return importlib.import_module("bench_ops")
-
-
-def case(ops_bench: ModuleType, peer: torch.Tensor, pause: float = 0.0):
+def case(peer: torch.Tensor, pause: float = 0.0):
     def call() -> torch.Tensor:
         time.sleep(pause)
         return peer
 
-    return ops_bench.Case("op", "shape", "float32", lambda: torch.ones(3), {"peer": call}, torch.equal, 1.0)
+    return cpu.Case("op", "shape", "float32", lambda: torch.ones(3), {"peer": call}, torch.equal, 1.0)
 
 
-def test_a_wrong_contender_is_not_timed(ops_bench: ModuleType) -> None:
+def test_a_wrong_contender_is_not_timed() -> None:
     with pytest.raises(SystemExit, match="op shape float32: peer disagrees with crop"):
-        ops_bench.measure(case(ops_bench, torch.zeros(3)), 2, 1.0, time.perf_counter)
+        cpu.measure(case(torch.zeros(3)), 2, 1.0, time.perf_counter)
 
 
 @pytest.mark.parametrize(("limit", "rounds"), [(60.0, 7), (0.0, 5)])
-def test_rounds_end_after_some_seconds_but_not_before_the_fifth(
-    ops_bench: ModuleType, limit: float, rounds: int
-) -> None:
-    row = ops_bench.measure(case(ops_bench, torch.ones(3), pause=0.001), 7, limit, time.perf_counter)
+def test_rounds_end_after_some_seconds_but_not_before_the_fifth(limit: float, rounds: int) -> None:
+    row = cpu.measure(case(torch.ones(3), pause=0.001), 7, limit, time.perf_counter)
     assert row["rounds"] == rounds and row["met"] == "yes" and row["ratio"] > 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases_hold_what_crop_and_torch_compute(name: str) -> None:
+    """Every case on small tensors: crop exactly, plain torch up to its rounding, and a wrong result noticed."""
+    for case in CASES[name](torch.device("cpu"), full=False):
+        assert case.error(case.crop()) == 0, (case.op, case.shape)
+        assert all(case.error(call()) <= case.rough for call in case.torch.values()), (case.op, case.shape)
+        wrong = case.crop()
+        first = wrong[0] if isinstance(wrong, list | tuple) else wrong
+        first[..., :1] += 1
+        assert case.error(wrong) > 0, (case.op, case.shape)
+        assert set(cuda.goals(case).least) <= {*case.torch, *peers_of(case)} and cuda.floor_us(case, 1e12) > 0
 
 
 @pytest.mark.parametrize(
@@ -65,17 +57,20 @@ def test_rounds_end_after_some_seconds_but_not_before_the_fifth(
         (((0.0, 0.0, 0.4, 0.2), (0.2, 0.0, 0.6, 0.2)), (0.5, 0.0, 0.7, 0.2), (0.5, 0.02 / 0.14, 0.12)),
     ],
 )
-def test_overlap_of_region_and_answer(bench: None, boxes: tuple, answer: tuple, expected: tuple) -> None:
+def test_overlap_of_region_and_answer(boxes: tuple, answer: tuple, expected: tuple) -> None:
     pytest.importorskip("rapidocr", reason="extra ocr")
-    found = importlib.import_module("bench_receipts").overlap(Region(boxes), answer)
+    found = importlib.import_module("bench.accuracy.receipts").overlap(Region(boxes), answer)
     assert found == pytest.approx(expected)
 
 
-def test_answers_on_annotated_receipts(bench: None) -> None:
+def test_answers_on_annotated_receipts() -> None:
     """The row that settings are chosen by, on the words that are really there."""
     for module in ("rapidocr", "onnxruntime", "all_minilm_l6_v2"):
         pytest.importorskip(module, reason="extra ocr")
-    receipts, tune = importlib.import_module("receipts"), importlib.import_module("tune_ocr")
+    receipts, tune = (
+        importlib.import_module("bench.localizers.receipts"),
+        importlib.import_module("bench.localizers.tune_ocr"),
+    )
     try:
         some = [receipt for receipt in receipts.load() if not receipt.development][:3]
     except FileNotFoundError as error:

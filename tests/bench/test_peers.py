@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.operators import mass_inputs
 from torch import Tensor
 
-from bench import peers
+from bench.kernels import peers
 from crop.ops import reference
-from tests.support.operators import mass_inputs
+from crop.selftest import torch_forms
 
 
 def shares(query: Tensor, key: Tensor, lse: Tensor | None = None) -> Tensor:
@@ -85,16 +86,16 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_peers(stand_in: str) -> None:
     query, key = mass_inputs(2, 6, 2, 3, 50, 16)
-    lse = (query @ peers.repeated(query, key).mT * 0.25).logsumexp(-1)
+    lse = (query @ torch_forms.repeated(query, key).mT * 0.25).logsumexp(-1)
     exact = reference.attention_mass(query, key, torch.arange(50).expand(2, 50))
     for function, *args in (
         (peers.flash_colreduce, query, key),
         (peers.flag_attn, query, key),
         (peers.keys_values, query, key, lse),
-        (peers.flash_attn_then, query, key, peers.torch_grouped),
+        (peers.flash_attn_then, query, key, torch_forms.mass_grouped),
     ):
         torch.testing.assert_close(peers.call(stand_in, function, *args)(), exact)
-    for mass in (peers.torch_rows, peers.torch_grouped, peers.torch_flash_lse):
+    for mass in (torch_forms.mass_rows, torch_forms.mass_grouped, torch_forms.mass_flash_lse):
         torch.testing.assert_close(mass(query, key), exact)
 
     score, zeros = torch.rand(3, 40), torch.zeros(3, dtype=torch.int32)
@@ -104,7 +105,7 @@ def test_peers(stand_in: str) -> None:
         (peers.sgl, score, 7, zeros + 40),
     ):
         assert torch.equal(peers.call(stand_in, function, *args)().long(), reference.select(score, 7))
-    assert torch.equal(peers.topk_sort(score, 7), peers.stable_sort(score, 7))
+    assert torch.equal(torch_forms.topk_sort(score, 7), torch_forms.stable_sort(score, 7))
 
     hidden, index = torch.randn(2, 9, 4), torch.tensor([[0, 3, 5], [1, 2, 8]])
     moved = peers.call(stand_in, peers.first_axis, hidden, index)()

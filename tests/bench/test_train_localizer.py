@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from bench.training import localizer as script
 from crop import embedded
 from crop.embedded import scenes
 from crop.geometry.region import Region
@@ -19,26 +17,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BOX = ((0.26, 0.5, 0.49, 0.74),)
 
 
-@pytest.fixture(scope="module")
-def script():
-    folder = str(Path(__file__).resolve().parents[2] / "bench")
-    sys.path.insert(0, folder)
-    yield importlib.import_module("train_localizer")
-    sys.path.remove(folder)
-    for name in ("train_localizer", "records"):
-        sys.modules.pop(name, None)
-
-
 @pytest.mark.parametrize("boxes, blocks", [
     (BOX, (2, 4, 3, 5)), (((0.0, 0.0, 1.0, 1.0),), (0, 0, 7, 7)), (((0.25, 0.25, 0.375, 0.375),), (2, 2, 2, 2)),
     (((0.0, 0.0, 0.01, 0.01), (0.9, 0.5, 0.95, 0.51)), (0, 0, 7, 4)),
 ])  # fmt: skip
-def test_blocks_hold_the_boxes(script, boxes, blocks):
+def test_blocks_hold_the_boxes(boxes, blocks):
     assert script.to_blocks(boxes) == blocks
     assert Region.from_blocks(*blocks).union(Region(boxes)).area == pytest.approx(Region.from_blocks(*blocks).area)
 
 
-def test_one_record_is_learnt_by_heart_saved_and_loaded(script, tmp_path):
+def test_one_record_is_learnt_by_heart_saved_and_loaded(tmp_path):
     model, processor = embedded.load()
     model.model.vision_tower.requires_grad_(False)
     prompt, answer = script.FORMS["embedded"]
@@ -58,7 +46,7 @@ def test_one_record_is_learnt_by_heart_saved_and_loaded(script, tmp_path):
     assert find(scene.image, "is this a receipt").is_whole
 
 
-def test_lora_trains_adapters_of_the_decoder_alone(script, get_model):
+def test_lora_trains_adapters_of_the_decoder_alone(get_model):
     pytest.importorskip("peft")
     import copy
 

@@ -1,4 +1,4 @@
-"""Predictions before a run, and ``patch(auto=True)`` that follows them."""
+"""Predictions before a run: counts against the run, FLOPs against torch's counter, advice for typed-in speeds."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.batches import standard_batch
+from tests.support.tiny_families import build_model
+from torch.utils.flop_counter import FlopCounterMode
 
 import crop
-from crop.cost.estimate import Geometry, Speed
-from crop.patching.planner import Planner
+from crop.cost.geometry import DecoderGeometry, LayerGeometry
+from crop.cost.speed import Speed, measure_speed
 
 module = sys.modules["crop.cost.estimate"]  # its name in the package is the function
 REGION = crop.Region.box(0.0, 0.0, 0.5, 0.5)
-FREE = dict(attention=0.0, hook=0.0, call=0.0, image=0.0, step=0.0)
+FREE = dict(attention=0.0, hook=0.0, image=0.0, step=0.0)
 SLOW_MATRICES = Speed(**FREE | dict(matrices=(1.0, 4.0, 16.0, 64.0)))  # in proportion to the tokens
 SLOW_HOOKS = Speed(**FREE | dict(matrices=(1e-6,) * 4, hook=1.0))
-SLOW_STEPS = Speed(**FREE | dict(matrices=(1.0, 4.0, 16.0, 64.0), step=1e3))
+SLOW_STEPS = Speed(**FREE | dict(matrices=(1.0, 4.0, 16.0, 64.0), step=1e9))
 
 
 @pytest.fixture(params=["llava", "qwen2_5_vl"])
@@ -48,9 +51,9 @@ def test_counts_are_those_of_the_run(prompt: tuple[Any, dict[str, Any]], method:
     assert predicted.before.tokens == stats.tokens_before
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     assert predicted.after.kv_bytes == held
-    geometry = Geometry.of(model.model.language_model)
-    token = 2 * geometry.num_kv_heads * geometry.head_dim * 4
-    assert predicted.before.kv_bytes == token * geometry.num_layers * inputs["input_ids"].numel()
+    layers = DecoderGeometry.of(model.model.language_model).layers
+    token = sum(2 * layer.num_kv_heads * layer.head_dim * 4 for layer in layers)
+    assert predicted.before.kv_bytes == token * inputs["input_ids"].numel()
     assert predicted.after.flops < predicted.before.flops
 
 
@@ -67,78 +70,32 @@ def test_flops_by_hand(prompt: tuple[Any, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(("speed", "prunes"), [(SLOW_MATRICES, True), (SLOW_HOOKS, False), (SLOW_STEPS, False)])
-def test_auto_follows_the_estimate(
+def test_advice_follows_the_speed(
     prompt: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, speed: Speed, prunes: bool
 ) -> None:
     model, inputs = prompt
     monkeypatch.setattr(module, "measure_speed", lambda *_: speed)
-    method = crop.InnerLLMPruning(0.25, layer=1)
-    with torch.no_grad():
-        plain = model(**inputs).logits
-        with crop.patch(model, method, regions(inputs), auto=True) as stats:
-            auto = model(**inputs).logits
-    assert stats.estimate.prune is prunes
-    assert stats.estimate.advice.startswith("prune" if prunes else "do not prune")
-    assert (stats.tokens_after_ilp == stats.tokens_before) is not prunes
-    assert torch.equal(plain, auto) is not prunes
+    found = crop.estimate(model, inputs, crop.InnerLLMPruning(0.25, layer=1), regions(inputs))
+    assert found.prune is prunes
+    assert found.advice.startswith("prune" if prunes else "do not prune")
 
 
-def test_what_cannot_pay_is_neither_planned_nor_hooked(
+def test_a_budget_costs_the_same_wherever_the_region_is(
     prompt: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, inputs = prompt
-    monkeypatch.setattr(module, "measure_speed", lambda *_: SLOW_HOOKS)
-    planned = []
-    monkeypatch.setattr(Planner, "plan", lambda self, *args, plan=Planner.plan, **kw: planned.append(1) or plan(self, *args, **kw))  # fmt: skip
-    decoder = model.model.language_model
-    with torch.no_grad(), crop.patch(model, METHODS[2], regions(inputs), auto=True) as stats:
-        cache = model(**inputs, use_cache=True).past_key_values
-        assert not planned and not any(layer._forward_pre_hooks for layer in decoder.layers)
-        assert not decoder._forward_pre_hooks
-        count = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
-        assert stats.tokens_before == stats.tokens_after_ilp == count and planned
-        assert stats.seconds == {} and [len(kept) for kept in stats.kept] == count
-        monkeypatch.setattr(module, "measure_speed", lambda *_: SLOW_MATRICES)
-        model(**inputs)  # the next one pays: the doors open
-        assert decoder.layers[0]._forward_pre_hooks and max(stats.tokens_after_ilp) < max(count)
-        assert cache.get_seq_length() == inputs["input_ids"].shape[1]
-    assert not decoder.layers[0]._forward_pre_hooks
-
-
-def test_a_cache_that_was_pruned_is_used_under_auto(
-    prompt: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, inputs = prompt
-    inputs = standard_batch(model.config.model_type, "single", 1).inputs
-    text = torch.tensor([[5, 6, 7]])
-    monkeypatch.setattr(module, "measure_speed", lambda *_: SLOW_HOOKS)
-
-    def second_turn(**more: Any) -> torch.Tensor:
-        with torch.no_grad():
-            with crop.patch(model, METHODS[2], regions(inputs)):
-                cache = model(**inputs, use_cache=True).past_key_values
-            with crop.patch(model, METHODS[2], **more):
-                return model(input_ids=text, past_key_values=cache).logits
-
-    assert torch.equal(second_turn(auto=True), second_turn())
-
-
-@pytest.mark.parametrize("method", [*METHODS, crop.PreLLMCompression(), crop.InnerLLMPruning(mode="strict", layer=1),
-                                    crop.Pyramid.steps((1, 2), 0.5)])  # fmt: skip
-def test_a_glance_promises_no_less_than_the_plan(prompt: tuple[Any, dict[str, Any]], method: crop.Method) -> None:
     model = prompt[0]
     inputs = standard_batch(model.config.model_type, "single", 1).inputs
-    planner = Planner(model, method, regions(inputs), None, None)
-    if isinstance(method, crop.InnerLLMPruning) and method.mode == "strict":
-        planner = Planner(model, method, [REGION], _Resize(), None)
-    chunk, decoder = planner.plan(inputs), model.model.language_model
-    seen, known = module.glance(method, *planner.counts(inputs), decoder), module.compare(chunk, decoder)
-    assert (seen.before.flops, seen.before.kv_bytes, seen.before.tokens) == (known.before.flops, known.before.kv_bytes,
-                                                                             known.before.tokens)  # fmt: skip
-    assert seen.after.flops <= known.after.flops and seen.after.tokens <= known.after.tokens
-    assert seen.after.seconds <= known.after.seconds
-    if method in METHODS:
-        assert seen.after.flops == known.after.flops and seen.after.tokens == known.after.tokens
+    monkeypatch.setattr(module, "measure_speed", lambda *_: SLOW_MATRICES)
+    for method in METHODS:
+        asked = crop.estimate(model, inputs, method)
+        known = crop.estimate(model, inputs, method, [REGION], processor=_Resize())
+        assert (asked.before, asked.after.tokens, asked.after.flops) == (
+            known.before,
+            known.after.tokens,
+            known.after.flops,
+        )
+    with pytest.raises(ValueError, match="plan must be left out, got False; leave region out"):
+        crop.estimate(model, inputs, METHODS[0], plan=False)
 
 
 def test_localizer_must_be_earned_back(prompt: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,15 +110,75 @@ def test_localizer_must_be_earned_back(prompt: tuple[Any, dict[str, Any]], monke
 
 def test_speed_is_interpolated() -> None:
     speed = Speed(**FREE | dict(matrices=(1.0, 2.0, 4.0, 16.0)))
-    assert [speed.matrix_seconds(n) for n in (1, 16, 40, 64, 256, 1024, 2048)] == [1, 1, 1.5, 2, 4, 16, 32]
+    layer = LayerGeometry(weights=3, num_heads=1, num_kv_heads=1, head_dim=1)
+    found = [speed.matrix_seconds(layer, n) for n in (1, 16, 40, 64, 256, 1024, 2048)]
+    assert found == [3, 3, 4.5, 6, 12, 48, 96]
 
 
 def test_measured_speed_is_positive_and_remembered(prompt: tuple[Any, dict[str, Any]]) -> None:
-    geometry = Geometry.of(prompt[0].model.language_model)
-    speed = module.measure_speed(geometry, torch.device("cpu"), torch.float32)
-    assert min(*speed.matrices, speed.attention, speed.hook, speed.step) > 0
-    assert min(speed.call, speed.image) >= 0 and speed.call + speed.image > 0
-    assert module.measure_speed(geometry, torch.device("cpu"), torch.float32) is speed
+    geometry = DecoderGeometry.of(prompt[0].model.language_model)
+    speed = measure_speed(geometry, torch.device("cpu"), torch.float32)
+    assert min(*speed.matrices, speed.attention, speed.hook, speed.image, speed.step) > 0
+    assert measure_speed(geometry, torch.device("cpu"), torch.float32) is speed
+
+
+# ------------------------------------------------------------------------------------------------- kinds of layers
+SIZES = dict(
+    vocab_size=32, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+)
+
+
+def moe(shared: bool) -> Any:
+    """A decoder whose layers, but for the first, hold five experts of which a token passes two."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeModel, Qwen3MoeConfig, Qwen3MoeModel
+
+    experts = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=[0])
+    more = dict(intermediate_size=20, experts_implementation="eager", attn_implementation="eager")
+    if shared:
+        return Qwen2MoeModel(Qwen2MoeConfig(**SIZES, **experts, **more, shared_expert_intermediate_size=24)).eval()
+    return Qwen3MoeModel(Qwen3MoeConfig(**SIZES, **experts, **more)).eval()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_of_a_mixture_the_experts_that_run_are_counted(shared: bool) -> None:
+    model, length = moe(shared), 11
+    geometry = DecoderGeometry.of(model)
+    first, second, third = geometry.layers
+    assert first.experts is None and second is third
+    assert (second.experts.count, second.experts.per_token, second.experts.weights) == (5, 2, 3 * 16 * 12)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.arange(length)[None])
+    counts = counter.get_flop_counts()["Global"]
+    # Attention is a product of batches, rotary angles too; all else are matrices.
+    matrices = sum(flops for name, flops in counts.items() if name in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    assert sum(layer.matrix_flops(length) for layer in geometry.layers) == matrices
+
+
+def test_the_experts_of_a_short_prompt_are_read_once_each() -> None:
+    layer = DecoderGeometry.of(moe(False)).layers[1]
+    speed = Speed(**FREE | dict(matrices=(1.0, 1.0, 1.0, 1.0)))  # what a matrix takes where reading it is all
+    expert = layer.experts.weights
+    assert [speed.matrix_seconds(layer, n) - layer.weights for n in (1, 2, 3, 100)] == [2 * expert, 4 * expert, 5 * expert, 5 * expert]  # fmt: skip
+
+
+def test_windows_bound_attention_and_cache() -> None:
+    from transformers import Gemma3TextConfig, Gemma3TextModel
+
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = Gemma3TextModel(Gemma3TextConfig(**SIZES, intermediate_size=20, sliding_window=4, layer_types=kinds)).eval()
+    layers = DecoderGeometry.of(model).layers
+    assert [layer.window for layer in layers] == [4, None, 4] and layers[0] is layers[2]
+    length = 11
+    pairs = sum(
+        4 if row >= 4 else row + 0.5 for row in range(length)
+    )  # half of the square: a row counts itself by half
+    assert layers[1].attention_flops(length) == 4 * 4 * 8 * sum(row + 0.5 for row in range(length))
+    assert layers[0].attention_flops(length) == 4 * 4 * 8 * pairs
+    assert layers[0].attention_flops(3) == layers[1].attention_flops(3)
+    with torch.no_grad():
+        cache = model(input_ids=torch.arange(length)[None], use_cache=True).past_key_values
+    for layer, held in zip(layers, cache.layers, strict=True):
+        assert layer.kv_bytes(length, 4) == sum(t.numel() * t.element_size() for t in (held.keys, held.values))
 
 
 def test_nothing_runs_and_text_alone_is_refused(

@@ -22,6 +22,7 @@ from crop.ops import dispatch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulator"
 BASE = ["-std=c++20", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 RACE = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "--param=tsan-distinguish-volatile=1"]
@@ -61,7 +62,7 @@ def _gcc(*arguments: str) -> None:
 def _compile(source: Path, flags: list[str]) -> Path:
     """Object file of a source as it and the headers are now; compiled unless it is in the cache."""
     digest = hashlib.sha256(repr(flags).encode())
-    for path in (source, *sorted({*HERE.glob("*.h"), *source.parent.glob("*.*h")})):
+    for path in (source, *sorted({*HERE.glob("*.h"), *CSRC.rglob("*.*h")})):
         digest.update(path.name.encode() + path.read_bytes())
     target = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.o"
     if not target.exists():
@@ -116,10 +117,9 @@ def load(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def _module(flavour: str) -> tuple[Any, ctypes.CDLL]:
-    sources = ROOT / "csrc"
-    kernels = tuple(sorted(path for path in sources.glob("*.cu") if path.stem != "cuda_error"))
+    kernels = tuple(sorted(path for path in CSRC.rglob("*.cu") if path.stem != "cuda_error"))
     wraps = tuple(f"-Wl,--wrap=launch_{name}" for name in OPERATORS)
-    path = build(flavour, kernels, (sources / "bindings.cpp", HERE / "operators.cpp"), wraps)
+    path = build(flavour, kernels, (CSRC / "bindings.cpp", HERE / "operators.cpp"), wraps)
     spec = importlib.util.spec_from_file_location(f"crop_emulated_{flavour}._C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

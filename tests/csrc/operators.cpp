@@ -1,6 +1,6 @@
 // Between csrc/bindings.cpp and the emulated launchers (linked with --wrap): every tensor that the parameters name is moved to
 // device memory of exactly its extent. In place of the CPU kernels: nothing.
-#include "../../csrc/ops.h"
+#include "../../csrc/common/ops.h"
 
 #include <cstdarg>
 #include <cstdio>

@@ -1,6 +1,6 @@
 // Kernels of the emulator's own tests, in the portable dialect: one per group of operations, to be compared with scalar
 // models, and kernels with a fault to be switched on. nvcc compiles them too, so that a GPU can be asked the same questions.
-#include "../../csrc/portable.cuh"
+#include "../../csrc/common/portable.cuh"
 
 #define TEST extern "C" __attribute__((visibility("default"))) int
 

@@ -1,6 +1,6 @@
-// What kernel sources see instead of nvcc (g++ -x c++ -include simt.h): the names of csrc/portable.cuh and the part of CUDA
-// that its head lists. Every operation that synchronises or touches memory is a call into the runtime (simt.cpp), with the
-// line it was called from.
+// What kernel sources see instead of nvcc (g++ -x c++ -include simt.h): the names of csrc/common/portable.cuh and the part
+// of CUDA that its head lists. Every operation that synchronises or touches memory is a call into the runtime (simt.cpp),
+// with the line it was called from.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -126,7 +126,7 @@ int launch(int cluster, const char* name, void (*kernel)(Parameters...), Grid gr
 
 }  // namespace simt
 
-// --- csrc/portable.cuh ------------------------------------------------------------------------------------------------
+// --- csrc/common/portable.cuh -----------------------------------------------------------------------------------------
 
 #define GLOBAL(threads, blocks) void
 #define DEV inline

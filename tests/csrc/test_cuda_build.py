@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import kernel_static as static
-from bench.kernel_static import Kernel
+from bench.kernels import static
+from bench.kernels.static import Kernel
 
 ARCHS = ("80", "90", "100")
 # Kernel: registers at most on sm_80 and 90, on sm_100; bytes of shared memory; warps that must fit on an SM of sm_90.

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -279,7 +278,7 @@ def barriers() -> list[tuple[str, int]]:
     """Every line of the kernels that holds a barrier."""
     return [
         (path.name, number)
-        for path in sorted(Path(emulator.ROOT, "csrc").glob("*.cu*"))
+        for path in sorted(emulator.CSRC.rglob("*.cu*"))
         if path.name != "portable.cuh"
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if SYNC.search(line.split("//")[0])

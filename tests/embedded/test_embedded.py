@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import collections
-import importlib
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bench.training import embedded_data, embedded_model
 from crop import embedded
 from crop.embedded import drawing, scenes
 
-HELD_OUT = 10_000_000  # bench/train_embedded.py trains on smaller seeds
+HELD_OUT = 10_000_000  # bench.training.embedded trains on smaller seeds
 FLOOR = 0.95  # exact answers over all local kinds, held out (measured: 0.986)
 KIND_FLOOR = 0.85  # of any local kind, on the small sample used here
 
@@ -141,12 +140,10 @@ def test_tokenizer_knows_every_word(carried):
     assert tokenizer("submarine")["input_ids"][-1] == tokenizer.unk_token_id
 
 
-def test_training_reads_words_as_the_tokenizer_does(carried, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "bench"))
-    data, model = importlib.import_module("embedded_data"), importlib.import_module("embedded_model")
-    encoder, tokenizer = data.Encoder(model.vocabulary()), carried[1].tokenizer
+def test_training_reads_words_as_the_tokenizer_does(carried):
+    encoder, tokenizer = embedded_data.Encoder(embedded_model.vocabulary()), carried[1].tokenizer
     for seed in range(20):
-        for question in data.asked(scenes.scene(seed)):
+        for question in embedded_data.asked(scenes.scene(seed)):
             for text in (question.text + " ?", question.answer):
                 assert encoder(text) == tokenizer(text)["input_ids"][1:], text
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
-from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
 from PIL import Image
+from tests.localizers.test_attention import Processor, state
+from tests.support.cases import families, get_model
+from tests.support.tiny_families import THOROUGH
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.training import head as train_head
 from crop import embedded
 from crop.cli.ask import EMBEDDED, Asker, load
 from crop.embedded import scenes
@@ -24,7 +25,6 @@ from crop.localizers.head import head_region, waves
 from crop.localizers.reading import embeddings
 from crop.localizers.vision_cache import cache_vision
 from crop.patching.patch import patch
-from tests.localizers.test_attention import Processor, state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PICTURE = Image.new("RGB", (64, 48), "white")
@@ -158,7 +158,7 @@ def carried() -> Asker:
 
 
 def test_the_carried_head_holds_its_promises_on_unseen_pictures(carried):
-    """Measured by bench_localizers.py on more pictures; here with some slack for few."""
+    """Measured by `python -m bench.localizers` on more pictures; here with some slack for few."""
     find, grid = carried.localizer("head"), VisionLayout.grid(scenes.GRID, scenes.GRID)
     held, area, true, whole, trust = [], [], [], [], []
     for seed in range(10_900_000, 10_900_020):
@@ -190,23 +190,8 @@ def test_the_carried_head_costs_next_to_nothing(carried):
 
 
 # ------------------------------------------------------------------------------------------------------------- training
-@pytest.fixture(scope="module")
-def train_head():
-    folder = Path(__file__).resolve().parents[2] / "bench"
-    sys.path.insert(0, str(folder))
-    try:
-        spec = importlib.util.spec_from_file_location("train_head", folder / "train_head.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["train_head"] = module
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(folder))
-        sys.modules.pop("train_head", None)
-
-
 @families(THOROUGH)
-def test_training_learns_a_record_by_heart_in_any_family(family, train_head, tmp_path):
+def test_training_learns_a_record_by_heart_in_any_family(family, tmp_path):
     PICTURE.save(tmp_path / "one.png")
     lines = [{"image": "one.png", "question": "?", "boxes": [[0, 0, 0.5, 0.5]]}]
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -222,7 +207,7 @@ def test_training_learns_a_record_by_heart_in_any_family(family, train_head, tmp
     assert region.confidence > 0.5
 
 
-def test_questions_about_absent_things_name_something_that_is_not_there(train_head):
+def test_questions_about_absent_things_name_something_that_is_not_there():
     records = list(train_head.rendered(9_000_000, 12, 3))
     absent = [(image, text) for image, text, boxes in records if boxes is None]
     assert absent and len(records) > 2 * len(absent)

@@ -164,13 +164,8 @@ def test_real_receipts_with_given_text(localizer):
     """A receipt of the test part of the bench."""
     if not (DATA / "receipts" / "lines.jsonl").is_file():
         pytest.skip(f"no receipts in {DATA}; set CROP_DATA")
-    import sys
+    from bench.localizers import receipts
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-    try:
-        import receipts
-    finally:
-        sys.path.pop(0)
     pages = [receipt for receipt in receipts.load() if not receipt.development][:1]
     for receipt in pages:
         corners = (receipt.boxes * np.tile(receipt.size, 2))[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)

@@ -167,6 +167,84 @@ def test_forced_choices() -> None:
     assert "CROP_BUILD must be cuda, cpu or python, got 'gpu'" in setup_answer(CROP_BUILD="gpu")
 
 
+@pytest.fixture
+def pretended(tmp_path: Path) -> dict[str, str]:
+    """Settings of a build whose programs compile nothing: each notes its arguments in a file and makes the file they name."""
+
+    def program(path: Path, then: str) -> Path:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/{path.name}.log\n{then}\n')
+        path.chmod(0o755)
+        return path
+
+    touch = 'for word; do [ "$before" = -o ] && : > "$word"; before=$word; done; exit 0'
+    answers = (
+        "--version) echo release 13.0, V13.0.88 ;; --list-gpu-code) printf 'sm_%s\\n' 75 80 86 90 100 110 103 120 ;;"
+    )
+    program(tmp_path / "bin/nvcc", f'case "$1" in {answers} *) {touch} ;; esac')
+    launcher, compiler = program(tmp_path / "launcher", 'exec "$@"'), program(tmp_path / "compiler", touch)
+    return {"CUDA_HOME": str(tmp_path), "CROP_BUILD": "cuda", "CXX": f"{launcher} {compiler} -m64"}
+
+
+def pretend(tmp_path: Path, settings: dict[str, str]) -> tuple[int, str, dict[str, list[list[str]]]]:
+    """Exit code, standard error, and per pretended program the arguments of its calls."""
+    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}/lib", f"--build-temp={tmp_path}/temp"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("CROP_", "CXX", "MAX_JOBS"))} | settings
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    logs = {path.stem: [line.split() for line in path.read_text().splitlines()] for path in tmp_path.glob("*.log")}
+    return done.returncode, done.stderr, logs
+
+
+def value_after(flag: str, words: list[str]) -> str:
+    return words[words.index(flag) + 1]
+
+
+def test_compiler_behind_a_launcher(tmp_path: Path, pretended: dict[str, str]) -> None:
+    """C++ goes through the launcher; nvcc gets the compiler itself. Every object has a file of its own."""
+    code, error, logs = pretend(tmp_path, pretended)
+    assert code == 0, error
+    compiler = str(tmp_path / "compiler")
+    assert len(logs["launcher"]) == len(logs["compiler"]) >= 3 + 4  # common and bindings, cpu
+    assert all(call[:2] == [compiler, "-m64"] for call in logs["launcher"])
+    compiled = [call for call in logs["nvcc"] if "-o" in call]
+    assert {value_after("-ccbin", call) for call in compiled} == {compiler}
+    objects = [value_after("-o", call) for call in logs["compiler"] + compiled]
+    assert len(set(objects)) == len(objects)
+    missing = pretended | {"CXX": f"{tmp_path}/launcher {NOWHERE}"}
+    assert "no GCC or Clang found" in pretend(tmp_path, missing)[1]
+
+
+@pytest.mark.parametrize(
+    "wanted, archs",
+    [("80 90", "80 90"), ("8.0;9.0+PTX", "80 90"), ("sm_90", "90"), ("90,80", "80 90"), ("9.0a 12.0 80, 8.0", "80 90 120"),
+     (" ", "80 86 90 100 120")],
+)  # fmt: skip
+def test_names_of_architectures(tmp_path: Path, pretended: dict[str, str], wanted: str, archs: str) -> None:
+    code, error, logs = pretend(tmp_path, pretended | {"CROP_CUDA_ARCHS": wanted, "MAX_JOBS": " 2 "})
+    assert code == 0, error
+    built = {" ".join(re.findall(r",code=(\w+)", " ".join(call))) for call in logs["nvcc"] if "-c" in call}
+    names = archs.split()
+    assert built == {" ".join([f"sm_{arch}" for arch in names] + [f"compute_{names[-1]}"])}
+    told = [word for call in logs["compiler"] if "bindings" in " ".join(call) for word in call]
+    assert f"{names[-1]}+PTX" in " ".join(told)
+
+
+@pytest.mark.parametrize(
+    "setting, value, sentence",
+    [("CROP_CUDA_ARCHS", "80 sm_70", "that nvcc and the kernels know (80 86 90 100 103 110 120), got 'sm_70'"),
+     ("CROP_CUDA_ARCHS", "native", "that nvcc and the kernels know (80 86 90 100 103 110 120), got 'native'"),
+     ("CROP_CUDA_ARCHS", "7.5", "that nvcc and the kernels know (80 86 90 100 103 110 120), got '7.5'"),
+     ("MAX_JOBS", "0", "MAX_JOBS must be a whole number from 1 on, got '0'"),
+     ("MAX_JOBS", "many", "MAX_JOBS must be a whole number from 1 on, got 'many'")],
+)  # fmt: skip
+def test_wrong_settings_are_told_first(
+    tmp_path: Path, pretended: dict[str, str], setting: str, value: str, sentence: str
+) -> None:
+    code, error, logs = pretend(tmp_path, pretended | {setting: value})
+    assert code != 0 and sentence in error and len(error.strip().splitlines()) == 1
+    assert "compiler" not in logs and all(call[0].startswith("--") for call in logs["nvcc"])
+
+
 def test_isolated_build_installs_its_requirements() -> None:
     """Under build isolation pip asks the build backend what to install first; there is no pyproject.toml to tell it."""
     script = "from setuptools.build_meta import __legacy__ as b; print(b.get_requires_for_build_wheel())"
@@ -185,7 +263,7 @@ def test_only_one_module_imports_the_kernels() -> None:
 
 
 def test_kernels_know_nothing_of_torch() -> None:
-    for path in (ROOT / "csrc").iterdir():
+    for path in filter(Path.is_file, (ROOT / "csrc").rglob("*")):
         includes = re.findall(r"#\s*include\s*[<\"]([^>\"]+)", path.read_text())
         assert not [name for name in includes if re.match(r"(torch|ATen|c10)/", name)], path
 

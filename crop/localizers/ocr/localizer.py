@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crop.cli.images import open_image
 from crop.geometry.region import Region
 from crop.localizers.ocr.encoder import Encoder
 from crop.localizers.ocr.features import Neighbours, features, neighbours, same_row
 from crop.localizers.ocr.question import Question, words_of
 from crop.localizers.ocr.ranking import Weights, choose
 from crop.localizers.ocr.reader import Page, Reader, installed
+from crop.localizers.pixels import as_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,7 +84,7 @@ class OCRLocalizer:
     def __call__(self, image: Image, question: str) -> Region:
         if not words_of(question):
             return Region.whole(0.0, "the question has no words")
-        image = open_image(image)
+        image = as_rgb(image)
         page = self._reader.detect(image)
         if not len(page):
             return Region.whole(0.0, "no text found in the image")

@@ -27,7 +27,7 @@ class Weights:
         place: kind -> (len(OUTLINE) + 1,) float64, the bias last; "other" serves all kinds that have none.
         first: kind -> (len(FEATURES) + 1,) float64.
         second: kind -> (len(FEATURES) + len(SUPPORT) + 1,) float64.
-    Source: own choice; fitted by ``bench/fit_ocr.py`` on the development part of the receipts.
+    Source: own choice; fitted by ``bench.localizers.fit_ocr`` on the development part of the receipts.
     """
 
     place: dict[str, np.ndarray]

@@ -14,9 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from crop.methods.base import Method
+from crop.methods.baselines.cdpruner import CDPruner
 from crop.methods.baselines.controls import AveragePooling, RandomTokens, UniformGrid
-from crop.methods.baselines.features import CDPruner, DivPrune, TokenMerging, VisionZip
-from crop.methods.baselines.inner import SparseVLM, fastv, pyramid_drop
+from crop.methods.baselines.divprune import DivPrune
+from crop.methods.baselines.fastv import fastv
+from crop.methods.baselines.pyramiddrop import pyramid_drop
+from crop.methods.baselines.sparsevlm import SparseVLM
+from crop.methods.baselines.tome import TokenMerging
+from crop.methods.baselines.visionzip import VisionZip
 
 __all__ = [
     "BASELINES",
@@ -33,8 +38,16 @@ __all__ = [
 ]
 
 
-# (fraction that is left in the end, decoder layers of the model) -> method
-BASELINES: dict[str, Callable[[float, int], Method]] = {
+def _quarters(num_layers: int | None) -> list[int]:
+    if num_layers is None:
+        raise ValueError(
+            "by_name: num_layers must be given for 'pyramiddrop', whose cuts are spread over the depth, got None"
+        )
+    return [max(1, num_layers * part // 4) for part in (1, 2, 3)]
+
+
+# (fraction that is left in the end, decoder layers of the model or None) -> method
+BASELINES: dict[str, Callable[[float, int | None], Method]] = {
     "random": lambda keep, num_layers: RandomTokens(keep),
     "uniform": lambda keep, num_layers: UniformGrid(keep),
     "average": lambda keep, num_layers: AveragePooling(keep),
@@ -44,5 +57,5 @@ BASELINES: dict[str, Callable[[float, int], Method]] = {
     "tome": lambda keep, num_layers: TokenMerging(keep),
     "fastv": lambda keep, num_layers: fastv(keep),
     "sparsevlm": lambda keep, num_layers: SparseVLM(keep),
-    "pyramiddrop": lambda keep, num_layers: pyramid_drop(keep, [max(1, num_layers * part // 4) for part in (1, 2, 3)]),
+    "pyramiddrop": lambda keep, num_layers: pyramid_drop(keep, _quarters(num_layers)),
 }

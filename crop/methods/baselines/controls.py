@@ -12,7 +12,7 @@ from torch import Tensor
 from crop.geometry.layout import PADDING, VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.methods.base import Method, budget_alone, budget_of, check_keep
+from crop.methods.base import Method, budget_of, check_keep
 
 
 def even_cells(layout: VisionLayout, count: int) -> Tensor:
@@ -61,10 +61,6 @@ class _Control(Method):
             return None
         level = torch.zeros(len(layout), dtype=torch.uint8)
         return PoolPlan.from_labels(self._label(layout, count), layout.row, layout.col, level)
-
-    def least(self, tokens: int) -> dict[int, int]:
-        """The budget."""
-        return {0: budget_alone(self.keep, tokens)}
 
     def _label(self, layout: VisionLayout, count: int) -> Tensor:
         raise NotImplementedError

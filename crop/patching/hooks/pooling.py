@@ -1,4 +1,4 @@
-"""Door 1, at the input of the language model: Pre-LLM Compression.
+"""At the input of the language model: Pre-LLM Compression.
 
 Also what every call needs there, pooled or not: what the cache holds, position ids, and at the way out the unpruned
 length.
@@ -6,28 +6,29 @@ length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from crop import ops
-from crop.methods.saliency import distinct_weights
+from crop.geometry.layout import PATCH
+from crop.methods.saliency import saliency_weights
+from crop.patching import hf
 from crop.patching.batch_plan import ImagePlan, PoolStep
-from crop.patching.cache import TokenMap, cache_state, make_uniform, store_state
-from crop.patching.context import Door, hook
+from crop.patching.cache import make_uniform, store_state
+from crop.patching.context import ModelHook, hook
 from crop.patching.feature_pooling import settle
+from crop.patching.masks import pooled_valid
 from crop.patching.positions import close_gaps, given_ids, num_axes, own_ids
-from crop.patching.readmit import Memory
-from crop.patching.state import Run, Stage, gather_positions, slot_mask, spread
+from crop.patching.state import ForwardState, LayerState, gather_positions
 from crop.patching.stats import mark
-from crop.patching.validation import cache_name, cache_of, past_length, wants_cache
+from crop.patching.token_map import TokenMap
+from crop.patching.validation import one_per_image
 
 
-class PoolingDoor(Door):
+class PoolingHook(ModelHook):
     """Pools the image tokens' embeddings and lets position ids, mask and cache follow."""
 
     def install(self, undo: ExitStack) -> None:
@@ -36,166 +37,182 @@ class PoolingDoor(Door):
         hook(undo, self.language_model.register_forward_hook, self._leave)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-        if self.block.run is not None and self.run is None:
-            return None  # a call of another thread that was there before the doors opened
-        run = self.block.run = self.run or Run()
-        pool = run.chunk.pool if run.chunk is not None else None
-        cache = cache_of(kwargs)
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is None:
+        state, call = self.context.call, hf.DecoderCall(module, kwargs)
+        if state is None or call.embeds is None:
             return None
-        if run.timed:
-            run.started = mark(embeds.device)
-            if len(self.block.vision_span) == 2:
-                self.stats._add("vision", *self.block.vision_span)
-        if (run.chunk is not None or run.noted is not None) and cache is None and wants_cache(module, kwargs):
-            # The model would make it inside, where the thinnings could not be attached.
-            from transformers import DynamicCache
-
-            cache = kwargs[cache_name(module)] = DynamicCache(config=module.config)
-        state = cache_state(cache)
-        run.cache, run.state, run.pooled, run.device = cache, state, state.pooled, embeds.device
-        run.capacity = getattr(cache.layers[0], "max_cache_len", None) if getattr(cache, "layers", None) else None
-        if run.recalled is not None:
-            run.state = state = replace(state, cuts={})
-        elif state.memory is not None and run.noted is None:
-            store_state(cache, memory=None)  # it would miss what this call adds
-        run.stages |= {layer: Stage(state.cuts.get(layer)) for layer in (state.cuts | state.moved) if layer}
-        logical_mask = run.given_mask if self.adapter.makes_masks else kwargs.get("attention_mask")
-        run.added = run.slots = embeds.shape[1]
-        run.past = past_length(cache, logical_mask, run.added)
-        run.past_slots = run.past - (0 if state.pooled is None else state.pooled.dropped)
-        self._note_positions(run, kwargs, embeds)
-        if run.noted is not None:
-            self._note_levels(run, kwargs, embeds)
-        if pool is None and (state.pooled is None or (logical_mask is None and state.pooled.dense)):
-            if run.chunk is not None and logical_mask is not None:
-                run.mask = logical_mask.to(torch.bool)
-            return args, kwargs
-        if pool is not None:
-            start = mark(embeds.device)
-            pool = self._settle(run, embeds)
-            kwargs |= self._pool_features(pool, run.chunk.images, embeds, kwargs)
-            leader = pool.leader.to(embeds.device)
-            run.slots = leader.shape[1]
-            run.pooled = TokenMap.extended(state.pooled, run.past, leader, run.added, dense=pool.filled is None)
-            self._pool_positions(run, kwargs, leader)
-        run.mask = slot_mask(logical_mask, state.pooled, run, pool)
-        if not self.adapter.makes_masks:
-            kwargs["attention_mask"] = run.mask
-        if not self.adapter.makes_masks and run.mask is None and cache is None:
-            # Without a mask and a cache, transformers would read gaps in the position ids as packed sequences.
-            shape = (embeds.shape[0], run.slots)
-            kwargs["attention_mask"] = torch.ones(shape, dtype=torch.bool, device=embeds.device)
-        if pool is not None:
-            self.stats._add("plc", start, mark(embeds.device))
+        if state.stats is not None:
+            if len(state.vision.marks) == 2:
+                state.stats.add_span("vision", *state.vision.marks)
+            state.vision.marks = [mark(call.embeds.device)]  # from here on the language model's begin
+        valid = self._begin(state, call)
+        self._note_positions(state, call)
+        if state.plan is not None and state.plan.pool is not None:
+            start = mark(call.embeds.device)
+            self._pool_call(state, call)
+            state.stats.add_span("plc", start, mark(call.embeds.device))
+        self._fit_mask(state, call, valid)
         return args, kwargs
 
-    def _pool_features(
-        self, pool: PoolStep, images: Sequence[ImagePlan], embeds: Tensor, kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The embeddings, pooled, and like them the further levels of vision features of DeepStack."""
+    def _begin(self, state: ForwardState, call: hf.DecoderCall) -> Tensor | None:
+        """Note what the cache holds and how long everything is; returns the caller's mask over input tokens."""
+        state.cache = call.cache
+        if state.plan is not None:
+            state.plan = state.plan.to(call.embeds.device)
+            if state.cache is None:
+                state.cache = call.make_cache()
+        valid = state.input_valid if self.planner.makes_masks else call.mask
+        state.added = call.embeds.shape[1]
+        state.past = hf.past_length(state.cache, valid, state.added)
+        before = state.before
+        state.pooled = before.pooled
+        state.layers |= {layer: LayerState(before.cuts.get(layer)) for layer in (before.cuts | before.shifts) if layer}
+        return valid
+
+    def _note_positions(self, state: ForwardState, call: hf.DecoderCall) -> None:
+        """Where ids are or were changed, work on ours from here on."""
+        shifts = state.before.shifts
+        if (state.plan is None or self.planner.positions == "original") and not shifts:
+            return
+        axes, (batch, added) = num_axes(self.language_model.config), call.embeds.shape[:2]
+        ids = own_ids(call.position_ids, axes, batch, added, state.past, call.embeds.device)
+        if 0 in shifts:
+            ids = ids - shifts[0].unsqueeze(1)
+        state.layers[0].position_ids = ids
+        call.position_ids = given_ids(ids)
+
+    def _pool_call(self, state: ForwardState, call: hf.DecoderCall) -> None:
+        """Embeddings, further levels of vision features and position ids of the cells."""
+        if state.plan.text is not None:
+            self._settle(state, call.embeds)
+        pool = state.plan.pool
         mode, weight = self.method.pool_mode, None
         if mode == "distinct":
-            mode, weight = "weighted", distinct_weights(pool.plan, images, embeds)
-        found = {"inputs_embeds": self._pool(pool, embeds, mode, weight)}
-        is_vision = kwargs.get("visual_pos_masks")
-        if is_vision is not None:
-            leader = pool.leader.to(is_vision.device)
-            chosen = is_vision.gather(1, leader.clamp(min=0)) & (leader >= 0)
-            levels = (spread(level, is_vision) for level in kwargs["deepstack_visual_embeds"])
-            found["visual_pos_masks"] = chosen
-            found["deepstack_visual_embeds"] = [self._pool(pool, level, mode, weight)[chosen] for level in levels]
-        return found
+            mode, weight = "weighted", _weights(pool, state.plan.images, call.embeds)
+        if call.deepstack is not None:
+            is_vision, levels = call.deepstack
+            kept = pool.kept_index.to(is_vision.device)
+            chosen = is_vision.gather(1, kept.clamp(min=0)) & (kept >= 0)
+            call.deepstack = chosen, [_pool(pool, spread(level, is_vision), mode, weight)[chosen] for level in levels]
+        call.embeds = _pool(pool, call.embeds, mode, weight)
+        state.pooled = TokenMap.extended(
+            state.before.pooled, state.past, pool.kept_index, state.added, full=pool.filled is None
+        )
+        self._pool_positions(state, call)
 
-    def _settle(self, run: Run, embeds: Tensor) -> PoolStep:
-        """The pooling of the chunk, late plans decided."""
-        if run.chunk.text is not None:
-            salience = None
-            if self.block.salience is not None:
-                salience = self.block.salience.of([image.sample for image in run.chunk.images], self.planner.copies)
-            with torch.no_grad():
-                pool = settle(run.chunk.pool, run.chunk.images, run.chunk.text, embeds, salience)
-            run.chunk = replace(run.chunk, pool=pool)
-        return run.chunk.pool
+    def _settle(self, state: ForwardState, embeds: Tensor) -> None:
+        """Let features decide."""
+        observed = None
+        if state.vision.observed is not None:
+            samples = [image.sample for image in state.plan.images]
+            copies = self.context.generation.copies if self.context.generation is not None else 1
+            rows = one_per_image("observation", list(range(len(state.vision.observed))), samples, copies)
+            observed = [state.vision.observed[row] for row in rows]
+        with torch.no_grad():
+            state.plan, decisions = settle(state.plan, embeds, observed)
+        state.stats.add_decisions(decisions, state.plan.positions)
 
-    def _note_positions(self, run: Run, kwargs: dict, embeds: Tensor) -> None:
-        """Where ids are or were changed, work on ours from here on: ``run.ids`` and what the model gets."""
-        changes = run.chunk is not None and self.planner.positions != "original"
-        axes = num_axes(self.language_model.config)
-        if run.noted is not None:
-            run.noted["ids"] = own_ids(kwargs.get("position_ids"), axes, *embeds.shape[:2], run.past, embeds.device)
-        if run.recalled is not None:
-            run.ids = torch.cat([*run.recalled.ids, run.noted["ids"]], -1)
-        elif changes or run.state.moved:
-            run.ids = own_ids(kwargs.get("position_ids"), axes, *embeds.shape[:2], run.past, embeds.device)
-            if 0 in run.state.moved:
-                run.ids = run.ids - run.state.moved[0].unsqueeze(1)
-            kwargs["position_ids"] = given_ids(run.ids)
-        if changes and self.planner.positions == "compact":
-            run.images = [(image.sample, image.pooled.position) for image in run.chunk.images]
-
-    def _note_levels(self, run: Run, kwargs: dict, embeds: Tensor) -> None:
-        """What DeepStack adds behind the first cut. A call without images is to add it to those before, all the same."""
-        first, given = self.method.cuts[0].layer, kwargs.get("deepstack_visual_embeds") or []
-        late = [spread(level, kwargs["visual_pos_masks"])[None].to(embeds.device) for level in given[first:]]
-        run.noted["levels"] = torch.cat([embeds.new_zeros(0, *embeds.shape), *late])
-        earlier = 0 if run.recalled is None else run.recalled.num_levels
-        if earlier and not given:
-            kwargs["visual_pos_masks"] = embeds.new_zeros(embeds.shape[:2], dtype=torch.bool)
-            kwargs["deepstack_visual_embeds"] = [embeds.new_zeros(0, embeds.shape[2])] * (first + earlier)
-
-    def _pool_positions(self, run: Run, kwargs: dict, leader: Tensor) -> None:
-        """Position ids of pooled tokens."""
-        if self.planner.positions == "original":
-            kwargs["position_ids"] = gather_positions(kwargs.get("position_ids"), leader, run.past)
-            run.ids = None if run.ids is None else gather_positions(run.ids, leader, 0)
-            return
+    def _pool_positions(self, state: ForwardState, call: hf.DecoderCall) -> None:
+        kept, ids = state.plan.pool.kept_index, state.layers[0].position_ids
         if self.planner.positions == "compact":
-            alive = run.chunk.pool.slot.to(leader.device).new_zeros(leader.shape[0], run.added + 1, dtype=torch.bool)
-            alive = alive.scatter(1, torch.where(leader >= 0, leader, run.added), True)[:, :-1]
-            images = [(image.sample, image.layout.position) for image in run.chunk.images]
-            run.ids, moved = close_gaps(run.ids, alive, images)
-            run.moved[0] = moved + run.state.moved.get(0, 0)
-            run.ids = gather_positions(run.ids, leader, 0)
+            alive = kept.new_zeros(len(kept), state.added + 1, dtype=torch.bool)
+            alive = alive.scatter(1, torch.where(kept >= 0, kept, state.added), True)[:, :-1]
+            images = [(image.sample, image.layout.position) for image in state.plan.images]
+            ids, shift = close_gaps(ids, alive, images)
+            state.layers[0].shift = shift + state.before.shifts.get(0, 0)
+        if ids is None:
+            call.position_ids = gather_positions(call.position_ids, kept, state.past)
         else:
-            run.ids = self._pool(run.chunk.pool, run.ids.movedim(0, 2).float().contiguous(), "mean").movedim(2, 0)
-        kwargs["position_ids"] = given_ids(run.ids)
+            state.layers[0].position_ids = gather_positions(ids, kept, 0)
+            call.position_ids = given_ids(state.layers[0].position_ids)
 
-    @staticmethod
-    def _pool(pool: PoolStep, embeds: Tensor, mode: str, weight: Tensor | None = None) -> Tensor:
-        batch, seq_len, dim = embeds.shape
-        pooled = ops.adaptive_pool(embeds.reshape(batch * seq_len, dim), pool.plan, mode, weight)
-        if pool.filled is not None:
-            packed = pooled.new_zeros(pool.leader.numel(), dim)
-            pooled = packed.index_copy(0, pool.filled.to(embeds.device), pooled)
-        return pooled.view(batch, -1, dim)
+    def _fit_mask(self, state: ForwardState, call: hf.DecoderCall, valid: Tensor | None) -> None:
+        """Give the model a mask over pooled tokens, where it makes its masks from one."""
+        pool = None if state.plan is None else state.plan.pool
+        before = state.before.pooled
+        if pool is None and before is None:
+            if state.plan is not None and valid is not None:
+                state.valid = valid.to(torch.bool)
+            return
+        if pool is None and valid is None and before.full:
+            return
+        now = None if pool is None else state.pooled
+        state.valid = pooled_valid(valid, before, now, state.past, state.pooled_past, state.pooled_length)
+        if self.planner.makes_masks:
+            return
+        call.mask = state.valid
+        if state.valid is None and state.cache is None:
+            # Without a mask and a cache, transformers would read gaps in the position ids as packed sequences.
+            call.mask = torch.ones(call.embeds.shape[:2], dtype=torch.bool, device=call.embeds.device)
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        run = self.run
-        hidden = output[0]
-        if run is not None and run.timed:
-            self.stats._add("language_model", run.started, mark(hidden.device))
-        if run is not None and run.noted is not None and run.cache is not None:
-            old = cache_state(run.cache).memory or Memory(self.method.cuts[0].layer, [])
-            store_state(run.cache, memory=old.with_chunk(**run.noted))
-        if run is None or run.chunk is None:
+        state = self.context.call
+        if state is None:
             return None
-        if run.cache is not None:
-            cuts = {layer: stage.slots for layer, stage in run.stages.items() if stage.slots is not None}
-            if self.planner.uniform and cuts:
-                last = run.stage(len(self.layers) - 1)
-                make_uniform(run.cache, run.late_slots(len(self.layers)), run.past_slots)
-                run.pooled, cuts = last.slots.after(run.pooled), {}
-            moved = run.state.moved | run.moved
-            store_state(run.cache, pooled=run.pooled, cuts=cuts, moved=moved, whole_masks=self.adapter.makes_masks)
-        pool = run.chunk.pool
+        if state.stats is not None and state.vision.marks:
+            state.stats.add_span("language_model", state.vision.marks[0], mark(output[0].device))
+        if state.plan is None:
+            return None
+        if state.cache is not None:
+            self._store(state)
+        pool = state.plan.pool
         if pool is None:
             return None
-        # Members of a cell share its output; padding takes whatever stands in slot 0 (masked everywhere).
-        slot = pool.slot.to(hidden.device).clamp(min=0).unsqueeze(-1)
-        full = hidden.gather(1, slot.expand(-1, -1, hidden.shape[-1]))
-        if isinstance(output, tuple):
-            return (full, *output[1:])
-        output.last_hidden_state = full
-        return output
+
+        def unpooled(hidden: Tensor) -> Tensor:
+            # Members of a cell share its output; padding takes whatever stands first (masked everywhere).
+            slot = pool.slot_of.to(hidden.device).clamp(min=0).unsqueeze(-1)
+            return hidden.gather(1, slot.expand(-1, -1, hidden.shape[-1]))
+
+        return hf.with_output(output, unpooled)
+
+    def _store(self, state: ForwardState) -> None:
+        """Attach to the cache what was pruned."""
+        cuts = {layer: here.tokens for layer, here in state.layers.items() if here.tokens is not None}
+        shifts = {layer: here.shift for layer, here in state.layers.items() if here.shift is not None}
+        pooled = state.pooled
+        if self.planner.uniform and cuts:
+            last = state.at(len(self.layers) - 1)
+            make_uniform(state.cache, state.left_at_the_end(len(self.layers)), state.pooled_past)
+            pooled, cuts = last.tokens.after(pooled), {}
+        store_state(
+            state.cache,
+            pooled=pooled,
+            cuts=cuts,
+            shifts=state.before.shifts | shifts,
+            whole_masks=self.planner.makes_masks,
+        )
+
+
+def spread(features: Tensor, is_vision: Tensor) -> Tensor:
+    """Features (num_vision, dim) at the places of a (batch, seq_len) mask, zeros elsewhere: (batch, seq_len, dim)."""
+    full = features.new_zeros(*is_vision.shape, features.shape[-1])
+    full[is_vision] = features
+    return full
+
+
+def _pool(pool: PoolStep, embeds: Tensor, mode: str, weight: Tensor | None) -> Tensor:
+    batch, seq_len, dim = embeds.shape
+    pooled = ops.adaptive_pool(embeds.reshape(batch * seq_len, dim), pool.plan, mode, weight)
+    if pool.filled is not None:
+        packed = pooled.new_zeros(pool.kept_index.numel(), dim)
+        pooled = packed.index_copy(0, pool.filled.to(embeds.device), pooled)
+    return pooled.view(batch, -1, dim)
+
+
+@torch.no_grad()
+def _weights(pool: PoolStep, images: list[ImagePlan], embeds: Tensor) -> Tensor:
+    """(batch * seq_len,) float32 weights, each image judged by itself; constants for the gradient.
+
+    1 for text, newlines, padding and what is alone in its cell, which keeps its bits.
+    """
+    weight = torch.ones(embeds.shape[:2], dtype=torch.float32, device=embeds.device)
+    for image in images:
+        patch = image.layout.kind == PATCH
+        if image.plan is not None and patch.any():
+            position = image.layout.position[patch]
+            first, last = int(position[0]), int(position[-1])
+            # Positions that follow each other are a view.
+            place = slice(first, last + 1) if last - first == len(position) - 1 else position.to(embeds.device)
+            weight[image.sample, place] = saliency_weights(embeds[image.sample, place])
+    alone = pool.plan.counts[pool.plan.inverse.long()] == 1
+    return weight.flatten().masked_fill(alone.to(embeds.device), 1.0)

@@ -1,0 +1,70 @@
+"""The one table of README: what pruning keeps, gains and costs, losing rows included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.accuracy.summary import OVERALL
+from bench.common import markdown
+
+# (method, share of the tokens, results file): kept answers beside the best baseline of the same file.
+ANSWERS = (
+    ("PLC, predicted", 0.22, "accuracy_22.json"),
+    ("PLC, predicted", 0.11, "accuracy.json"),
+    ("PLC, predicted", 0.055, "accuracy.json"),
+    ("ILP, predicted", 0.33, "accuracy.json"),
+)
+PREFILL = ("prefill_576.json", "prefill_2880.json")
+
+
+def headline(results: Path) -> list[str]:
+    """Lines of the table.
+
+    Args:
+        results: folder of the JSON files.
+    """
+
+    def read(name: str) -> dict[str, Any]:
+        return json.loads((results / name).read_text())
+
+    table = [_answers(read(name), method, budget) for method, budget, name in ANSWERS]
+    table.append(_prefill([read(name)["rows"] for name in PREFILL], "PLC 11%"))
+    table.append(_small(read("small.json")["rows"]))
+    return markdown(["measured on CPU, 2 cores", "crop", "beside it"], table)
+
+
+def _answers(content: dict[str, Any], method: str, budget: float) -> list[str]:
+    def kept(contender: str) -> dict[str, Any]:
+        return next(
+            row
+            for row in content["rows"]
+            if (row["contender"], row["budget"], row["counted"], row["group"])
+            == (contender, budget, "average", OVERALL)
+        )
+
+    lead = next(row for row in content["leads"] if (row["contender"], row["budget"]) == (method, budget))
+    mine, theirs = kept(method), kept(lead["baseline"])
+    kind = method.partition(",")[0]
+    what = f"{kind}, {100 * budget:g} % of the vision tokens: right answers, of the unpruned model's ({mine['n']} questions)"
+    points = f"{100 * lead['lead']:+.1f} points ({100 * lead['low']:+.1f} to {100 * lead['high']:+.1f})"
+    beside = f"best baseline ({lead['baseline']}) {100 * theirs['relative']:.1f} %: {points}"
+    return [what, f"{100 * mine['relative']:.1f} %", beside]
+
+
+def _prefill(runs: list[list[dict[str, Any]]], contender: str) -> list[str]:
+    found = [next(row for row in rows if row["contender"] == contender) for rows in runs]
+    tokens = " and ".join(str(row["vision tokens"]) for row in found)
+    faster = " and ".join(f"{row['speed-up']:.1f}" for row in found)
+    fewer = " and ".join(f"{row['FLOP ratio']:.1f}" for row in found)
+    what = f"{contender.replace(' ', ', ').replace('%', ' %')} of the vision tokens: prefill of a 300 M decoder, {tokens} tokens"
+    return [what, f"{faster} times as fast", f"{fewer} times fewer FLOPs"]
+
+
+def _small(rows: list[dict[str, Any]]) -> list[str]:
+    """The model that pruning slows down most."""
+    row = max(rows, key=lambda row: row["pruned"])
+    what = f"both, 11 % of the vision tokens: prefill of a tiny decoder ({row['model']}, {row['tokens']} tokens)"
+    beside = f"{row['unpruned ms']:.0f} ms unpruned; `crop.estimate` advised: {row['advice']}"
+    return [what, f"{row['pruned']:.1f} times as slow", beside]

@@ -1,0 +1,293 @@
+"""Train the head of ``HeadLocalizer`` for a vision-language model, from (image, question, box) records.
+
+    python -m bench.training.head --out crop/embedded/head.safetensors                          # embedded model, rendered set
+    python -m bench.training.head --evaluate crop/embedded/head.safetensors --scenes 100        # held-out pictures
+    python -m bench.training.head --model PATH --records train.jsonl --dev dev.jsonl --out head.safetensors
+
+Records: see bench.records.
+
+The model runs once per image up to its decoder; what the head needs is kept in --cache. Rendered pictures: training seeds
+from 9 000 000 on, development seeds from 10 500 000 on, where also the confidence is fitted; 10 800 000 and more are left to
+`python -m bench.localizers` and --evaluate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from bench.common import header
+from bench.records import Record, read_jsonl, rendered
+from crop.cli.ask import EMBEDDED, Asker, load
+from crop.geometry.layout import VisionLayout
+from crop.geometry.region import Region
+from crop.localizers.boxes import Raster
+from crop.localizers.head import Head, clues, head_region, waves
+from crop.localizers.reading import embeddings
+from crop.localizers.vision_cache import cache_vision
+
+TRAIN_SEED, DEV_SEED, HELD_OUT_SEED = 9_000_000, 10_500_000, 10_800_000
+SETTINGS = {"threshold": 0.2, "gap": 0, "max_boxes": 8, "dilate": 0}
+BACKGROUND = 64  # tokens per image and step that no question wants
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One image and what is asked about it; features in float16."""
+
+    layout: VisionLayout
+    vision: Tensor
+    asked: list[tuple[str, Any]]
+
+
+def features(asker: Asker, records: Iterable[Record], total: int | None) -> tuple[list[Example], dict[str, Tensor]]:
+    """What the head sees: image features and question embeddings, each computed once."""
+    examples, texts = [], {}
+    groups = groupby(records, key=lambda record: record[0] if isinstance(record[0], Path) else id(record[0]))
+    for _, group in tqdm(groups, "features", total, disable=None):
+        group = list(group)
+        image = group[0][0]
+        image = Image.open(image).convert("RGB") if isinstance(image, Path) else image
+        read = None
+        with cache_vision(asker.model), torch.no_grad():
+            for _, question, _ in group:
+                if read is None or question not in texts:
+                    read = embeddings(asker.model, asker.processor, image, question, asker.prompt)
+                    texts[question] = read.text.half().cpu()
+        asked = [(question, boxes) for _, question, boxes in group]
+        examples.append(Example(read.layout, read.vision.half().cpu(), asked))
+    return examples, texts
+
+
+Target = tuple[str, Tensor, float]  # question, (N,) bool, 1 a part is enough, 0 the whole is needed, -1 nothing answers
+
+
+def targets(example: Example) -> list[Target]:
+    """What the head should say to each question about an image."""
+    found = []
+    for question, boxes in example.asked:
+        region = as_region(boxes)
+        inside = torch.zeros(len(example.layout), dtype=torch.bool) if region is None else example.layout.inside(region)
+        found.append((question, inside, -1.0 if region is None else float(not region.is_whole)))
+    return found
+
+
+def as_region(boxes: Any) -> Region | None:
+    """The boxes of a record; None where nothing answers."""
+    return None if boxes is None else Region(tuple(map(tuple, boxes)))
+
+
+def batch(
+    examples: list[tuple[Example, list[Target]]], texts: dict[str, Tensor], per_image: int, rng: random.Random
+) -> dict[str, Tensor]:
+    """(B, N, ...) of the images and (B, Q, ...) of the questions, padded."""
+    rows = [(example, rng.choices(known, k=per_image)) for example, known in examples]
+    vision, center, weight, target = [], [], [], []
+    for example, asked in rows:
+        wanted = torch.stack([inside for _, inside, _ in asked])
+        # All tokens that some question wants, and a few of the others, which stand for all of them.
+        others = torch.nonzero(~wanted.any(0)).flatten()
+        drawn = others[torch.randperm(len(others))[:BACKGROUND]]
+        index = torch.cat([torch.nonzero(wanted.any(0)).flatten(), drawn])
+        vision.append(example.vision[index])
+        center.append(example.layout.center[index])
+        weight.append(torch.ones(len(index)))
+        weight[-1][len(index) - len(drawn) :] = len(others) / max(len(drawn), 1)
+        target.append(wanted[:, index].float().mT)
+    asked = [entry for _, asked in rows for entry in asked]
+    words = [texts[question] for question, *_ in asked]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "vision": pad(vision, True).float(),
+        "center": pad(center, True),
+        "weight": pad(weight, True),
+        "words": pad(words, True).float(),
+        "length": torch.tensor([len(entry) for entry in words]),
+        "target": pad(target, True).mT,
+        "local": torch.tensor([local for *_, local in asked]),
+    }
+
+
+def loss(head: Head, data: dict[str, Tensor]) -> Tensor:
+    """Cross entropy of the tokens (where a part is enough, or nothing) and of "a part is enough"."""
+    count, per_image, _ = data["target"].shape
+    film, local = head.read(data["words"], data["length"])
+    logits = head.match(head.see(data["vision"], waves(data["center"])), film.unflatten(0, (count, per_image)))
+    asks = (data["local"] != 0).view(count, per_image, 1) * data["weight"].unsqueeze(1)
+    weight = torch.tensor(2.0)  # a token missed costs an answer, one too many next to nothing
+    tokens = F.binary_cross_entropy_with_logits(logits, data["target"], asks, pos_weight=weight, reduction="sum")
+    known = data["local"] >= 0
+    part = F.binary_cross_entropy_with_logits(local[known], data["local"][known])
+    return tokens / (count * per_image * 8) + part
+
+
+def train(head: Head, examples: list[Example], texts: dict[str, Tensor], minutes: float, steps: int) -> None:
+    """AdamW, linear warm-up and cosine decay over the CPU time or the steps, whichever end first."""
+    rng, start = random.Random(0), time.process_time()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=0.01)
+    head.train()
+    known = [(example, targets(example)) for example in examples]
+    for step in (bar := tqdm(range(steps), "training", disable=None)):
+        done = max(step / steps, (time.process_time() - start) / (60 * minutes))
+        if done >= 1:
+            break
+        rate = 3e-3 * min(1.0, (step + 1) / 100) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done))).item()
+        optimizer.param_groups[0]["lr"] = rate
+        value = loss(head, batch(rng.sample(known, min(32, len(known))), texts, 6, rng))
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            bar.set_postfix(loss=f"{value.item():.3f}")
+            print(
+                f"step {step} loss {value.item():.4f} {time.process_time() - start:.0f} s", file=sys.stderr, flush=True
+            )
+    head.eval()
+
+
+Verdict = tuple[Example, Any, Tensor, float]  # boxes of the record, token logits, local logit
+
+
+@torch.no_grad()
+def judged(head: Head, examples: list[Example], texts: dict[str, Tensor]) -> Iterator[Verdict]:
+    """What the head makes of every question."""
+    for example in examples:
+        seen = head.see(example.vision.float(), waves(example.layout.center)).unsqueeze(0)
+        for question, boxes in example.asked:
+            film, local = head.read(texts[question].float().unsqueeze(0))
+            yield example, boxes, head.match(seen, film.unsqueeze(1))[0, 0], float(local)
+
+
+def calibrate(head: Head, verdicts: list[Verdict]) -> None:
+    """Fit the confidence: logistic regression of "the boxes hold all that is needed" on the clues."""
+    inputs, held = [], []
+    for example, boxes, logits, local in verdicts:
+        raster = Raster.of(example.layout, logits.sigmoid())
+        found = raster.boxes(
+            raster.values >= SETTINGS["threshold"], **{k: v for k, v in SETTINGS.items() if k != "threshold"}
+        )
+        inputs.append(clues(raster, raster.inside(found), local))
+        held.append(bool(found) and boxes is not None and covers(example.layout, raster.region(found, 1.0), boxes))
+    inputs, held = torch.tensor(inputs), torch.tensor(held).float()
+    scale = inputs.std(0, correction=0).clamp(min=1e-3)
+    weights = torch.zeros(inputs.shape[1] + 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logit = weights[0] + (inputs / scale) @ weights[1:]
+        value = F.binary_cross_entropy_with_logits(logit, held) + 1e-4 * (weights**2).sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    head.calibration.copy_(torch.cat([weights[:1], weights[1:] / scale]).detach())
+
+
+def covers(layout: VisionLayout, region: Region, boxes: Any) -> bool:
+    """Whether a region holds every token of the true boxes."""
+    return bool((layout.inside(region) | ~layout.inside(as_region(boxes))).all())
+
+
+def report(head: Head, verdicts: list[Verdict], min_confidence: float) -> str:
+    """One line: what the regions hold, how large they are, how honest the confidence is."""
+    held, area, true, whole, nothing, trust, good = [], [], [], [], [], [], []
+    for example, boxes, logits, local in verdicts:
+        region = head_region(example.layout, logits, local, head.calibration, **SETTINGS, min_confidence=min_confidence)
+        if boxes is None:
+            nothing.append(region.is_whole)
+            continue
+        wanted = as_region(boxes)
+        if wanted.is_whole:
+            whole.append(region.is_whole)
+            continue
+        held.append(covers(example.layout, region, boxes))
+        area.append(region.area)
+        true.append(wanted.area)
+        if not region.is_whole:
+            trust.append(region.confidence)
+            good.append(held[-1])
+    shares = {"holds all": held, "area": area, "true area": true, "whole for global": whole, "whole for absent": nothing,
+              "confidence": trust, "of these hold all": good}  # fmt: skip
+    told = ", ".join(f"{name} {mean(map(float, values)):.3f}" for name, values in shares.items() if values)
+    return f"min_confidence {min_confidence}: {told}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.training.head", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=EMBEDDED, help="embedded, a folder or a hub name")
+    parser.add_argument("--records", type=Path, help="JSON lines to train on (default: rendered pictures)")
+    parser.add_argument("--dev", type=Path, help="JSON lines to fit the confidence on")
+    parser.add_argument("--out", type=Path, help="file to write the head to")
+    parser.add_argument(
+        "--evaluate", type=Path, metavar="HEAD", help="judge a head on the held-out pictures, train nothing"
+    )
+    parser.add_argument("--cache", type=Path, help="file to keep the features in")
+    parser.add_argument(
+        "--scenes", type=int, default=3000, help="rendered pictures to train on; a tenth as many to fit on"
+    )
+    parser.add_argument("--width", type=int, default=48)
+    parser.add_argument("--minutes", type=float, default=8.0, help="of CPU time in training at most")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="of the model; the head trains on the CPU")
+    options = parser.parse_args()
+    if options.records is not None and options.dev is None:
+        parser.error("--records must come with --dev")
+    if (options.out is None) == (options.evaluate is None):
+        parser.error("one of --out and --evaluate must be given")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    if options.evaluate:
+        held_out = read_jsonl(options.dev) if options.dev else rendered(HELD_OUT_SEED, options.scenes, 8)
+        verdicts = list(
+            judged(Head.load(options.evaluate), *features(load(options.model, options.device, "auto"), held_out, None))
+        )
+        print(header())
+        print(f"{options.dev or f'seeds from {HELD_OUT_SEED}'}, {len(verdicts)} questions")
+        for min_confidence in (0.3, 0.5, 0.7, 0.9):
+            print(report(Head.load(options.evaluate), verdicts, min_confidence))
+        return
+    if options.cache and options.cache.is_file():
+        sets = torch.load(options.cache, weights_only=False)
+    else:
+        asker = load(options.model, options.device, "auto")
+        sources = ((options.records, TRAIN_SEED, options.scenes), (options.dev, DEV_SEED, options.scenes // 10))
+        sets = [
+            features(asker, read_jsonl(path) if path else rendered(seed, count, 8), None if path else count)
+            for path, seed, count in sources
+        ]
+        if options.cache:
+            torch.save(sets, options.cache)
+    (examples, texts), dev = sets
+    head = Head(examples[0].vision.shape[1], options.width)
+    train(head, examples, texts, options.minutes, options.steps)
+    verdicts = list(judged(head, *dev))
+    calibrate(head, verdicts)
+    head.save(options.out)
+    print(header())
+    print(f"{sum(p.numel() for p in head.parameters())} parameters, {len(examples)} images, "
+          f"{sum(len(example.asked) for example in examples)} questions; development set:")  # fmt: skip
+    for min_confidence in (0.3, 0.5, 0.7, 0.9):
+        print(report(head, verdicts, min_confidence))
+
+
+if __name__ == "__main__":
+    main()

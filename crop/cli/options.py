@@ -1,0 +1,141 @@
+"""Options of the command line: numbers, regions, devices, and which of them go together."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import runpy
+import sys
+from collections.abc import Callable
+
+from crop.geometry.region import Region
+from crop.localizers.registry import localizer_names
+
+METHODS = ("crop", "plc", "ilp", "none")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SECOND_MODELS = ("clip", "detector", "vlm")
+NO_PATH = ("attention", "box", "cascade", "ocr", "union", "whole")  # localizers that load nothing
+NO_LAYER = (*SECOND_MODELS, "head", "ocr", "cascade", "union", "box", "whole")
+NEEDED = {"transformers": "transformers", "PIL": "pillow", "rich": "rich"}
+
+
+class UsageError(Exception):
+    """Something the user can put right: a wrong path, a family that is not supported."""
+
+
+def number(kind: type, low: float, high: float, what: str) -> Callable[[str], float]:
+    """A parser of numbers in [low, high] for argparse, with ``what`` as its complaint."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text}")
+        return value
+
+    return parse
+
+
+fraction = number(float, sys.float_info.min, 1.0, "a number above 0 and at most 1")
+count = number(int, 1, sys.maxsize, "a whole number of at least 1")
+natural = number(int, 0, sys.maxsize, "a whole number of at least 0")
+
+
+def need_packages(command: str) -> None:
+    """Refuse a command whose packages are missing.
+
+    Raises:
+        UsageError: names them and the extra that brings them.
+    """
+    missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UsageError(f'crop {command} needs {", ".join(missing)}: pip install "crop-vlm[demo]"')
+
+
+def load_plugin(name: str) -> None:
+    """Import a module, or run a file, that registers localizers or methods.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        if name.endswith(".py"):
+            runpy.run_path(name)
+        else:
+            importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise UsageError(f"--plugin {name} cannot be loaded: {error}") from error
+
+
+def check_names(method: str, localizer: str | None) -> None:
+    """Refuse unknown methods and localizers, after plug-ins had their turn.
+
+    Raises:
+        UsageError: names those that are known.
+    """
+    for option, known, name in (("--method", METHODS, method), ("--localizer", localizer_names(), localizer)):
+        if name is not None and name not in known:
+            raise UsageError(f"{option} must be one of {', '.join(known)}, got {name!r}")
+
+
+def check_localizer(options: argparse.Namespace) -> None:
+    """Refuse options that the localizer would not read.
+
+    Args:
+        options: with ``localizer``, ``localizer_model``, ``layer``, ``min_confidence``, ``region``.
+    Raises:
+        UsageError: says what goes with what.
+    """
+    name, path = options.localizer, options.localizer_model
+    if options.layer is not None and (options.region or name in NO_LAYER):
+        raise UsageError("--layer must come with --localizer attention")
+    if options.min_confidence is not None and (options.region or name in ("box", "whole")):
+        raise UsageError("--min-confidence must come with a localizer that looks at the image")
+    if name in SECOND_MODELS and path is None:
+        raise UsageError(f"--localizer {name} must come with --localizer-model PATH")
+    if path is not None and (name is None or name in NO_PATH):
+        raise UsageError(f"--localizer-model must come with --localizer {', '.join(SECOND_MODELS)} or head")
+    if options.region and name not in (None, "box"):
+        raise UsageError(f"--region must come without --localizer {name}: the box is given already")
+    if name == "box" and not options.region:
+        raise UsageError("--localizer box must come with --region X0,Y0,X1,Y1")
+
+
+def parse_region(texts: list[str]) -> Region:
+    """Boxes X0,Y0,X1,Y1 as one region.
+
+    Raises:
+        UsageError: not four numbers, or no box of an image.
+    """
+    boxes = []
+    for text in texts:
+        try:
+            boxes.append(tuple(float(part) for part in text.split(",")))
+            if len(boxes[-1]) != 4:
+                raise ValueError
+        except ValueError:
+            raise UsageError(f"--region must be four numbers X0,Y0,X1,Y1, got {text!r}") from None
+    try:
+        return Region(tuple(boxes))
+    except ValueError as error:
+        raise UsageError(f"--region: {error}") from error
+
+
+def choose_device(name: str | None) -> str:
+    """The device asked for; None: a GPU where there is one.
+
+    Raises:
+        UsageError: it cannot be used.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return name

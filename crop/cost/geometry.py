@@ -1,0 +1,133 @@
+"""The sizes of a decoder that its cost depends on, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a mixture, of which every token passes a few.
+
+    Args:
+        count: experts of the layer. per_token: those that a token passes.
+        weights: elements of the matrices of one expert.
+    """
+
+    count: int
+    per_token: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """One decoder layer.
+
+    Args:
+        weights: elements of the matrices that every token passes: projections, a dense feed-forward part, a router, shared
+            experts.
+        num_heads, num_kv_heads, head_dim: of its attention.
+        window: tokens that a query sees at most, itself included; None: all before it.
+        experts: of a mixture; None in a dense layer.
+    """
+
+    weights: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+    experts: Experts | None = None
+
+    @property
+    def active_weights(self) -> int:
+        """Elements of the matrices that one token meets."""
+        return self.weights + (self.experts.per_token * self.experts.weights if self.experts else 0)
+
+    def matrix_flops(self, tokens: int) -> float:
+        """Of projections and feed-forward part."""
+        return 2.0 * self.active_weights * tokens
+
+    def attention_flops(self, length: int) -> float:
+        """Of both products of causal attention: half of the square, less what lies outside the window.
+
+        Windows follow original positions, so that after a cut this is what they let through at most.
+        """
+        outside = 0 if self.window is None else max(length - self.window, 0)
+        return 2.0 * self.num_heads * self.head_dim * (length * length - outside * outside)
+
+    def kv_bytes(self, length: int, element_size: int) -> int:
+        """Of the keys and values that the cache keeps; a sliding layer's keeps what the next token will see."""
+        held = length if self.window is None else min(length, self.window - 1)
+        return 2 * self.num_kv_heads * self.head_dim * element_size * held
+
+
+@dataclass(frozen=True)
+class DecoderGeometry:
+    """A decoder.
+
+    Args:
+        hidden: width of its tokens.
+        layers: from first to last; equal layers are one object.
+    """
+
+    hidden: int
+    layers: tuple[LayerGeometry, ...]
+
+    @staticmethod
+    def of(language_model: nn.Module) -> DecoderGeometry:
+        """Read off the modules and the configuration; no weight is read.
+
+        Args:
+            language_model: decoder of a Hugging Face model.
+        Raises:
+            ValueError: a mixture of experts whose configuration does not tell how many a token passes.
+        """
+        config = language_model.config
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kinds: Sequence[str] = getattr(config, "layer_types", None) or ()
+        windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        shared = cache(LayerGeometry)
+        layers = []
+        for number, layer in enumerate(language_model.layers):
+            dense, experts = _matrices(layer, config)
+            kv_heads = getattr(config, "num_key_value_heads", None) or heads
+            layers.append(shared(dense, heads, kv_heads, head_dim, windows[number] if windows else None, experts))
+        return DecoderGeometry(config.hidden_size, tuple(layers))
+
+
+def _matrices(layer: nn.Module, config: Any) -> tuple[int, Experts | None]:
+    """Elements of the matrices that every token passes, and the experts beside them."""
+    found = [module for name, module in layer.named_modules() if name.rpartition(".")[2] == "experts"]
+    total = _elements(layer)
+    if not found:
+        return total, None
+    held = found[0]
+    count = (
+        len(held) if isinstance(held, nn.ModuleList) else next(p for p in held.parameters() if p.dim() == 3).shape[0]
+    )
+    per_token = getattr(config, "num_experts_per_tok", None)
+    if per_token is None:
+        raise ValueError(
+            "estimate: the configuration of a mixture of experts must tell num_experts_per_tok, got "
+            f"{type(config).__name__} without"
+        )
+    return total - _elements(held), Experts(count, per_token, _elements(held) // count)
+
+
+def _elements(module: nn.Module) -> int:
+    """Of all matrices in a module; quantised linear layers count as what they stand for."""
+    total = 0
+    for part in module.modules():
+        linear = hasattr(part, "in_features") and hasattr(part, "out_features")
+        for name, parameter in part.named_parameters(recurse=False):
+            if linear and name == "weight":
+                total += part.in_features * part.out_features
+            elif parameter.dim() > 1:
+                total += parameter.numel()
+    return total

@@ -1,0 +1,142 @@
+"""How fast a device is at what a decoder and the patch do: constants measured once, in a fraction of a second."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from crop import ops
+from crop.cost.geometry import DecoderGeometry, LayerGeometry
+from crop.geometry.layout import VisionLayout
+from crop.geometry.region import Region
+from crop.methods.registry import by_name
+from crop.patching.batch_plan import plan_batch
+
+SIZES = (16, 64, 256, 1024)  # tokens at which matrices are timed
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured on one device for one decoder and dtype.
+
+    Args:
+        matrices: seconds per element of a matrix that a number of tokens pass, at each of ``SIZES`` tokens.
+        attention: seconds per FLOP of causal attention.
+        hook: seconds per hook: registered, called once, removed.
+        image: seconds of planning one image.
+        step: seconds of the operators of one cut or pooling on few tokens, which is what their calls cost.
+    """
+
+    matrices: tuple[float, ...]
+    attention: float
+    hook: float
+    image: float
+    step: float
+
+    def matrix_seconds(self, layer: LayerGeometry, tokens: int) -> float:
+        """One layer's matrices on ``tokens`` tokens, which its experts share evenly."""
+        seconds = layer.weights * self._per_element(tokens)
+        if layer.experts is not None:
+            runs = tokens * layer.experts.per_token
+            busy = min(layer.experts.count, runs)
+            seconds += busy * layer.experts.weights * self._per_element(-(-runs // max(busy, 1)))
+        return seconds
+
+    def _per_element(self, tokens: int) -> float:
+        """Between the measured sizes on a line, beyond them in proportion."""
+        if tokens <= SIZES[0]:
+            return self.matrices[0]
+        for low, high, a, b in zip(SIZES, SIZES[1:], self.matrices, self.matrices[1:], strict=False):
+            if tokens <= high:
+                return a + (b - a) * (tokens - low) / (high - low)
+        return self.matrices[-1] * tokens / SIZES[-1]
+
+
+@lru_cache(maxsize=16)
+def measure_speed(geometry: DecoderGeometry, device: torch.device, dtype: torch.dtype) -> Speed:
+    """Time a layer's worth of work: a few matrix products, one attention call, empty hooks.
+
+    Args:
+        geometry, device, dtype: of the decoder.
+    Returns:
+        Speed; remembered per geometry, device and dtype.
+    Source: own choice.
+    """
+    layer = geometry.layers[0]
+    width = max(1, layer.active_weights // geometry.hidden // 8)  # an eighth of the layer is enough to time
+    weight = torch.randn(width, geometry.hidden, device=device, dtype=dtype)
+
+    def per_element(tokens: int) -> float:
+        x = torch.randn(tokens, geometry.hidden, device=device, dtype=dtype)
+        return _seconds(lambda: nn.functional.linear(x, weight), device) / weight.numel()
+
+    length = SIZES[-1]
+    query = torch.randn(1, layer.num_heads, length, layer.head_dim, device=device, dtype=dtype)
+    attend = nn.functional.scaled_dot_product_attention
+    with torch.no_grad():
+        attention = _seconds(lambda: attend(query, query, query, is_causal=True), device)
+        return Speed(
+            matrices=tuple(map(per_element, SIZES)),
+            attention=attention / (2.0 * layer.num_heads * layer.head_dim * length * length),
+            hook=_hook_seconds(),
+            image=_planning_seconds(),
+            step=_step_seconds(geometry, device, dtype),
+        )
+
+
+def _hook_seconds() -> float:
+    hooked, empty = nn.Identity(), torch.empty(0)
+    call = torch.compiler.disable(lambda first, module, args, kwargs: (args, kwargs))
+
+    def once() -> None:
+        handle = hooked.register_forward_pre_hook(partial(call, None), with_kwargs=True)
+        hooked(empty)
+        handle.remove()
+
+    return _seconds(once, _CPU)
+
+
+def _planning_seconds() -> float:
+    """Pooling and a cut of one image of 16 x 16 tokens."""
+    method, layout, fresh = by_name("crop", 0.11), VisionLayout.grid(16, 16), itertools.count(1e-6, 1e-6)
+    real = torch.ones(1, len(layout) + 32, dtype=torch.bool)
+
+    def once() -> None:
+        region = Region.box(0.3, 0.25, 0.7, 0.55 + next(fresh))  # plans are remembered by region
+        plan_batch(method, [(0, layout)], [region], real)
+
+    return _seconds(once, _CPU)
+
+
+def _step_seconds(geometry: DecoderGeometry, device: torch.device, dtype: torch.dtype) -> float:
+    layer, index = geometry.layers[0], torch.arange(16, device=device).unsqueeze(0)
+    key = torch.randn(1, layer.num_kv_heads, 32, layer.head_dim, device=device, dtype=dtype)
+    query = torch.randn(1, layer.num_heads, 4, layer.head_dim, device=device, dtype=dtype)
+    hidden = torch.randn(1, 32, geometry.hidden, device=device, dtype=dtype)
+
+    def once() -> None:
+        kept = ops.select(ops.attention_mass(query, key, index), 8)
+        for _ in range(4):  # hidden states, rotary tables, and the way back
+            ops.compact([hidden], kept)
+
+    return _seconds(once, device)
+
+
+def _seconds(call: Callable[[], Any], device: torch.device, rounds: int = 3) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    return min(once() for _ in range(rounds))  # what disturbs only adds

@@ -1,0 +1,331 @@
+"""What transformers calls things: arguments of its models, caches and generation options. No other file of patching knows.
+
+Everything here reads; what is refused says why, before the model runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+OLDEST = (5, 17)  # transformers
+
+# Methods of a model that a block replaces.
+GENERATE, EXPAND, PREPARE, MAKE_MASKS = (
+    "generate",
+    "_expand_inputs_for_generation",
+    "prepare_inputs_for_generation",
+    "create_masks_for_generate",
+)
+
+
+@functools.cache
+def refuse_transformers() -> None:
+    """Versions whose masks, caches and positions work in another way; one that was found new enough stays so."""
+    import transformers
+    from packaging.version import Version
+
+    if Version(transformers.__version__).release < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise RuntimeError(
+            f"patch: transformers must be >= {oldest}, got {transformers.__version__}; "
+            f'pip install --upgrade "transformers>={oldest}"'
+        )
+
+
+def unwrapped(model: Any) -> Any:
+    """The Hugging Face model inside a compiled or a PEFT one, whose modules they share."""
+    model = getattr(model, "_modules", {}).get("_orig_mod", model)
+    return model.get_base_model() if hasattr(type(model), "get_base_model") else model
+
+
+def attention_of(config: Any) -> str:
+    """Name of the attention implementation of a language model's configuration."""
+    return config._attn_implementation or "eager"
+
+
+def is_flash(config: Any) -> bool:
+    """Whether the attention is one of the flash kernels, whose masks have two dimensions."""
+    return "flash" in attention_of(config)
+
+
+# ------------------------------------------------------------------------------ the multimodal model
+def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """Arguments of a call by name."""
+    return inspect.signature(module.forward).bind_partial(*args).arguments | kwargs if args else kwargs
+
+
+def token_ids(arguments: Mapping[str, Any]) -> Tensor | None:
+    """(batch, seq_len) ids of a call, None where it gives embeddings alone."""
+    return arguments.get("input_ids")
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a call, under either name; None: there is none."""
+    return arguments.get("cache") if arguments.get("cache") is not None else arguments.get("past_key_values")
+
+
+def caller_mask(arguments: Mapping[str, Any]) -> Any:
+    """The caller's attention mask."""
+    return arguments.get("attention_mask")
+
+
+def sees_whole_prompt(arguments: Mapping[str, Any]) -> bool:
+    """Whether a prefix model is told which tokens are the prompt."""
+    return arguments.get("token_type_ids") is not None
+
+
+def brings_images(arguments: Mapping[str, Any], videos: bool) -> bool:
+    """Whether a call carries image data; without any, an image token in it is a token like others.
+
+    Raises:
+        ValueError: it carries a video, and ``videos`` is False.
+    """
+    encoded = arguments.get("mm_encoder_outputs") or {}
+    images = arguments.get("pixel_values") is not None or encoded.get("image") is not None
+    frames = arguments.get("pixel_values_videos") is not None or encoded.get("video") is not None
+    if frames and not videos:
+        raise ValueError("patch: the prompt must hold images only, got video; give the frames as images")
+    return images or frames
+
+
+def valid_tokens(arguments: Mapping[str, Any], ids: Tensor) -> Tensor:
+    """(batch, seq_len) bool on the CPU: the tokens of this call that are no padding."""
+    mask = caller_mask(arguments)
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    return mask[:, mask.shape[1] - ids.shape[1] :].cpu().to(torch.bool)
+
+
+# ------------------------------------------------------------------------------ the language model
+class DecoderCall:
+    """The keyword arguments of one call of the language model; what is set here is what the model gets."""
+
+    def __init__(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        self.module, self.kwargs = module, kwargs
+
+    @property
+    def embeds(self) -> Tensor | None:
+        """(batch, seq_len, dim)."""
+        return self.kwargs.get("inputs_embeds")
+
+    @embeds.setter
+    def embeds(self, value: Tensor) -> None:
+        self.kwargs["inputs_embeds"] = value
+
+    @property
+    def mask(self) -> Any:
+        """Two-dimensional, or made by the multimodal model."""
+        return self.kwargs.get("attention_mask")
+
+    @mask.setter
+    def mask(self, value: Tensor | None) -> None:
+        self.kwargs["attention_mask"] = value
+
+    @property
+    def position_ids(self) -> Tensor | None:
+        """(..., 1 or batch, seq_len)."""
+        return self.kwargs.get("position_ids")
+
+    @position_ids.setter
+    def position_ids(self, value: Tensor) -> None:
+        self.kwargs["position_ids"] = value
+
+    @property
+    def deepstack(self) -> tuple[Tensor, list[Tensor]] | None:
+        """Mask of the vision tokens, and the features of every further level that belong to them."""
+        is_vision = self.kwargs.get("visual_pos_masks")
+        return None if is_vision is None else (is_vision, self.kwargs["deepstack_visual_embeds"])
+
+    @deepstack.setter
+    def deepstack(self, value: tuple[Tensor, list[Tensor]]) -> None:
+        self.kwargs["visual_pos_masks"], self.kwargs["deepstack_visual_embeds"] = value
+
+    @property
+    def cache(self) -> Any:
+        """None: there is none."""
+        return cache_of(self.kwargs)
+
+    def make_cache(self) -> Any:
+        """The cache that the model would make inside, where no maps could be attached; None where it wants none."""
+        wanted = self.kwargs.get("use_cache")
+        if not (getattr(self.module.config, "use_cache", False) if wanted is None else wanted):
+            return None
+        from transformers import DynamicCache
+
+        # transformers 5.24 renamed the argument.
+        name = "cache" if "cache" in inspect.signature(self.module.forward).parameters else "past_key_values"
+        cache = self.kwargs[name] = DynamicCache(config=self.module.config)
+        return cache
+
+
+def past_length(cache: Any, mask: Any, added: int) -> int:
+    """Input tokens before a call; read from the mask's shape where there is one, since a static cache keeps its length on
+    the device."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.shape[1] - added
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def capacity_of(cache: Any) -> int | None:
+    """Entries that a static cache has room for; None: it grows."""
+    return getattr(cache.layers[0], "max_cache_len", None) if getattr(cache, "layers", None) else None
+
+
+def with_output(output: Any, change: Any) -> Any:
+    """The language model's output with ``change(hidden)`` in the place of its hidden states."""
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    output.last_hidden_state = change(output[0])
+    return output
+
+
+# ------------------------------------------------------------------------------ decoder layers
+class LayerCall:
+    """The arguments of one call of a decoder layer; what is set here is what the layer gets."""
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, dict(kwargs)
+
+    @property
+    def hidden(self) -> Tensor:
+        """(batch, entries, dim)."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    @hidden.setter
+    def hidden(self, value: Tensor) -> None:
+        if self.args:
+            self.args = (value, *self.args[1:])
+        else:
+            self.kwargs["hidden_states"] = value
+
+    @property
+    def mask(self) -> Tensor | None:
+        """As the attention implementation takes it."""
+        return self.kwargs.get("attention_mask")
+
+    @mask.setter
+    def mask(self, value: Tensor | None) -> None:
+        self.kwargs["attention_mask"] = value
+
+    @property
+    def rotary(self) -> tuple[Tensor, Tensor] | None:
+        """(cos, sin)."""
+        return self.kwargs.get("position_embeddings")
+
+    @rotary.setter
+    def rotary(self, value: tuple[Tensor, Tensor]) -> None:
+        self.kwargs["position_embeddings"] = value
+
+    def drop_position_ids(self) -> None:
+        """Only flash attention asks for them, and gaps would send it down its packed-sequence path."""
+        self.kwargs["position_ids"] = None
+
+
+# ------------------------------------------------------------------------------ what is refused
+def refuse_generation(config: Any, options: Mapping[str, Any], uniform: bool) -> None:
+    """Options of generate() that pruning would get wrong."""
+
+    def option(name: str) -> Any:
+        return options[name] if name in options else getattr(config, name, None)
+
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+        if option(name) is not None:
+            raise ValueError(
+                f"patch: generate() must not use assisted generation, got {name}={option(name)!r}: its draft tokens "
+                "would take part in the scoring; use plain decoding"
+            )
+    if option("prefill_chunk_size") is not None:
+        raise ValueError(
+            "patch: generate() must prefill in one piece, got "
+            f"prefill_chunk_size={option('prefill_chunk_size')}: the question would not be seen yet"
+        )
+    kind = option("cache_implementation")
+    if kind == "static" and not uniform:
+        raise ValueError(
+            "patch: cache_implementation must be None or 'dynamic', got 'static': a static cache needs layers of equal "
+            "length; use patch(..., cache='uniform')"
+        )
+    if kind not in (None, "dynamic", "static"):
+        raise ValueError(
+            f"patch: cache_implementation must be None, 'dynamic' or, with cache='uniform', 'static', got {kind!r}"
+        )
+
+
+def refuse_unsupported(arguments: Mapping[str, Any], ids: Tensor, language_model: nn.Module, uniform: bool) -> None:
+    """Arguments of a call with images that this patch would get wrong."""
+    from transformers import DynamicCache, StaticCache
+
+    cache, mask = cache_of(arguments), caller_mask(arguments)
+    if isinstance(cache, StaticCache) and not uniform:
+        raise ValueError(
+            f"patch: past_key_values must be a DynamicCache, got {type(cache).__name__}: a static cache needs layers of "
+            "equal length; use patch(..., cache='uniform')"
+        )
+    if isinstance(cache, StaticCache) and is_flash(language_model.config):
+        raise ValueError(
+            f"patch: past_key_values must be a DynamicCache under flash attention, got {type(cache).__name__}; "
+            "use attn_implementation='sdpa' or a dynamic cache"
+        )
+    if cache is not None and not isinstance(cache, (DynamicCache, StaticCache)):
+        raise ValueError(f"patch: past_key_values must be a DynamicCache or a StaticCache, got {type(cache).__name__}")
+    if mask is not None:
+        wanted = (ids.shape[0], ids.shape[1] + (0 if cache is None else cache.get_seq_length()))
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        if got != wanted:
+            raise ValueError(
+                f"patch: attention_mask must be None or of shape (batch, past + seq_len) = {wanted}, got {got}"
+            )
+    if language_model.training and getattr(language_model, "gradient_checkpointing", False):
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        if "__call__" in vars(GradientCheckpointingLayer):
+            # Up to 5.2x the whole call is run again in the backward pass, hooks included, without the forward's state.
+            raise ValueError(
+                "patch: gradient checkpointing must be off with this version of transformers, got a model in training mode "
+                "with it on; transformers 5.24 leaves hooks outside of it"
+            )
+
+
+def refuse_attention(config: Any) -> None:
+    """Attention implementations other than eager, sdpa and flash."""
+    name = attention_of(config)
+    if name not in ("eager", "sdpa") and "flash" not in name:
+        raise ValueError(f"patch: the attention implementation must be eager, sdpa or flash_attention_*, got {name!r}")
+
+
+def refuse_sliding_window(config: Any) -> None:
+    """Decoder layers that do not see everything, in a family whose masks are plain causal."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        window = getattr(config, "sliding_window", None)
+        other = f"sliding_window={window}" if window else None
+    else:
+        other = sorted(set(kinds) - {"full_attention"})
+    if other:
+        raise ValueError(f"patch: every decoder layer must use full attention, got {other}")
+
+
+def refuse_own_masks(model_type: str, config: Any, positions: str, uniform: bool) -> None:
+    """What families cannot do whose masks are more than causal, or not with what was asked for."""
+    if is_flash(config):
+        raise ValueError(
+            f"patch: the attention implementation must be eager or sdpa for {model_type!r}, got "
+            f"{attention_of(config)!r}: flash attention cannot express its masks, with or without pruning"
+        )
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(
+            f"patch: attn_logit_softcapping must be None, got {config.attn_logit_softcapping} (Gemma 2 text model): the "
+            "scores would not be the model's attention; use a family without"
+        )
+    if positions != "original" or uniform:
+        got = f"positions={positions!r}" if positions != "original" else "cache='uniform'"
+        raise ValueError(
+            f"patch: {model_type!r}, whose masks are more than causal, needs positions='original' and cache='ragged', "
+            f"got {got}"
+        )

@@ -1,0 +1,110 @@
+"""A cut inside the decoder: who is scored by whom, and which tokens stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from crop import ops
+from crop.methods.base import MergeView, ScoreView
+from crop.patching.batch_plan import PruneStep
+from crop.patching.cache import CacheState
+from crop.patching.masks import layer_valid
+from crop.patching.state import ForwardState, LayerState
+from crop.patching.token_map import TokenMap, left_pack, look_up
+
+
+def score(
+    state: ForwardState,
+    here: LayerState,
+    step: PruneStep,
+    query: Tensor,
+    key: Tensor,
+    scale: float | None,
+    lse: Tensor | None,
+) -> Tensor:
+    """The method's score of every candidate, (num_images, num_candidates) float32.
+
+    Args:
+        here: what the scoring layer holds.
+        query: (batch, num_heads, entries, head_dim), key: (batch, num_kv_heads, past + entries, head_dim).
+        lse: (batch, num_heads, entries) float32 log-sum-exp of what each query sees, None: not known.
+    Raises:
+        TypeError: the method's score is no float32 tensor of that shape.
+    """
+    device = query.device
+    rows, sample, candidates = (item.to(device) for item in (step.rows, step.sample, step.candidates))
+    if here.slot_of is not None:
+        slot_of = here.slot_of.to(device)
+        rows, candidates = look_up(slot_of, rows), look_up(slot_of[sample], candidates)
+    dropped = 0 if here.tokens is None else here.tokens.dropped
+    key = key[:, :, : state.pooled_total - dropped]  # a static cache is longer
+    past = key.shape[2] - query.shape[2]
+    row_key, candidates = torch.where(rows >= 0, rows + past, -1), torch.where(candidates >= 0, candidates + past, -1)
+    real, start = layer_valid(state.valid, here.tokens, state.pooled_total), None
+    if real is not None:
+        real = real.to(device)
+        if past == 0 and (here.kept_index is not None or step.first is not None):
+            # One span of real keys per sample; after a cut it stands at the right end.
+            start = step.first.to(device) if here.kept_index is None else (~real).sum(1)
+        else:
+            # Real keys with holes between them: close the holes, so that each row sees one span.
+            keys, slot = left_pack(real, real.shape[1])
+            key = ops.compact([key], keys, token_dim=2)[0]
+            start = real.shape[1] - real.sum(1)
+            row_key, candidates = look_up(slot, row_key), look_up(slot[sample], candidates)
+    visible = row_key + 1
+    if state.prefix:
+        end = key.shape[2] if start is None else (start + real.sum(1)).unsqueeze(1)
+        visible = torch.where(rows >= 0, end, 0)
+    if lse is not None:
+        lse = lse.gather(2, rows.clamp(min=0).unsqueeze(1).expand(-1, lse.shape[1], -1))
+    query = ops.compact([query], rows, token_dim=2)[0]
+    found = step.method.score(query, key, ScoreView(candidates, sample, visible, start, scale, lse))
+    if not isinstance(found, Tensor) or found.dtype != torch.float32 or found.shape != candidates.shape:
+        got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"patch: score() of a method must return float32 of shape {tuple(candidates.shape)}, got {got}")
+    return found
+
+
+def cut(
+    state: ForwardState, layer: int, step: PruneStep, scores: Tensor
+) -> tuple[Tensor, LayerState, Callable[[], MergeView]]:
+    """The tokens that stay at the input of ``layer``, of those that the layer before it holds.
+
+    Args:
+        scores: (num_images, num_candidates) float32, on the plan's device.
+    Returns:
+        (num_images, most) int64 pooled positions that stay, -1 = filler; what the layers from here on hold; the cut as a
+        method that merges sees it.
+    """
+    here = state.at(layer - 1)
+    stays, priority, candidates = step.stays, step.priority, step.candidates
+    if here.slot_of is not None:
+        # Of what came this far a later cut takes its number, if need be of those it likes least.
+        stays = stays & (here.slot_of >= 0)
+        alive = look_up(here.slot_of[step.sample], candidates) >= 0
+        priority = torch.where(alive, priority.clamp(min=-1) + 1, -1)
+
+    def best(counts: list[int]) -> Tensor:
+        return ops.select(scores, counts, weight=step.weight, priority=priority, index=candidates)
+
+    def view() -> MergeView:
+        def places(counts: list[int]) -> Tensor:
+            found = best(counts)
+            return found if here.slot_of is None else look_up(here.slot_of[step.sample], found)
+
+        return MergeView(step.owners, step.num_keep, step.num_candidates, places)
+
+    kept = best(step.num_keep)
+    # One spare entry at the end swallows the fillers of ``kept``.
+    flags = torch.cat([stays.flatten(), stays.new_zeros(1)])
+    flat = torch.where(kept >= 0, kept + step.sample.unsqueeze(1) * stays.shape[1], -1)
+    flags[flat.flatten()] = True
+    kept_index, slot_of = left_pack(flags[:-1].view_as(stays), step.width)
+    earlier = CacheState.at(state.before.cuts, layer)
+    tokens = TokenMap.extended(earlier, state.pooled_past, kept_index, state.pooled_length, step.full)
+    restore = slot_of if here.kept_index is None else look_up(slot_of, here.kept_index)
+    return kept, LayerState(tokens, kept_index, slot_of, restore_index=restore), view
