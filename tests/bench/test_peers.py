@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.operators import mass_inputs
 from torch import Tensor
 
 from bench.kernels import peers
 from crop.ops import reference
 from crop.selftest import torch_forms
+from tests.support.operators import mass_inputs
 
 
 def shares(query: Tensor, key: Tensor, lse: Tensor | None = None) -> Tensor:

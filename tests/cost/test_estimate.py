@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.batches import standard_batch
-from tests.support.tiny_families import build_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import crop
 from crop.cost.geometry import DecoderGeometry, LayerGeometry
 from crop.cost.speed import Speed, measure_speed
+from tests.support.batches import make_batch, standard_batch
+from tests.support.tiny_families import build_model
 
 module = sys.modules["crop.cost.estimate"]  # its name in the package is the function
 REGION = crop.Region.box(0.0, 0.0, 0.5, 0.5)
@@ -26,7 +26,12 @@ SLOW_STEPS = Speed(**FREE | dict(matrices=(1.0, 4.0, 16.0, 64.0), step=1e9))
 
 @pytest.fixture(params=["llava", "qwen2_5_vl"])
 def prompt(request: pytest.FixtureRequest) -> Iterator[tuple[Any, dict[str, Any]]]:
-    yield build_model(request.param, "sdpa"), standard_batch(request.param, "left", 1).inputs
+    yield build_model(request.param, "sdpa"), padded(request.param)
+
+
+def padded(family: str) -> dict[str, Any]:
+    """Two samples of an image each."""
+    return make_batch(standard_batch(family, "left", 1).samples[:2], "left").inputs
 
 
 def regions(inputs: dict[str, Any]) -> list[crop.Region]:

@@ -8,10 +8,6 @@ from statistics import mean
 
 import pytest
 import torch
-from PIL import Image
-from tests.localizers.test_attention import Processor, state
-from tests.support.cases import families, get_model
-from tests.support.tiny_families import THOROUGH
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.training import head as train_head
@@ -25,9 +21,11 @@ from crop.localizers.head import head_region, waves
 from crop.localizers.reading import embeddings
 from crop.localizers.vision_cache import cache_vision
 from crop.patching.patch import patch
+from tests.support.cases import count_vision_calls, families, get_model
+from tests.support.localizing import PICTURE, Processor, state
+from tests.support.tiny_families import THOROUGH
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PICTURE = Image.new("RGB", (64, 48), "white")
 BOXES = {"threshold": 0.3, "gap": 0, "max_boxes": 4, "dilate": 0}
 
 
@@ -121,17 +119,11 @@ def test_reads_what_enters_the_decoder_and_nothing_after(family):
 
 @families(THOROUGH)
 def test_localizer_and_answer_share_one_vision_pass(family):
-    model, processor, ran = get_model(family, "sdpa"), Processor(family), []
+    model, processor = get_model(family), Processor(family)
     find = HeadLocalizer(model, processor, head_for(model), str, min_confidence=0.01, threshold=0.01)
-    base = model.model
-    embed = base.visual.patch_embed if family == "qwen2_5_vl" else base.vision_tower.embeddings
-    hook = embed.register_forward_hook(lambda *_: ran.append(1))
-    try:
-        with cache_vision(model), torch.no_grad():
-            assert isinstance(find(PICTURE, "?"), Region)
-            model.generate(**processor.batch.inputs, max_new_tokens=2, do_sample=False)
-    finally:
-        hook.remove()
+    with count_vision_calls(family, model) as ran, cache_vision(model), torch.no_grad():
+        assert isinstance(find(PICTURE, "?"), Region)
+        model.generate(**processor.batch.inputs, max_new_tokens=2, do_sample=False)
     assert len(ran) == 1
 
 

@@ -9,25 +9,19 @@ import crop
 from crop.cli.ask import load
 from crop.embedded import scenes
 from crop.localizers import CascadeLocalizer, UnionLocalizer
+from tests.support.batches import standard_batch
+from tests.support.cases import count_vision_calls, families
+from tests.support.tiny_families import THOROUGH, build_model
 
 
-def count_calls(model):
-    """Calls of the tower's first encoder weights, below the forward that is shared."""
-    calls = []
-    tower = model.model.visual if hasattr(model.model, "visual") else model.model.vision_tower
-    first = next(module for module in tower.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)))
-    return calls, first.register_forward_hook(lambda *_: calls.append(1))
-
-
-@families(THOROUGH)
+@families(THOROUGH, fast=True)
 def test_equal_images_run_once_and_answers_stay(family):
     model = build_model(family)
     inputs = standard_batch(family, "left", 2).inputs
     other = standard_batch(family, "single", 1).inputs
     with torch.no_grad():
         want, want_other = model(**inputs).logits, model(**other).logits
-        calls, handle = count_calls(model)
-        with crop.cache_vision(model) as vision:
+        with count_vision_calls(family, model) as calls, crop.cache_vision(model) as vision:
             assert vision.seconds == 0
             copies = {name: value.clone() for name, value in inputs.items()}
             got = [model(**inputs).logits]
@@ -36,12 +30,10 @@ def test_equal_images_run_once_and_answers_stay(family):
             assert len(calls) == 1 and vision.seconds == spent > 0
             assert torch.equal(model(**other).logits, want_other)
             assert len(calls) == 2 and vision.seconds > spent
-        handle.remove()
         assert all(torch.equal(logits, want) for logits in got)
-        again, handle = count_calls(model)
-        model(**inputs)
-        model(**inputs)
-        handle.remove()
+        with count_vision_calls(family, model) as again:
+            model(**inputs)
+            model(**inputs)
     assert len(again) == 2
 
 
@@ -61,11 +53,9 @@ def test_the_projector_runs_once_too():
 def test_gradients_are_not_shared(family):
     model = build_model(family).requires_grad_(True)
     inputs = standard_batch(family, "single", 1).inputs
-    calls, handle = count_calls(model)
-    with crop.cache_vision(model):
+    with count_vision_calls(family, model) as calls, crop.cache_vision(model):
         for _ in range(2):
             model(**inputs).logits.sum().backward()
-    handle.remove()
     assert len(calls) == 2
 
 

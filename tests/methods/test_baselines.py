@@ -10,9 +10,25 @@ from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, Method
 from crop.methods.base import Assignment, FeaturePooling, Features
-from crop.methods.baselines import BASELINES
+from crop.methods.baselines import BASELINES, CDPruner, DivPrune, TokenMerging, VisionZip
 from crop.methods.baselines.controls import even_cells
-from crop.methods.baselines.features import CDPruner, DivPrune, TokenMerging, VisionZip
+from tests.support.batches import standard_batch
+from tests.support.cases import (
+    ATOL,
+    assert_kept,
+    assert_steps,
+    decide,
+    families,
+    get_model,
+    get_oracle,
+    greedy,
+    patched,
+    regions_for,
+    regions_of,
+)
+from tests.support.families.entry import NUM_LAYERS
+from tests.support.oracle import Oracle
+from tests.support.tiny_families import FAMILIES, THOROUGH
 
 names = pytest.mark.parametrize("name", list(BASELINES))
 
@@ -21,52 +37,49 @@ def make(name: str, keep: float | int) -> Method:
     return BASELINES[name](keep, NUM_LAYERS)
 
 
-LATE = [
+BY_FEATURES = [
     name
     for name in BASELINES
     if isinstance(make(name, 0.5).plan(VisionLayout.grid(4, 4), Region.whole()), FeaturePooling)
 ]
 
 
-class Recycling(Oracle):
-    """An oracle that changes the hidden states of the seeds at the cut, by loops over the tokens."""
+class SparseVLMOracle(Oracle):
+    """Scores from the rows that look at the images most; the seeds change at the cut, by loops over the tokens."""
 
-    def __init__(self, oracle: Oracle, method: Method) -> None:
-        super().__init__(oracle.model)
-        self.method = method
+    method: Method
 
-    def _forward(self, sample, decision, attentions):
-        def merge(module, args, kwargs):
-            hidden = args[0].clone()
-            for number, span in enumerate(sample.spans()):
-                score, kept = decision.scores[number], decision.kept[number]
-                order = sorted(range(len(score)), key=lambda n: (-score[n], n))
-                seeds, taken = self.method.recycle(len(kept), len(score))
-                seeds, taken = order[len(kept) - seeds : len(kept)], order[len(kept) : len(kept) + taken]
-                assert seeds and taken and set(seeds) <= set(kept)
-                rows = args[0][0, torch.tensor(list(span))]
-                parties = {seed: [rows[seed]] for seed in seeds}
-                for token in taken:
-                    parties[max(seeds, key=lambda s: cosine_similarity(rows[token], rows[s], dim=0).item())].append(rows[token])  # fmt: skip
-                for seed, members in parties.items():
-                    hidden[0, span[seed]] = torch.stack(members).mean(0)
-            return (hidden, *args[1:]), kwargs
+    def masses(self, sample, decision, cut, fresh):
+        weights, places = self.attention(sample, decision, cut)
+        weights, places, spans = weights.double(), places.tolist(), sample.spans()
+        text = [row for row, place in enumerate(places) if place > spans[-1][-1]]
+        vision = [row for row, place in enumerate(places) if any(place in span for span in spans)]
+        looks = [float(weights[:, row, vision].sum()) for row in text]
+        raters = [row for row, look in zip(text, looks, strict=True) if look >= sum(looks) / len(looks) * (1 - 1e-6)]
+        mean = weights[:, raters].mean((0, 1)).tolist()
+        return [tuple(mean[places.index(position)] for position in spans[number]) for number in fresh]
 
-        if decision.layer is None:
-            return super()._forward(sample, decision, attentions)
-        layer = self.language_model.layers[decision.layer]
-        handle = layer.register_forward_pre_hook(merge, with_kwargs=True)
-        try:
-            return super()._forward(sample, decision, attentions)
-        finally:
-            handle.remove()
-
-    def forward(self, sample, decision, *, attentions=False):
-        return self._forward(sample, decision, attentions)
+    def entering(self, layer, hidden, places, sample, decision):
+        merged = hidden.clone()
+        for number, span in enumerate(sample.spans()):
+            score, kept = decision.scores[number], decision.kept[number]
+            order = sorted(range(len(score)), key=lambda n: (-score[n], n))
+            seeds = min(round(self.method.seeds * len(kept)), len(kept) - 1)
+            taken = round(self.method.recycled * (len(score) - len(kept)))
+            seeds, taken = order[len(kept) - seeds : len(kept)], order[len(kept) : len(kept) + taken]
+            assert seeds and taken and set(seeds) <= set(kept)
+            rows = hidden[list(span)]
+            parties = {seed: [rows[seed]] for seed in seeds}
+            for token in taken:
+                nearest = max(seeds, key=lambda seed: cosine_similarity(rows[token], rows[seed], dim=0).item())
+                parties[nearest].append(rows[token])
+            for seed, members in parties.items():
+                merged[span[seed]] = torch.stack(members).mean(0)
+        return merged
 
 
 def usable(family: str, name: str) -> None:
-    if name == "visionzip" and family != "llava":
+    if name == "visionzip" and not FAMILIES[family].tower_attention:
         pytest.skip("reads the tower's attention, which this family's tower gives for other tokens")
 
 
@@ -81,67 +94,59 @@ def features(count: int = 40, dim: int = 12, seed: int = 0) -> Features:
 
 
 @names
-@families(THOROUGH)
+@families(THOROUGH, fast=True)
 def test_equals_the_oracle(family, name):
     usable(family, name)
-    model, oracle = get_model(family, "sdpa"), get_oracle(family)
-    batch = standard_batch(family, "left", 2)
+    model, oracle, batch = get_model(family), get_oracle(family), standard_batch(family, "left", 2)
     method = make(name, 0.3)
     if name == "sparsevlm":
-        oracle = Recycling(oracle, method)
-    with patched(model, method) as stats:
-        generated = greedy(model, batch, max_new_tokens=3)
-    kept = iter(zip(stats.kept, stats.tokens_after_ilp, batch.grids, strict=True))
-    for row, sample in enumerate(batch.samples):
-        where = ([Region.whole()] * 2, sample.layouts())
-        if name == "pyramiddrop":
-            oracle, decision = decide(get_oracle(family), sample, method, *where)
-        else:
-            decision = oracle.decide(sample, method, *where)
-        for image in range(2):
-            tokens, after, (height, width) = next(kept)
-            assert tokens.tolist() == decision.kept_original(image)
-            assert len(tokens) == after == round(0.3 * height * width)
-        for number, logits in enumerate(oracle.greedy(sample, decision, 3).logits):
-            torch.testing.assert_close(generated.logits[number][row], logits, atol=ATOL, rtol=0)
+        oracle = SparseVLMOracle(oracle.model, oracle.family)
+        oracle.method = method
+    with patched(model, method, batch) as stats:
+        out = greedy(model, batch, 3)
+    whole = [[Region.whole()] * len(sample.images) for sample in batch.samples]
+    decisions = [decide(oracle, sample, method, where) for sample, where in zip(batch.samples, whole, strict=True)]
+    assert_kept(stats, decisions)
+    assert stats.tokens_after_ilp == [round(0.3 * len(span)) for sample in batch.samples for span in sample.spans()]
+    assert_steps(out, [oracle.greedy(s, d, 3) for s, d in zip(batch.samples, decisions, strict=True)])
 
 
 @names
 @families(THOROUGH)
 def test_batched_is_single_and_repeatable(family, name):
     usable(family, name)
-    model, method = get_model(family, "sdpa"), make(name, 0.15)
+    model, method = get_model(family), make(name, 0.15)
     batch = standard_batch(family, "right", 2)
-    with patched(model, method) as stats:
+    with patched(model, method, batch) as stats:
         together = model(**batch.inputs).logits
-        kept = stats.kept
+        kept = iter(stats.kept)
         again = model(**batch.inputs).logits
     assert torch.equal(together, again)
     for row, sample in enumerate(batch.samples):
-        with patched(model, method) as alone:
-            logits = model(**batch.single(row).inputs).logits[0]
-        last = batch.offsets[row] + len(sample.ids)
-        assert (together[row, last - 1] - logits[-1]).abs().max() <= ATOL
-        assert all(torch.equal(a, b) for a, b in zip(alone.kept, kept[2 * row : 2 * row + 2], strict=True))
+        single = batch.single(row)
+        with patched(model, method, single) as alone:
+            logits = model(**single.inputs).logits[0]
+        assert (together[row, len(sample.ids) - 1] - logits[-1]).abs().max() <= ATOL
+        assert all(torch.equal(mine, next(kept)) for mine in alone.kept)
 
 
 @names
 @families(THOROUGH)
 def test_keep_all_is_bit_identical(family, name):
     usable(family, name)
-    model, batch = get_model(family, "sdpa"), standard_batch(family, "left", 1)
+    model, batch = get_model(family), standard_batch(family, "left", 1)
     plain = model(**batch.inputs).logits
-    with patched(model, make(name, 1.0)):
+    with patched(model, make(name, 1.0), batch):
         assert torch.equal(model(**batch.inputs).logits, plain)
 
 
-def test_late_plans_follow_beams_and_many_images():
+def test_pooling_by_features_follows_beams_and_many_images():
     """generate() repeats samples after the tower ran; two images a sample."""
-    model, batch = get_model("llava", "sdpa"), standard_batch("llava", "left", 2)
-    with patched(model, VisionZip(0.2)) as stats:
-        model.generate(**batch.inputs, max_new_tokens=2, num_beams=2, do_sample=False)
+    model, batch = get_model("llava"), standard_batch("llava", "left", 2)
+    with patched(model, VisionZip(0.2), batch) as stats:
+        greedy(model, batch, 2, num_beams=2)
     kept = stats.kept
-    with patched(model, VisionZip(0.2)) as stats:
+    with patched(model, VisionZip(0.2), batch) as stats:
         model(**batch.inputs)
     assert len(kept) == 8
     for beam in range(8):
@@ -149,29 +154,27 @@ def test_late_plans_follow_beams_and_many_images():
 
 
 def test_towers_without_fitting_tokens_are_refused():
-    with (
-        pytest.raises(ValueError, match="needs a tower of clip_vision_model"),
-        patched(get_model("qwen2_5_vl", "sdpa"), VisionZip(0.2)),
-    ):
-        pass
+    with pytest.raises(ValueError, match="needs a tower of clip_vision_model"):
+        patched(get_model("qwen2_5_vl"), VisionZip(0.2), standard_batch("qwen2_5_vl", "single", 1)).__enter__()
 
 
-def test_salience_is_the_towers_attention():
-    model, oracle, batch = get_model("llava", "sdpa"), get_oracle("llava"), standard_batch("llava", "single", 1)
+def test_what_is_observed_is_the_towers_attention():
+    model, oracle, batch = get_model("llava"), get_oracle("llava"), standard_batch("llava", "single", 1)
     seen = []
 
     class Probe(VisionZip):
-        def _decide(self, features, count):
-            seen.append(features.salience)
-            return super()._decide(features, count)
+        def decide(self, features, count):
+            seen.append(features.observed)
+            return super().decide(features, count)
 
-    with patched(model, Probe(0.5)):
+    with patched(model, Probe(0.5), batch):
         model(**batch.inputs)
-    torch.testing.assert_close(seen[0], oracle.salience(batch.samples[0].pixels[0]), atol=1e-6, rtol=1e-4)
+    wanted = oracle.tower_attention(batch.samples[0].images[0].arguments["pixel_values"])
+    torch.testing.assert_close(seen[0], wanted, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 20, 39])
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", BY_FEATURES)
 def test_cells_are_sound(name, count):
     given = features()
     plan = make(name, count).plan(VisionLayout.grid(5, 8), Region.whole())
@@ -190,7 +193,7 @@ def test_divprune_takes_the_farthest():
     chosen = [nearest.index(max(nearest))]
     while len(chosen) < 12:
         chosen.append(max((i for i in range(40) if i not in chosen), key=lambda i: min(apart[i, j] for j in chosen)))
-    assert DivPrune(12)._decide(features(), 12).leader.tolist() == sorted(chosen)
+    assert DivPrune(12).decide(features(), 12).leader.tolist() == sorted(chosen)
 
 
 def test_cdpruner_maximises_the_determinant_greedily():
@@ -203,21 +206,21 @@ def test_cdpruner_maximises_the_determinant_greedily():
     while len(chosen) < 6:
         chosen.append(max((i for i in range(24) if i not in chosen),
                           key=lambda i: torch.det(kernel[[*chosen, i]][:, [*chosen, i]]).item()))  # fmt: skip
-    assert CDPruner(6)._decide(given, 6).leader.tolist() == sorted(chosen)
+    assert CDPruner(6).decide(given, 6).leader.tolist() == sorted(chosen)
 
 
 def test_token_merging_keeps_averages_and_joins_copies():
     given = features(20, 8)
     given.tokens[1::2] = given.tokens[0::2] * 2  # the same direction: cosine 1
-    found = TokenMerging(10)._decide(given, 10)
+    found = TokenMerging(10).decide(given, 10)
     assert found.cell.tolist() == [n // 2 for n in range(20)]
-    assert sorted(TokenMerging(3)._decide(given, 3).cell.unique().tolist()) == [0, 1, 2]  # several rounds, none lost
+    assert sorted(TokenMerging(3).decide(given, 3).cell.unique().tolist()) == [0, 1, 2]  # several rounds, none lost
 
 
 def test_visionzip_keeps_what_is_seen_and_merges_the_rest():
     given = features()
-    found = VisionZip(20, contextual=0.25)._decide(given, 20)
-    order = given.salience.argsort(descending=True).tolist()
+    found = VisionZip(20, contextual=0.25).decide(given, 20)
+    order = given.observed.argsort(descending=True).tolist()
     dominant, rest = order[:15], sorted(order[15:])
     targets = rest[:: len(rest) // 5][:5]
     assert found.leader.tolist() == sorted(dominant + targets)
@@ -249,19 +252,21 @@ class Promise(Method):
 def test_impossible_promises_are_refused(num_out, num_tokens):
     model, batch = get_model("llava", "sdpa"), standard_batch("llava", "single", 1)
     plan = FeaturePooling(num_out, num_tokens, lambda features: Assignment.of_kept(torch.arange(4), 64))
-    with pytest.raises(ValueError, match=r"^patch: "), patched(model, Promise(plan)):
+    with pytest.raises(ValueError, match=r"^patch: "), patched(model, Promise(plan), batch):
         model(**batch.inputs)
 
 
-def test_late_plans_before_a_cut():
-    """A cut behind a late plan ranks what came out of it; it can ask for no place, because none is known beforehand."""
-    model, batch = get_model("llava", "sdpa"), standard_batch("llava", "left", 1)
-    both = Compose(DivPrune(20), InnerLLMPruning(5, rows="last", ring=0, floor=0))
-    with patched(model, both) as stats:
+@families()
+def test_pooling_by_features_before_a_cut(family):
+    """A cut at the family's own layer ranks what came out of it, the region first."""
+    model, oracle, batch = get_model(family), get_oracle(family), standard_batch(family, "left", 1)
+    both = Compose(DivPrune(0.5), InnerLLMPruning(0.25, ring=0))
+    with patched(model, both, batch, regions_of(batch)) as stats:
+        out = greedy(model, batch, 2)
+    decisions = [decide(oracle, sample, both, regions_for(row, sample)) for row, sample in enumerate(batch.samples)]
+    assert_kept(stats, decisions)
+    assert_steps(out, [oracle.greedy(s, d, 2) for s, d in zip(batch.samples, decisions, strict=True)])
+    with patched(model, DivPrune(0.5), batch) as first:
         model(**batch.inputs)
-    assert stats.tokens_after_plc == [20, 20] and stats.tokens_after_ilp == [5, 5]
-    with patched(model, DivPrune(20)) as first:
-        model(**batch.inputs)
-    assert all(set(k.tolist()) <= set(f.tolist()) for k, f in zip(stats.kept, first.kept, strict=True))
-    with pytest.raises(ValueError, match="whole image"), patched(model, both, batch, regions_of(batch)):
-        model(**batch.inputs)
+    for kept, before, left in zip(stats.kept, first.kept, stats.tokens_after_plc, strict=True):
+        assert set(kept.tolist()) < set(before.tolist()) and len(before) == left

@@ -13,9 +13,13 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from crop.geometry.region import Region
 from crop.methods import InnerLLMPruning
 from crop.models import ADAPTERS
+from crop.patching.hf import refuse_transformers
 from crop.patching.patch import patch
-from crop.patching.validation import refuse_transformers
-from tests.support import readme_table, zoo
+from tests.support import readme_table
+from tests.support.batches import make_batch, make_sample, standard_batch
+from tests.support.families.entry import TEXT, VIDEO
+from tests.support.snapshot import assert_unchanged, snapshot
+from tests.support.tiny_families import FAMILIES, build_model, get_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,11 +28,13 @@ ILP = InnerLLMPruning(keep=0.3, layer=2)
 
 
 def test_readme_lists_what_the_contract_runs_over():
-    assert readme_table.now()[1] == readme_table.table(), "README.md is behind: run `python tests/readme_table.py`"
+    assert readme_table.now()[1] == readme_table.table(), (
+        "README.md is behind: run `python -m tests.support.readme_table`"
+    )
 
 
 def test_every_adapter_is_in_the_contract():
-    assert {zoo.get_config(name).model_type for name in FAMILIES} == set(ADAPTERS)
+    assert {get_config(name).model_type for name in FAMILIES} == set(ADAPTERS)
 
 
 def refused(model: Any, message: str, inputs: dict | None = None, method: Any = ILP, region: Any = None, **more: Any):
@@ -49,7 +55,7 @@ def refused(model: Any, message: str, inputs: dict | None = None, method: Any = 
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.16.1"])
 def test_old_transformers(version, monkeypatch):
-    model = zoo.build_model("llava_next")
+    model = build_model("llava_next")
     before = snapshot(model)
     monkeypatch.setattr(transformers, "__version__", version)
     refuse_transformers.cache_clear()
@@ -66,7 +72,7 @@ def test_old_transformers(version, monkeypatch):
 
 @pytest.mark.parametrize("name", ["internvl", "idefics3"])
 def test_tiles_need_processor_and_size(name):
-    model, make = zoo.build_model(name), FAMILIES[name].processor
+    model, make = build_model(name), FAMILIES[name].processor
     inputs = standard_batch(name, "left", 1).inputs
     refused(model, f"processor must be given for '{name}'", region=[BOX, BOX])
     refused(model, f"image_size must be given for '{name}'", region=[BOX, BOX], processor=make())
@@ -77,7 +83,7 @@ def test_tiles_need_processor_and_size(name):
 
 
 def test_one_tile_is_the_whole_image():
-    model = zoo.build_model("internvl")
+    model = build_model("internvl")
     sample = make_sample("internvl", [3, (30, 30), 6], seed=1)
     with patch(model, InnerLLMPruning(keep=0.5, layer=2)) as stats:
         model(**make_batch([sample], "none").inputs)
@@ -85,17 +91,17 @@ def test_one_tile_is_the_whole_image():
 
 
 def test_masks_beyond_causal():
-    gemma, pali = zoo.build_model("gemma3"), zoo.build_model("paligemma")
+    gemma, pali = build_model("gemma3"), build_model("paligemma")
     for model in (gemma, pali):
         refused(model, "needs positions='original' .*got positions='compact'", positions="compact")
         refused(model, "needs positions='original' and cache='ragged', got cache='uniform'", cache="uniform")
     inputs = standard_batch("gemma3", "left", 1).inputs
-    short = r"layer must follow a layer that sees all 53 tokens, i.e. be one of \[2\], got 3: layer 2 .* window of 20"
+    short = r"layer must follow a layer that sees all 63 tokens, i.e. be one of \[2\], got 3: layer 2 .* window of 20"
     refused(gemma, short, inputs, InnerLLMPruning(keep=0.3, layer=3))
     pan = Gemma3ImageProcessorPil(do_pan_and_scan=True)
     refused(gemma, "do_pan_and_scan of the image processor must be off", inputs, processor=pan)
     config = copy.deepcopy(pali.config)
-    config.text_config = transformers.Gemma2Config(**zoo.TEXT, head_dim=8)
+    config.text_config = transformers.Gemma2Config(**TEXT, head_dim=8)
     refused(
         transformers.PaliGemmaForConditionalGeneration(config).eval(), "attn_logit_softcapping must be None, got 50"
     )
@@ -103,13 +109,13 @@ def test_masks_beyond_causal():
 
 def test_sight_is_judged_by_the_prompt():
     """A sliding layer may score a prompt that its window covers; without scores it matters in no case."""
-    model = zoo.build_model("gemma3")
+    model = build_model("gemma3")
     inputs = standard_batch("gemma3", "left", 1).inputs
     with patch(model, InnerLLMPruning(mode="strict", layer=3), [BOX, BOX]) as stats:
         model(**inputs)
     assert sum(stats.tokens_after_ilp) < sum(stats.tokens_before)
     wide = FAMILIES["gemma3"].config()
-    wide.text_config.sliding_window = 53
+    wide.text_config.sliding_window = 63
     model = transformers.Gemma3ForConditionalGeneration(wide).eval()
     with patch(model, InnerLLMPruning(keep=0.3, layer=3), [BOX, BOX]) as stats:
         model(**inputs)
@@ -118,7 +124,7 @@ def test_sight_is_judged_by_the_prompt():
 
 def test_a_video_elsewhere():
     inputs = dict(standard_batch("glm4v", "left", 1).inputs, pixel_values_videos=torch.zeros(1))
-    refused(zoo.build_model("glm4v"), "must hold images only, got video; give the frames as images", inputs)
+    refused(build_model("glm4v"), "must hold images only, got video; give the frames as images", inputs)
 
 
 def test_a_video_is_one_entry_with_a_view_per_frame():
@@ -126,7 +132,7 @@ def test_a_video_is_one_entry_with_a_view_per_frame():
     (layout,) = sample.layouts()
     assert layout.extent == (2, 2, 3) and len(layout) == 12
     ids = torch.tensor(sample.ids)
-    assert (ids[layout.position] == zoo.VIDEO).all()
+    assert (ids[layout.position] == VIDEO).all()
     assert layout.position.diff().max() > 1  # a time and markers stand between the frames
     one, other = (layout.center[layout.view == frame] for frame in range(2))
     assert torch.equal(one, other)

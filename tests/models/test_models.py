@@ -9,6 +9,9 @@ from transformers import CLIPVisionConfig, LlavaConfig, Qwen2_5_VLConfig, Siglip
 from crop.geometry.layout import PADDING, VisionLayout
 from crop.models import ADAPTERS, Prompt, family_of
 from crop.models.fixed import resize_crop_pad_view
+from tests.support.families.entry import PATCH
+from tests.support.families.squares import LLAVA_GRID
+from tests.support.processors import image_processor
 
 SIZES = [(320, 320), (500, 300), (300, 500), (403, 267)]
 

@@ -12,7 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import crop
 from crop import ops
+from tests.support.batches import standard_batch
+from tests.support.cases import families
 from tests.support.operators import BACKENDS, mass_inputs, random_plan
+from tests.support.tiny_families import THOROUGH, build_model
 
 DEVICE = "cuda"
 MISSING = BACKENDS["cuda"].missing()
@@ -80,13 +83,13 @@ FLASH = ["sdpa", *(["flash_attention_2"] if importlib.util.find_spec("flash_attn
 
 
 @pytest.mark.parametrize("attention", FLASH)
-@pytest.mark.parametrize("family", tiny_models.FAMILIES[:2])
+@families(THOROUGH)
 def test_patch_on_flash_attention(family: str, attention: str) -> None:
     """Keeping all changes nothing; pruning keeps what was asked for, and the kernels choose what plain torch chooses."""
-    model = tiny_models.build_model(family, "sdpa").to(DEVICE, torch.bfloat16)
+    model = build_model(family, "sdpa").to(DEVICE, torch.bfloat16)
     model.set_attn_implementation(attention)
     inputs = {name: value.to(DEVICE) if isinstance(value, Tensor) else value
-              for name, value in tiny_models.standard_batch(family, "single", 1).inputs.items()}  # fmt: skip
+              for name, value in standard_batch(family, "single", 1).inputs.items()}  # fmt: skip
     inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
     inputs.pop("attention_mask", None)  # one sample without padding: a mask would forbid torch's flash kernel
     region = crop.Region.box(0.2, 0.2, 0.7, 0.7)

@@ -8,7 +8,7 @@ from transformers.models.glm4v import modeling_glm4v
 from transformers.models.llama import modeling_llama
 
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, Pyramid
-from crop.patching.attention_hook import unrotated
+from crop.patching.attention_hook import undo_rope
 from tests.support.batches import standard_batch
 from tests.support.cases import (
     assert_kept,
@@ -91,14 +91,14 @@ def test_turned_back(module, rotary, scale):
     tables = angle.cos() * scale, angle.sin() * scale
     turned = module.apply_rotary_pos_emb(query, key, *tables)
     attention = type("Attention", (torch.nn.Module,), {"__module__": module.__name__})()
-    for got, wanted in zip(unrotated(attention, *turned, tables), (query, key), strict=True):
+    for got, wanted in zip(undo_rope(attention, *turned, tables), (query, key), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
 
 
 def test_an_attention_without_the_function():
     attention = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="rope must be True for Linear, .* got False"):
-        unrotated(attention, *torch.zeros(2, 1, 1, 1, 2), tuple(torch.zeros(2, 1, 1, 2)))
+        undo_rope(attention, *torch.zeros(2, 1, 1, 1, 2), tuple(torch.zeros(2, 1, 1, 2)))
 
 
 def test_refused_after_a_cache():

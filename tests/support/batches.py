@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from crop.geometry.layout import VisionLayout
-from crop.models import ADAPTERS, Prompt
+from crop.models import Prompt
+from crop.models.registry import families
 from tests.support.families.entry import PAD, Image, text_tokens
 from tests.support.tiny_families import FAMILIES, get_config
 
@@ -63,7 +64,7 @@ def _layouts(prompt: Sample) -> tuple[VisionLayout, ...]:
     family, config = FAMILIES[prompt.family], get_config(prompt.family)
     processor, inputs = None if family.processor is None else family.processor(), prompt.inputs()
     call = Prompt(config, inputs["input_ids"], inputs, processor, [image.size for image in prompt.images])
-    return tuple(layout for _, layout in ADAPTERS[config.model_type].images(call))
+    return tuple(layout for _, layout in families()[config.model_type].images(call))
 
 
 @dataclass

@@ -38,6 +38,8 @@ class Oracle:
         self.num_layers = len(self.decoder.layers)
         config = self.decoder.config
         self.kinds = getattr(config, "layer_types", None) or ["full_attention"] * self.num_layers
+        layers = [layer for layer in family.cuts if layer >= 2]
+        self.default_layer = layers[0] if layers else family.cuts[-1]
         self._features: dict[Sample, tuple[Tensor, list[Tensor]]] = {}
         self._forwards: dict[tuple, tuple[Tensor, list[int]]] = {}
 
@@ -251,7 +253,7 @@ class Oracle:
             regions, layouts: one per image that is decided about; layouts as before pooling.
             previous: decision on the images before.
         """
-        decision, pooled = previous or Decision(), []
+        method, decision, pooled = method.with_layer(self.default_layer), previous or Decision(), []
         fresh = range(len(decision.cells), len(decision.cells) + len(regions))
         for number, region, layout in zip(fresh, regions, layouts, strict=True):
             cells, after = self._cells(method.plan(layout, region), sample, number, layout)
@@ -281,10 +283,10 @@ class Oracle:
         """Cells of an image whose method decides by features, from features computed here."""
         rows, _ = self.embed(sample)
         spans, image = sample.spans(), sample.images[number]
-        salience = None
+        observed = None
         if self.family.tower_attention:
-            salience = self.salience(image.arguments["pixel_values"])
-        found = plan.decide(Features(rows[list(spans[number])], rows[spans[-1][-1] + 1 :], salience))
+            observed = self.tower_attention(image.arguments["pixel_values"])
+        found = plan.decide(Features(rows[list(spans[number])], rows[spans[-1][-1] + 1 :], observed))
         cell = found.cell.tolist()
         return tuple(
             (tuple(n for n, c in enumerate(cell) if c == own), leader)
@@ -292,7 +294,7 @@ class Oracle:
         )
 
     @torch.no_grad()
-    def salience(self, pixels: Tensor) -> Tensor:
+    def tower_attention(self, pixels: Tensor) -> Tensor:
         """(tokens,) attention from the class token of a CLIP tower in the layer before the last, from eager weights."""
         out = getattr(self.model.model, self.family.tower)(pixels, output_attentions=True)
         return out.attentions[-2][0].double().mean(0)[0, 1:].float()
@@ -316,10 +318,14 @@ class Oracle:
             alive = before[number]
             if selection is None or (later and selection.num_keep >= len(alive)):
                 continue
-            priority = selection.priority.tolist()
+            priority, weight = selection.priority.tolist(), selection.weight
+            if len(priority) != len(decision.cells[number]):  # of the tokens before features decided: all may stay
+                leaders = [leader for _, leader in decision.cells[number]]
+                priority = [priority[leader] - min(*priority, 0) for leader in leaders]
+                weight = None if weight is None else weight[leaders]
             if later:  # it takes its number, if need be of those it likes least
                 priority = [max(p, -1) + 1 if n in alive else -1 for n, p in enumerate(priority)]
-            kept[number], tie = choose(mass, selection.num_keep, priority, selection.weight)
+            kept[number], tie = choose(mass, selection.num_keep, priority, weight)
             near = near or tie
         scores = decision.scores[: fresh.start] + tuple(masses)
         return replace(decision.cut(cut.layer, kept), scores=scores, near_tie=near)
@@ -332,11 +338,6 @@ class Oracle:
         scoring = [row for row, place in enumerate(places) if place > max(span[-1] for span in spans)]
         if cut.rows == "last":
             scoring = [len(places) - 1]
-        if cut.rows == "raters":
-            vision = [row for row, place in enumerate(places) if any(place in span for span in spans)]
-            looks = [float(weights[:, row, vision].sum()) for row in scoring]
-            average = sum(looks) / len(looks) * (1 - 1e-6)
-            scoring = [row for row, look in zip(scoring, looks, strict=True) if look >= average]
         mean = weights[:, scoring].mean((0, 1)).tolist() if scoring else [0.0] * len(places)
         mass = dict(zip(places, mean, strict=True))
         return [

@@ -1,13 +1,13 @@
-"""README's table of families, from what the contract runs over: `python tests/readme_table.py` writes it."""
+"""README's table of families, from what the contract runs over: `python -m tests.support.readme_table` writes it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support.zoo import FAMILIES
+from tests.support.tiny_families import FAMILIES
 
-README = Path(__file__).parents[2] / "README.md"
-FENCES = ("<!-- families: written by `python tests/readme_table.py` -->\n", "<!-- families: end -->\n")
+README = Path(__file__).resolve().parents[2] / "README.md"
+FENCES = "<!-- families: written by `python -m tests.support.readme_table` -->\n", "<!-- families: end -->\n"
 
 
 def table() -> str:
