@@ -13,7 +13,7 @@ from crop.localizers import (
     encode,
 )
 from crop.localizers.vision_cache import cache_vision
-from crop.patching.attention_hook import attention_hook
+from crop.models.attention_hook import attention_hook
 from crop.patching.patch import patch
 from tests.support.cases import count_vision_calls, families, get_model
 from tests.support.families.entry import ATTENTIONS, IMAGE, NUM_LAYERS

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from crop import ops
 from crop.methods import InnerLLMPruning, Pyramid
-from crop.patching import lse
+from crop.models import attention_hook
 from tests.support.batches import standard_batch
 from tests.support.cases import get_model, patched, regions_of
 from tests.support.tiny_families import FAMILIES, SUPPORTED
@@ -95,7 +95,7 @@ def test_what_it_covers(function, kind, dtype, mode, flash):
     module = Attention(heads // kv_heads, "flash_attention_2")
     with mode():
         plain, _ = function(module, query, key, value, mask, scaling=0.3)
-        (out, _), found = lse.call_with_lse(
+        (out, _), found = attention_hook.call_with_lse(
             function, query, lambda attend: attend(module, query, key, value, mask, scaling=0.3)
         )
     assert torch.equal(out, plain) and out.requires_grad == plain.requires_grad
@@ -116,11 +116,13 @@ def test_asked_once_and_left_as_it_was(flash):
     module, states = Attention(1, "flash_attention_2"), torch.zeros(1, 2, 5, 16)
     names = dict(vars(sys.modules["transformers.modeling_flash_attention_utils"]))
     flash.arguments.clear()
-    lse.call_with_lse(flash_attention_forward, states, lambda attend: attend(module, states, states, states, None))
+    attention_hook.call_with_lse(
+        flash_attention_forward, states, lambda attend: attend(module, states, states, states, None)
+    )
     flash_attention_forward(module, states, states, states, None)
     with pytest.raises(ZeroDivisionError):
-        lse.call_with_lse(flash_attention_forward, states, lambda _: 1 / 0)
-    lse.call_with_lse(
+        attention_hook.call_with_lse(flash_attention_forward, states, lambda _: 1 / 0)
+    attention_hook.call_with_lse(
         flash_attention_forward, states, lambda attend: attend(module, states, states, states, None, dropout=0.1)
     )
     assert [call["return_attn_probs"] for call in flash.arguments] == [True, False, False]
@@ -134,12 +136,16 @@ def test_none_where_there_is_none():
     def kernel(q, k, v, softmax_scale=None):
         return q
 
-    assert lse._asked(kernel, asked) is kernel and lse._asked(None, asked) is None and lse._asked(len, asked) is len
+    assert (
+        attention_hook._asked(kernel, asked) is kernel
+        and attention_hook._asked(None, asked) is None
+        and attention_hook._asked(len, asked) is len
+    )
     query, key = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 7, 16)
     attend = torch.nn.functional.scaled_dot_product_attention
-    assert lse.call_with_lse(sdpa_attention_forward, query, lambda _: attend(key, key, key))[1] is None
+    assert attention_hook.call_with_lse(sdpa_attention_forward, query, lambda _: attend(key, key, key))[1] is None
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        _, found = lse.call_with_lse(
+        _, found = attention_hook.call_with_lse(
             sdpa_attention_forward, key, lambda attend: attend(Attention(1, "sdpa"), key, key, key, None)
         )
     assert found is None

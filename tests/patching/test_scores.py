@@ -8,7 +8,7 @@ from transformers.models.glm4v import modeling_glm4v
 from transformers.models.llama import modeling_llama
 
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, Pyramid
-from crop.patching.attention_hook import undo_rope
+from crop.models.attention_hook import undo_rope
 from tests.support.batches import standard_batch
 from tests.support.cases import (
     assert_kept,

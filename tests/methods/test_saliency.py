@@ -12,12 +12,16 @@ from crop.geometry.layout import NEWLINE, PADDING, VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods import PreLLMCompression
-from crop.methods.saliency import FARTHEST, distinct_weights, distinctness
-from crop.patching.batch_plan import ImagePlan, plan_batch
+from crop.methods.saliency import FARTHEST, distinctness, saliency_weights
+from crop.patching.batch_plan import BatchPlan, plan_batch
 
 
-def chunk_of(layouts: list[tuple[int, VisionLayout]], real: torch.Tensor, region: Region, **strides):
+def planned(layouts: list[tuple[int, VisionLayout]], real: torch.Tensor, region: Region, **strides):
     return plan_batch(PreLLMCompression(**strides), layouts, [region] * len(layouts), real)
+
+
+def placed(plan: BatchPlan) -> list[tuple[int, VisionLayout]]:
+    return [(image.sample, image.layout) for image in plan.images]
 
 
 def background(tokens: int, dim: int = 32, seed: int = 0) -> torch.Tensor:
@@ -31,9 +35,9 @@ def test_what_stands_out_represents_its_cell():
     odd = torch.randn(32, generator=torch.Generator().manual_seed(1))
     tokens[[9, 30]] = odd
     layout = VisionLayout.grid(8, 8)
-    chunk = chunk_of([(0, layout)], torch.ones(1, 64, dtype=torch.bool), Region.whole(), inside=4, context=4)
-    weight = distinct_weights(chunk.pool.plan, chunk.images, tokens[None])
-    pooled = ops.adaptive_pool(tokens, chunk.pool.plan, "weighted", weight)
+    batch = planned([(0, layout)], torch.ones(1, 64, dtype=torch.bool), Region.whole(), inside=4, context=4)
+    weight = saliency_weights(batch.pool.plan, placed(batch), tokens[None])
+    pooled = ops.adaptive_pool(tokens, batch.pool.plan, "weighted", weight)
     alike = torch.cosine_similarity(pooled, odd[None], dim=-1)
     assert len(pooled) == 4
     # Token 9 is in the first cell, 30 in the second; a plain mean would hold a sixteenth of them.
@@ -60,10 +64,10 @@ def test_a_single_outlier_among_very_many_stays_finite():
     tokens[:, 0] = 1.0
     tokens[7] = torch.tensor([-1.0, 0, 0, 0])
     layout = VisionLayout.grid(200, 200)
-    chunk = chunk_of([(0, layout)], torch.ones(1, 40_000, dtype=torch.bool), Region.whole(), inside=4, context=4)
+    batch = planned([(0, layout)], torch.ones(1, 40_000, dtype=torch.bool), Region.whole(), inside=4, context=4)
     assert float(distinctness(tokens).max()) > FARTHEST
-    weight = distinct_weights(chunk.pool.plan, chunk.images, tokens[None])
-    pooled = ops.adaptive_pool(tokens, chunk.pool.plan, "weighted", weight)
+    weight = saliency_weights(batch.pool.plan, placed(batch), tokens[None])
+    pooled = ops.adaptive_pool(tokens, batch.pool.plan, "weighted", weight)
     assert torch.isfinite(weight).all() and torch.isfinite(pooled).all()
     assert float(pooled[1, 0]) < -0.99
 
@@ -79,13 +83,13 @@ def test_each_image_is_judged_by_itself_and_text_is_left_alone():
     real = torch.ones(2, 40, dtype=torch.bool)
     real[1, :20] = False
     images = [(sample, _moved(grid, start)) for sample, start in places]
-    chunk = chunk_of(images, real, Region.whole(), inside=2, context=2)
-    weight = distinct_weights(chunk.pool.plan, chunk.images, embeds).view(2, 40)
+    batch = planned(images, real, Region.whole(), inside=2, context=2)
+    weight = saliency_weights(batch.pool.plan, placed(batch), embeds).view(2, 40)
     taken = torch.zeros(2, 40, dtype=torch.bool)
     for (sample, start), rows in zip(places, features, strict=True):
-        alone = chunk_of([(0, grid)], torch.ones(1, 16, dtype=torch.bool), Region.whole(), inside=2, context=2)
+        alone = planned([(0, grid)], torch.ones(1, 16, dtype=torch.bool), Region.whole(), inside=2, context=2)
         here = weight[sample, start : start + 16]
-        assert torch.equal(here, distinct_weights(alone.pool.plan, alone.images, rows[None]))
+        assert torch.equal(here, saliency_weights(alone.pool.plan, placed(alone), rows[None]))
         assert here.unique().numel() > 8
         taken[sample, start : start + 16] = True
     assert (weight[~taken] == 1).all()
@@ -103,18 +107,17 @@ def test_padding_and_newlines_are_not_part_of_the_picture():
     tokens = torch.randn(16, 8, generator=torch.Generator().manual_seed(4))
     other = torch.where((kind == 0)[:, None], tokens, 100.0)
     everything = PoolPlan.from_labels(torch.zeros(16, dtype=torch.int64), layout.row, layout.col, kind)
-    image = ImagePlan(0, layout, everything, layout, {})
-    weight = distinct_weights(everything, [image], tokens[None])
-    assert torch.equal(weight, distinct_weights(everything, [image], other[None]))
+    weight = saliency_weights(everything, [(0, layout)], tokens[None])
+    assert torch.equal(weight, saliency_weights(everything, [(0, layout)], other[None]))
     assert (weight[kind != 0] == 1).all() and (weight[kind == 0] != 1).all()
 
 
 def test_what_is_alone_in_its_cell_keeps_its_bits():
     tokens = torch.randn(64, 24, generator=torch.Generator().manual_seed(5))
     layout = VisionLayout.grid(8, 8)
-    chunk = chunk_of([(0, layout)], torch.ones(1, 64, dtype=torch.bool), Region.box(0.1, 0.1, 0.4, 0.4))
-    plan = chunk.pool.plan
-    pooled = ops.adaptive_pool(tokens, plan, "weighted", distinct_weights(plan, chunk.images, tokens[None]))
+    batch = planned([(0, layout)], torch.ones(1, 64, dtype=torch.bool), Region.box(0.1, 0.1, 0.4, 0.4))
+    plan = batch.pool.plan
+    pooled = ops.adaptive_pool(tokens, plan, "weighted", saliency_weights(plan, placed(batch), tokens[None]))
     single = plan.counts == 1
     assert 0 < int(single.sum()) < len(single)
     assert torch.equal(pooled[single], tokens[plan.leader[single].long()])
