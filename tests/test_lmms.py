@@ -70,8 +70,8 @@ def test_requests_come_back_in_order(lmms, method, localizer, size):
 
 
 def test_what_is_not_supported_is_refused(lmms):
-    with pytest.raises(ValueError, match="make_method: name must be one of"):
-        lmms.make_method("magic", 0.1, 8)
+    with pytest.raises(ValueError, match="by_name: name must be one of"):
+        lmms.CropModel("embedded", "magic", 0.1, "whole", "cpu")
     model = lmms.CropModel("embedded", "none", 1.0, "whole", "cpu")
     with pytest.raises(NotImplementedError, match="must generate answers"):
         model.loglikelihood([])

@@ -23,6 +23,7 @@ from crop.cli.options import (
 from crop.geometry.region import Region
 from crop.localizers.base import Localizer, WholeLocalizer
 from crop.methods.registry import by_name
+from crop.models import family_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,7 +68,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-confidence", type=fraction, metavar="FRACTION",
                         help="below it the whole image counts as region (default: depends on the localizer)")  # fmt: skip
     parser.add_argument("--method", metavar="NAME", default="crop",
-                        help="plc: pool before the language model; ilp: drop inside it; crop: both (default); none")  # fmt: skip
+                        help="plc: pool before the language model; ilp: drop inside it; crop: both (default); none; a registered "
+                        "method; or a baseline, most of which want --localizer whole")  # fmt: skip
     parser.add_argument("--keep", type=fraction, default=0.11, metavar="FRACTION",
                         help="vision tokens left in the end, above 0 and up to 1 (default 0.11)")  # fmt: skip
     parser.add_argument("--overlay", metavar="OUT.png", help="write a picture of what was kept, pooled and dropped")
@@ -141,7 +143,8 @@ def _default_localizer(options: argparse.Namespace, asker: Asker, region: Region
 def _answers(
     options: argparse.Namespace, asker: Asker, image: Image, localizer: Localizer
 ) -> tuple[Answer, Answer | None]:
-    method, plain = by_name(options.method, options.keep), None
+    num_layers = len(family_of(asker.model).language_model(asker.model).layers)
+    method, plain = by_name(options.method, options.keep, num_layers), None
     length = options.max_new_tokens
     if options.compare:
         for warm_up in (method, None):

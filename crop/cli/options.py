@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from crop.geometry.region import Region
 from crop.localizers.registry import localizer_names
+from crop.methods.registry import method_names
 
-METHODS = ("crop", "plc", "ilp", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SECOND_MODELS = ("clip", "detector", "vlm")
 NO_PATH = ("attention", "box", "cascade", "ocr", "union", "whole")  # localizers that load nothing
@@ -76,7 +76,7 @@ def check_names(method: str, localizer: str | None) -> None:
     Raises:
         UsageError: names those that are known.
     """
-    for option, known, name in (("--method", METHODS, method), ("--localizer", localizer_names(), localizer)):
+    for option, known, name in (("--method", method_names(), method), ("--localizer", localizer_names(), localizer)):
         if name is not None and name not in known:
             raise UsageError(f"{option} must be one of {', '.join(known)}, got {name!r}")
 
