@@ -17,7 +17,7 @@ from bench.accuracy.contenders import BUDGETS, CornerOnly, WholeStaysWhole, jobs
 from bench.headline import headline  # noqa: E402
 from crop.geometry.layout import VisionLayout  # noqa: E402
 from crop.geometry.region import Region  # noqa: E402
-from crop.methods import Compose, InnerLLMPruning, PreLLMCompression  # noqa: E402
+from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, registry  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -135,9 +135,11 @@ def test_a_killed_run_goes_on_and_shards_join(asker, tmp_path, monkeypatch):
 
 def test_whole_stays_whole_and_corner():
     layout = VisionLayout.grid(16, 16)
-    method = WholeStaysWhole(Compose(PreLLMCompression(keep=0.5), InnerLLMPruning(0.2)))
+    method = WholeStaysWhole(Compose(PreLLMCompression(keep=0.5), InnerLLMPruning(0.2, layer=2)))
     assert method.plan(layout, Region.whole()) is None and method.select(layout, Region.whole()) is None
     assert method.plan(layout, Region.box(0, 0, 0.2, 0.2)).num_out == 128 and method.layer == 2
+    auto = WholeStaysWhole(Compose(PreLLMCompression(keep=0.5), InnerLLMPruning(0.2)))
+    assert auto.layer == "auto" and auto.with_layer(3).layer == 3
     plan = CornerOnly(0.25).plan(layout, Region.whole())
     assert (
         plan.num_out == 64
@@ -150,6 +152,14 @@ def test_whole_stays_whole_and_corner():
         and not np.asarray(image)[128:].any()
         and not np.asarray(image)[:, 128:].any()
     )
+
+
+def test_registered_methods_take_part(monkeypatch):
+    monkeypatch.setattr(registry, "_builds", dict(registry._builds))
+    registry.register_method("mine", lambda keep, _: InnerLLMPruning(keep, rows="last"))
+    (average, kept) = (job for job in jobs(8, (0.5,), ("mine",)) if job.contender.name == "mine")
+    assert (kept.counted, kept.method.keep, kept.method.layer) == ("kept", 0.5, 2)
+    assert average.method.keep == pytest.approx(1 / 3, abs=1e-6)  # two layers of eight see all
 
 
 def test_interval_covers_and_narrows():

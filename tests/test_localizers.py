@@ -43,7 +43,7 @@ from crop.localizers import (
 )
 from crop.localizers.boxes import Raster
 from crop.localizers.vision_cache import cache_vision
-from crop.patching.attention_hook import tap
+from crop.models.attention_hook import tap
 from crop.patching.patch import patch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")

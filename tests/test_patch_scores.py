@@ -13,7 +13,7 @@ from transformers.models.glm4v import modeling_glm4v
 from transformers.models.llama import modeling_llama
 
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, Pyramid
-from crop.patching.attention_hook import unrotated
+from crop.models.attention_hook import unrotated
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 

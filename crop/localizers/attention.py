@@ -21,7 +21,7 @@ from crop.localizers.boxes import check_ranges, find_region
 from crop.localizers.reading import Stop, only_image, run_until_stop
 from crop.methods.plc import PreLLMCompression
 from crop.models import family_of
-from crop.patching.attention_hook import attention_hook
+from crop.models.attention_hook import attention_hook
 from crop.patching.patch import patch
 from crop.patching.stats import PruneStats
 

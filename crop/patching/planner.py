@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
-from crop.methods.base import Method, prunes
+from crop.methods.base import Method, check_method, prunes
 from crop.models import ModelFamily, Prompt, family_of
 from crop.patching import hf
 from crop.patching.batch_plan import BatchPlan, plan_batch
 from crop.patching.positions import POLICIES
-from crop.patching.validation import as_regions, as_sizes, check_method, one_of, one_per_image, refuse_short_sight
+from crop.patching.validation import as_regions, as_sizes, one_of, one_per_image
 
 
 class Planner:
@@ -48,11 +48,8 @@ class Planner:
         self.language_model = self.family.language_model(model)
         config = self.language_model.config
         self.makes_masks = self.family.traits.mask != "causal"
-        if self.makes_masks:
-            hf.refuse_own_masks(model.config.model_type, config, self.positions, self.uniform)
-        else:
-            hf.refuse_sliding_window(config)
-        hf.refuse_attention(config)
+        self.family.check_decoder(config)
+        hf.refuse_decoder(self.family, config, self.positions, self.uniform)
         self.method = method or Method()
         if any(cut.layer == "auto" for cut in self.method.cuts):
             self.method = self.method.with_layer(self.family.default_layer(config))
@@ -110,9 +107,8 @@ class Planner:
                 "tokens; score with positions, or process the whole conversation without a cache"
             )
         plan = plan_batch(self.method, images, regions, hf.valid_tokens(arguments, ids))
-        if self.makes_masks:
-            scored = [layer for layer, step in plan.prunes.items() if step.rows is not None]
-            refuse_short_sight(scored, self.language_model.config, past + ids.shape[1])
+        scored = [layer for layer, step in plan.prunes.items() if step.rows is not None]
+        self.family.check_scoring(self.language_model.config, scored, past + ids.shape[1])
         return plan
 
 

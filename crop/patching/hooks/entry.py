@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crop.models.attention_hook import attention_hook
 from crop.patching import hf
-from crop.patching.attention_hook import attention_hook
 from crop.patching.batch_plan import BatchPlan
 from crop.patching.context import ModelHook, PatchContext, hook, replace_method
 from crop.patching.state import CALL, GENERATION, ForwardState, GenerationState
