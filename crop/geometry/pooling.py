@@ -105,8 +105,10 @@ class PoolPlan:
     @cached_property
     def inverse(self) -> Tensor:
         """(num_tokens,) int32 cell of each token, -1 where the token is in no cell."""
-        cell = torch.arange(self.num_out, dtype=torch.int32, device=self.members.device)
-        cell = cell.repeat_interleave(self.counts, output_size=len(self.members))
+        # By search rather than by repetition: members beyond the last offset are in no cell (``from_cells``).
+        number = torch.arange(len(self.members), dtype=torch.int32, device=self.members.device)
+        cell = torch.searchsorted(self.offsets[1:], number, right=True, out_int32=True)
+        cell = torch.where(cell < self.num_out, cell, -1)
         inverse = cell.new_full((self.num_tokens,), -1)
         inverse[self.members.long()] = cell
         return inverse
@@ -216,7 +218,7 @@ class PoolPlan:
             num_tokens=len(cell),
             check=False,
         )
-        vars(plan)["inverse"] = cell.int()  # known already; the general way would count on every token being a member
+        vars(plan)["inverse"] = cell.int()  # known already
         return plan
 
     @staticmethod
