@@ -23,7 +23,7 @@ def table() -> str:
         needs = "-" if family.processor is None else "`processor`, `image_size`"
         rows.setdefault((needs, refused(family.attentions, model_type)), {})[title] = model_type
     lines = ["| family and `model_type` | with a region `patch` needs | refused |", "|---|---|---|"]
-    for (needs, without), members in rows.items():
+    for (needs, without), members in sorted(rows.items(), key=lambda row: len(row[0][1])):
         named = ", ".join(f"{title} `{model_type}`" for title, model_type in members.items())
         lines.append(f"| {named} | {needs} | {without} |")
     return "\n".join(lines) + "\n"
