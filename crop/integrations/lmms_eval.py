@@ -18,10 +18,10 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from crop.cli.ask import load
+from crop.cli.images import open_image
 from crop.cli.options import load_plugin
 from crop.geometry.region import Region
 from crop.methods.registry import by_name
-from crop.models import family_of
 from crop.patching.patch import patch
 
 NAME = "crop"
@@ -40,7 +40,7 @@ class CropModel(lmms):
     Args:
         pretrained: folder or hub name, or "embedded". method, keep: see ``crop.by_name``.
         localizer: name of a localizer; "whole" for methods that look at no region.
-        plugin: file or module that registers localizers or methods of your own.
+        plugin: file or module that registers methods or localizers of your own.
         device, dtype: of the model. batch_size: questions at once.
     Raises:
         ValueError: unknown method or localizer. UsageError: no such model or plug-in.
@@ -62,8 +62,7 @@ class CropModel(lmms):
         if plugin is not None:
             load_plugin(plugin)
         self.asker = load(pretrained, device, dtype)
-        num_layers = len(family_of(self.asker.model).language_model(self.asker.model).layers)
-        self.method = by_name(method, float(keep), num_layers)
+        self.method = by_name(method, float(keep), self.asker.num_layers)
         self.localizer = self.asker.localizer(localizer)
         self.batch_size = int(batch_size)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -95,7 +94,7 @@ class CropModel(lmms):
         if any(not hasattr(image, "convert") for image in images):
             kinds = {type(image).__name__ for image in images}
             raise ValueError(f"crop: visuals must be images, got {', '.join(sorted(kinds))}")
-        return [image.convert("RGB") for image in images]
+        return [open_image(image) for image in images]
 
     @torch.no_grad()
     def _answer(self, requests: list[Any], options: dict[str, Any]) -> list[str]:

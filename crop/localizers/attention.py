@@ -69,7 +69,7 @@ class AttentionLocalizer:
         min_confidence: below it the whole image is returned. Nearly all right regions of the embedded model reach the
             default, few of its wrong ones; other models may look at images in another way, and need another.
     Raises:
-        ValueError, TypeError: an argument out of its range; a unknown family.
+        ValueError, TypeError: an argument out of its range; an unknown family.
     Source: own choice, tuned on the embedded model. The idea of reading the region off the model's attention, relative to
         a question-free reference, is also that of arXiv 2502.17422 (known to us from digests only).
     """

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
-from crop.localizers.base import model_source
 from crop.localizers.boxes import check_ranges, find_region
+from crop.localizers.pretrained import load_pretrained
 from crop.models.fixed import resize_crop_pad_view
 
 if TYPE_CHECKING:
@@ -65,12 +65,9 @@ class ClipLocalizer:
         """With model and processor from a folder (or a name on the hub, which transformers then downloads).
 
         Raises:
-            OSError, ValueError: there is no such model; what transformers raises.
+            FileNotFoundError, ValueError: there is no such model, or it cannot be loaded.
         """
-        from transformers import AutoModel, AutoProcessor
-
-        path = model_source("ClipLocalizer.load", path)
-        return ClipLocalizer(AutoModel.from_pretrained(path).to(device).eval(), AutoProcessor.from_pretrained(path))
+        return ClipLocalizer(*load_pretrained("ClipLocalizer.load", path, "AutoModel", device))
 
     @torch.no_grad()
     def __call__(self, image: Image, question: str) -> Region:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from crop.geometry.region import Region
-from crop.localizers.base import encode, model_source
+from crop.localizers.base import encode
+from crop.localizers.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,15 +88,14 @@ class VLMLocalizer:
         A folder that ``bench.training.localizer`` wrote also says how the model wants to be asked.
 
         Raises:
-            OSError, ValueError: there is no such model; what transformers raises.
+            FileNotFoundError, ValueError: there is no such model, or it cannot be loaded.
         """
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        path = model_source("VLMLocalizer.load", path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto").to(device).eval()
+        model, processor = load_pretrained(
+            "VLMLocalizer.load", path, "AutoModelForImageTextToText", device, dtype="auto"
+        )
         template = getattr(model.config, "crop_localizer_prompt", None)
         prompt = None if template is None else template.replace
-        return VLMLocalizer(model, AutoProcessor.from_pretrained(path), prompt and (lambda q: prompt("{question}", q)))
+        return VLMLocalizer(model, processor, prompt and (lambda q: prompt("{question}", q)))
 
     @torch.no_grad()
     def __call__(self, image: Image, question: str) -> Region:
