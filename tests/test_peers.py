@@ -10,9 +10,8 @@ import torch
 from ops_cases import mass_inputs
 from torch import Tensor
 
-from bench.kernels import peers
+from bench.kernels import peers, torch_forms
 from crop.ops import reference
-from crop.selftest import torch_forms
 
 
 def shares(query: Tensor, key: Tensor, lse: Tensor | None = None) -> Tensor:
