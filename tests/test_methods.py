@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from crop.geometry.layout import NEWLINE, PADDING, PATCH, VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.geometry.strides import build_plan, count_cells, fit_strides
+from crop.geometry.strides import build_plan, fit_strides
 from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection, by_name
 from crop.methods.registry import POOL_SHARE
+from tests.support.closed_form import count_cells
 
 DATA = Path(os.environ.get("CROP_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 REGIONS = DATA / "question_regions" / "regions.jsonl"
