@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from bench.common import header, save, table
+from bench.training.head import multiply_adds
 from crop import embedded
 from crop.cli.ask import EMBEDDED, Answer, Asker, load
 from crop.embedded import scenes
@@ -132,7 +133,7 @@ def head_cost(asker: Asker) -> list[dict[str, Any]]:
         ("7B, 2880 tokens", Head(4096), 2880, 40, 32, 11008, None),
     ):
         prefill = (tokens + words) * layers * (4 * head.dim**2 + 3 * head.dim * wide)
-        own = head.multiply_adds(tokens, words)
+        own = multiply_adds(head, tokens, words)
         rows.append({"geometry": name, "head, M multiply-adds": own / 1e6, "prefill, M": prefill / 1e6,
                      "share %": 100 * own / prefill,
                      "head with boxes, ms": milliseconds and 1e3 * milliseconds["head"].median,

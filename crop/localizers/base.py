@@ -14,6 +14,7 @@ from crop.geometry.region import Region
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import nn
 
 
 class Localizer(Protocol):
@@ -24,11 +25,7 @@ class Localizer(Protocol):
 
 @dataclass(frozen=True)
 class BoxLocalizer:
-    """The region that the caller knows already ("box"): a user's selection, an annotation.
-
-    Args:
-        region: returned for every image and question.
-    """
+    """The region that the caller knows already ("box"), for every question: a user's selection, an annotation."""
 
     region: Region
 
@@ -62,9 +59,7 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
     """Model inputs for one image and one question; inside ``cache_vision`` equal ones are made once.
 
     Args:
-        processor: the model's processor.
         image: RGB.
-        question: plain text.
         prompt: question -> the full text with the image placeholder; default: the processor's chat
             template, one user turn.
     Returns:
@@ -98,3 +93,18 @@ def model_source(op: str, path: str | Path) -> str:
     if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
         raise FileNotFoundError(f"{op}: path must be an existing folder or a name on the hub, got {name!r}")
     return name
+
+
+def load_pretrained(op: str, kind: str, path: str | Path, device: str, **options: Any) -> tuple[nn.Module, Any]:
+    """A model in evaluation mode and its processor, from a folder or a name on the hub, which transformers downloads.
+
+    Args:
+        kind: name of transformers' class for such models. options: of its ``from_pretrained``.
+    Raises:
+        OSError, ValueError: there is no such model; what transformers and ``model_source`` raise.
+    """
+    import transformers
+
+    name = model_source(op, path)
+    model = getattr(transformers, kind).from_pretrained(name, **options)
+    return model.to(device).eval(), transformers.AutoProcessor.from_pretrained(name)
