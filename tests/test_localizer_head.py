@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.training import head as train_head
 from crop import embedded
 from crop.cli.ask import EMBEDDED, Asker, load
-from crop.embedded import scenes
+from crop.embedded import scenes, things
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.localizers import Head, HeadLocalizer, get_localizer
@@ -161,7 +161,7 @@ def carried() -> Asker:
 
 def test_the_carried_head_holds_its_promises_on_unseen_pictures(carried):
     """Measured by `python -m bench.localizers` on more pictures; here with some slack for few."""
-    find, grid = carried.localizer("head"), VisionLayout.grid(scenes.GRID, scenes.GRID)
+    find, grid = carried.localizer("head"), VisionLayout.grid(things.GRID, things.GRID)
     held, area, true, whole, trust = [], [], [], [], []
     for seed in range(10_900_000, 10_900_020):
         scene, rng = scenes.scene(seed), random.Random(seed)

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from bench.accuracy.metrics import TEXT_METRICS, Box, iou, parse_box
+from bench.training.grounding import BOX_KIND, box_questions, box_region
 from crop.embedded import scenes
 from crop.geometry.region import Region
 
@@ -20,7 +21,7 @@ GROUPS = {  # kind of rendered question -> group of the table
     **dict.fromkeys(("color", "shape", "where"), "colour, shape, place"),
     "count": "counting",
     **dict.fromkeys(scenes.GLOBAL_KINDS, "global"),
-    scenes.BOX_KIND: "grounding",
+    BOX_KIND: "grounding",
 }
 LOCAL = ("local text", "colour, shape, place", "counting")
 
@@ -72,11 +73,11 @@ def rendered(first: int, count: int, *, grounding: bool = True) -> Iterator[Item
     for seed in range(first, first + count):
         rng, drawn = random.Random(seed), _scene(seed)
         pools: dict[str, list[scenes.Question]] = {}
-        for question in (*drawn.questions, *(drawn.grounding if grounding else ())):
+        for question in (*drawn.questions, *(box_questions(drawn) if grounding else ())):
             pools.setdefault(GROUPS[question.kind], []).append(question)
         for group, pool in sorted(pools.items()):
             for number, question in enumerate(rng.sample(pool, min(2 if group == "local text" else 1, len(pool)))):
-                is_box = question.kind == scenes.BOX_KIND
+                is_box = question.kind == BOX_KIND
                 yield Item(
                     key=f"{seed} {group} {number}",
                     question=question.text,
@@ -91,7 +92,7 @@ def rendered(first: int, count: int, *, grounding: bool = True) -> Iterator[Item
 
 
 def _blocks(answer: str) -> Box | None:
-    region = scenes.box_region(answer)
+    region = box_region(answer)
     return None if region is None else region.boxes[0]
 
 

@@ -27,7 +27,7 @@ from bench.common import header, save, table
 from bench.training.head import multiply_adds
 from crop import embedded
 from crop.cli.ask import EMBEDDED, Answer, Asker, load
-from crop.embedded import scenes
+from crop.embedded import scenes, things
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.localizers import BoxLocalizer, Head, Localizer, encode
@@ -36,7 +36,7 @@ from crop.localizers.vision_cache import cache_vision
 from crop.methods import by_name
 from crop.selftest.timing import interleave
 
-GRID = VisionLayout.grid(scenes.GRID, scenes.GRID)
+GRID = VisionLayout.grid(things.GRID, things.GRID)
 COLUMNS = ("covered", "all of it", "area", "IoU", "whole", "answers", "localizer ms", "total ms")
 
 
