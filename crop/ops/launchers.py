@@ -2,7 +2,8 @@
 
 One order for every operator: allocate with torch -> launcher of `crop._C` with raw pointers and the current stream ->
 an exception on an error code. The kernels know nothing of torch, so one build serves every torch version. The public
-functions in `crop.ops` check the arguments; the launchers repeat what protects memory.
+functions in `crop.ops` check the arguments; the launchers repeat what protects memory. Types of arguments stand in the
+schemas.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from crop.ops import dispatch, reference
 from crop.ops.dispatch import Target, as_int64, dense, pointer, raise_error, register
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
 MODES = {"mean": 0, "weighted": 1, "max": 2}
 
 
@@ -68,17 +67,7 @@ _known_layout = functools.lru_cache(maxsize=1024)(row_layout)  # sizes repeat fr
     twin=reference.attention_mass,
     fake=lambda query, key, index, *_: index.new_empty(index.shape, dtype=torch.float32),
 )
-def attention_mass(
-    query: Tensor,
-    key: Tensor,
-    vision_index: Tensor,
-    sample: Tensor | None,
-    lse: Tensor | None,
-    scale: float,
-    visible_start: Tensor | None,
-    visible_len: Tensor | None,
-    target: Target,
-) -> Tensor:
+def attention_mass(query, key, vision_index, sample, lse, scale, visible_start, visible_len, target: Target) -> Tensor:
     mass = vision_index.new_empty(*vision_index.shape, dtype=torch.float32)
     if mass.numel() == 0:
         return mass
@@ -106,14 +95,7 @@ def _select_fake(score: Tensor, num_keep: list[Any], *_: Any) -> Tensor:
     twin=lambda **given: reference.select(**given),  # looked up at the call, so that a test can stand in for it
     fake=_select_fake,
 )
-def select(
-    score: Tensor,
-    num_keep: list[int],
-    weight: Tensor | None,
-    priority: Tensor | None,
-    index: Tensor | None,
-    target: Target,
-) -> Tensor:
+def select(score, num_keep, weight, priority, index, target: Target) -> Tensor:
     width = max(num_keep, default=0)
     kept = score.new_empty(score.shape[0], width, dtype=torch.int64)
     if kept.numel() == 0:
@@ -171,9 +153,7 @@ def invert_index(index: Tensor, num_tokens: int, target: Target) -> Tensor:
     return inverse
 
 
-def _pool_fake(
-    tokens: Tensor, members: Tensor, offsets: Tensor, inverse: Tensor | None, weight: Tensor | None, mode: str
-) -> tuple[Tensor, Tensor]:
+def _pool_fake(tokens, members, offsets, inverse, weight, mode) -> tuple[Tensor, Tensor]:
     num_out = offsets.shape[0] - 1
     out = tokens.new_empty((num_out, tokens.shape[1]))
     if inverse is not None and mode == "max":
@@ -182,9 +162,7 @@ def _pool_fake(
     return out, tokens.new_empty(kept, dtype=torch.float32)
 
 
-def _pool_twin(
-    tokens: Tensor, members: Tensor, offsets: Tensor, inverse: Tensor | None, weight: Tensor | None, mode: str
-) -> tuple[Tensor, Tensor]:
+def _pool_twin(tokens, members, offsets, inverse, weight, mode) -> tuple[Tensor, Tensor]:
     out, saved = reference.pool(tokens, members, offsets, weight, mode)
     return out, tokens.new_empty(0, dtype=torch.float32) if inverse is None else saved
 
@@ -196,15 +174,7 @@ def _pool_twin(
     twin=_pool_twin,
     fake=_pool_fake,
 )
-def adaptive_pool(
-    tokens: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    inverse: Tensor | None,
-    weight: Tensor | None,
-    mode: str,
-    target: Target,
-) -> tuple[Tensor, Tensor]:
+def adaptive_pool(tokens, members, offsets, inverse, weight, mode, target: Target) -> tuple[Tensor, Tensor]:
     out, saved = _pool_fake(tokens, members, offsets, inverse, weight, mode)
     if out.numel():
         weight = dense(weight)
@@ -214,9 +184,7 @@ def adaptive_pool(
     return out, saved
 
 
-def _pool_backward_fake(
-    grad: Tensor, tokens: Any, out: Any, saved: Tensor, offsets: Tensor, inverse: Tensor, weight: Any, mode: str
-) -> tuple[Tensor, Tensor]:
+def _pool_backward_fake(grad, tokens, out, saved, offsets, inverse, weight, mode) -> tuple[Tensor, Tensor]:
     num_tokens = inverse.shape[0]
     grad_weight = grad.new_empty(num_tokens if mode == "weighted" else 0, dtype=torch.float32)
     return grad.new_empty((num_tokens, grad.shape[1])), grad_weight
@@ -230,15 +198,7 @@ def _pool_backward_fake(
     fake=_pool_backward_fake,
 )
 def adaptive_pool_backward(
-    grad: Tensor,
-    tokens: Tensor | None,
-    out: Tensor | None,
-    saved: Tensor,
-    offsets: Tensor,
-    inverse: Tensor,
-    weight: Tensor | None,
-    mode: str,
-    target: Target,
+    grad, tokens, out, saved, offsets, inverse, weight, mode, target: Target
 ) -> tuple[Tensor, Tensor]:
     grad_tokens, grad_weight = _pool_backward_fake(grad, tokens, out, saved, offsets, inverse, weight, mode)
     if not grad_tokens.numel():
