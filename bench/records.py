@@ -7,12 +7,12 @@ relative to the file.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench import jsonl
 from bench.training.grounding import box_questions
 from crop.embedded import scenes, things
 
@@ -47,7 +47,10 @@ def foreign(question: scenes.Question, scene: scenes.Scene) -> bool:
 
 
 def read_jsonl(path: Path) -> Iterator[Record]:
-    """Records of a file, one JSON object a line."""
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        yield path.parent / record["image"], record["question"], record["boxes"]
+    """Records of a file.
+
+    Raises:
+        ValueError: a field that is missing or of another kind; names file, line and field.
+    """
+    for row in jsonl.rows(path):
+        yield row.file("image", path.parent), row.text("question"), row.boxes("boxes")

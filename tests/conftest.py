@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
-from ops_cases import BACKENDS, Backend
-from oracle import Oracle
 
-
-@functools.cache
-def _model(family: str, attention: str) -> Any:
-    model = tiny_models.build_model(family, attention)
-    with tiny_models.flash_on_cpu():  # the first forward installs transformers' own recording hooks
-        model(**tiny_models.standard_batch(family, "single", 1).inputs)
-    return model
-
-
-@functools.cache
-def _oracle(family: str) -> Oracle:
-    return Oracle(tiny_models.build_model(family, "eager"))
-
-
-@pytest.fixture(scope="session")
-def get_model() -> Any:
-    """get_model(family, attention): the tiny model, built once per session."""
-    return _model
-
-
-@pytest.fixture(scope="session")
-def get_oracle() -> Any:
-    """get_oracle(family): the reference on a second model of the same weights."""
-    return _oracle
+from tests.support.flash import FlashCalls, flash_on_cpu
+from tests.support.operators import BACKENDS, Backend
 
 
 @pytest.fixture(scope="module")
@@ -48,23 +22,26 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def flash() -> Iterator[tiny_models.FlashCalls]:
+def flash() -> Iterator[FlashCalls]:
     """CPU kernels behind transformers' flash integration, with a record of their calls."""
-    with tiny_models.flash_on_cpu() as record:
+    with flash_on_cpu() as record:
         yield record
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: Any) -> Backend:
-    reason = BACKENDS[request.param].missing()
-    if reason:
-        pytest.skip(reason)
-    return BACKENDS[request.param]
+    """Every implementation of the operators that can run here."""
+    return _available(BACKENDS[request.param])
 
 
 @pytest.fixture(params=[name for name in BACKENDS if name != "twin"])
 def native(request: Any) -> Backend:
-    reason = BACKENDS[request.param].missing()
+    """Every compiled implementation of the operators that can run here."""
+    return _available(BACKENDS[request.param])
+
+
+def _available(backend: Backend) -> Backend:
+    reason = backend.missing()
     if reason:
         pytest.skip(reason)
-    return BACKENDS[request.param]
+    return backend

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from PIL import Image
 
@@ -68,8 +69,11 @@ class WholeStaysWhole(Method):
     inner: Method
 
     @property
-    def layer(self) -> int | None:
+    def layer(self) -> int | Literal["auto"] | None:
         return self.inner.layer
+
+    def with_layer(self, default: int) -> WholeStaysWhole:
+        return replace(self, inner=self.inner.with_layer(default))
 
     @property
     def rows(self) -> str:

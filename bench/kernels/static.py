@@ -169,7 +169,7 @@ def traffic() -> list[dict[str, object]]:
 
     from crop import ops
     from crop.selftest.cases import region_plan
-    from tests.emu.emulator import Emulated, missing
+    from tests.csrc.emulator import Emulated, missing
 
     if missing():
         return []

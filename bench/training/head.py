@@ -25,7 +25,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from bench.common import header
 from bench.records import Record, read_jsonl, rendered
 from crop.cli.ask import EMBEDDED, Asker, load
+from crop.cli.images import open_image
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.localizers.boxes import Raster
@@ -61,7 +61,7 @@ def features(asker: Asker, records: Iterable[Record], total: int | None) -> tupl
     for _, group in tqdm(groups, "features", total, disable=None):
         group = list(group)
         image = group[0][0]
-        image = Image.open(image).convert("RGB") if isinstance(image, Path) else image
+        image = open_image(image) if isinstance(image, Path) else image
         read = None
         with cache_vision(asker.model), torch.no_grad():
             for _, question, _ in group:

@@ -48,7 +48,7 @@ def demo(out: Path, *, count: int = 6, seed: int = 0) -> None:
     for number, (scene, question) in enumerate(examples):
         plain = asker.ask(scene.image, question.text, method=None, localizer=whole, max_new_tokens=LONGEST)
         pruned = asker.ask(scene.image, question.text, method=method, localizer=find, max_new_tokens=LONGEST)
-        seen = overlay(scene.image, pruned.layout, pruned.plan, pruned.kept, pruned.region)
+        seen = overlay(scene.image, *pruned.images[0].drawing)
         scene.image.save(out / f"{number:02d}-{scene.picture}.png")
         seen.save(out / f"{number:02d}-{scene.picture}-seen.png")
         rows.append((question, plain, pruned))
@@ -57,7 +57,9 @@ def demo(out: Path, *, count: int = 6, seed: int = 0) -> None:
     contact_sheet(sheet).save(out / "contact_sheet.png")
     _print(console, rows)
     console.print(
-        f"Pictures: {out / 'contact_sheet.png'}, and beside it each picture and what was seen of it.", soft_wrap=True
+        f"Pictures: {out / 'contact_sheet.png'}, and beside it each picture and what was seen of it.",
+        soft_wrap=True,
+        markup=False,
     )
 
 

@@ -101,10 +101,11 @@ class PoolPlan:
     @cached_property
     def inverse(self) -> Tensor:
         """(num_tokens,) int32 cell of each token, -1 where the token is in no cell."""
-        cell = torch.arange(self.num_out, dtype=torch.int32, device=self.members.device)
-        cell = cell.repeat_interleave(self.counts, output_size=len(self.members))
+        entry = torch.arange(len(self.members), dtype=torch.int32, device=self.members.device)
+        cell = torch.searchsorted(self.offsets[1:], entry, right=True, out_int32=True)
         inverse = cell.new_full((self.num_tokens,), -1)
-        inverse[self.members.long()] = cell
+        # What stands beyond the last offset is in no cell (``from_cells``).
+        inverse[self.members.long()] = torch.where(cell < self.num_out, cell, -1)
         return inverse
 
     @cached_property
@@ -196,7 +197,7 @@ class PoolPlan:
         count = torch.zeros(num_out + 1, dtype=torch.int64, device=cell.device)
         count.scatter_add_(0, place, torch.ones_like(place))
         offsets = torch.nn.functional.pad(count[:-1].cumsum(0), (1, 0))
-        plan = PoolPlan(
+        return PoolPlan(
             members=place.argsort(stable=True).int(),
             offsets=offsets.int(),
             leader=leader.int(),
@@ -204,8 +205,6 @@ class PoolPlan:
             num_tokens=len(cell),
             check=False,
         )
-        vars(plan)["inverse"] = cell.int()  # known already; the general way would count on every token being a member
-        return plan
 
     @staticmethod
     def concatenate(plans: Sequence[PoolPlan]) -> PoolPlan:

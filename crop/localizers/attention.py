@@ -21,7 +21,7 @@ from crop.localizers.boxes import box_settings, check_ranges, find_region
 from crop.localizers.reading import Stop, only_image, run_until_stop
 from crop.methods.plc import PreLLMCompression
 from crop.models import family_of
-from crop.patching.attention_hook import attention_hook
+from crop.models.attention_hook import attention_hook
 from crop.patching.patch import patch
 from crop.patching.stats import PruneStats
 
@@ -69,7 +69,7 @@ class AttentionLocalizer:
         min_confidence: below it the whole image is returned. Nearly all right regions of the embedded model reach the
             default, few of its wrong ones; other models may look at images in another way, and need another.
     Raises:
-        ValueError, TypeError: an argument out of its range; a unknown family.
+        ValueError, TypeError: an argument out of its range; an unknown family.
     Source: own choice, tuned on the embedded model. The idea of reading the region off the model's attention, relative to
         a question-free reference, is also that of arXiv 2502.17422 (known to us from digests only).
     """

@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from crop.geometry.region import Region
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import nn
 
 
 class Localizer(Protocol):
@@ -65,7 +63,7 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
     Returns:
         What the processor makes of it, on the CPU.
     Raises:
-        ValueError: no prompt, and the processor has no chat template.
+        ValueError: no prompt, and the processor has no chat template, or one that fails.
     """
     last, asked = _last.get(), (processor, prompt, question)
     if last and last[0][0] is image and last[0][1] == asked:
@@ -73,8 +71,7 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
     if prompt is not None:
         text = prompt(question)
     elif getattr(processor, "chat_template", None):
-        turn = [{"type": "image"}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
+        text = chat(processor, question, images=1)
     else:
         raise ValueError("encode: prompt must be given for a processor without a chat template, got None")
     inputs = processor(images=image, text=text, return_tensors="pt")
@@ -83,28 +80,17 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
     return inputs
 
 
-def model_source(op: str, path: str | Path) -> str:
-    """What transformers may load a model from: an existing folder, or what can only be a name on the hub.
+def chat(processor: Any, question: str, images: int) -> str:
+    """One user turn in the processor's chat template, the images first.
 
     Raises:
-        FileNotFoundError: it looks like a folder, and there is none.
+        ValueError: the template fails.
     """
-    name = str(path)
-    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
-        raise FileNotFoundError(f"{op}: path must be an existing folder or a name on the hub, got {name!r}")
-    return name
-
-
-def load_pretrained(op: str, kind: str, path: str | Path, device: str, **options: Any) -> tuple[nn.Module, Any]:
-    """A model in evaluation mode and its processor, from a folder or a name on the hub, which transformers downloads.
-
-    Args:
-        kind: name of transformers' class for such models. options: of its ``from_pretrained``.
-    Raises:
-        OSError, ValueError: there is no such model; what transformers and ``model_source`` raise.
-    """
-    import transformers
-
-    name = model_source(op, path)
-    model = getattr(transformers, kind).from_pretrained(name, **options)
-    return model.to(device).eval(), transformers.AutoProcessor.from_pretrained(name)
+    turn = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
+    try:
+        return processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
+    except Exception as error:  # a program of its own, which can fail in any way
+        raise ValueError(
+            "encode: the processor's chat template must take one user turn with parts of type image and text, got "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
-from crop.localizers.base import load_pretrained
 from crop.localizers.boxes import box_settings, check_ranges, find_region
+from crop.localizers.pretrained import load_pretrained
 from crop.models.fixed import resize_crop_pad_view
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class ClipLocalizer:
     @staticmethod
     def load(path: str | Path, device: str = "cpu") -> ClipLocalizer:
         """With model and processor from a folder or a name on the hub; see ``load_pretrained`` for what is raised."""
-        return ClipLocalizer(*load_pretrained("ClipLocalizer.load", "AutoModel", path, device))
+        return ClipLocalizer(*load_pretrained("ClipLocalizer.load", path, "AutoModel", device))
 
     @torch.no_grad()
     def __call__(self, image: Image, question: str) -> Region:

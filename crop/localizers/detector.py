@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from crop.geometry.region import Region
-from crop.localizers.base import load_pretrained
+from crop.localizers.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,7 +103,7 @@ class DetectorLocalizer:
     def load(path: str | Path, device: str = "cpu") -> DetectorLocalizer:
         """With model and processor from a folder or a name on the hub; see ``load_pretrained`` for what is raised."""
         kind = "AutoModelForZeroShotObjectDetection"
-        return DetectorLocalizer(*load_pretrained("DetectorLocalizer.load", kind, path, device))
+        return DetectorLocalizer(*load_pretrained("DetectorLocalizer.load", path, kind, device))
 
     @torch.no_grad()
     def __call__(self, image: Image, question: str) -> Region:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.localizers.boxes import Raster, box_settings, check_ranges
+from crop.localizers.pretrained import damage, one_line
 from crop.localizers.reading import Embeddings, embeddings
 from crop.models import family_of
 
@@ -115,11 +116,15 @@ class Head(nn.Module):
                 sizes = (file.metadata() or {}).get("crop_head")
                 state = {name: file.get_tensor(name).float() for name in file.keys()}
         except SafetensorError as error:
-            raise ValueError(f"Head.load: path must be a safetensors file, got {str(path)!r}: {error}") from error
+            cause = damage(path) or f"{path}: {error}"
+            raise ValueError(f"Head.load: path must be a safetensors file, but {cause}") from error
         if sizes is None:
             raise ValueError(f"Head.load: path must be a file that Head.save wrote, got {str(path)!r}")
         head = Head(**json.loads(sizes))
-        head.load_state_dict(state)
+        try:
+            head.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"Head.load: {path} must hold the weights that it announces: {one_line(error)}") from error
         return head.eval()
 
 

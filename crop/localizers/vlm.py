@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from crop.geometry.region import Region
-from crop.localizers.base import encode, load_pretrained
+from crop.localizers.base import encode
+from crop.localizers.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,7 +86,7 @@ class VLMLocalizer:
         A folder that ``bench.training.localizer`` wrote also says how the model wants to be asked.
         """
         kind = "AutoModelForImageTextToText"
-        model, processor = load_pretrained("VLMLocalizer.load", kind, path, device, dtype="auto")
+        model, processor = load_pretrained("VLMLocalizer.load", path, kind, device, dtype="auto")
         template = getattr(model.config, "crop_localizer_prompt", None)
         return VLMLocalizer(model, processor, template and (lambda question: template.replace("{question}", question)))
 

@@ -36,6 +36,20 @@ class Selection:
     weight: Tensor | None = None
     needs_scores: bool = True
 
+    def check(self, layout: VisionLayout) -> None:
+        """Refuse what does not fit an image of these tokens: ValueError."""
+        for name in ("priority", "weight"):
+            value = getattr(self, name)
+            if value is not None and value.shape != (len(layout),):
+                raise ValueError(
+                    f"patch: {name} of a Selection must have shape ({len(layout)},), got {tuple(value.shape)}"
+                )
+        candidates = int((self.priority >= 0).sum())
+        if not 0 <= self.num_keep <= candidates:
+            raise ValueError(
+                f"patch: num_keep of a Selection must be in [0, {candidates}] (tokens of priority >= 0), got {self.num_keep}"
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class ScoreView:
@@ -130,6 +144,12 @@ class FeaturePooling:
     num_out: int
     num_tokens: int
     decide: Callable[[Features], Assignment]
+
+    def stand_in(self) -> PoolPlan:
+        """A plan of the promised size: the first tokens."""
+        first = torch.arange(self.num_out, dtype=torch.int32)
+        edges = torch.arange(self.num_out + 1, dtype=torch.int32)
+        return PoolPlan(first, edges, first, torch.zeros(self.num_out, dtype=torch.uint8), self.num_tokens, check=False)
 
 
 def check_keep(op: str, keep: float | int) -> None:
@@ -241,6 +261,22 @@ class Method:
             watch: (attention module, read): ``read(query, key, scale) -> (rows, N, ...)`` is called at every call of that
                 module; the rows are the images in prompt order.
         """
+
+
+def check_method(method: Method, num_layers: int) -> None:
+    """Refuse what a method, one of the user's own perhaps, says of itself: TypeError, ValueError."""
+    last = 0
+    for cut in method.cuts:
+        layer = cut.layer
+        if isinstance(layer, bool) or not isinstance(layer, Integral):
+            raise TypeError(f"patch: layer of a method must be an int, 'auto' or None, got {layer!r}")
+        if not last < layer < num_layers:
+            raise ValueError(f"patch: layer must be in [{last + 1}, num_layers={num_layers} - 1], got {layer}")
+        if cut.rows not in ("text", "last"):
+            raise ValueError(f"patch: rows of a method must be one of ('text', 'last'), got {cut.rows!r}")
+        last = layer
+    if method.pool_mode not in POOL_MODES:
+        raise ValueError(f"patch: pool_mode of a method must be one of {POOL_MODES}, got {method.pool_mode!r}")
 
 
 def prunes(method: Method) -> bool:

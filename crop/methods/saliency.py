@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from crop.geometry.layout import PATCH, VisionLayout
+from crop.geometry.pooling import PoolPlan
 
 SHARPNESS = 4.0  # a standard deviation more weighs exp(4) = 55 times; on the embedded model 3 to 6 answered alike
 FARTHEST = 8.0  # standard deviations that still make a difference: float32 holds the weights
@@ -27,12 +32,25 @@ def distinctness(tokens: Tensor) -> Tensor:
     return (distance - middle) / (spread.sqrt() + FLAT)
 
 
-def saliency_weights(tokens: Tensor) -> Tensor:
-    """What each token of one image weighs in its cell.
+@torch.no_grad()
+def saliency_weights(plan: PoolPlan, images: Sequence[tuple[int, VisionLayout]], embeds: Tensor) -> Tensor:
+    """Weights for ``ops.adaptive_pool``, ``exp(4 * distinctness)``; constants for the gradient.
 
     Args:
-        tokens: (N, D), N >= 1.
+        plan: cells over the flattened tokens of a batch.
+        images: (sample, layout) of those that are pooled; each is judged by itself.
+        embeds: (batch, seq_len, D).
     Returns:
-        (N,) float32, ``exp(4 * distinctness)``.
+        (batch * seq_len,) float32; 1 for text, newlines, padding and what is alone in its cell, which keeps its bits.
     """
-    return (SHARPNESS * distinctness(tokens).clamp(-FARTHEST, FARTHEST)).exp()
+    weight = torch.ones(embeds.shape[:2], dtype=torch.float32, device=embeds.device)
+    for sample, layout in images:
+        position = layout.position[layout.kind == PATCH]
+        if len(position):
+            first, last = int(position[0]), int(position[-1])
+            # Positions that follow each other are a view.
+            place = slice(first, last + 1) if last - first == len(position) - 1 else position.to(embeds.device)
+            apart = distinctness(embeds[sample, place]).clamp(-FARTHEST, FARTHEST)
+            weight[sample, place] = (SHARPNESS * apart).exp()
+    alone = plan.counts[plan.inverse.long()] == 1
+    return weight.flatten().masked_fill(alone.to(embeds.device), 1.0)

@@ -157,6 +157,41 @@ class ModelFamily:
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         return [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
 
+    def windows(self, config: Any) -> list[int | None]:
+        """Sliding window of every decoder layer, None where it sees everything."""
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+    def check_decoder(self, config: Any) -> None:
+        """Refuse layers that the masks of this family do not speak of, and scores that would not be the model's: ValueError."""
+        cap = getattr(config, "attn_logit_softcapping", None)
+        if cap is not None:
+            raise ValueError(
+                f"patch: attn_logit_softcapping must be None, got {cap} (Gemma 2 text model): the scores would not be the "
+                "model's attention; use a family without"
+            )
+        if self.traits.mask == "causal":
+            kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+            other = sorted(set(kinds) - {"full_attention"}) if kinds else f"sliding_window={window}" if window else None
+            if other:
+                raise ValueError(f"patch: every decoder layer must use full attention, got {other}")
+
+    def check_scoring(self, config: Any, layers: Sequence[int], total: int) -> None:
+        """Refuse cuts behind a sliding layer that does not see the whole prompt, which it would have to score: ValueError.
+
+        Args:
+            config: of the language model. layers: where cuts by score are. total: tokens, those of the cache included.
+        """
+        seen = self.windows(config)
+        for layer in layers:
+            window = seen[layer - 1]
+            if window is not None and total > window:
+                full = [number + 1 for number, width in enumerate(seen[:-1]) if width is None]
+                raise ValueError(
+                    f"patch: layer must follow a layer that sees all {total} tokens, i.e. be one of {full}, got {layer}: "
+                    f"layer {layer - 1} scores and has a sliding window of {window}"
+                )
+
     def default_layer(self, config: Any) -> int:
         """Decoder layer at whose input ``layer="auto"`` prunes: 2, or the first one that a scoring layer stands before.
 

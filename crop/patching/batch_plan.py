@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,10 +40,19 @@ class ImagePlan:
     selections: dict[int, Selection]
     by_features: FeaturePooling | None = None
 
+    @property
+    def leaders(self) -> Tensor:
+        """(num_pooled,) input positions of the tokens that lead its cells, as planned."""
+        return _leaders(self.layout, self.plan)
+
     def tokens_at(self, layer: int) -> int:
         """How many of its tokens decoder layer ``layer`` sees."""
         counts = [selection.num_keep for cut, selection in self.selections.items() if cut <= layer]
         return counts[-1] if counts else len(self.pooled)
+
+
+def _leaders(layout: VisionLayout, plan: PoolPlan | None) -> Tensor:
+    return layout.position if plan is None else layout.position[plan.leader.long()]
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ class BatchPlan:
         """Whether every token stays."""
         return self.pool is None and not self.prunes
 
-    @cached_property
+    @property
     def device(self) -> torch.device:
         """Where its tensors are."""
         return self.valid.device
@@ -195,13 +203,21 @@ def plan_batch(
         _checked_plan(method.plan(layout, region), layout) for (_, layout), region in zip(images, regions, strict=True)
     ]
     by_features = [plan if isinstance(plan, FeaturePooling) else None for plan in made]
-    plans = [plan if later is None else _stand_in(later) for plan, later in zip(made, by_features, strict=True)]
+    plans = [plan if later is None else later.stand_in() for plan, later in zip(made, by_features, strict=True)]
     pool, filled, pooled = None, valid, [layout for _, layout in images]
     if any(plan is not None for plan in plans):
-        pool = _pool_step(images, plans, valid)
+        batch, seq_len = valid.shape
+        leader_of = torch.arange(batch * seq_len).view(batch, seq_len).masked_fill(~valid, -1)
+        for (sample, layout), plan in zip(images, plans, strict=True):
+            if plan is not None:
+                cell = plan.inverse.long()
+                leader = layout.position[plan.leader.long()][cell.clamp(min=0)]
+                leader_of[sample, layout.position] = torch.where(cell >= 0, sample * seq_len + leader, -1)
+        counts = (leader_of.flatten() == torch.arange(batch * seq_len)).view(batch, seq_len).sum(1)
+        pool = pool_step(leader_of, int(counts.max()), int(counts.sum()))
         filled = pool.kept_index >= 0
         pooled = [
-            layout.pool(plan or PoolPlan.identity(len(layout)), _leader_slots(pool, sample, layout, plan))
+            layout.pool(plan or PoolPlan.identity(len(layout)), pool.slot_of[sample, _leaders(layout, plan)])
             for (sample, layout), plan in zip(images, plans, strict=True)
         ]
     found = []
@@ -216,14 +232,6 @@ def plan_batch(
     return BatchPlan(found, valid, pool, prunes, [image.pooled.position for image in found], text).packed()
 
 
-def _stand_in(later: FeaturePooling) -> PoolPlan:
-    """A plan of the promised size: the first tokens."""
-    first = torch.arange(later.num_out, dtype=torch.int32)
-    edges = torch.arange(later.num_out + 1, dtype=torch.int32)
-    level = torch.zeros(later.num_out, dtype=torch.uint8)
-    return PoolPlan(first, edges, first, level, later.num_tokens, check=False)
-
-
 def _selections(method: Method, layout: VisionLayout, region: Region, count: int) -> dict[int, Selection]:
     """What each cut keeps of one image of ``count`` pooled tokens; only those cuts at which a token leaves.
 
@@ -231,7 +239,12 @@ def _selections(method: Method, layout: VisionLayout, region: Region, count: int
     """
     found: dict[int, Selection] = {}
     for cut in method.cuts:
-        selection = _checked_selection(cut.select(layout, region), layout)
+        selection = cut.select(layout, region)
+        if selection is not None and not isinstance(selection, Selection):
+            got = type(selection).__name__
+            raise TypeError(f"patch: select() of a method must return a Selection or None, got {got}")
+        if selection is not None:
+            selection.check(layout)
         if selection is not None and count < len(layout):
             if not selection.needs_scores:
                 raise ValueError(
@@ -268,61 +281,24 @@ def _checked_plan(plan: Any, layout: VisionLayout) -> PoolPlan | FeaturePooling 
     return plan
 
 
-def _checked_selection(selection: Any, layout: VisionLayout) -> Selection | None:
-    if selection is None:
-        return None
-    if not isinstance(selection, Selection):
-        raise TypeError(f"patch: select() of a method must return a Selection or None, got {type(selection).__name__}")
-    for name in ("priority", "weight"):
-        value = getattr(selection, name)
-        if value is not None and value.shape != (len(layout),):
-            raise ValueError(f"patch: {name} of a Selection must have shape ({len(layout)},), got {tuple(value.shape)}")
-    candidates = int((selection.priority >= 0).sum())
-    if not 0 <= selection.num_keep <= candidates:
-        raise ValueError(
-            f"patch: num_keep of a Selection must be in [0, {candidates}] (tokens of priority >= 0), "
-            f"got {selection.num_keep}"
-        )
-    return selection
+def pool_step(leader_of: Tensor, width: int, num_out: int) -> PoolStep:
+    """One pooling of a batch; no host sync.
 
-
-def _leader_slots(pool: PoolStep, sample: int, layout: VisionLayout, plan: PoolPlan | None) -> Tensor:
-    leaders = layout.position if plan is None else layout.position[plan.leader.long()]
-    return pool.slot_of[sample, leaders]
-
-
-def _pool_step(images: Sequence[tuple[int, VisionLayout]], plans: Sequence[PoolPlan | None], valid: Tensor) -> PoolStep:
-    batch, seq_len = valid.shape
-    # Every token is labelled with the flat position of the token that leads its cell; equal labels are one cell.
-    label = torch.arange(batch * seq_len).view(batch, seq_len).masked_fill(~valid, -1)
-    for (sample, layout), plan in zip(images, plans, strict=True):
-        if plan is None:
-            continue
-        inverse = plan.inverse.long()
-        leader = layout.position[plan.leader.long()][inverse.clamp(min=0)]
-        label[sample, layout.position] = torch.where(inverse >= 0, sample * seq_len + leader, -1)
-    label = label.flatten()
-    members = torch.argsort(label, stable=True)
-    members = members[int((label < 0).sum()) :]
-    leaders, cell, counts = torch.unique_consecutive(label[members], return_inverse=True, return_counts=True)
-    plan = PoolPlan(
-        members=members.int(),
-        offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
-        leader=leaders.int(),
-        level=torch.zeros(len(leaders), dtype=torch.uint8),
-        num_tokens=batch * seq_len,
-    )
-    is_leader = torch.zeros(batch * seq_len, dtype=torch.bool)
-    is_leader[leaders] = True
-    is_leader = is_leader.view(batch, seq_len)
-    width = int(is_leader.sum(1).max())
-    kept_index, leader_slot = left_pack(is_leader, width)
-    slot_of = torch.full((batch * seq_len,), -1, dtype=torch.int64)
-    slot_of[members] = leader_slot.flatten()[leaders][cell]
-    filled = None
-    if len(leaders) != batch * width:
-        filled = torch.nonzero(kept_index.flatten() >= 0).flatten()
-    return PoolStep(plan, kept_index, slot_of.view(batch, seq_len), filled)
+    Args:
+        leader_of: (batch, seq_len) int64 flat position of the token that leads each token's cell, -1 = in none.
+        width: pooled tokens of the longest sample. num_out: of all samples.
+    """
+    batch, seq_len = leader_of.shape
+    flat = leader_of.flatten()
+    position = torch.arange(len(flat), device=flat.device)
+    leads = flat == position
+    rank = leads.cumsum(0) - 1
+    # One spare entry at the end swallows what does not lead.
+    leader = position.new_zeros(num_out + 1).scatter(0, torch.where(leads, rank, num_out), position)[:-1]
+    kept_index, slot = left_pack(leads.view(batch, seq_len), width)
+    slot_of, cell = (torch.where(flat >= 0, table[flat.clamp(min=0)], -1) for table in (slot.flatten(), rank))
+    filled = None if num_out == batch * width else leader // seq_len * width + slot_of[leader]
+    return PoolStep(PoolPlan.from_cells(cell, leader), kept_index, slot_of.view(batch, seq_len), filled)
 
 
 def _prune_step(cut: Method, images: Sequence[ImagePlan], filled: Tensor) -> PruneStep | None:

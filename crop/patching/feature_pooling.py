@@ -11,10 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from crop.geometry.pooling import PoolPlan
 from crop.methods.base import Assignment, Features
-from crop.patching.batch_plan import BatchPlan, PoolStep, PruneStep
-from crop.patching.token_map import left_pack
+from crop.patching.batch_plan import BatchPlan, PruneStep, pool_step
 
 
 def settle(plan: BatchPlan, embeds: Tensor, observed: list[Tensor] | None) -> tuple[BatchPlan, dict[int, Assignment]]:
@@ -47,31 +45,17 @@ def settle(plan: BatchPlan, embeds: Tensor, observed: list[Tensor] | None) -> tu
             )
         leader_of[where] = torch.where(found.cell >= 0, where[found.leader][found.cell.clamp(min=0)], -1)
         decisions[number] = found
-    # The same number of cells as planned, in the order of their leaders.
-    position = torch.arange(batch * seq_len, device=device)
-    leads = leader_of == position
-    rank = leads.cumsum(0) - 1
-    cell = torch.where(leader_of >= 0, rank[leader_of.clamp(min=0)], -1)
-    leader = position.new_zeros(len(leader) + 1).scatter(0, torch.where(leads, rank, len(leader)), position)[:-1]
-    kept_index, slot = left_pack(leads.view(batch, seq_len), pool.kept_index.shape[1])
-    slot_of = torch.where(leader_of >= 0, slot.flatten()[leader_of.clamp(min=0)], -1)
-    filled = leader // seq_len * kept_index.shape[1] + slot_of[leader]
-    pool = PoolStep(
-        PoolPlan.from_cells(cell, leader),
-        kept_index,
-        slot_of.view(batch, seq_len),
-        None if pool.filled is None else filled,
-    )
-    positions = list(plan.positions)
-    for number, image in enumerate(plan.images):
-        if number in decisions:
-            positions[number] = slot_of[place[number][decisions[number].leader]]
-        elif image.plan is None:
-            positions[number] = pool.slot_of[image.sample, image.layout.position.to(device)]
-        else:
-            leaders = image.layout.position[image.plan.leader.long()].to(device)
-            positions[number] = pool.slot_of[image.sample, leaders]
-    prunes = {layer: _settled(step, kept_index, positions, decisions) for layer, step in plan.prunes.items()}
+    # The same number of cells as planned, elsewhere.
+    width = pool.kept_index.shape[1]
+    pool = pool_step(leader_of.view(batch, seq_len), width, len(leader))
+    leaders = [
+        place[number][decisions[number].leader]
+        if number in decisions
+        else image.leaders.to(device) + image.sample * seq_len
+        for number, image in enumerate(plan.images)
+    ]
+    positions = [pool.slot_of.flatten()[one] for one in leaders]
+    prunes = {layer: _settled(step, pool.kept_index, positions, decisions) for layer, step in plan.prunes.items()}
     return replace(plan, pool=pool, positions=positions, prunes=prunes), decisions
 
 

@@ -13,14 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crop.models import ModelFamily
+
 OLDEST = (5, 17)  # transformers
 
+_UNEQUAL = "a static cache needs layers of equal length; use patch(..., cache='uniform')"
+
 # Methods of a model that a block replaces.
-GENERATE, EXPAND, PREPARE, MAKE_MASKS = (
+GENERATE, EXPAND, PREPARE, MAKE_MASKS, CONTINUOUS = (
     "generate",
     "_expand_inputs_for_generation",
     "prepare_inputs_for_generation",
     "create_masks_for_generate",
+    "generate_batch",
 )
 
 
@@ -102,39 +107,22 @@ def valid_tokens(arguments: Mapping[str, Any], ids: Tensor) -> Tensor:
     return mask[:, mask.shape[1] - ids.shape[1] :].cpu().to(torch.bool)
 
 
-# ------------------------------------------------------------------------------ the language model
+# ------------------------------------------------------------------------------ the language model and its layers
+def _argument(name: str) -> Any:
+    """A keyword argument of a call as an attribute; what is set is what the module gets."""
+    return property(lambda call: call.kwargs.get(name), lambda call, value: call.kwargs.__setitem__(name, value))
+
+
 class DecoderCall:
-    """The keyword arguments of one call of the language model; what is set here is what the model gets."""
+    """One call of the language model: ``embeds`` (batch, seq_len, dim), ``mask`` (two-dimensional, or made by the
+    multimodal model), ``position_ids`` (..., 1 or batch, seq_len)."""
+
+    embeds = _argument("inputs_embeds")
+    mask = _argument("attention_mask")
+    position_ids = _argument("position_ids")
 
     def __init__(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
         self.module, self.kwargs = module, kwargs
-
-    @property
-    def embeds(self) -> Tensor | None:
-        """(batch, seq_len, dim)."""
-        return self.kwargs.get("inputs_embeds")
-
-    @embeds.setter
-    def embeds(self, value: Tensor) -> None:
-        self.kwargs["inputs_embeds"] = value
-
-    @property
-    def mask(self) -> Any:
-        """Two-dimensional, or made by the multimodal model."""
-        return self.kwargs.get("attention_mask")
-
-    @mask.setter
-    def mask(self, value: Tensor | None) -> None:
-        self.kwargs["attention_mask"] = value
-
-    @property
-    def position_ids(self) -> Tensor | None:
-        """(..., 1 or batch, seq_len)."""
-        return self.kwargs.get("position_ids")
-
-    @position_ids.setter
-    def position_ids(self, value: Tensor) -> None:
-        self.kwargs["position_ids"] = value
 
     @property
     def deepstack(self) -> tuple[Tensor, list[Tensor]] | None:
@@ -154,6 +142,8 @@ class DecoderCall:
     def make_cache(self) -> Any:
         """The cache that the model would make inside, where no maps could be attached; None where it wants none."""
         wanted = self.kwargs.get("use_cache")
+        if self.module.training and getattr(self.module, "gradient_checkpointing", False):
+            return None  # the model will not fill one
         if not (getattr(self.module.config, "use_cache", False) if wanted is None else wanted):
             return None
         from transformers import DynamicCache
@@ -164,9 +154,34 @@ class DecoderCall:
         return cache
 
 
+class LayerCall:
+    """One call of a decoder layer: ``hidden`` (batch, entries, dim), ``mask``, ``rotary`` (cos, sin)."""
+
+    mask = _argument("attention_mask")
+    rotary = _argument("position_embeddings")
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, dict(kwargs)
+
+    @property
+    def hidden(self) -> Tensor:
+        """Positional or by name, as the model gives it."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    @hidden.setter
+    def hidden(self, value: Tensor) -> None:
+        if self.args:
+            self.args = (value, *self.args[1:])
+        else:
+            self.kwargs["hidden_states"] = value
+
+    def drop_position_ids(self) -> None:
+        """Only flash attention asks for them, and gaps would send it down its packed-sequence path."""
+        self.kwargs["position_ids"] = None
+
+
 def past_length(cache: Any, mask: Any, added: int) -> int:
-    """Input tokens before a call; read from the mask's shape where there is one, since a static cache keeps its length on
-    the device."""
+    """Input tokens before a call, read from the mask's shape where there is one: a static cache has its length on the device."""
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.shape[1] - added
     return 0 if cache is None else int(cache.get_seq_length())
@@ -177,62 +192,25 @@ def capacity_of(cache: Any) -> int | None:
     return getattr(cache.layers[0], "max_cache_len", None) if getattr(cache, "layers", None) else None
 
 
-def with_output(output: Any, change: Any) -> Any:
-    """The language model's output with ``change(hidden)`` in the place of its hidden states."""
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """The language model's output with other hidden states."""
     if isinstance(output, tuple):
-        return (change(output[0]), *output[1:])
-    output.last_hidden_state = change(output[0])
+        return (hidden, *output[1:])
+    output.last_hidden_state = hidden
     return output
 
 
-# ------------------------------------------------------------------------------ decoder layers
-class LayerCall:
-    """The arguments of one call of a decoder layer; what is set here is what the layer gets."""
-
-    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, dict(kwargs)
-
-    @property
-    def hidden(self) -> Tensor:
-        """(batch, entries, dim)."""
-        return self.args[0] if self.args else self.kwargs["hidden_states"]
-
-    @hidden.setter
-    def hidden(self, value: Tensor) -> None:
-        if self.args:
-            self.args = (value, *self.args[1:])
-        else:
-            self.kwargs["hidden_states"] = value
-
-    @property
-    def mask(self) -> Tensor | None:
-        """As the attention implementation takes it."""
-        return self.kwargs.get("attention_mask")
-
-    @mask.setter
-    def mask(self, value: Tensor | None) -> None:
-        self.kwargs["attention_mask"] = value
-
-    @property
-    def rotary(self) -> tuple[Tensor, Tensor] | None:
-        """(cos, sin)."""
-        return self.kwargs.get("position_embeddings")
-
-    @rotary.setter
-    def rotary(self, value: tuple[Tensor, Tensor]) -> None:
-        self.kwargs["position_embeddings"] = value
-
-    def drop_position_ids(self) -> None:
-        """Only flash attention asks for them, and gaps would send it down its packed-sequence path."""
-        self.kwargs["position_ids"] = None
-
-
 # ------------------------------------------------------------------------------ what is refused
-def refuse_generation(config: Any, options: Mapping[str, Any], uniform: bool) -> None:
-    """Options of generate() that pruning would get wrong."""
+def refuse_generation(model: nn.Module, args: tuple, options: Mapping[str, Any], uniform: bool) -> None:
+    """Options of generate() that pruning would get wrong; ``args`` and ``options`` are what it is called with."""
+    given = args[1] if len(args) > 1 else options.get("generation_config")
 
     def option(name: str) -> Any:
-        return options[name] if name in options else getattr(config, name, None)
+        value = options[name] if name in options else getattr(given or model.generation_config, name, None)
+        # generate() itself drops this one where it is the checkpoint's default (Gemma 3).
+        return (
+            None if (name, value, given) == ("cache_implementation", "hybrid", None) and name not in options else value
+        )
 
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
         if option(name) is not None:
@@ -240,17 +218,13 @@ def refuse_generation(config: Any, options: Mapping[str, Any], uniform: bool) ->
                 f"patch: generate() must not use assisted generation, got {name}={option(name)!r}: its draft tokens "
                 "would take part in the scoring; use plain decoding"
             )
-    if option("prefill_chunk_size") is not None:
+    chunk, kind = option("prefill_chunk_size"), option("cache_implementation")
+    if chunk is not None:
         raise ValueError(
-            "patch: generate() must prefill in one piece, got "
-            f"prefill_chunk_size={option('prefill_chunk_size')}: the question would not be seen yet"
+            f"patch: generate() must prefill in one piece, got prefill_chunk_size={chunk}: the question would not be seen yet"
         )
-    kind = option("cache_implementation")
     if kind == "static" and not uniform:
-        raise ValueError(
-            "patch: cache_implementation must be None or 'dynamic', got 'static': a static cache needs layers of equal "
-            "length; use patch(..., cache='uniform')"
-        )
+        raise ValueError(f"patch: cache_implementation must be None or 'dynamic', got 'static': {_UNEQUAL}")
     if kind not in (None, "dynamic", "static"):
         raise ValueError(
             f"patch: cache_implementation must be None, 'dynamic' or, with cache='uniform', 'static', got {kind!r}"
@@ -262,25 +236,22 @@ def refuse_unsupported(arguments: Mapping[str, Any], ids: Tensor, language_model
     from transformers import DynamicCache, StaticCache
 
     cache, mask = cache_of(arguments), caller_mask(arguments)
+    got = type(cache).__name__
     if isinstance(cache, StaticCache) and not uniform:
-        raise ValueError(
-            f"patch: past_key_values must be a DynamicCache, got {type(cache).__name__}: a static cache needs layers of "
-            "equal length; use patch(..., cache='uniform')"
-        )
+        raise ValueError(f"patch: past_key_values must be a DynamicCache, got {got}: {_UNEQUAL}")
     if isinstance(cache, StaticCache) and is_flash(language_model.config):
         raise ValueError(
-            f"patch: past_key_values must be a DynamicCache under flash attention, got {type(cache).__name__}; "
+            f"patch: past_key_values must be a DynamicCache under flash attention, got {got}; "
             "use attn_implementation='sdpa' or a dynamic cache"
         )
     if cache is not None and not isinstance(cache, (DynamicCache, StaticCache)):
-        raise ValueError(f"patch: past_key_values must be a DynamicCache or a StaticCache, got {type(cache).__name__}")
-    if mask is not None:
-        wanted = (ids.shape[0], ids.shape[1] + (0 if cache is None else cache.get_seq_length()))
-        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        if got != wanted:
-            raise ValueError(
-                f"patch: attention_mask must be None or of shape (batch, past + seq_len) = {wanted}, got {got}"
-            )
+        raise ValueError(f"patch: past_key_values must be a DynamicCache or a StaticCache, got {got}")
+    wanted = (ids.shape[0], ids.shape[1] + (0 if cache is None else cache.get_seq_length()))
+    shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if mask is not None and shape != wanted:
+        raise ValueError(
+            f"patch: attention_mask must be None or of shape (batch, past + seq_len) = {wanted}, got {shape}"
+        )
     if language_model.training and getattr(language_model, "gradient_checkpointing", False):
         from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -292,40 +263,24 @@ def refuse_unsupported(arguments: Mapping[str, Any], ids: Tensor, language_model
             )
 
 
-def refuse_attention(config: Any) -> None:
-    """Attention implementations other than eager, sdpa and flash."""
+def refuse_decoder(family: ModelFamily, config: Any, positions: str, uniform: bool) -> None:
+    """Decoders, or combinations with what was asked for, that this patch would get wrong.
+
+    Args:
+        config: of the language model. positions, uniform: as asked for.
+    """
     name = attention_of(config)
-    if name not in ("eager", "sdpa") and "flash" not in name:
+    if name not in ("eager", "sdpa") and not is_flash(config):
         raise ValueError(f"patch: the attention implementation must be eager, sdpa or flash_attention_*, got {name!r}")
-
-
-def refuse_sliding_window(config: Any) -> None:
-    """Decoder layers that do not see everything, in a family whose masks are plain causal."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        window = getattr(config, "sliding_window", None)
-        other = f"sliding_window={window}" if window else None
-    else:
-        other = sorted(set(kinds) - {"full_attention"})
-    if other:
-        raise ValueError(f"patch: every decoder layer must use full attention, got {other}")
-
-
-def refuse_own_masks(model_type: str, config: Any, positions: str, uniform: bool) -> None:
-    """What families cannot do whose masks are more than causal, or not with what was asked for."""
+    if family.traits.mask == "causal":
+        return
     if is_flash(config):
         raise ValueError(
-            f"patch: the attention implementation must be eager or sdpa for {model_type!r}, got "
-            f"{attention_of(config)!r}: flash attention cannot express its masks, with or without pruning"
-        )
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise ValueError(
-            f"patch: attn_logit_softcapping must be None, got {config.attn_logit_softcapping} (Gemma 2 text model): the "
-            "scores would not be the model's attention; use a family without"
+            f"patch: the attention implementation must be eager or sdpa for {family.model_type!r}, got {name!r}: flash "
+            "attention cannot express its masks, with or without pruning"
         )
     if positions != "original" or uniform:
         got = f"positions={positions!r}" if positions != "original" else "cache='uniform'"
         raise ValueError(
-            f"patch: {model_type!r}, whose masks are more than causal, needs positions='original' and cache='ragged', "
-            f"got {got}"
+            f"patch: {family.model_type!r}, whose masks are more than causal, needs positions='original' and cache='ragged', got {got}"
         )

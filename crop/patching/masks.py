@@ -7,12 +7,25 @@ windows slide, the multimodal model makes them over input tokens. ``gather`` fit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from crop.patching.token_map import TokenMap, look_up
+
+
+def layer_valid(valid: Tensor | None, tokens: TokenMap | None, total: int) -> Tensor | None:
+    """Which entries of a map hold a real token: (batch, entries) bool; None: all do.
+
+    Args:
+        valid: (batch, total) of the map's sources, None: all are real. tokens: the map, None: one to one.
+        total: sources seen by now.
+    """
+    if tokens is None or (tokens.full and valid is None):
+        return valid
+    sources = tokens.sources(total)
+    real = sources >= 0
+    return real if valid is None else real & valid.gather(1, sources.clamp(min=0))
 
 
 def pooled_valid(
@@ -26,40 +39,18 @@ def pooled_valid(
         now: pooled tokens after this call; None: this call pools nothing.
         past: input tokens before this call. pooled_past, pooled_length: pooled tokens before and in it.
     """
-    earlier = later = None
-    if before is not None:
-        sources = before.sources(past)
-        if valid is not None:
-            earlier = valid[:, :past].bool().gather(1, sources.clamp(min=0)) & (sources >= 0)
-        elif not before.full:
-            earlier = sources >= 0
-    elif valid is not None:
-        earlier = valid[:, :past].bool()
+    valid = None if valid is None else valid.bool()
+    earlier = layer_valid(None if valid is None else valid[:, :past], before, past)
     if now is None:
-        later = None if valid is None else valid[:, past:].bool()
-    elif not now.full:
-        later = now.index[:, -pooled_length:] >= 0
+        later = None if valid is None else valid[:, past:]
+    else:
+        later = None if now.full else now.index[:, -pooled_length:] >= 0
     if earlier is None and later is None:
         return None
     known = later if earlier is None else earlier
-    if earlier is None:
-        earlier = known.new_ones(len(known), pooled_past)
-    if later is None:
-        later = known.new_ones(len(known), pooled_length)
+    earlier = known.new_ones(len(known), pooled_past) if earlier is None else earlier
+    later = known.new_ones(len(known), pooled_length) if later is None else later
     return torch.cat([earlier, later], dim=1)
-
-
-def layer_valid(valid: Tensor | None, tokens: TokenMap | None, total: int) -> Tensor | None:
-    """Which tokens of a layer are real: (batch, entries) bool; None: all are.
-
-    Args:
-        valid: as by ``pooled_valid``. tokens: of the layer. total: pooled tokens after this call.
-    """
-    if tokens is None or (tokens.full and valid is None):
-        return valid
-    sources = tokens.sources(total)
-    real = sources >= 0
-    return real if valid is None else real & valid.gather(1, sources.clamp(min=0))
 
 
 def key_positions(maps: Sequence[TokenMap | None], batch: int, total: int, queries: int, window: int | None) -> Tensor:
@@ -122,9 +113,3 @@ def pad_columns(mask: Tensor | None, capacity: int | None) -> Tensor | None:
         return mask
     unseen = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return torch.nn.functional.pad(mask, (0, capacity - mask.shape[3]), value=unseen)
-
-
-def windows(config: Any) -> list[int | None]:
-    """Sliding window of every decoder layer, None where it sees everything."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
-from crop.methods.base import Method, prunes
+from crop.methods.base import Method, check_method, prunes
 from crop.models import ModelFamily, Prompt, family_of
 from crop.patching import hf
 from crop.patching.batch_plan import BatchPlan, plan_batch
 from crop.patching.positions import POLICIES
-from crop.patching.validation import as_regions, as_sizes, check_method, one_of, one_per_image, refuse_short_sight
+from crop.patching.validation import as_regions, as_sizes, one_of, one_per_image
 
 
 class Planner:
@@ -48,16 +48,14 @@ class Planner:
         self.language_model = self.family.language_model(model)
         config = self.language_model.config
         self.makes_masks = self.family.traits.mask != "causal"
-        if self.makes_masks:
-            hf.refuse_own_masks(model.config.model_type, config, self.positions, self.uniform)
-        else:
-            hf.refuse_sliding_window(config)
-        hf.refuse_attention(config)
         self.method = method or Method()
+        self.prunes = prunes(self.method)
+        if self.prunes:  # else nothing can be wrong
+            self.family.check_decoder(config)
+            hf.refuse_decoder(self.family, config, self.positions, self.uniform)
         if any(cut.layer == "auto" for cut in self.method.cuts):
             self.method = self.method.with_layer(self.family.default_layer(config))
         check_method(self.method, len(self.language_model.layers))
-        self.prunes = prunes(self.method)
         self._check_processor()
 
     def _check_processor(self) -> None:
@@ -86,6 +84,8 @@ class Planner:
         ids = hf.token_ids(arguments)
         if not hf.brings_images(arguments, self.family.videos):
             return None
+        if ids is None and not self.prunes:
+            return None
         if ids is None:
             raise ValueError("patch: input_ids must be given with pixel_values, got inputs_embeds alone")
         ids = ids.cpu()
@@ -100,7 +100,8 @@ class Planner:
     ) -> BatchPlan:
         regions = [Region.whole()] if self.regions is None else self.regions
         regions = one_per_image("region", regions, [sample for sample, _ in images], copies)
-        hf.refuse_unsupported(arguments, ids, self.language_model, self.uniform)
+        if self.prunes:
+            hf.refuse_unsupported(arguments, ids, self.language_model, self.uniform)
         cache = hf.cache_of(arguments)
         past = 0 if cache is None else cache.get_seq_length()
         if past and not all(cut.rope for cut in self.method.cuts):
@@ -110,9 +111,8 @@ class Planner:
                 "tokens; score with positions, or process the whole conversation without a cache"
             )
         plan = plan_batch(self.method, images, regions, hf.valid_tokens(arguments, ids))
-        if self.makes_masks:
-            scored = [layer for layer, step in plan.prunes.items() if step.rows is not None]
-            refuse_short_sight(scored, self.language_model.config, past + ids.shape[1])
+        scored = [layer for layer, step in plan.prunes.items() if step.rows is not None]
+        self.family.check_scoring(self.language_model.config, scored, past + ids.shape[1])
         return plan
 
 

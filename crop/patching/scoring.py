@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from crop import ops
-from crop.methods.base import MergeView, ScoreView
+from crop.methods.base import MergeView, Method, ScoreView
 from crop.patching.batch_plan import PruneStep
 from crop.patching.cache import CacheState
 from crop.patching.masks import layer_valid
@@ -69,16 +67,13 @@ def score(
     return found
 
 
-def cut(
-    state: ForwardState, layer: int, step: PruneStep, scores: Tensor
-) -> tuple[Tensor, LayerState, Callable[[], MergeView]]:
+def cut(state: ForwardState, layer: int, step: PruneStep, scores: Tensor) -> tuple[Tensor, LayerState]:
     """The tokens that stay at the input of ``layer``, of those that the layer before it holds.
 
     Args:
         scores: (num_images, num_candidates) float32, on the plan's device.
     Returns:
-        (num_images, most) int64 pooled positions that stay, -1 = filler; what the layers from here on hold; the cut as a
-        method that merges sees it.
+        (num_images, most) int64 pooled positions that stay, -1 = filler; what the layers from here on hold.
     """
     here = state.at(layer - 1)
     stays, priority, candidates = step.stays, step.priority, step.candidates
@@ -91,12 +86,12 @@ def cut(
     def best(counts: list[int]) -> Tensor:
         return ops.select(scores, counts, weight=step.weight, priority=priority, index=candidates)
 
-    def view() -> MergeView:
-        def places(counts: list[int]) -> Tensor:
-            found = best(counts)
-            return found if here.slot_of is None else look_up(here.slot_of[step.sample], found)
+    def places(counts: list[int]) -> Tensor:
+        found = best(counts)
+        return found if here.slot_of is None else look_up(here.slot_of[step.sample], found)
 
-        return MergeView(step.owners, step.num_keep, step.num_candidates, places)
+    def merge(hidden: Tensor) -> Tensor:
+        return step.method.merge(hidden, MergeView(step.owners, step.num_keep, step.num_candidates, places))
 
     kept = best(step.num_keep)
     # One spare entry at the end swallows the fillers of ``kept``.
@@ -107,4 +102,5 @@ def cut(
     earlier = CacheState.at(state.before.cuts, layer)
     tokens = TokenMap.extended(earlier, state.pooled_past, kept_index, state.pooled_length, step.full)
     restore = slot_of if here.kept_index is None else look_up(slot_of, here.kept_index)
-    return kept, LayerState(tokens, kept_index, slot_of, restore_index=restore), view
+    merges = type(step.method).merge is not Method.merge
+    return kept, LayerState(tokens, kept_index, slot_of, restore_index=restore, merge=merge if merges else None)

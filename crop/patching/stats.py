@@ -35,95 +35,89 @@ def elapsed(start: float | torch.cuda.Event, stop: float | torch.cuda.Event) -> 
 
 
 class PrefillStats:
-    """One prefill that held an image; every list has one entry per image, in prompt order."""
+    """One prefill that held an image; every list has one entry per image, in prompt order.
+
+    ``spans``, ``selected``, ``decisions`` and ``positions`` are what the hooks note: marks of each stage, pooled positions
+    kept at each cut, what features decided by image, where the pooled tokens of every image came to stand.
+    """
 
     def __init__(self, plan: BatchPlan | None = None, num_layers: int = 0) -> None:
-        self._plan, self._num_layers = plan, num_layers
-        self._selected: dict[int, Tensor] = {}
-        self._decisions: dict[int, Assignment] = {}
-        self._spans: list[tuple[str, Any, Any]] = []
+        self.plan, self.num_layers = plan, num_layers
+        self.images: list[ImagePlan] = [] if plan is None else plan.images
+        self.spans: list[tuple[str, Any, Any]] = []
+        self.selected: dict[int, Tensor] = {}
+        self.decisions: dict[int, Assignment] = {}
+        self.positions: list[Tensor] = []
 
     def add_span(self, stage: str, start: Any, stop: Any) -> None:
         """Note the two marks of a stage."""
-        self._spans.append((stage, start, stop))
-
-    def add_selection(self, layer: int, kept: Tensor) -> None:
-        """Note (num_images, most) pooled positions that a cut keeps, -1 = filler."""
-        self._selected[layer] = kept
-
-    def add_decisions(self, decisions: dict[int, Assignment], positions: list[Tensor]) -> None:
-        """Note what features decided, by image, and where the pooled tokens of every image came to stand."""
-        self._decisions, self._positions = decisions, positions
-
-    @property
-    def _images(self) -> list[ImagePlan]:
-        return [] if self._plan is None else self._plan.images
+        self.spans.append((stage, start, stop))
 
     @property
     def layouts(self) -> list[VisionLayout]:
         """Geometry of each image's tokens before pruning."""
-        return [image.layout for image in self._images]
+        return [image.layout for image in self.images]
 
     @property
     def tokens_before(self) -> list[int]:
         """Vision tokens per image."""
-        return [image.layout.num_original for image in self._images]
+        return [image.layout.num_original for image in self.images]
 
     @property
     def tokens_after_plc(self) -> list[int]:
         """Vision tokens per image that enter the language model."""
-        return [len(image.pooled) for image in self._images]
+        return [len(image.pooled) for image in self.images]
 
     @property
     def tokens_after_ilp(self) -> list[int]:
         """Vision tokens per image after every cut."""
-        return [image.tokens_at(self._num_layers - 1) for image in self._images]
+        return [image.tokens_at(self.num_layers - 1) for image in self.images]
 
     @property
     def tokens_from(self) -> dict[int, list[int]]:
         """First decoder layer -> vision tokens per image that it and the following layers see."""
-        if self._plan is None:
+        if self.plan is None:
             return {}
-        return {layer: [image.tokens_at(layer) for image in self._images] for layer in (0, *self._plan.prunes)}
+        return {layer: [image.tokens_at(layer) for image in self.images] for layer in (0, *self.plan.prunes)}
 
     @property
     def layer_average(self) -> list[float]:
         """Vision tokens per image, averaged over the decoder layers."""
-        layers = range(self._num_layers)
-        return [sum(image.tokens_at(layer) for layer in layers) / len(layers) for image in self._images]
+        layers = range(self.num_layers)
+        return [sum(image.tokens_at(layer) for layer in layers) / len(layers) for image in self.images]
 
     @cached_property
     def plans(self) -> list[PoolPlan | None]:
         """Pooling plan per image, None where it was left whole."""
         return [
-            _decided(self._decisions[number]) if number in self._decisions else image.plan
-            for number, image in enumerate(self._images)
+            _decided(self.decisions[number]) if number in self.decisions else image.plan
+            for number, image in enumerate(self.images)
         ]
 
     @cached_property
     def pooled(self) -> list[VisionLayout]:
         """Geometry of each image's tokens after pooling, pooled positions."""
-        if not self._decisions:
-            return [image.pooled for image in self._images]
+        if not self.decisions:
+            return [image.pooled for image in self.images]
         return [
             image.layout.pool(plan or PoolPlan.identity(len(image.layout)), position.cpu())
-            for image, plan, position in zip(self._images, self.plans, self._positions, strict=True)
+            for image, plan, position in zip(self.images, self.plans, self.positions, strict=True)
         ]
 
     @property
     def kept(self) -> list[Tensor]:
         """Original vision tokens that reach the last layer, per image: int64 indices, ascending; pooled: leaders."""
-        return self.kept_at(self._num_layers - 1)
+        return self.kept_at(self.num_layers - 1)
 
     def kept_at(self, layer: int) -> list[Tensor]:
         """Original vision tokens that decoder layer ``layer`` sees, as in ``kept``."""
         found = []
-        for number, (image, plan, pooled) in enumerate(zip(self._images, self.plans, self.pooled, strict=True)):
+        for number, (image, plan, pooled) in enumerate(zip(self.images, self.plans, self.pooled, strict=True)):
             original = torch.arange(len(image.layout)) if plan is None else plan.leader.long()
-            cuts = [cut for cut in image.selections if cut <= layer and cut in self._selected]
+            cuts = [cut for cut in image.selections if cut <= layer and cut in self.selected]
             if cuts:
-                row = self._plan.prunes[cuts[-1]].images.index(number)
-                kept = self._selected[cuts[-1]][row].cpu()
+                row = self.plan.prunes[cuts[-1]].images.index(number)
+                kept = self.selected[cuts[-1]][row].cpu()
                 original = original[torch.searchsorted(pooled.position, kept[kept >= 0])]
             found.append(original)
         return found
@@ -132,7 +126,7 @@ class PrefillStats:
     def seconds(self) -> dict[str, float]:
         """Time per stage of the prefill; waits for the device."""
         total: dict[str, float] = {}
-        for stage, start, stop in self._spans:
+        for stage, start, stop in self.spans:
             total[stage] = total.get(stage, 0.0) + elapsed(start, stop)
         return total
 
@@ -163,6 +157,3 @@ class PruneStats:
             raise AttributeError(name)
         last = self._running() or (self.prefills[-1] if self.prefills else PrefillStats())
         return getattr(last, name)
-
-    def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *(name for name in vars(PrefillStats) if not name.startswith("_"))]

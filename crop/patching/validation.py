@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
 
 from crop.geometry.region import Region
-from crop.methods.base import POOL_MODES, Method
-from crop.patching.masks import windows
 
 
 def as_regions(region: Region | Sequence[Region | None] | None) -> list[Region] | None:
@@ -46,22 +43,6 @@ def as_sizes(image_size: tuple[int, int] | Sequence[tuple[int, int]] | None) -> 
     return [(int(width), int(height)) for width, height in pairs]
 
 
-def check_method(method: Method, num_layers: int) -> None:
-    """What a method says of itself; a method of the user's own may say anything."""
-    last = 0
-    for cut in method.cuts:
-        layer = cut.layer
-        if isinstance(layer, bool) or not isinstance(layer, Integral):
-            raise TypeError(f"patch: layer of a method must be an int, 'auto' or None, got {layer!r}")
-        if not last < layer < num_layers:
-            raise ValueError(f"patch: layer must be in [{last + 1}, num_layers={num_layers} - 1], got {layer}")
-        if cut.rows not in ("text", "last"):
-            raise ValueError(f"patch: rows of a method must be one of ('text', 'last'), got {cut.rows!r}")
-        last = layer
-    if method.pool_mode not in POOL_MODES:
-        raise ValueError(f"patch: pool_mode of a method must be one of {POOL_MODES}, got {method.pool_mode!r}")
-
-
 def one_of(name: str, value: str, choices: Sequence[str]) -> str:
     """The value, which must be one of ``choices``."""
     if value not in choices:
@@ -88,21 +69,3 @@ def one_per_image(name: str, given: list, owners: list[int], copies: int) -> lis
     for sample in dict.fromkeys(first):
         repeated += [entry for entry, owner in zip(given, first, strict=True) if owner == sample] * copies
     return repeated
-
-
-def refuse_short_sight(layers: Sequence[int], config: Any, total: int) -> None:
-    """A sliding layer whose window is shorter than the prompt does not see what it would have to score.
-
-    Args:
-        layers: where cuts by score are. config: of the language model.
-        total: tokens, those of the cache included.
-    """
-    seen = windows(config)
-    for layer in layers:
-        window = seen[layer - 1]
-        if window is not None and total > window:
-            full = [number + 1 for number, width in enumerate(seen[:-1]) if width is None]
-            raise ValueError(
-                f"patch: layer must follow a layer that sees all {total} tokens, i.e. be one of {full}, got {layer}: "
-                f"layer {layer - 1} scores and has a sliding window of {window}"
-            )

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from crop import ops
-from crop.geometry.layout import PATCH
 from crop.methods.saliency import saliency_weights
 from crop.patching import hf
-from crop.patching.batch_plan import ImagePlan, PoolStep
+from crop.patching.batch_plan import PoolStep
 from crop.patching.cache import make_uniform, store_state
 from crop.patching.context import ModelHook, hook
 from crop.patching.feature_pooling import settle
@@ -87,7 +86,8 @@ class PoolingHook(ModelHook):
         pool = state.plan.pool
         mode, weight = self.method.pool_mode, None
         if mode == "distinct":
-            mode, weight = "weighted", _weights(pool, state.plan.images, call.embeds)
+            pooled = [(image.sample, image.layout) for image in state.plan.images if image.plan is not None]
+            mode, weight = "weighted", saliency_weights(pool.plan, pooled, call.embeds)
         if call.deepstack is not None:
             is_vision, levels = call.deepstack
             kept = pool.kept_index.to(is_vision.device)
@@ -108,8 +108,8 @@ class PoolingHook(ModelHook):
             rows = one_per_image("observation", list(range(len(state.vision.observed))), samples, copies)
             observed = [state.vision.observed[row] for row in rows]
         with torch.no_grad():
-            state.plan, decisions = settle(state.plan, embeds, observed)
-        state.stats.add_decisions(decisions, state.plan.positions)
+            state.plan, state.stats.decisions = settle(state.plan, embeds, observed)
+        state.stats.positions = state.plan.positions
 
     def _pool_positions(self, state: ForwardState, call: hf.DecoderCall) -> None:
         kept, ids = state.plan.pool.kept_index, state.layers[0].position_ids
@@ -158,12 +158,9 @@ class PoolingHook(ModelHook):
         if pool is None:
             return None
 
-        def unpooled(hidden: Tensor) -> Tensor:
-            # Members of a cell share its output; padding takes whatever stands first (masked everywhere).
-            slot = pool.slot_of.to(hidden.device).clamp(min=0).unsqueeze(-1)
-            return hidden.gather(1, slot.expand(-1, -1, hidden.shape[-1]))
-
-        return hf.with_output(output, unpooled)
+        # Members of a cell share its output; padding takes whatever stands first (masked everywhere).
+        slot = pool.slot_of.to(output[0].device).clamp(min=0).unsqueeze(-1)
+        return hf.with_hidden(output, output[0].gather(1, slot.expand(-1, -1, output[0].shape[-1])))
 
     def _store(self, state: ForwardState) -> None:
         """Attach to the cache what was pruned."""
@@ -197,22 +194,3 @@ def _pool(pool: PoolStep, embeds: Tensor, mode: str, weight: Tensor | None) -> T
         packed = pooled.new_zeros(pool.kept_index.numel(), dim)
         pooled = packed.index_copy(0, pool.filled.to(embeds.device), pooled)
     return pooled.view(batch, -1, dim)
-
-
-@torch.no_grad()
-def _weights(pool: PoolStep, images: list[ImagePlan], embeds: Tensor) -> Tensor:
-    """(batch * seq_len,) float32 weights, each image judged by itself; constants for the gradient.
-
-    1 for text, newlines, padding and what is alone in its cell, which keeps its bits.
-    """
-    weight = torch.ones(embeds.shape[:2], dtype=torch.float32, device=embeds.device)
-    for image in images:
-        patch = image.layout.kind == PATCH
-        if image.plan is not None and patch.any():
-            position = image.layout.position[patch]
-            first, last = int(position[0]), int(position[-1])
-            # Positions that follow each other are a view.
-            place = slice(first, last + 1) if last - first == len(position) - 1 else position.to(embeds.device)
-            weight[image.sample, place] = saliency_weights(embeds[image.sample, place])
-    alone = pool.plan.counts[pool.plan.inverse.long()] == 1
-    return weight.flatten().masked_fill(alone.to(embeds.device), 1.0)

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from crop import ops
-from crop.methods.base import Method
+from crop.models.attention_hook import attention_hook, undo_rope
 from crop.patching import hf
-from crop.patching.attention_hook import attention_hook, undo_rope
 from crop.patching.batch_plan import PruneStep
 from crop.patching.context import ModelHook, PatchContext, hook, replace_method
 from crop.patching.hooks.pooling import spread
-from crop.patching.masks import gather, key_positions, pad_columns, windows
+from crop.patching.masks import gather, key_positions, pad_columns
 from crop.patching.positions import given_ids
 from crop.patching.scoring import cut, score
 from crop.patching.state import ForwardState, LayerState
@@ -33,7 +32,7 @@ class PruningHook(ModelHook):
     def __init__(self, context: PatchContext) -> None:
         super().__init__(context)
         config = self.language_model.config
-        self.windows = windows(config) if self.planner.makes_masks else [None] * len(self.layers)
+        self.windows = self.family.windows(config)
         self.unrotated = {one.layer - 1 for one in self.method.cuts if not one.rope}
 
     def install(self, undo: ExitStack) -> None:
@@ -60,7 +59,8 @@ class PruningHook(ModelHook):
             with torch.no_grad():
                 if not step.method.rope:
                     tables = tuple(table.to(query.device) for table in here.rotary)
-                    query, key = undo_rope(attention, query, key, tables)
+                    # A static cache has more keys than tokens; there are no earlier ones.
+                    query, key = undo_rope(attention, query, key[:, :, : query.shape[2]], tables)
                 scores = score(state, here, step, query, key, scale, lse)
                 self._cut(state, layer, step, scores.to(state.plan.device))
             state.stats.add_span("ilp", start, mark(query.device))
@@ -74,11 +74,7 @@ class PruningHook(ModelHook):
         return attention_hook(attention, read, when=needed, with_lse=lambda: self._step(layer).method.rope)
 
     def _cut(self, state: ForwardState, layer: int, step: PruneStep, scores: Tensor) -> None:
-        kept, here, view = cut(state, layer, step, scores)
-        state.stats.add_selection(layer, kept)
-        state.layers[layer] = here
-        if type(step.method).merge is not Method.merge:
-            here.merge = lambda hidden: step.method.merge(hidden, view())
+        state.stats.selected[layer], state.layers[layer] = cut(state, layer, step, scores)
 
     def _enter_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         state = self.context.call

@@ -1,0 +1,311 @@
+"""The accuracy bench: metrics by hand, budgets met, a killed run goes on, shards join, README says what the JSON says."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("tqdm")
+
+from bench import readme  # noqa: E402
+from bench.accuracy import data, metrics, summary  # noqa: E402
+from bench.accuracy import run as running  # noqa: E402
+from bench.accuracy.contenders import BUDGETS, CornerOnly, WholeStaysWhole, jobs, shrink  # noqa: E402
+from bench.headline import headline  # noqa: E402
+from bench.records import read_jsonl  # noqa: E402
+from crop.geometry.layout import VisionLayout  # noqa: E402
+from crop.geometry.region import Region  # noqa: E402
+from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, registry  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    "metric,answer,truths,score",
+    [
+        (metrics.exact, "The  Total!", ["total"], 1), (metrics.exact, "3.50", ["350"], 0), (metrics.exact, "b", ["a", "B"], 1),
+        (metrics.anls, "25/12/2018", ["25/12/2018"], 1), (metrics.anls, "25/12/2019", ["25/12/2018"], 0.9),
+        (metrics.anls, "no", ["yes"], 0), (metrics.anls, "", [""], 1), (metrics.anls, "abcd", ["ab", "abcx"], 0.75),
+        (metrics.relaxed, "104", ["100"], 1), (metrics.relaxed, "106", ["100"], 0), (metrics.relaxed, "RM 1,000.00", ["1000"], 1),
+        (metrics.relaxed, "50%", ["0.5"], 1), (metrics.relaxed, "cat", ["Cat"], 1), (metrics.relaxed, "0.1", ["0"], 0),
+    ],
+)  # fmt: skip
+def test_metrics_by_hand(metric, answer, truths, score):
+    assert metric(answer, truths) == pytest.approx(score)
+
+
+def test_edit_distance_and_boxes():
+    assert metrics.edit_distance("kitten", "sitting") == 3 and metrics.edit_distance("", "abc") == 3
+    assert metrics.iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
+    assert metrics.iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
+    assert metrics.parse_box("[0.1, 0.2, 0.5, 0.9]") == (0.1, 0.2, 0.5, 0.9)
+    assert metrics.parse_box("100 200 500 900") == (0.1, 0.2, 0.5, 0.9)
+    assert metrics.parse_box("1 2 3") is None and metrics.parse_box("0.5 0.2 0.1 0.9") is None
+
+
+def test_rendered_questions_are_stable_and_of_every_group():
+    items = list(data.rendered(10_900_000, 6))
+    assert [i.key for i in items] == [i.key for i in data.rendered(10_900_000, 6)]
+    assert len({i.key for i in items}) == len(items)
+    assert {i.group for i in items} == set(data.GROUPS.values())
+    assert all(item.score(item.answers[0]) == 1 for item in items)
+    assert {i.group for i in data.rendered(10_900_000, 6, grounding=False)} == set(data.GROUPS.values()) - {"grounding"}
+
+
+def test_json_lines(tmp_path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "question": "q", "answers": ["3"], "box": [0, 0, 100, 50], "group": "g"},
+            {"image": "a.png", "question": "where", "box": [100, 0, 200, 100]}]  # fmt: skip
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text, place = data.json_lines(path, "anls")
+    assert text.region == Region.box(0, 0, 0.5, 0.5) and (text.metric, text.group) == ("anls", "g")
+    assert place.metric == "iou" and place.score("0.5 0 1 1") == 1 and place.score("nowhere") == 0
+    assert text.picture().size == (200, 100)
+    path.write_text(json.dumps({"image": "a.png", "question": "q"}))
+    with pytest.raises(ValueError, match="questions.jsonl:1: answers must be text, unless there is a box, got null"):
+        list(data.json_lines(path, "exact"))
+
+
+ODD = {  # what stands in the file -> the answers that are meant
+    "text": (b'{"image": "a.png", "question": "q", "answers": "45.00"}', ("45.00",)),
+    "number": (b'{"image": "a.png", "question": "q", "answers": 45.00}', ("45.00",)),
+    "numbers": (b'{"image": "a.png", "question": "q", "answers": [7, "7.0"]}', ("7", "7.0")),
+    "blank lines and BOM": (b'\xef\xbb\xbf\r\n{"image": "a.png", "question": "q", "answers": ["x"]}\r\n\r\n', ("x",)),
+    "array": (b'\n[{"image": "a.png", "question": "q", "answers": ["x"], "box": null}]', ("x",)),
+    "line separators": ('{"image": "a.png", "question": "q\u2028q\x85", "answers": ["x\u2028y"]}'.encode(), ("x\u2028y",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content, answers", ODD.values(), ids=ODD)
+def test_what_is_plainly_meant_is_taken(content, answers, tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    (tmp_path / "questions.jsonl").write_bytes(content)
+    [item] = data.json_lines(tmp_path / "questions.jsonl", "exact")
+    assert item.answers == answers and item.score(answers[0]) == 1
+
+
+WRONG = {  # a line -> what the error says
+    "no JSON": (b"{", "questions.jsonl:2: must be one JSON object: "),
+    "no object": (b"5", "questions.jsonl:2: must be a JSON object, got "),
+    "no UTF-8": (b'{"question": "\xff"}', "questions.jsonl:2: must be one JSON object: 'utf-8'"),
+    "no question": (b'{"image": "a.png", "answers": ["x"]}', "questions.jsonl:2: question must be text, got null"),
+    "true": (b'{"image": "a.png", "question": "q", "answers": true}', "questions.jsonl:2: answers must be text, a number"),
+    "null in a list": (b'{"image": "a.png", "question": "q", "answers": [null]}', "questions.jsonl:2: answers must be text,"),
+    "no file": (b'{"image": "b.png", "question": "q", "answers": "x"}', "questions.jsonl:2: image must be an existing file"),
+    "text in a box": (b'{"image": "a.png", "question": "q", "box": [0, 0, "1", 1]}', "questions.jsonl:2: box must be four numbers"),
+    "inverted box": (b'{"image": "a.png", "question": "q", "box": [9, 0, 1, 1]}', "questions.jsonl:2: box: .*x0 < x1"),
+    "group": (b'{"image": "a.png", "question": "q", "answers": "x", "group": [1]}', "questions.jsonl:2: group must be text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line, message", WRONG.values(), ids=WRONG)
+def test_what_is_not_is_named_by_file_line_and_field(line, message, tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes(b"\n" + line)
+    with pytest.raises(ValueError, match=message):
+        list(data.json_lines(path, "exact"))
+
+
+def test_pictures_of_questions_are_upright_and_on_white(tmp_path):
+    turned = Image.new("RGBA", (20, 10), (0, 0, 0, 0))
+    exif = turned.getexif()
+    exif[0x112] = 6
+    turned.save(tmp_path / "a.png", exif=exif.tobytes())
+    (tmp_path / "q.jsonl").write_text('{"image": "a.png", "question": "q", "answers": "x", "box": [0, 0, 10, 10]}')
+    [item] = data.json_lines(tmp_path / "q.jsonl", "exact")
+    assert item.picture().size == (10, 20) and item.picture().getpixel((0, 0)) == (255, 255, 255)
+    assert item.region == Region.box(0, 0, 1, 0.5)
+
+
+def test_records_name_what_is_wrong(tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"image": "a.png", "question": "q", "boxes": null}\n{"image": "a.png", "question": "q"}')
+    found = read_jsonl(path)
+    assert next(found) == (tmp_path / "a.png", "q", None)
+    with pytest.raises(ValueError, match="records.jsonl:2: boxes must be a list of boxes"):
+        next(found)
+
+
+def test_receipts_convert(tmp_path):
+    (tmp_path / "images").mkdir()
+    line = {"image": "7.jpg", "field": "date", "question": "when", "answer": "1/2", "box": [1, 2, 3, 4]}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(line))
+    assert data.convert_receipts(tmp_path, tmp_path / "out.jsonl") == 1
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert row["answers"] == ["1/2"] and row["group"] == "date" and row["image"].endswith("images/7.jpg")
+
+
+@pytest.fixture(scope="module")
+def asker():
+    import torch
+
+    from crop.cli.ask import EMBEDDED, load
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield load(EMBEDDED, "cpu", "auto")
+    torch.set_num_threads(threads)
+
+
+def test_every_contender_meets_its_budget(asker, tmp_path):
+    """By the model's own count, within one token a layer; rows that cannot meet a budget are absent, not approximated."""
+    wanted = [job for job in jobs(8) if job.budget in (0, 1.0, 0.33, 0.11)]
+    items = list(data.rendered(10_900_000, 1, grounding=False))[:1]
+    running.run(asker, wanted, items, asker.localizer("attention"), tmp_path)
+    rows = {row["job"]: row for row in running.read(tmp_path)}
+    assert set(rows) == {job.key for job in wanted} | {"region"}
+    for job in wanted:
+        if not job.counted or "whole stays whole" in job.key:
+            continue
+        reached = rows[job.key]["average" if job.counted == "average" else "tokens"]
+        slack = 8 if job.contender.prepare else 1
+        assert -slack <= reached - 256 * job.budget <= 1, (job.key, reached)
+    absent = {job.contender.name for job in wanted} - {j.contender.name for j in wanted if j.budget == 0.11 and j.counted == "average"}  # fmt: skip
+    assert absent == {"unpruned", "fastv", "sparsevlm", "pyramiddrop", "ILP, oracle", "ILP, predicted", "ILP strict, oracle", "ILP strict, predicted"}  # fmt: skip
+
+
+def test_a_killed_run_goes_on_and_shards_join(asker, tmp_path, monkeypatch):
+    items = list(data.rendered(10_900_000, 2, grounding=False))[:4]
+    wanted = jobs(8, (0.11,), ("PLC, predicted", "uniform"))
+    localizer = asker.localizer("attention")
+    whole = tmp_path / "whole"
+    running.run(asker, wanted, items, localizer, whole, batch=3)
+    complete = {(row["job"], row["item"]): row for row in running.read(whole)}
+    assert len(complete) == 4 * (len(wanted) + 1)
+    # Killed in the middle of a line: what stands before is kept, the rest is asked again, nothing twice.
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    text = (whole / "answers.0.jsonl").read_text()
+    (killed / "answers.0.jsonl").write_text(text[: len(text) // 2])
+    before = len(running.read(killed))
+    running.run(asker, wanted, items, localizer, killed, batch=3)
+    again = {(row["job"], row["item"]): row for row in running.read(killed)}
+    assert 0 < before < len(complete) and again == complete
+    assert len((killed / "answers.0.jsonl").read_text().splitlines()) == len(complete) + 1  # and the torn line
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        running.run(asker, wanted, items, localizer, tmp_path / "shards", batch=3)
+    joined = {(row["job"], row["item"]): row for row in running.read(tmp_path / "shards")}
+    assert joined == complete and len(list((tmp_path / "shards").iterdir())) == 2
+
+
+def test_whole_stays_whole_and_corner():
+    layout = VisionLayout.grid(16, 16)
+    method = WholeStaysWhole(Compose(PreLLMCompression(keep=0.5), InnerLLMPruning(0.2, layer=2)))
+    assert method.plan(layout, Region.whole()) is None and method.select(layout, Region.whole()) is None
+    assert method.plan(layout, Region.box(0, 0, 0.2, 0.2)).num_out == 128 and method.layer == 2
+    auto = WholeStaysWhole(Compose(PreLLMCompression(keep=0.5), InnerLLMPruning(0.2)))
+    assert auto.layer == "auto" and auto.with_layer(3).layer == 3
+    plan = CornerOnly(0.25).plan(layout, Region.whole())
+    assert (
+        plan.num_out == 64
+        and int(layout.row[plan.leader.long()].max()) == int(layout.col[plan.leader.long()].max()) == 7
+    )
+    image = shrink(list(data.rendered(10_900_000, 1))[0].picture(), 0.25)
+    assert image.size == (256, 256)
+    assert (
+        np.asarray(image)[:128, :128].any()
+        and not np.asarray(image)[128:].any()
+        and not np.asarray(image)[:, 128:].any()
+    )
+
+
+def test_registered_methods_take_part(monkeypatch):
+    monkeypatch.setattr(registry, "_builds", dict(registry._builds))
+    registry.register_method("mine", lambda keep, _: InnerLLMPruning(keep, rows="last"))
+    (average, kept) = (job for job in jobs(8, (0.5,), ("mine",)) if job.contender.name == "mine")
+    assert (kept.counted, kept.method.keep, kept.method.layer) == ("kept", 0.5, 2)
+    assert average.method.keep == pytest.approx(1 / 3, abs=1e-6)  # two layers of eight see all
+
+
+def test_interval_covers_and_narrows():
+    rng = np.random.default_rng(1)
+    base = np.ones(400)
+    scores = (rng.random(400) < 0.8).astype(float)
+    low, high = summary.interval(scores, base)
+    few = summary.interval(scores[:40], base[:40])
+    assert low < scores.mean() < high and high - low < few[1] - few[0]
+    assert summary.interval(base, base) == (1.0, 1.0)
+
+
+def made_rows() -> list[dict]:
+    rng, rows = random.Random(0), []
+    for job, chance in (("unpruned|1|", 1.0), ("uniform|0.11|average", 0.5), ("both, predicted|0.11|average", 0.9)):
+        for item in range(40):
+            right = float(rng.random() < chance)
+            rows.append({"job": job, "item": str(item), "group": ("a", "b")[item % 2], "answer": "", "score": right,
+                         "tokens": 28, "average": 28.0, "before": 256, "whole": False})  # fmt: skip
+    return rows
+
+
+def test_leads_are_paired_differences_from_the_best_baseline():
+    rows = made_rows()
+    weak = [{**row, "job": "random|0.11|average", "score": 0.0} for row in rows if row["job"].startswith("uniform")]
+    (lead,) = summary.leads(rows + weak, ["both, predicted"], ["random", "uniform"])
+    score = {job: np.mean([row["score"] for row in rows if row["job"] == job]) for job in {row["job"] for row in rows}}
+    gap = score["both, predicted|0.11|average"] - score["uniform|0.11|average"]
+    assert (lead["contender"], lead["baseline"], lead["budget"]) == ("both, predicted", "uniform", 0.11)
+    assert (
+        lead["lead"] == pytest.approx(gap / score["unpruned|1|"], abs=1e-4)
+        and 0 < lead["low"] < lead["lead"] < lead["high"]
+    )
+    assert summary.leads(rows, ["both, predicted"], ["tome"]) == []  # nobody to compare with
+
+
+def test_summary_and_time(tmp_path):
+    times = {
+        "uniform|0.11|average": {"ms": 5.0, "ratio": 0.5},
+        "both, predicted|0.11|average": {"ms": 8.0, "ratio": 0.8},
+    }
+    rows = summary.summarise(made_rows(), times)
+    found = summary.grid(rows, summary.OVERALL, "average", BUDGETS)
+    assert found["both, predicted"][0.11]["relative"] > found["uniform"][0.11]["relative"]
+    assert found["uniform"][0.11]["average"] == pytest.approx(28 / 256, abs=1e-4)
+    within = {row["contender"]: row for row in summary.at_time(rows, summary.OVERALL, (0.6, 1.0))}
+    assert within["both, predicted"]["0.6"] is None and within["both, predicted"]["1"] is not None
+    with pytest.raises(ValueError, match="unpruned model's answers"):
+        summary.summarise([row for row in made_rows() if not row["job"].startswith("unpruned")], {})
+    pytest.importorskip("matplotlib")
+    for axis in ("average", "time"):
+        summary.plot(rows, summary.OVERALL, tmp_path / f"{axis}.png", axis)
+        assert (tmp_path / f"{axis}.png").stat().st_size > 10_000
+
+
+# -------------------------------------------------------------------------------------------------------------- README
+def test_readme_says_what_the_results_say():
+    pages = [page.read_text(encoding="utf-8") for page in readme.PAGES]
+    for text in pages:
+        assert readme.rewrite(text) == text, "run python -m bench.readme"
+    evidence = pages[1]
+    for name in set(readme.TABLES) - {"headline"}:
+        assert readme.marks(name)[0] in evidence, f"table {name} is made for nobody"
+
+
+def test_headline_shows_losing_rows():
+    rows = headline(readme.RESULTS)[2:]
+    assert len(rows) <= 6 and any("-4.3 points" in row for row in rows) and "times as slow" in rows[-1]
+
+
+def test_a_changed_figure_is_noticed(tmp_path):
+    rows = summary.summarise(made_rows(), {})
+    (tmp_path / "accuracy.json").write_text(json.dumps({"rows": rows}))
+    begin, end = readme.marks("accuracy")
+    made = readme.rewrite(f"before\n{begin}\n{end}\nafter\n", tmp_path)
+    assert made.startswith(f"before\n{begin}\n| % of") and made.endswith(f"|\n{end}\nafter\n")
+    assert readme.rewrite(made, tmp_path) == made
+    figure = f"{100 * summary.grid(rows, summary.OVERALL, 'average', [0.11])['uniform'][0.11]['relative']:.1f}"
+    assert figure in made
+    forged = made.replace(f"| {figure} |", "| 99.9 |")
+    assert forged != made and readme.rewrite(forged, tmp_path) == made
+
+
+@pytest.mark.parametrize("text", ["<!-- table no-such -->\n<!-- end no-such -->", "<!-- table accuracy -->\n"])
+def test_wrong_marks_raise(text):
+    with pytest.raises(ValueError, match="rewrite: "):
+        readme.rewrite(text)

@@ -1,0 +1,304 @@
+"""The CUDA kernels on the emulator beyond test_ops*.py (which run there forward): another schedule, the sanitizer build, lengths
+and indices on the device that lie, the traffic, and every barrier removed once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from crop import ops
+from crop.ops import reference
+from tests.csrc import emulator
+from tests.csrc.emulator import Emulated, EmulatorReport
+from tests.support.operators import (
+    BACKENDS,
+    Backend,
+    assert_mass,
+    mass_inputs,
+    mass_oracle,
+    pool_oracle,
+    random_plan,
+    select_oracle,
+)
+
+FAR = torch.tensor([-(2**63), -(2**40), -7, -1, 0, 3, 2**31, 2**40, 2**63 - 1])
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def same(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# --- cases: every kernel and every path of it, on little data ---------------------------------------------------------
+
+
+def mass_sizes(run: Backend) -> None:
+    """Instructions of the tensor cores and float32, few and many columns, whole and odd rows of memory, own and given lse."""
+    for i, (sizes, dtype, own) in enumerate(
+        [
+            ((1, 2, 1, 3, 70, 64), BF16, True),
+            ((1, 3, 1, 1, 33, 80), F16, False),
+            ((2, 4, 2, 9, 20, 96), BF16, False),
+            ((1, 3, 3, 2, 35, 64), BF16, False),  # three heads for two warps
+            ((1, 7, 1, 17, 300, 128), BF16, True),
+            ((1, 2, 2, 5, 40, 256), F16, True),
+            ((1, 2, 1, 4, 35, 33), BF16, True),
+            ((1, 2, 1, 4, 35, 200), F16, False),
+            ((1, 32, 32, 2, 20, 64), F16, False),  # more heads than warps: clusters of four
+            ((1, 16, 4, 80, 40, 80), BF16, True),  # more columns than a unit: clusters of two
+            ((2, 4, 2, 3, 65, 72), F32, True),
+            ((1, 2, 1, 70, 90, 33), F32, False),
+        ]
+    ):
+        query, key = mass_inputs(*sizes, dtype=dtype, seed=i)
+        index = torch.randperm(sizes[4])[: sizes[4] // 2 + 1].expand(sizes[0], -1).contiguous()
+        lse = None if own else torch.full(query.shape[:3], 3.0)
+        assert_mass(run(ops.attention_mass, query, key, index, lse=lse), mass_oracle(query, key, index, lse=lse))
+
+
+def mass_ragged(run: Backend) -> None:
+    for dtype in (BF16, F32):
+        query, key = mass_inputs(3, 6, 2, 4, 200, 64, dtype=dtype)
+        start = torch.tensor([0, 30, 10])
+        length = torch.tensor([[40, 90, 200, 140], [0, 30, 31, 199], [10, 5, 0, 0]])
+        index = torch.tensor([[0, 29, 30, 31, 150], [199, -1, 0, 40, -1], [1, 2, 3, 4, 5], [100, 139, 140, 141, 198]])
+        kwargs = {"sample": torch.tensor([1, 0, 2, 0]), "visible_start": start, "visible_len": length}
+        assert_mass(run(ops.attention_mass, query, key, index, **kwargs), mass_oracle(query, key, index, **kwargs))
+
+
+def mass_lies(run: Backend) -> None:
+    """Device-side lengths, positions and samples out of range are clamped or give 0."""
+    for dtype in (BF16, F32):
+        query, key = mass_inputs(2, 4, 2, 9, 50, 64, dtype=dtype)
+        index = torch.cat([FAR, torch.tensor([49, 50, 51])]).expand(4, -1).contiguous()
+        sample = torch.tensor([0, -1, 2**40, 1])
+        start = torch.tensor([-(2**62), 5])
+        length = torch.stack([FAR, FAR.flip(0)])
+        for lse in (None, torch.ones(2, 4, 9)):
+            mass = run(torch.ops.crop.attention_mass.default, query, key, index, sample, lse, 0.125, start, length)
+            inside = torch.where((index >= 0) & (index < 50), index, -1)[:2]
+            honest = {"visible_start": start.clamp(0, 50), "visible_len": length.clamp(0, 50)}
+            assert_mass(mass[[0, 3]], mass_oracle(query, key, inside, scale=0.125, lse=lse, **honest))
+            assert not mass[1:3].any()
+
+
+def select_sizes(run: Backend) -> None:
+    for tokens, budget in ((1, [1, 0]), (17, [5, 17]), (700, [100, 0]), (1025, [1, 1024])):
+        score = torch.randn(2, tokens).round(decimals=1)
+        kwargs = {"weight": torch.rand(2, tokens), "priority": torch.randint(-2, 4, (2, tokens)).to(torch.int8)}
+        kwargs["index"] = torch.arange(tokens).expand(2, tokens) * 2 - 3
+        same(run(ops.select, score, budget), select_oracle(score, budget))
+        same(run(ops.select, score, budget, **kwargs), select_oracle(score, budget, **kwargs))
+
+
+def select_large(run: Backend) -> None:
+    """More tokens than registers: the row is read again."""
+    score = torch.rand(1, 17001) * 1e-3 + 1
+    priority = torch.randint(-1, 3, (1, 17001)).to(torch.int8)
+    same(run(ops.select, score, 4000, priority=priority), reference.select(score, 4000, priority=priority))
+
+
+def compact_types(run: Backend) -> None:
+    index = torch.tensor([[0, 2, 3, -1, 8], [-1, 1, 5, 6, 7]])
+    types = (torch.bool, torch.float16, torch.float32, torch.int64, torch.complex128)
+    tensors = [torch.randint(0, 2, (2, 9, width)).to(dtype) for dtype in types for width in (1, 3, 8)]
+    tensors += [torch.randn(2, 9, 70)[..., 3:66], torch.randn(2, 9, 2, 4).transpose(1, 2)]
+    dims = [1] * (len(tensors) - 1) + [2]
+    for out, want in zip(
+        run(ops.compact, tensors, index, token_dim=dims), reference.compact(tensors, index, token_dim=dims), strict=True
+    ):
+        same(out, want)
+
+
+def compact_lies(run: Backend) -> None:
+    """A place that does not exist gives a zero row."""
+    index = FAR.expand(2, -1).contiguous()
+    tensor = torch.randn(2, 4, 9, 3)[:, :, :7]
+    (out,) = run(torch.ops.crop.compact.default, [tensor], index, [2])
+    inside = torch.where((index >= 0) & (index < 7), index, -1)
+    same(out, reference.compact([tensor], inside, token_dim=[2])[0])
+    same(run(torch.ops.crop.invert_index.default, index, 7), reference.invert_index(index, 7))
+
+
+def pool_modes(run: Backend) -> None:
+    for dtype, dim, mode in (
+        (BF16, 33, "mean"),
+        (F32, 40, "weighted"),
+        (F16, 24, "max"),
+        (F32, 5, "max"),
+        (BF16, 8, "weighted"),
+    ):
+        plan = random_plan(60, 11, dropped=5)
+        tokens = torch.randn(60, dim).to(dtype).requires_grad_()
+        weight = torch.rand(60).requires_grad_() if mode == "weighted" else None
+        inputs = [tokens] if weight is None else [tokens, weight]
+        expected = torch.autograd.grad(reference.adaptive_pool(tokens, plan, mode, weight).float().sum(), inputs)
+        moved = [run.move(t.detach()).requires_grad_() for t in inputs]
+        with run.active():
+            out = ops.adaptive_pool(moved[0], plan, mode, *moved[1:])
+            actual = [grad.cpu() for grad in torch.autograd.grad(out.float().sum(), moved)]
+        out = out.cpu()
+        tolerance = {F32: 2e-5, BF16: 4e-3, F16: 5e-4}[dtype]
+        oracle = pool_oracle(tokens.detach(), plan, mode, None if weight is None else weight.detach())
+        torch.testing.assert_close(out.double(), oracle, rtol=tolerance, atol=2e-6)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=tolerance, atol=1e-2 if dtype != F32 else 1e-5)
+
+
+def pool_lies(run: Backend) -> None:
+    """Members, offsets and cells out of range are clamped; honest cells do not suffer."""
+    tokens, grad = torch.randn(10, 12), torch.randn(4, 12)
+    members = torch.tensor([0, 1, 2, 3, -(2**31), 99, 2**31 - 1, 7], dtype=torch.int32)
+    for mode in ("mean", "weighted", "max"):
+        weight = torch.rand(10) if mode == "weighted" else None
+        inverse = torch.tensor([0, 0, 1, 1, 3, 4, -5, 2**31 - 1, -(2**31), 2], dtype=torch.int32)
+        for offsets in ([0, 2, 4, 8, 8], [0, 2, 4, 2**31 - 1, 2**31 - 1], [0, 2, 4, -(2**31), 3]):
+            offset = torch.tensor(offsets, dtype=torch.int32)
+            out, saved = run(torch.ops.crop.adaptive_pool.default, tokens, members, offset, inverse, weight, mode)
+            honest = reference.pool(tokens, members[:4], offset[:3], weight, mode)[0]
+            same(out[:2], honest)
+            extra = (tokens, out) if mode == "weighted" else (None, None)
+            got, _ = run(
+                torch.ops.crop.adaptive_pool_backward.default, grad, *extra, saved, offset, inverse, weight, mode
+            )
+            assert not got[5:9].any() and got[:2].isfinite().all()
+
+
+CASES: dict[str, Callable[[Backend], None]] = {
+    case.__name__: case
+    for case in (mass_sizes, mass_ragged, mass_lies, select_sizes, select_large, compact_types, compact_lies, pool_modes, pool_lies)
+}  # fmt: skip
+RUNS = {  # test_ops*.py have the race build, forward
+    "race-random": Backend("native", emulated=Emulated("race", "random", 7)),
+    "race-reverse": Backend("native", emulated=Emulated("race", "reverse", residents=4)),
+    "asan": Backend("native", emulated=Emulated("asan")),
+    "cuda": BACKENDS["cuda"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("run", RUNS)
+def test_operators(run: str, case: str) -> None:
+    if run == "race-reverse" and not case.endswith("lies"):
+        pytest.skip("reverse: only what test_ops*.py do not have")
+    if RUNS[run].missing():
+        pytest.skip(RUNS[run].missing())
+    torch.manual_seed(0)
+    CASES[case](RUNS[run])
+
+
+def test_sanitizer_build() -> None:
+    if emulator.missing() or os.environ.get("EMU_BUILD"):
+        pytest.skip(emulator.missing() or "this is that process")
+    emulator.in_sanitizer_process(__file__, "asan")
+
+
+@pytest.mark.parametrize(
+    "sizes, images, blocks",  # without and with clusters
+    [
+        ((1, 16, 16, 2, 40, 64), 1, (3, 6)),
+        ((1, 16, 4, 80, 70, 64), 1, (5, 10)),
+        ((1, 32, 8, 64, 576, 64), 1, (36, 144)),  # clusters of eight with twice the keys
+        ((1, 9, 3, 70, 33, 64), 1, (3, 3)),
+        ((1, 2, 2, 1100, 40, 64), 1, (3, 12)),  # 36 units in 32 slots
+        ((1, 32, 32, 6, 500, 64), 1, (32, 128)),
+        ((1, 32, 32, 6, 500, 64), 4, (128, 512)),
+    ],
+    ids=str,
+)
+def test_clusters_change_no_bit(sizes: tuple[int, ...], images: int, blocks: tuple[int, int]) -> None:
+    """However the units of a tile are shared out, the sum has one order."""
+    if emulator.missing():
+        pytest.skip(emulator.missing())
+    query, key = mass_inputs(*sizes, dtype=BF16)
+    index, lse = torch.arange(sizes[4]).expand(images, -1).contiguous(), torch.rand(query.shape[:3]) + 3
+    masses, seen = [], []
+    for capability in (8, 9):
+        run = Backend("native", emulated=Emulated(capability=capability))
+        run.emulated.statistics()
+        masses.append(
+            run(ops.attention_mass, query, key, index, sample=torch.zeros(images, dtype=torch.int64), lse=lse)
+        )
+        seen += [row["blocks"] for row in run.emulated.statistics().values()]
+    same(*masses)
+    assert tuple(seen) == blocks
+
+
+# --- traffic ----------------------------------------------------------------------------------------------------------
+
+
+def test_traffic_against_the_floor() -> None:
+    """Global bytes of each kernel: what must be read and written at least is, once; what a kernel reads again is bounded."""
+    if emulator.missing():
+        pytest.skip(emulator.missing())
+    emulated = Emulated()
+    run = Backend("native", emulated=emulated)
+
+    def measure(function: Callable[..., object], *args: object, **kwargs: object) -> tuple[int, int, int, int]:
+        emulated.statistics()
+        run(function, *args, **kwargs)
+        counts = emulated.statistics().values()
+        return tuple(sum(c[k] for c in counts) for k in ("read", "read_distinct", "written", "written_distinct"))
+
+    kept = torch.arange(0, 300, 3).expand(2, 100).contiguous()
+    hidden, ids = torch.randn(2, 300, 72), torch.arange(600).view(2, 300)
+    read, distinct, written, once = measure(ops.compact, [hidden, ids], kept, token_dim=[1, 1])
+    rows = 2 * 100 * (72 * 4 + 8)
+    assert (
+        (written, once) == (rows, rows) and distinct == rows + 1600 and read == rows + 2 * 1600
+    )  # per tensor an index
+
+    score = torch.randn(2, 900)
+    assert measure(ops.select, score, 200) == (2 * 900 * 4, 2 * 900 * 4, 2 * 200 * 8, 2 * 200 * 8)
+
+    plan, tokens = random_plan(400, 100), torch.randn(400, 64).bfloat16()
+    read, distinct, written, once = measure(ops.adaptive_pool, tokens, plan)
+    assert distinct == tokens.nbytes + plan.members.nbytes + plan.offsets.nbytes and written == once == 100 * 64 * 2
+    assert read <= tokens.nbytes + 8 * (plan.members.nbytes + 2 * plan.offsets.nbytes)  # by the 8 threads of a row
+
+    query, key = mass_inputs(1, 8, 2, 4, 256, 128, dtype=BF16)
+    index = torch.arange(256)[None]
+    read, distinct, written, once = measure(ops.attention_mass, query, key, index, lse=torch.full((1, 8, 4), 3.0))
+    assert distinct == key.nbytes + query.nbytes + index.nbytes + 8 * 4 * 4 and written == once == 256 * 4
+    blocks = -(-256 // 16)
+    assert read - key.nbytes <= blocks * 2 * (query.nbytes + 8 * index.nbytes)  # K once; the queries per block
+
+
+# --- barriers ---------------------------------------------------------------------------------------------------------
+
+SYNC = re.compile(r"__syncthreads\w*\(|__syncwarp\(|cluster_sync\(")
+
+
+def barriers() -> list[tuple[str, int]]:
+    """Every line of the kernels that holds a barrier."""
+    return [
+        (path.name, number)
+        for path in sorted(emulator.CSRC.rglob("*.cu*"))
+        if path.name != "portable.cuh"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if SYNC.search(line.split("//")[0])
+    ]
+
+
+@pytest.mark.skipif(not os.environ.get("EMU_MUTANTS"), reason="minutes: set EMU_MUTANTS=1")
+@pytest.mark.parametrize("file, line", barriers(), ids=str)
+def test_no_barrier_can_go(file: str, line: int) -> None:
+    """Without any one barrier the race build complains, or a value is wrong."""
+    op = next(name for name in ("attention_mass", "select", "compact", "adaptive_pool") if file.startswith(name))
+    prefix = {"attention_mass": "mass", "adaptive_pool": "pool"}.get(op, op)
+    for policy, seed in (("forward", 0), ("random", 7)):
+        mutant = Emulated("race", policy, seed, without=(file, line))
+        for name, case in CASES.items():
+            if not name.startswith(prefix):
+                continue
+            torch.manual_seed(0)
+            try:
+                case(Backend("native", emulated=mutant))
+            except (EmulatorReport, AssertionError):
+                return
+    pytest.fail(f"{file}:{line} is not missed")

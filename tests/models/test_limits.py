@@ -1,0 +1,138 @@
+"""What a family cannot do is refused with the reason and the alternative; README names the families that are tested."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+from crop.geometry.region import Region
+from crop.methods import InnerLLMPruning
+from crop.models import ADAPTERS
+from crop.patching.hf import refuse_transformers
+from crop.patching.patch import patch
+from tests.support import readme_table
+from tests.support.batches import make_batch, make_sample, standard_batch
+from tests.support.families.entry import TEXT, VIDEO
+from tests.support.snapshot import assert_unchanged, snapshot
+from tests.support.tiny_families import FAMILIES, build_model, get_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BOX = Region.box(0.1, 0.1, 0.5, 0.6)
+ILP = InnerLLMPruning(keep=0.3, layer=2)
+
+
+def test_readme_lists_what_the_contract_runs_over():
+    assert readme_table.now()[1] == readme_table.table(), (
+        "README.md is behind: run `python -m tests.support.readme_table`"
+    )
+
+
+def test_every_adapter_is_in_the_contract():
+    assert {get_config(name).model_type for name in FAMILIES} == set(ADAPTERS)
+
+
+def refused(model: Any, message: str, inputs: dict | None = None, method: Any = ILP, region: Any = None, **more: Any):
+    """At the door without inputs, else by the first forward, before any layer runs; nothing is left behind."""
+    before, entered = snapshot(model), []
+    if inputs is None:
+        with pytest.raises(ValueError, match=message):
+            patch(model, method, region, **more).__enter__()
+    else:
+        tower = ADAPTERS[model.config.model_type].vision_tower(model.model)
+        handle = tower.register_forward_pre_hook(lambda *_: entered.append(1))
+        with patch(model, method, region, **more), pytest.raises(ValueError, match=message):
+            model(**inputs)
+        handle.remove()
+    assert not entered
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.16.1"])
+def test_old_transformers(version, monkeypatch):
+    model = build_model("llava_next")
+    before = snapshot(model)
+    monkeypatch.setattr(transformers, "__version__", version)
+    refuse_transformers.cache_clear()
+    with pytest.raises(RuntimeError, match=rf"transformers must be >= 5.17, got {version}; pip install"):
+        patch(model, ILP).__enter__()
+    monkeypatch.undo()
+    assert_unchanged(before, model)
+    for newer in ("5.17.0", "5.17.0.dev0", "6.0"):
+        monkeypatch.setattr(transformers, "__version__", newer)
+        refuse_transformers.cache_clear()
+        with patch(model, ILP):
+            pass
+
+
+@pytest.mark.parametrize("name", ["internvl", "idefics3"])
+def test_tiles_need_processor_and_size(name):
+    model, make = build_model(name), FAMILIES[name].processor
+    inputs = standard_batch(name, "left", 1).inputs
+    refused(model, f"processor must be given for '{name}'", region=[BOX, BOX])
+    refused(model, f"image_size must be given for '{name}'", region=[BOX, BOX], processor=make())
+    refused(model, f"processor must be given for '{name}'", inputs)  # needed where an image has several tiles
+    refused(model, "image_size must be given once per image, got 3 for 2" if name == "internvl" else "whole images",
+            inputs, processor=make(), image_size=[(48, 24), (20, 40), (20, 40)])  # fmt: skip
+    refused(model, "whole images of the grids", inputs, processor=make(), image_size=[(40, 40), (40, 40)])
+
+
+def test_one_tile_is_the_whole_image():
+    model = build_model("internvl")
+    sample = make_sample("internvl", [3, (30, 30), 6], seed=1)
+    with patch(model, InnerLLMPruning(keep=0.5, layer=2)) as stats:
+        model(**make_batch([sample], "none").inputs)
+    assert stats.tokens_before == [16] and stats.tokens_after_ilp == [8]
+
+
+def test_masks_beyond_causal():
+    gemma, pali = build_model("gemma3"), build_model("paligemma")
+    for model in (gemma, pali):
+        refused(model, "needs positions='original' .*got positions='compact'", positions="compact")
+        refused(model, "needs positions='original' and cache='ragged', got cache='uniform'", cache="uniform")
+    inputs = standard_batch("gemma3", "left", 1).inputs
+    short = r"layer must follow a layer that sees all 63 tokens, i.e. be one of \[2\], got 3: layer 2 .* window of 20"
+    refused(gemma, short, inputs, InnerLLMPruning(keep=0.3, layer=3))
+    pan = Gemma3ImageProcessorPil(do_pan_and_scan=True)
+    refused(gemma, "do_pan_and_scan of the image processor must be off", inputs, processor=pan)
+    config = copy.deepcopy(pali.config)
+    config.text_config = transformers.Gemma2Config(**TEXT, head_dim=8)
+    refused(
+        transformers.PaliGemmaForConditionalGeneration(config).eval(), "attn_logit_softcapping must be None, got 50"
+    )
+
+
+def test_sight_is_judged_by_the_prompt():
+    """A sliding layer may score a prompt that its window covers; without scores it matters in no case."""
+    model = build_model("gemma3")
+    inputs = standard_batch("gemma3", "left", 1).inputs
+    with patch(model, InnerLLMPruning(mode="strict", layer=3), [BOX, BOX]) as stats:
+        model(**inputs)
+    assert sum(stats.tokens_after_ilp) < sum(stats.tokens_before)
+    wide = FAMILIES["gemma3"].config()
+    wide.text_config.sliding_window = 63
+    model = transformers.Gemma3ForConditionalGeneration(wide).eval()
+    with patch(model, InnerLLMPruning(keep=0.3, layer=3), [BOX, BOX]) as stats:
+        model(**inputs)
+    assert stats.tokens_after_ilp == [11, 11]
+
+
+def test_a_video_elsewhere():
+    inputs = dict(standard_batch("glm4v", "left", 1).inputs, pixel_values_videos=torch.zeros(1))
+    refused(build_model("glm4v"), "must hold images only, got video; give the frames as images", inputs)
+
+
+def test_a_video_is_one_entry_with_a_view_per_frame():
+    (sample,) = standard_batch("qwen3_vl_video", "left", 1).samples[:1]
+    (layout,) = sample.layouts()
+    assert layout.extent == (2, 2, 3) and len(layout) == 12
+    ids = torch.tensor(sample.ids)
+    assert (ids[layout.position] == VIDEO).all()
+    assert layout.position.diff().max() > 1  # a time and markers stand between the frames
+    one, other = (layout.center[layout.view == frame] for frame in range(2))
+    assert torch.equal(one, other)

@@ -1,0 +1,180 @@
+"""Models as users have them: with adapters, quantised, spread over devices, in several threads."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from accelerate import disk_offload
+from accelerate.utils import send_to_device
+from peft import LoraConfig, get_peft_model
+
+from tests.support.batches import standard_batch
+from tests.support.cases import ATOL, METHODS, assert_steps, expected, families, get_model, greedy, patched, regions_of
+from tests.support.families.entry import NUM_LAYERS
+from tests.support.quantised import Quantised
+from tests.support.snapshot import assert_unchanged, snapshot
+from tests.support.tiny_families import THOROUGH, build_model
+
+pytestmark = pytest.mark.usefixtures("one_thread", "flash")
+
+matrix = pytest.mark.parametrize
+names = matrix("name", ["plc", "compose"])
+
+
+def run(model, batch, name):
+    with patched(model, METHODS[name], batch, regions_of(batch)) as stats:
+        out = greedy(model, batch, max_new_tokens=3)
+    return torch.stack(out.logits), [kept.tolist() for kept in stats.kept]
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one[0], other[0], atol=ATOL, rtol=0)
+    assert one[1] == other[1]
+
+
+@names
+@families(THOROUGH)
+def test_adapters(family, name):
+    """A PEFT model is pruned as the model with the adapters merged into it; only they get gradients."""
+    torch.manual_seed(0)
+    batch = standard_batch(family, "left", 1)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(build_model(family), config).eval()
+    model(**batch.inputs)  # the first forward installs transformers' own recording hooks
+    before = snapshot(model)
+    found = run(model, batch, name)
+    assert_unchanged(before, model)
+    with patched(model, METHODS[name], batch, regions_of(batch)):
+        model(**batch.inputs).logits[:, -1].sum().backward()
+    touched = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
+    assert touched and all("lora" in key for key in touched)
+    assert_same(found, run(copy.deepcopy(model).merge_and_unload(), batch, name))
+
+
+@matrix("bits", [8, 4])
+@families(THOROUGH)
+def test_quantised(family, bits):
+    """No weight is read: as the model whose weights were rounded alike."""
+    model, batch = build_model(family), standard_batch(family, "left", 1)
+    rounded = copy.deepcopy(model)
+    for path, module in list(model.model.language_model.layers.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            owner, _, leaf = path.rpartition(".")
+            stand_in = Quantised(module, bits)
+            setattr(model.model.language_model.layers.get_submodule(owner), leaf, stand_in)
+            rounded.model.language_model.layers.get_submodule(path).weight.copy_(stand_in.full())
+    assert_same(run(model, batch, "compose"), run(rounded, batch, "compose"))
+
+
+@families(THOROUGH)
+def test_offloaded(family, tmp_path):
+    """Weights on the disk, fetched layer by layer by accelerate's own hooks, also when those came inside the block."""
+    batch, wanted = (
+        standard_batch(family, "left", 1),
+        run(get_model(family, "sdpa"), standard_batch(family, "left", 1), "compose"),
+    )
+    model = build_model(family)
+    disk_offload(model, tmp_path / "before", execution_device="cpu")
+    assert_same(run(model, batch, "compose"), wanted)
+    model = build_model(family)
+    with patched(model, METHODS["compose"], batch, regions_of(batch)) as stats:
+        disk_offload(model, tmp_path / "inside", execution_device="cpu")
+        out = greedy(model, batch, max_new_tokens=3)
+    assert_same((torch.stack(out.logits), [kept.tolist() for kept in stats.kept]), wanted)
+
+
+@names
+@families(THOROUGH)
+def test_two_devices(family, name):
+    """The later layers on another device, as a device map has them: whatever meets there has been moved there.
+
+    That device holds no data: an operation on tensors of both fails, and the kept tokens are those of one device.
+    """
+    batch = standard_batch(family, "left", 1)
+    wanted, model = run(get_model(family, "sdpa"), batch, name)[1], build_model(family)
+    language_model = model.model.language_model
+    for module in (*language_model.layers[NUM_LAYERS - 1 :], language_model.norm, model.lm_head):
+        module.to("meta")
+
+        def forward(*args, original=module.forward, **kwargs):
+            return original(*send_to_device(args, "meta"), **send_to_device(kwargs, "meta"))
+
+        module.forward = forward
+    with patched(model, METHODS[name], batch, regions_of(batch)) as stats:
+        out = model(**batch.inputs)
+    assert [kept.tolist() for kept in stats.kept] == wanted
+    assert out.logits.is_meta and out.logits.shape[:2] == batch.inputs["input_ids"].shape
+    assert out.past_key_values.layers[NUM_LAYERS - 1].keys.is_meta and not out.past_key_values.layers[2].keys.is_meta
+
+
+def test_two_models_in_two_threads():
+    """Each thread has its own model, block, regions and answers."""
+    results, failures = {}, []
+
+    def work(family, name):
+        try:
+            model, batch = get_model(family, "sdpa"), standard_batch(family, "left", 1)
+            for _ in range(3):
+                with patched(model, METHODS[name], batch, regions_of(batch)):
+                    results[family] = greedy(model, batch)
+        except BaseException as error:  # noqa: BLE001, an assertion in a thread would be lost
+            failures.append(error)
+
+    pairs = [("llava", "compose"), ("qwen2_5_vl", "budget")]
+    before = {family: snapshot(get_model(family, "sdpa")) for family, _ in pairs}
+    threads = [threading.Thread(target=work, args=pair) for pair in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    for family, name in pairs:
+        batch = standard_batch(family, "left", 1)
+        assert_steps(results[family], [e.steps for e in expected(batch, name)])
+        assert_unchanged(before[family], get_model(family, "sdpa"))
+
+
+def test_one_model_in_two_threads():
+    """A second call while the first one runs would get its regions: refused."""
+    model, batch = get_model("llava", "sdpa"), standard_batch("llava", "single", 1)
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        done.wait(30)
+
+    with patched(model, METHODS["plc"], batch, regions_of(batch)):
+        handle = model.model.language_model.layers[1].register_forward_pre_hook(wait)
+        thread = threading.Thread(target=model, kwargs=batch.inputs)
+        thread.start()
+        inside.wait(30)
+        handle.remove()
+        with pytest.raises(RuntimeError, match="one call at a time must run on a patched model"):
+            model(**batch.inputs)
+        done.set()
+        thread.join()
+        model(**batch.inputs)
+
+
+@pytest.mark.parametrize("place", ["q_proj", "o_proj"])
+@families(THOROUGH)
+def test_interrupted_and_used_again(family, place):
+    """Ctrl-C inside the scoring attention, then the same block goes on: right answers, nothing left behind."""
+    model, batch = get_model(family, "sdpa"), standard_batch(family, "left", 1)
+    wanted = run(model, batch, "compose")
+    before = snapshot(model)
+
+    def interrupt(*_):
+        handle.remove()
+        raise KeyboardInterrupt
+
+    with patched(model, METHODS["compose"], batch, regions_of(batch)) as stats:
+        handle = getattr(model.model.language_model.layers[1].self_attn, place).register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            greedy(model, batch)
+        out = greedy(model, batch, max_new_tokens=3)
+    assert_same((torch.stack(out.logits), [kept.tolist() for kept in stats.kept]), wanted)
+    assert_unchanged(before, model)

@@ -1,0 +1,86 @@
+"""What a method decides about one sample, as the oracle says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+NEAR_TIE = 1e-5  # relative gap below which float32 may decide otherwise
+Kept = tuple[tuple[int, ...], ...]  # per image, ascending indices into its cells
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to the images of one sample.
+
+    Attributes:
+        mode: "mean", "max" or "distinct" pooling.
+        patches: per image, the indices of its tokens that are no padding and no newline.
+        cells: per image, one (members, leader) per token after pooling, as indices in the image.
+        cuts: (first decoder layer without the others, cells that are left per image), ascending.
+        scores: per image, the float64 attention mass of every cell at the last cut (empty where not computed).
+        near_tie: some cut between kept and dropped falls between scores closer than `NEAR_TIE`.
+    """
+
+    mode: str = "mean"
+    patches: tuple[tuple[int, ...], ...] = ()
+    cells: tuple[tuple[tuple[tuple[int, ...], int], ...], ...] = ()
+    cuts: tuple[tuple[int, Kept], ...] = ()
+    scores: tuple[tuple[float, ...], ...] = ()
+    near_tie: bool = False
+
+    def kept_at(self, layer: int) -> Kept:
+        """The cells of each image that `layer` sees."""
+        every = tuple(tuple(range(len(cells))) for cells in self.cells)
+        return [every, *(kept for first, kept in self.cuts if first <= layer)][-1]
+
+    @property
+    def kept(self) -> Kept:
+        """The cells of each image that the last layer sees."""
+        return self.kept_at(10**9)
+
+    def kept_original(self, image: int, layer: int = 10**9) -> list[int]:
+        """Ascending indices among the image's original tokens that survive (leaders of cells)."""
+        return [self.cells[image][k][1] for k in self.kept_at(layer)[image]]
+
+    def counts(self) -> list[tuple[int, int, int]]:
+        """(original, after pooling, after dropping) tokens per image."""
+        return [
+            (sum(len(members) for members, _ in cells), len(cells), len(kept))
+            for cells, kept in zip(self.cells, self.kept, strict=True)
+        ]
+
+    def cut(self, layer: int, kept: dict[int, tuple[int, ...]]) -> Decision:
+        """From `layer` on, these images have these cells only."""
+        cuts = []
+        for first in sorted({layer, *(first for first, _ in self.cuts)}):
+            cells = self.kept_at(first)
+            if first >= layer:
+                cells = tuple(kept.get(image, old) for image, old in enumerate(cells))
+            cuts.append((first, cells))
+        return replace(self, cuts=tuple(cuts))
+
+
+@dataclass
+class Steps:
+    """Greedy generation: the token and the logits of each step."""
+
+    tokens: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+
+def choose(
+    mass: tuple[float, ...], num_keep: int, priority: list[int], weight: Tensor | None
+) -> tuple[tuple[int, ...], bool]:
+    """Ascending kept indices, and whether the cut is too close to call in float32."""
+    factor = [1.0] * len(mass) if weight is None else weight.tolist()
+    score = [m * w for m, w in zip(mass, factor, strict=True)]
+    order = [n for n in range(len(mass)) if priority[n] >= 0]
+    order.sort(key=lambda n: (-priority[n], -score[n], n))
+    kept, rest = order[:num_keep], order[num_keep:]
+    near = False
+    if kept and rest and priority[kept[-1]] == priority[rest[0]]:
+        high, low = score[kept[-1]], score[rest[0]]
+        near = 0 < abs(high - low) <= NEAR_TIE * max(abs(high), abs(low))
+    return tuple(sorted(kept)), near

@@ -1,0 +1,1 @@
+"""Entries of the tiny families, by how their images become tokens: `squares`, `grids`, `tiles`."""

@@ -1,0 +1,174 @@
+"""Tiny models whose token grid follows the size of the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from tests.support.families.entry import (
+    HIDDEN,
+    IMAGE,
+    MARK,
+    MARKERS,
+    MROPE,
+    PATCH,
+    QWEN_TOWER,
+    TEXT,
+    TOWER,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    Family,
+    Image,
+    pixels,
+    text_tokens,
+)
+
+
+def patches_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    rows, columns = size[1] // (2 * PATCH), size[0] // (2 * PATCH)
+    arguments = {
+        "pixel_values": pixels(4 * rows * columns, 6 * PATCH * PATCH, seed=seed),
+        "image_grid_thw": torch.tensor([[1, 2 * rows, 2 * columns]]),
+    }
+    return Image((VISION_START, *[IMAGE] * (rows * columns), VISION_END), arguments, size)
+
+
+def film(stamped: bool) -> Callable[[tuple[int, int], int, bool], Image]:
+    """Wide pictures become videos of four pictures, two frames to the model; others stay images.
+
+    ``stamped``: a time stands before every frame and markers around it, else they are one run.
+    """
+
+    def image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+        if size[0] < size[1]:
+            return patches_image(size, seed)
+        rows, columns = size[1] // (4 * PATCH), size[0] // (4 * PATCH)
+        frame = (VIDEO,) * (rows * columns)
+        arguments = {
+            "pixel_values_videos": pixels(8 * rows * columns, 6 * PATCH * PATCH, seed=seed),
+            "video_grid_thw": torch.tensor([[2, 2 * rows, 2 * columns]]),
+        }
+        if stamped:
+            parts = [(*text_tokens(3, seed + n), VISION_START, *frame, VISION_END) for n in range(2)]
+            return Image(parts[0] + parts[1], arguments, size)
+        arguments["second_per_grid_ts"] = torch.tensor([1.5])
+        return Image((VISION_START, *frame, *frame, VISION_END), arguments, size)
+
+    return image
+
+
+def vision_types(ids: Tensor) -> dict[str, Tensor]:
+    return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
+
+
+def qwen2_vl() -> Any:
+    vision = dict(QWEN_TOWER, embed_dim=16, hidden_size=HIDDEN, mlp_ratio=2)
+    return transformers.Qwen2VLConfig(text_config=MROPE, vision_config=vision, **MARKERS)
+
+
+def qwen2_5_vl() -> Any:
+    vision = dict(QWEN_TOWER, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN, window_size=4 * 2 * PATCH,
+                  fullatt_block_indexes=[1])  # fmt: skip
+    return transformers.Qwen2_5_VLConfig(text_config=MROPE, vision_config=vision, **MARKERS)
+
+
+def qwen3_vl() -> Any:
+    """Three levels of features are added again, the last behind the cut."""
+    vision = dict(QWEN_TOWER, depth=3, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN,
+                  num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2])  # fmt: skip
+    return transformers.Qwen3VLConfig(text_config=dict(MROPE, head_dim=8), vision_config=vision, **MARKERS)
+
+
+def glm4v() -> Any:
+    vision = dict(QWEN_TOWER, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN, image_size=32)
+    ids = dict(image_token_id=IMAGE, video_token_id=VIDEO, image_start_token_id=VISION_START,
+               image_end_token_id=VISION_END, video_start_token_id=95, video_end_token_id=MARK)  # fmt: skip
+    return transformers.Glm4vConfig(text_config=MROPE, vision_config=vision, **ids)
+
+
+def pixtral_tower() -> Any:
+    return transformers.PixtralVisionConfig(**TOWER, image_size=64)
+
+
+def pixtral() -> Any:
+    return transformers.LlavaConfig(
+        vision_config=pixtral_tower(),
+        text_config=transformers.MistralConfig(**TEXT, sliding_window=None),
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+
+
+def mistral3() -> Any:
+    return transformers.Mistral3Config(
+        vision_config=pixtral_tower(),
+        text_config=transformers.MistralConfig(**TEXT, sliding_window=None),
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
+
+
+def rows_image(side: int) -> Callable[[tuple[int, int], int, bool], Image]:
+    """Rows of image tokens with a break between two and an end behind the last."""
+
+    def image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+        rows, columns = size[1] // side, size[0] // side
+        ids = ([IMAGE] * columns + [MARK]) * rows
+        ids[-1] = VISION_END
+        arguments = {
+            "pixel_values": pixels(1, 3, size[1], size[0], seed=seed),
+            "image_sizes": torch.tensor([size[::-1]]),
+        }
+        return Image(tuple(ids), arguments, size)
+
+    return image
+
+
+def padded(images: list[list[Image]]) -> dict[str, Tensor]:
+    """Pictures of different sizes in one tensor, as Pixtral's processor pads them."""
+    flat = [image for row in images for image in row]
+    width, height = (max(image.size[axis] for image in flat) for axis in (0, 1))
+    full = torch.zeros(len(flat), 3, height, width)
+    for place, image in zip(full, flat, strict=True):
+        place[:, : image.size[1], : image.size[0]] = image.arguments["pixel_values"][0]
+    return {"pixel_values": full, "image_sizes": torch.cat([image.arguments["image_sizes"] for image in flat])}
+
+
+FAMILIES = {
+    "pixtral": Family(
+        "Pixtral", "LlavaForConditionalGeneration", pixtral, rows_image(PATCH), sizes=((24, 16), (16, 20)), join=padded
+    ),
+    "qwen2_vl": Family(
+        "Qwen2-VL, images", "Qwen2VLForConditionalGeneration", qwen2_vl, patches_image, types=vision_types,
+        tower="visual",
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2.5-VL, images", "Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, patches_image, types=vision_types,
+        sizes=((64, 48), (40, 56)), tower="visual", thorough=True, fast=True,
+    ),
+    "qwen2_5_vl_video": Family(
+        "Qwen2.5-VL, video", "Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, film(False), types=vision_types,
+        tower="visual",
+    ),
+    "qwen3_vl": Family(
+        "Qwen3-VL, images, DeepStack", "Qwen3VLForConditionalGeneration", qwen3_vl, patches_image, types=vision_types,
+        tower="visual", fast=True,
+    ),
+    "qwen3_vl_video": Family(
+        "Qwen3-VL, video, DeepStack", "Qwen3VLForConditionalGeneration", qwen3_vl, film(True), types=vision_types,
+        tower="visual",
+    ),
+    "glm4v": Family(
+        "GLM-4V, images", "Glm4vForConditionalGeneration", glm4v, patches_image, types=vision_types, tower="visual"
+    ),
+    "mistral3": Family(
+        "Mistral 3", "Mistral3ForConditionalGeneration", mistral3, rows_image(2 * PATCH), join=padded
+    ),
+}  # fmt: skip

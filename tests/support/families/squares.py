@@ -1,0 +1,116 @@
+"""Tiny models with one square grid per picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+from tests.support.families.entry import (
+    HIDDEN,
+    IMAGE,
+    PATCH,
+    TEXT,
+    TOWER,
+    VISION_END,
+    VISION_START,
+    Family,
+    Image,
+    pixels,
+)
+
+MASKS = {
+    "uniform": "whose masks are more than causal, needs .* cache='ragged', got cache='uniform'",
+    "compact": "whose masks are more than causal, needs positions='original' .*, got positions='compact'",
+}
+LLAVA_GRID = (8, 8)
+LLAVA_SIDE = LLAVA_GRID[0] * PATCH
+
+
+def llava() -> Any:
+    return transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER, image_size=LLAVA_SIDE),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+    )
+
+
+def llava_processor() -> Any:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": LLAVA_SIDE}, crop_size={"height": LLAVA_SIDE, "width": LLAVA_SIDE}
+    )
+
+
+def gemma3() -> Any:
+    """Sliding and full layers in turn, on either side of a cut; the window is shorter than the prompts."""
+    text = TEXT | dict(head_dim=8, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=20,
+                       query_pre_attn_scalar=8, tie_word_embeddings=False)  # fmt: skip
+    return transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**text),
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=48, vision_use_head=False),
+        mm_tokens_per_image=36,
+        image_token_index=IMAGE,
+        boi_token_index=VISION_START,
+        eoi_token_index=VISION_END,
+        tie_word_embeddings=False,
+    )
+
+
+def paligemma() -> Any:
+    return transformers.PaliGemmaConfig(
+        text_config=transformers.GemmaConfig(**TEXT, head_dim=8, tie_word_embeddings=False),
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=24, vision_use_head=False),
+        image_token_index=IMAGE,
+        projection_dim=HIDDEN,
+        tie_word_embeddings=False,
+    )
+
+
+def square_image(side: int, marked: bool) -> Callable[[tuple[int, int], int, bool], Image]:
+    """A fixed number of tokens whatever the size of the picture."""
+
+    def image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+        ids = (IMAGE,) * (side // (2 if marked else 1)) ** 2
+        pictures = {"pixel_values": pixels(1, 3, side * PATCH, side * PATCH, seed=seed)}
+        return Image((VISION_START, *ids, VISION_END) if marked else ids, pictures, size)
+
+    return image
+
+
+FAMILIES = {
+    "llava": Family(
+        "LLaVA-1.5 (CLIP or SigLIP tower)",
+        "LlavaForConditionalGeneration",
+        llava,
+        square_image(8, False),
+        processor=llava_processor,
+        tower_attention=True,
+        thorough=True,
+        fast=True,
+    ),
+    "gemma3": Family(
+        "Gemma 3: sliding windows, images see themselves",
+        "Gemma3ForConditionalGeneration",
+        gemma3,
+        square_image(12, True),
+        types=lambda ids: {"token_type_ids": (ids == IMAGE).int()},
+        mask="image",
+        cuts=(2,),
+        refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'gemma3'"},
+        fast=True,
+    ),
+    "paligemma": Family(
+        "PaliGemma: prompts see themselves",
+        "PaliGemmaForConditionalGeneration",
+        paligemma,
+        square_image(6, False),
+        types=lambda ids: {"token_type_ids": torch.zeros_like(ids)},
+        mask="prefix",
+        first_position=1,
+        refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'paligemma'"},
+    ),
+}

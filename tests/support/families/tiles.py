@@ -1,0 +1,176 @@
+"""Tiny models that cut a picture into tiles."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.models.llava_next import modeling_llava_next as llava_next_code
+
+from tests.support.families.entry import (
+    IMAGE,
+    MARK,
+    PATCH,
+    TEXT,
+    TOWER,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    Family,
+    Image,
+    pixels,
+)
+
+SIDE = 4 * PATCH  # of a tile, pixels
+ANYRES = [[SIDE * rows, SIDE * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))]
+
+
+def llava_next() -> Any:
+    return transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER, image_size=SIDE),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=ANYRES,
+    )
+
+
+def llava_onevision() -> Any:
+    return transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=SIDE, vision_use_head=False),
+        text_config=transformers.Qwen2Config(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=ANYRES,
+        vision_aspect_ratio="anyres_max_2",  # so that three tiles are interpolated
+    )
+
+
+def anyres_image(config: Callable[[], Any], always: bool) -> Callable[[tuple[int, int], int, bool], Image]:
+    """As many tiles and tokens as the model itself expects; `always`: also where a sample has several images."""
+
+    def image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+        base = getattr(transformers, type(config()).__name__.replace("Config", "Model"))
+        tiles = 1
+        if alone or always:
+            pinpoints = config().image_grid_pinpoints
+            tiles = llava_next_code.image_size_to_num_patches(list(size[::-1]), pinpoints, SIDE)
+        features = [torch.zeros(tiles, (SIDE // PATCH) ** 2, 1)]
+        more = dict(vision_feature_select_strategy="default") if "Next" in base.__name__ else {}
+        if not more:
+            more = dict(vision_aspect_ratio=config().vision_aspect_ratio)
+        (packed,), _ = base.pack_image_features(
+            SimpleNamespace(config=config()), features, [size[::-1]], image_newline=torch.zeros(1), **more
+        )
+        arguments = {
+            "pixel_values": pixels(1, tiles, 3, SIDE, SIDE, seed=seed),
+            "image_sizes": torch.tensor([size[::-1]]),
+        }
+        return Image((IMAGE,) * len(packed), arguments, size)
+
+    return image
+
+
+def tiles_padded(images: list[list[Image]]) -> dict[str, Tensor]:
+    """Images of different numbers of tiles, padded to the most."""
+    flat = [image.arguments["pixel_values"] for row in images for image in row]
+    most = max(tiles.shape[1] for tiles in flat)
+    full = [torch.nn.functional.pad(tiles, (0, 0) * 3 + (0, most - tiles.shape[1])) for tiles in flat]
+    sizes = [image.arguments["image_sizes"] for row in images for image in row]
+    return {"pixel_values": torch.cat(full), "image_sizes": torch.cat(sizes)}
+
+
+def tiles_counted(images: list[list[Image]]) -> dict[str, Tensor]:
+    return tiles_padded(images) | {"batch_num_images": torch.tensor([len(row) for row in images if row])}
+
+
+def internvl() -> Any:
+    vision = {key: value for key, value in TOWER.items() if key != "patch_size"}
+    return transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(**vision, image_size=[32, 32], patch_size=[4, 4]),
+        text_config=transformers.Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        image_seq_length=16,
+        tie_word_embeddings=False,
+    )
+
+
+def internvl_processor() -> Any:
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    return GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=3)
+
+
+def internvl_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    tiles = internvl_processor().get_number_of_image_patches(size[1], size[0])
+    ids = (VISION_START, *[IMAGE] * (16 * tiles), VISION_END)
+    return Image(ids, {"pixel_values": pixels(tiles, 3, 32, 32, seed=seed)}, size)
+
+
+def idefics3() -> Any:
+    vision = transformers.Idefics3VisionConfig(**TOWER, image_size=32)
+    return transformers.Idefics3Config(vision_config=vision, text_config=transformers.LlamaConfig(**TEXT),
+                                       image_token_id=IMAGE, scale_factor=2, pad_token_id=0)  # fmt: skip
+
+
+def smolvlm() -> Any:
+    vision = transformers.SmolVLMVisionConfig(**TOWER, image_size=32)
+    return transformers.SmolVLMConfig(vision_config=vision, text_config=transformers.LlamaConfig(**TEXT),
+                                      image_token_id=IMAGE, scale_factor=2, pad_token_id=0)  # fmt: skip
+
+
+def idefics3_processor() -> Any:
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    return Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+
+
+def idefics3_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    """Two tiles and the whole, beside each other or one above the other; markers before each, a line end per row."""
+    tile = (VISION_START, MARK, *[IMAGE] * 16)
+    tiles = tile * 2 + (95,) if size[0] > size[1] else (tile + (95,)) * 2
+    return Image((*tiles, *tile, VISION_END), {"pixel_values": pixels(1, 3, 3, 32, 32, seed=seed)}, size)
+
+
+def images_per_sample(images: list[list[Image]]) -> dict[str, Tensor]:
+    """(samples, most tiles, 3, height, width), as Idefics3's processor pads with black images."""
+    rows = [torch.cat([image.arguments["pixel_values"][0] for image in row]) for row in images if row]
+    most = max(map(len, rows))
+    full = [torch.nn.functional.pad(row, (0, 0) * 3 + (0, most - len(row))) for row in rows]
+    return {"pixel_values": torch.stack(full)}
+
+
+def repeats_tiles(model: Any) -> str | None:
+    """Before `generate()` encoded images once for all copies of a sample."""
+    if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
+        return None
+    return "this transformers repeats the tiles of an image one by one"
+
+
+FAMILIES = {
+    "llava_next": Family(
+        "LLaVA-NeXT: tiles, unpadding, newlines", "LlavaNextForConditionalGeneration", llava_next,
+        anyres_image(llava_next, always=True), sizes=((44, 10), (10, 44)), join=tiles_padded,
+    ),
+    "llava_onevision": Family(
+        "LLaVA-OneVision, images", "LlavaOnevisionForConditionalGeneration", llava_onevision,
+        anyres_image(llava_onevision, always=False), sizes=((52, 20), (14, 30)), join=tiles_counted,
+    ),
+    "internvl": Family(
+        "InternVL 2.5 and 3: tiles", "InternVLForConditionalGeneration", internvl, internvl_image,
+        sizes=((70, 30), (20, 30)), processor=internvl_processor, unable={"repeat": repeats_tiles}, fast=True,
+    ),
+    "idefics3": Family(
+        "Idefics3: tiles", "Idefics3ForConditionalGeneration", idefics3, idefics3_image, sizes=((48, 24), (20, 40)),
+        join=images_per_sample, processor=idefics3_processor, tower="vision_model", decoder="text_model",
+    ),
+    "smolvlm": Family(
+        "SmolVLM, images: tiles", "SmolVLMForConditionalGeneration", smolvlm, idefics3_image,
+        sizes=((48, 24), (20, 40)), join=images_per_sample, processor=idefics3_processor, tower="vision_model",
+        decoder="text_model",
+    ),
+}  # fmt: skip

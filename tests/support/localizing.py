@@ -1,0 +1,45 @@
+"""What tests of localizers share: a processor that stands in for the real ones, and what a localizer may not change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+from transformers import BatchFeature
+
+from tests.support.batches import make_batch, make_sample
+from tests.support.processors import image_processor
+
+PICTURE = Image.new("RGB", (64, 48), "white")
+
+
+class Processor:
+    """Stands in for a processor: the question's length decides the prompt, the pixels are noise."""
+
+    chat_template = None
+
+    def __init__(self, family: str, after: int = 7) -> None:
+        self.image_processor = image_processor("resize")
+        size = (72, 48)  # 9 x 6 tokens where the grid follows the picture
+        self.batch = make_batch([make_sample(family, [4, size, after][: 2 + (after > 0)])], "none")
+
+    def __call__(self, images, text, return_tensors):
+        return BatchFeature(dict(self.batch.inputs))
+
+
+def state(model: Any) -> list[Any]:
+    """Everything the hook could leave behind: hooks, configurations, plain attributes, weights."""
+    found = []
+    for name, module in model.named_modules():
+        found.append((name, len(module._forward_hooks), len(module._forward_pre_hooks)))
+        config = getattr(module, "config", None)
+        found.append((id(config), getattr(config, "_attn_implementation", None)))
+        found.append({key: id(value) for key, value in vars(module).items()})
+    return found
+
+
+def names() -> set[str]:
+    """Of all registered attention functions."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return set(ALL_ATTENTION_FUNCTIONS)
