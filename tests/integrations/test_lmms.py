@@ -69,6 +69,7 @@ def test_requests_come_back_in_order(lmms, method, localizer, size):
         assert answers == embedded.answer(model.asker.model, model.asker.processor, images, texts)
 
 
+@pytest.mark.fast
 def test_what_is_not_supported_is_refused(lmms):
     with pytest.raises(ValueError, match="make_method: name must be one of"):
         lmms.make_method("magic", 0.1, 8)
