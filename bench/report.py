@@ -81,9 +81,7 @@ def from_model(
                     answer.text,
                     item.score(answer.text) >= RIGHT,
                     f"{answer.tokens.layer_average:.0f} tokens on average",
-                    overlay(seen, answer.layout, answer.plan, answer.kept, answer.region, legend=False)
-                    if pruned
-                    else None,
+                    overlay(seen, *answer.images[0].drawing, legend=False) if pruned else None,
                 )
             )
         yield Card(f"{item.question}?", truth(item), item.group, outlined(image, region), replies)

@@ -11,7 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from bench import jsonl
 from bench.accuracy.metrics import TEXT_METRICS, Box, iou, parse_box
+from bench.training.grounding import BOX_KIND, box_questions, box_region
+from crop.cli.images import open_image, upright_size
 from crop.embedded import scenes
 from crop.geometry.region import Region
 
@@ -20,7 +23,7 @@ GROUPS = {  # kind of rendered question -> group of the table
     **dict.fromkeys(("color", "shape", "where"), "colour, shape, place"),
     "count": "counting",
     **dict.fromkeys(scenes.GLOBAL_KINDS, "global"),
-    scenes.BOX_KIND: "grounding",
+    BOX_KIND: "grounding",
 }
 LOCAL = ("local text", "colour, shape, place", "counting")
 
@@ -72,11 +75,11 @@ def rendered(first: int, count: int, *, grounding: bool = True) -> Iterator[Item
     for seed in range(first, first + count):
         rng, drawn = random.Random(seed), _scene(seed)
         pools: dict[str, list[scenes.Question]] = {}
-        for question in (*drawn.questions, *(drawn.grounding if grounding else ())):
+        for question in (*drawn.questions, *(box_questions(drawn) if grounding else ())):
             pools.setdefault(GROUPS[question.kind], []).append(question)
         for group, pool in sorted(pools.items()):
             for number, question in enumerate(rng.sample(pool, min(2 if group == "local text" else 1, len(pool)))):
-                is_box = question.kind == scenes.BOX_KIND
+                is_box = question.kind == BOX_KIND
                 yield Item(
                     key=f"{seed} {group} {number}",
                     question=question.text,
@@ -91,38 +94,39 @@ def rendered(first: int, count: int, *, grounding: bool = True) -> Iterator[Item
 
 
 def _blocks(answer: str) -> Box | None:
-    region = scenes.box_region(answer)
+    region = box_region(answer)
     return None if region is None else region.boxes[0]
 
 
 def json_lines(path: Path, metric: str) -> Iterator[Item]:
-    """Questions of a file: one JSON object a line with ``image`` (path beside the file), ``question``, ``answers``.
+    """Questions of a file: one JSON object a line, or an array of them, with ``image`` (path beside the file), ``question``,
+    ``answers`` (one or several, text or numbers).
 
     Optional: ``box`` (x0, y0, x1, y1 in pixels: where the answer is; without answers: what is asked for), ``group``.
 
     Args:
         metric: for questions with answers.
     Raises:
-        ValueError: a line without image, question or anything to compare with.
+        ValueError: a field that is missing or of another kind; names file, line and field.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        row = json.loads(line)
-        answers, box = tuple(row.get("answers") or ()), row.get("box")
-        if not row.get("image") or not row.get("question") or not (answers or box):
-            raise ValueError(f"json_lines: line {number} must have image, question and answers or a box, got {line}")
-        place = path.parent / row["image"]
-        region = None
+    for row in jsonl.rows(path):
+        question, answers, box = row.text("question"), row.texts("answers"), row.box("box")
+        if not answers and box is None:
+            raise row.refuse("answers", "text, unless there is a box")
+        place, region = row.file("image", path.parent), None
         if box:
-            with Image.open(place) as image:
-                region = Region.from_pixels(box, image.size)
+            try:
+                region = Region.from_pixels(box, upright_size(place))
+            except ValueError as error:
+                raise ValueError(f"{row.place}: box: {error}") from error
         yield Item(
-            key=f"{path.stem} {number}",
-            question=row["question"],
+            key=f"{path.stem} {row.number}",
+            question=question,
             answers=answers,
-            group=row.get("group", "all" if answers else "grounding"),
+            group=row.text("group") if row.fields.get("group") is not None else "all" if answers else "grounding",
             metric=metric if answers else "iou",
             region=region,
-            picture=lambda place=place: Image.open(place).convert("RGB"),
+            picture=lambda place=place: open_image(place),
             box=region.boxes[0] if region is not None and not answers else None,
         )
 
@@ -136,8 +140,7 @@ def convert_receipts(folder: Path, out: Path) -> int:
         Number of questions.
     """
     rows = []
-    for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in (entry.fields for entry in jsonl.rows(folder / "questions.jsonl")):
         rows.append(
             {
                 "image": str((folder / "images" / Path(row["image"]).name).resolve()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench import jsonl
 from bench.common import data_folder
 from crop.cli.images import open_image
 from crop.localizers.ocr.reader import Page, Reader
@@ -159,7 +159,7 @@ def load() -> list[Receipt]:
         raise FileNotFoundError(f"receipts must be in {folder}; set CROP_DATA to the folder above them")
 
     def records(name: str) -> list[dict]:
-        return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+        return [row.fields for row in jsonl.rows(folder / name)]
 
     asked: dict[str, list[Asked]] = {}
     pages = {page["image"]: page for page in records("lines.jsonl")}

@@ -25,7 +25,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -33,10 +32,11 @@ from tqdm import tqdm
 from bench.common import header
 from bench.records import Record, read_jsonl, rendered
 from crop.cli.ask import EMBEDDED, Asker, load
+from crop.cli.images import open_image
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.localizers.boxes import Raster
-from crop.localizers.head import Head, clues, head_region, waves
+from crop.localizers.head import OCTAVES, Head, clues, head_region, waves
 from crop.localizers.reading import embeddings
 from crop.localizers.vision_cache import cache_vision
 
@@ -61,7 +61,7 @@ def features(asker: Asker, records: Iterable[Record], total: int | None) -> tupl
     for _, group in tqdm(groups, "features", total, disable=None):
         group = list(group)
         image = group[0][0]
-        image = Image.open(image).convert("RGB") if isinstance(image, Path) else image
+        image = open_image(image) if isinstance(image, Path) else image
         read = None
         with cache_vision(asker.model), torch.no_grad():
             for _, question, _ in group:
@@ -197,6 +197,14 @@ def calibrate(head: Head, verdicts: list[Verdict]) -> None:
 
     optimizer.step(closure)
     head.calibration.copy_(torch.cat([weights[:1], weights[1:] / scale]).detach())
+
+
+def multiply_adds(head: Head, tokens: int, words: int) -> int:
+    """Multiply-adds of one question of ``words`` tokens about an image of ``tokens`` tokens."""
+    per_token = head.width * (head.dim + 4 * OCTAVES + 1 + head.width + 1)
+    per_word = head.width * (head.dim + 3 * head.width + 2 * head.probes)
+    once = head.probes * head.width * 3 * head.width + head.width
+    return tokens * per_token + words * per_word + once
 
 
 def covers(layout: VisionLayout, region: Region, boxes: Any) -> bool:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from bench.common import header
 from bench.records import Record, read_jsonl, rendered
 from crop.cli.ask import EMBEDDED, load
+from crop.cli.images import open_image
 from crop.geometry.region import Region
 from crop.localizers import VLMLocalizer
 from crop.localizers.vlm import BLOCKS, block_prompt
@@ -55,7 +56,7 @@ def open_all(records: Iterable[Record]) -> Iterator[tuple[Image.Image, str, Any]
     """Records that have boxes, with their images opened."""
     for image, question, boxes in records:
         if boxes is not None:
-            yield Image.open(image).convert("RGB") if isinstance(image, Path) else image, question, boxes
+            yield open_image(image) if isinstance(image, Path) else image, question, boxes
 
 
 def collate(processor: Any, ask: Callable[[str], str], answer: str, records: list[Record]) -> dict[str, Tensor]:

@@ -17,11 +17,11 @@ from crop.cli.options import UsageError
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.localizers.base import Localizer, encode, model_source
+from crop.localizers.base import Localizer, chat, encode
 from crop.localizers.registry import get_localizer
 from crop.localizers.vision_cache import cache_vision
 from crop.methods.base import Method
-from crop.models import families
+from crop.models import family_of
 from crop.patching.patch import patch
 
 EMBEDDED = "embedded"
@@ -30,7 +30,7 @@ STAGES = ("preprocess", "localizer", "plan", "vision", "prefill", "decode", "tot
 
 @dataclass(frozen=True)
 class Tokens:
-    """Vision tokens of the one image.
+    """Vision tokens of an image, or of several.
 
     Args:
         before, after_plc, after_ilp, layer_average: see ``PruneStats``.
@@ -43,26 +43,53 @@ class Tokens:
 
 
 @dataclass(frozen=True, eq=False)
+class Seen:
+    """What the model got to see of one image.
+
+    Args:
+        region: given, or what the localizer returned.
+        tokens: counts.
+        layout, plan, kept: as in ``PruneStats``.
+    """
+
+    region: Region
+    tokens: Tokens
+    layout: VisionLayout
+    plan: PoolPlan | None
+    kept: torch.Tensor
+
+    @property
+    def drawing(self) -> tuple[VisionLayout, PoolPlan | None, torch.Tensor, Region]:
+        """What ``overlay`` draws on the image."""
+        return self.layout, self.plan, self.kept, self.region
+
+
+@dataclass(frozen=True, eq=False)
 class Answer:
     """One answer and what it took.
 
     Args:
         text: decoded, without special tokens.
-        region: what the localizer returned.
-        tokens: counts.
-        layout, plan, kept: for ``visualize.overlay``.
+        images: in the order of the question's.
         seconds: time of each stage in ``STAGES``. The vision tower counts as "vision", also where the localizer ran it,
             and the processor, which the localizer does not run again, as "preprocess";
             "prefill" is the language model's, pooling and scoring included; "decode" the rest of generate().
     """
 
     text: str
-    region: Region
-    tokens: Tokens
-    layout: VisionLayout
-    plan: PoolPlan | None
-    kept: torch.Tensor
+    images: list[Seen]
     seconds: dict[str, float]
+
+    @property
+    def region(self) -> Region:
+        """Of the first image."""
+        return self.images[0].region
+
+    @property
+    def tokens(self) -> Tokens:
+        """Of all images together."""
+        counts = [vars(image.tokens) for image in self.images]
+        return Tokens(**{name: sum(count[name] for count in counts) for name in counts[0]})
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +109,11 @@ class Asker:
     prompt: Callable[[str], str] | None = None
     tidy: Callable[[str], str] = str.strip
     head: Path | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Of the decoder."""
+        return len(family_of(self.model).language_model(self.model).layers)
 
     def localizer(
         self,
@@ -117,11 +149,7 @@ class Asker:
         if self.prompt is not None:
             texts = [self.prompt(question) for question in questions]
         elif getattr(self.processor, "chat_template", None):
-            turns = [
-                [{"role": "user", "content": [*[{"type": "image"}] * len(row), {"type": "text", "text": question}]}]
-                for row, question in zip(images, questions, strict=True)
-            ]
-            texts = [self.processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+            texts = [chat(self.processor, question, len(row)) for row, question in zip(images, questions, strict=True)]
         else:
             raise ValueError("encode_batch: prompt must be given for a processor without a chat template, got None")
         self.processor.tokenizer.padding_side = "left"
@@ -131,33 +159,43 @@ class Asker:
     @torch.no_grad()
     def ask(
         self,
-        image: Image,
+        images: Image | Sequence[Image],
         question: str,
         *,
         method: Method | None,
-        localizer: Localizer,
+        localizer: Localizer | Sequence[Localizer],
         max_new_tokens: int = 32,
     ) -> Answer:
         """Localize, prune, answer greedily.
 
         Args:
-            image: RGB.
+            images: one or several, RGB.
             question: plain text.
             method: what to prune; None prunes nothing.
-            localizer: its time is part of the total.
+            localizer: asked about every image by itself, or one per image; its time is part of the total.
             max_new_tokens: length of the answer at most.
         Returns:
             Answer.
+        Raises:
+            ValueError: several images and a prompt that takes one.
         """
-        model = self.model
+        model, pictures = self.model, list(images) if isinstance(images, Sequence) else [images]
+        localizers = list(localizer) if isinstance(localizer, Sequence) else [localizer] * len(pictures)
+        if self.prompt is not None and len(pictures) > 1:
+            raise ValueError(f"ask: images must be one for a model with a prompt of its own, got {len(pictures)}")
         with cache_vision(model) as vision:
             times = [time.perf_counter()]
-            inputs = encode(self.processor, image, question, self.prompt).to(model.device, dtype=model.dtype)
+            if len(pictures) == 1:
+                inputs = encode(self.processor, pictures[0], question, self.prompt)
+            else:
+                inputs = self.encode_batch([pictures], [question])
+            inputs = inputs.to(model.device, dtype=model.dtype)
             times.append(time.perf_counter())
-            region = localizer(image, question)
+            regions = [find(image, question) for find, image in zip(localizers, pictures, strict=True)]
             times.append(time.perf_counter())
             seen = vision.seconds  # by the localizer
-            with patch(model, method, region, processor=self.processor, image_size=image.size) as stats:
+            sizes = [image.size for image in pictures]
+            with patch(model, method, regions, processor=self.processor, image_size=sizes) as stats:
                 output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             new = output[0, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
             times.append(time.perf_counter())
@@ -172,62 +210,38 @@ class Asker:
         }
         seconds["decode"] = localized + encoded + generated - sum(seconds.values())
         seconds["total"] = localized + encoded + generated
-        return Answer(
-            text=self.tidy(self.processor.decode(new, skip_special_tokens=True)),
-            region=region,
-            tokens=Tokens(
-                stats.tokens_before[0],
-                stats.tokens_after_plc[0],
-                stats.tokens_after_ilp[0],
-                stats.layer_average[0],
-            ),
-            layout=stats.layouts[0],
-            plan=stats.plans[0],
-            kept=stats.kept[0],
-            seconds=seconds,
+        counts = zip(
+            stats.tokens_before, stats.tokens_after_plc, stats.tokens_after_ilp, stats.layer_average, strict=True
         )
+        images = zip(regions, counts, stats.layouts, stats.plans, stats.kept, strict=True)
+        text = self.tidy(self.processor.decode(new, skip_special_tokens=True))
+        return Answer(text, [Seen(region, Tokens(*count), *rest) for region, count, *rest in images], seconds)
 
 
-def load(name: str, device: str, dtype: str) -> Asker:
+def load(name: str, device: str, dtype: str, **how: Any) -> Asker:
     """A model by name.
 
     Args:
-        name: "embedded", a folder, or the name of a model on the Hugging Face hub (downloaded by transformers if it
-            is not in its cache).
+        name: "embedded", or as in ``load_model``.
         device: e.g. "cpu", "cuda".
         dtype: "auto" (float32 for the embedded model, else as stored), "float32", "bfloat16" or "float16".
+        how: further arguments of ``load_model``; the embedded model takes none.
     Returns:
         Asker.
     Raises:
         UsageError: nothing to load there, or an unknown family.
     """
-    if name == EMBEDDED:
-        from crop import embedded
+    if name != EMBEDDED:
+        from crop.cli.loading import load_model
 
-        precision = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        try:
-            model, processor = embedded.load(device, precision)
-        except FileNotFoundError as error:
-            raise UsageError(f"the embedded model is not installed: {error}") from error
-        return Asker(model, processor, embedded.prompt, embedded.tidy, embedded.HEAD)
+        return Asker(*load_model(name, device, dtype, **how))
+    if how:
+        raise UsageError(f"model 'embedded' must be loaded without {', '.join(how)}: these are for other models")
+    from crop import embedded
+
+    precision = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     try:
-        model_source("load", name)
+        model, processor = embedded.load(device, precision)
     except FileNotFoundError as error:
-        raise UsageError(f"model {str(error).removeprefix('load: path ')}") from error
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
-    try:
-        family = AutoConfig.from_pretrained(name).model_type
-        if family not in families():
-            known = ", ".join(sorted(families()))
-            raise UsageError(f"model {name!r} must be of a family among {known}, got {family!r}")
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
-        )
-        processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(f"model {name!r} cannot be loaded: {lines[0]}") from error
-    if not getattr(processor, "chat_template", None):
-        raise UsageError(f"model {name!r} must come with a chat template, got a processor without")
-    return Asker(model.to(device).eval(), processor)
+        raise UsageError(f"the embedded model is not installed: {error}") from error
+    return Asker(model, processor, embedded.prompt, embedded.tidy, embedded.HEAD)

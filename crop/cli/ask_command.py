@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,13 @@ from crop.cli.options import (
     load_plugin,
     natural,
     need_packages,
+    page_numbers,
     parse_region,
 )
 from crop.geometry.region import Region
 from crop.localizers.base import Localizer, WholeLocalizer
+from crop.localizers.pretrained import one_line
+from crop.methods.base import Method
 from crop.methods.registry import by_name
 
 if TYPE_CHECKING:
@@ -39,20 +43,24 @@ examples:
       --method ilp --keep 0.25 --device cuda --dtype bfloat16 --compare
       another model and method, and the unpruned answer and time beside it
   crop ask receipt.png "what is the total" --json | jq .tokens
+  crop ask front.jpg back.jpg "which side is torn" --model ... --region whole --region px:40,60,400,300
+  crop ask report.pdf "who signed" --pages 3 --model ...
 """
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``crop ask``."""
-    parser.add_argument("image", metavar="IMAGE", help="picture file")
+    parser.add_argument("images", metavar="IMAGE", nargs="+",
+                        help="picture file, PDF file (see --pages), or - for standard input; several are asked about together")  # fmt: skip
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument(
         "--model",
         default="embedded",
-        help="embedded (default), a folder, or a Hugging Face hub name",
+        help="embedded (default), a folder, or a Hugging Face hub name; Qwen-VL and others need the extra vision",
     )
     parser.add_argument("--region", action="append", metavar="X0,Y0,X1,Y1",
-                        help="where the answer is, as fractions of width and height; may be given several times")  # fmt: skip
+                        help="where the answer is, as fractions of width and height, or px:X0,Y0,X1,Y1 in pixels; may be given "
+                        "several times for one image, once for each of several (boxes joined by +, or whole)")  # fmt: skip
     parser.add_argument("--localizer", metavar="NAME",
                         help="who finds the region: head (trained for the model; default where there is one), attention (the "
                         "model's own, early; default elsewhere), clip, detector, vlm (a second model), ocr (lines of "
@@ -67,13 +75,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-confidence", type=fraction, metavar="FRACTION",
                         help="below it the whole image counts as region (default: depends on the localizer)")  # fmt: skip
     parser.add_argument("--method", metavar="NAME", default="crop",
-                        help="plc: pool before the language model; ilp: drop inside it; crop: both (default); none")  # fmt: skip
+                        help="plc: pool before the language model; ilp: drop inside it; crop: both (default); none; a baseline "
+                        "such as fastv, visionzip, divprune; or one of a plug-in")  # fmt: skip
     parser.add_argument("--keep", type=fraction, default=0.11, metavar="FRACTION",
                         help="vision tokens left in the end, above 0 and up to 1 (default 0.11)")  # fmt: skip
     parser.add_argument("--overlay", metavar="OUT.png", help="write a picture of what was kept, pooled and dropped")
     parser.add_argument("--compare", action="store_true",
                         help="also answer without pruning (and warm up first, so that the times are fair)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--pages", type=page_numbers, default=(), metavar="1,3-5",
+                        help="pages of a PDF file that has several (extra pdf)")  # fmt: skip
+    parser.add_argument("--allow-url", action="store_true",
+                        help="fetch an IMAGE that is an http(s) address, up to 64 MiB and 30 s")  # fmt: skip
+    parser.add_argument("--device-map", metavar="MAP",
+                        help="how accelerate places a large model, e.g. auto; instead of --device")  # fmt: skip
+    parser.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, ...")
+    parser.add_argument("--trust-remote-code", action="store_true",
+                        help="run code that comes with the model; without it, nothing of that kind runs or asks")  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--max-new-tokens", type=count, default=32, metavar="N")
@@ -90,48 +108,102 @@ def run(options: argparse.Namespace) -> int:
         load_plugin(name)
     check_names(options.method, options.localizer)
     check_localizer(options)
-    region = parse_region(options.region) if options.region else None
-    image = _open(options.image)
-    if options.overlay and not Path(options.overlay).resolve().parent.is_dir():
-        raise UsageError(f"--overlay must be in an existing folder, got {options.overlay}")
+    _check_question(options.question)
+    if options.overlay:
+        check_writable(Path(options.overlay))
+    pictures = _open(options)
+    regions = _regions(options, pictures)
     from rich.console import Console
+    from rich.markup import escape
 
     from crop.cli.ask import load
     from crop.cli.output import as_json, print_answer
 
     status = Console(stderr=True)
-    with status.status(f"loading {options.model}"):
-        asker = load(options.model, choose_device(options.device), options.dtype)
-    name = options.localizer or _default_localizer(options, asker, region)
+    given = {name: getattr(options, name) for name in ("device_map", "attn_implementation", "trust_remote_code")}
+    how = {name: value for name, value in given.items() if value}
+    device = "cpu" if options.device_map else choose_device(options.device)
+    with status.status(f"loading {escape(options.model)}"):
+        asker = load(options.model, device, options.dtype, **how)
+    name = options.localizer or _default_localizer(options, asker)
     settings = {key: getattr(options, key) for key in ("layer", "min_confidence")}
-    localizer = asker.localizer(name, region, path=options.localizer_model, **settings)
+    localizers = [
+        asker.localizer(name, region, path=options.localizer_model, **settings)
+        for region in (regions or [None])  # one for all images, or one each
+    ]
+    localizers = localizers if regions else localizers * len(pictures)
     with status.status("asking"):
-        pruned, plain = _answers(options, asker, image, localizer)
-    if options.overlay:
-        from crop.cli.visualize import overlay
-
-        try:
-            overlay(image, pruned.layout, pruned.plan, pruned.kept, pruned.region).save(options.overlay)
-        except (OSError, ValueError) as error:  # ValueError: Pillow on an unknown ending
-            raise UsageError(f"--overlay {options.overlay} cannot be written: {error}") from error
+        pruned, plain = _answers(options, asker, pictures, localizers)
+    problem = _draw(options.overlay, pictures, pruned) if options.overlay else None
     if options.json:
         print(json.dumps(as_json(options, asker, name, pruned, plain), indent=2))
     else:
-        print_answer(options, name, pruned, plain)
+        print_answer(options, name, pruned, plain, None if problem else options.overlay)
+    if problem:  # after the answer, which is not lost
+        raise UsageError(problem)
     return 0
 
 
-def _open(path: str) -> Image:
-    from crop.cli.images import open_image
+def check_writable(path: Path) -> None:
+    """Refuse a file that a picture cannot be written to, before anything runs.
+
+    Raises:
+        UsageError: its folder is not there or not ours to write in, or Pillow writes no such format.
+    """
+    from PIL import Image
+
+    if not path.resolve().parent.is_dir():
+        raise UsageError(f"--overlay must be in an existing folder, got {path}")
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise UsageError(f"--overlay must end in .png, .jpg, .webp or the like, got {path}")
+    target = path if path.exists() else path.resolve().parent
+    if path.is_dir() or not os.access(target, os.W_OK):
+        raise UsageError(f"--overlay {path} cannot be written: it is a folder, or not yours to write")
+
+
+def _draw(path: str, pictures: list[Image], answer: Answer) -> str | None:
+    """Write what the model saw of all images, side by side; returns what went wrong."""
+    from crop.cli.visualize import beside, overlay
+
+    seen = [overlay(picture, *image.drawing) for picture, image in zip(pictures, answer.images, strict=True)]
+    try:
+        beside(seen).save(path)
+    except (OSError, ValueError) as error:
+        return f"--overlay {path} cannot be written: {one_line(error)}"
+
+
+def _check_question(question: str) -> None:
+    try:
+        question.encode()
+    except UnicodeEncodeError:
+        shown = question.encode(errors="backslashreplace").decode()
+        raise UsageError(f"QUESTION must be text in UTF-8, got bytes that are none: {shown}") from None
+
+
+def _open(options: argparse.Namespace) -> list[Image]:
+    from crop.cli.images import read_pictures
 
     try:
-        return open_image(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"IMAGE: {str(error).removeprefix('open_image: source ')}") from error
+        return read_pictures(options.images, allow_url=options.allow_url, pages=options.pages)
+    except (OSError, ValueError, ImportError) as error:
+        text = one_line(error).removeprefix("open_image: source ").removeprefix("read_pictures: ")
+        raise UsageError(f"IMAGE: {text}") from error
 
 
-def _default_localizer(options: argparse.Namespace, asker: Asker, region: Region | None) -> str:
-    if region is not None:
+def _regions(options: argparse.Namespace, pictures: list[Image]) -> list[Region]:
+    """One per image, none where none was given."""
+    given = options.region or []
+    if not given:
+        return []
+    if len(pictures) == 1:
+        return [parse_region(given, pictures[0].size)]
+    if len(given) != len(pictures):
+        raise UsageError(f"--region must be given once for each of the {len(pictures)} images, got {len(given)}")
+    return [parse_region([text], picture.size) for text, picture in zip(given, pictures, strict=True)]
+
+
+def _default_localizer(options: argparse.Namespace, asker: Asker) -> str:
+    if options.region:
         return "box"
     if options.method == "none":
         return "whole"
@@ -139,14 +211,16 @@ def _default_localizer(options: argparse.Namespace, asker: Asker, region: Region
 
 
 def _answers(
-    options: argparse.Namespace, asker: Asker, image: Image, localizer: Localizer
+    options: argparse.Namespace, asker: Asker, pictures: list[Image], localizers: list[Localizer]
 ) -> tuple[Answer, Answer | None]:
-    method, plain = by_name(options.method, options.keep), None
-    length = options.max_new_tokens
+    """Pruned, and unpruned where that is to be compared."""
+    method = by_name(options.method, options.keep, asker.num_layers)
+
+    def ask(method: Method | None, localizer: Localizer | list[Localizer], length: int) -> Answer:
+        return asker.ask(pictures, options.question, method=method, localizer=localizer, max_new_tokens=length)
+
     if options.compare:
         for warm_up in (method, None):
-            asker.ask(image, options.question, method=warm_up, localizer=localizer, max_new_tokens=1)
-    pruned = asker.ask(image, options.question, method=method, localizer=localizer, max_new_tokens=length)
-    if options.compare:
-        plain = asker.ask(image, options.question, method=None, localizer=WholeLocalizer(), max_new_tokens=length)
-    return pruned, plain
+            ask(warm_up, localizers, 1)
+    pruned = ask(method, localizers, options.max_new_tokens)
+    return pruned, ask(None, WholeLocalizer(), options.max_new_tokens) if options.compare else None

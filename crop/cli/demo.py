@@ -12,7 +12,7 @@ from rich.text import Text
 
 from crop.cli.ask import EMBEDDED, Answer, load
 from crop.cli.visualize import contact_sheet, outlined, overlay
-from crop.embedded import scenes
+from crop.embedded import scenes, things
 from crop.localizers.base import WholeLocalizer
 from crop.methods.registry import by_name
 
@@ -48,7 +48,7 @@ def demo(out: Path, *, count: int = 6, seed: int = 0) -> None:
     for number, (scene, question) in enumerate(examples):
         plain = asker.ask(scene.image, question.text, method=None, localizer=whole, max_new_tokens=LONGEST)
         pruned = asker.ask(scene.image, question.text, method=method, localizer=find, max_new_tokens=LONGEST)
-        seen = overlay(scene.image, pruned.layout, pruned.plan, pruned.kept, pruned.region)
+        seen = overlay(scene.image, *pruned.images[0].drawing)
         scene.image.save(out / f"{number:02d}-{scene.picture}.png")
         seen.save(out / f"{number:02d}-{scene.picture}-seen.png")
         rows.append((question, plain, pruned))
@@ -57,14 +57,16 @@ def demo(out: Path, *, count: int = 6, seed: int = 0) -> None:
     contact_sheet(sheet).save(out / "contact_sheet.png")
     _print(console, rows)
     console.print(
-        f"Pictures: {out / 'contact_sheet.png'}, and beside it each picture and what was seen of it.", soft_wrap=True
+        f"Pictures: {out / 'contact_sheet.png'}, and beside it each picture and what was seen of it.",
+        soft_wrap=True,
+        markup=False,
     )
 
 
 def _examples(seed: int, count: int) -> Iterator[tuple[scenes.Scene, scenes.Question]]:
     """Unseen pictures, each with the first of its questions that some part of it answers."""
     for number in range(count):
-        picture = scenes.PICTURES[number % len(scenes.PICTURES)]
+        picture = things.PICTURES[number % len(things.PICTURES)]
         scene = scenes.scene(UNSEEN + 1000 * seed + number, picture=picture)
         yield scene, next(question for question in scene.questions if question.local)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from crop.cli import ask_command
 from crop.cli.options import UsageError, count, natural, need_packages
+from crop.localizers.pretrained import one_line
 
 EXAMPLES = """\
 examples:
@@ -25,16 +26,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: words after ``crop``; None: those of the process.
     Returns:
-        Exit status 0. Wrong use ends in SystemExit(2) with one line on stderr.
+        Exit status: 0; 130 after Ctrl-C. Wrong use ends in SystemExit(2) with one line on stderr.
     """
-    options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a letter shows its code
+            stream.reconfigure(errors="backslashreplace")
     try:
+        options = _parse(sys.argv[1:] if arguments is None else list(arguments))
         return options.run(options)
-    except (UsageError, ValueError, OSError, ImportError) as error:  # what the package refuses, no such model, no extra
-        options.parser.error(str(error).strip().splitlines()[0])
+    except KeyboardInterrupt:
+        print("crop: interrupted", file=sys.stderr)
+        return 130
+    # What the package refuses, no such model, no extra, no room on the device.
+    except (UsageError, ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"{options.parser.prog}: error: {one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(words: list[str]) -> argparse.Namespace:
+    """Options may stand between the images of a command: a plain parser would take what follows for something else."""
+    parser, commands = _parser()
+    if words and words[0] in commands:
+        command = commands[words[0]]
+        return command.parse_intermixed_args(words[1:])
+    return parser.parse_args(words)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The whole, and its commands by name."""
     import crop
 
     style = argparse.RawDescriptionHelpFormatter
@@ -74,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="what was built", description="Print what was built, and versions.")
     info.set_defaults(run=_info, parser=info)
-    return parser
+    return parser, commands.choices
 
 
 def _info(options: argparse.Namespace) -> int:

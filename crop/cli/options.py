@@ -7,12 +7,13 @@ import importlib
 import importlib.util
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from crop.geometry.region import Region
+from crop.localizers.pretrained import one_line
 from crop.localizers.registry import localizer_names
+from crop.methods.registry import method_names
 
-METHODS = ("crop", "plc", "ilp", "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SECOND_MODELS = ("clip", "detector", "vlm")
 NO_PATH = ("attention", "box", "cascade", "ocr", "union", "whole")  # localizers that load nothing
@@ -76,7 +77,7 @@ def check_names(method: str, localizer: str | None) -> None:
     Raises:
         UsageError: names those that are known.
     """
-    for option, known, name in (("--method", METHODS, method), ("--localizer", localizer_names(), localizer)):
+    for option, known, name in (("--method", method_names(), method), ("--localizer", localizer_names(), localizer)):
         if name is not None and name not in known:
             raise UsageError(f"{option} must be one of {', '.join(known)}, got {name!r}")
 
@@ -104,24 +105,52 @@ def check_localizer(options: argparse.Namespace) -> None:
         raise UsageError("--localizer box must come with --region X0,Y0,X1,Y1")
 
 
-def parse_region(texts: list[str]) -> Region:
-    """Boxes X0,Y0,X1,Y1 as one region.
+def parse_region(texts: Sequence[str], size: tuple[int, int]) -> Region:
+    """What ``--region`` says of one image.
 
+    Args:
+        texts: boxes X0,Y0,X1,Y1 as fractions, or px:X0,Y0,X1,Y1 in pixels; several joined by "+"; "whole".
+        size: (width, height) of the upright image.
     Raises:
-        UsageError: not four numbers, or no box of an image.
+        UsageError: not four numbers, pixels without "px:", or no box of the image.
     """
+    if list(texts) == ["whole"]:
+        return Region.whole()
     boxes = []
     for text in texts:
-        try:
-            boxes.append(tuple(float(part) for part in text.split(",")))
-            if len(boxes[-1]) != 4:
-                raise ValueError
-        except ValueError:
-            raise UsageError(f"--region must be four numbers X0,Y0,X1,Y1, got {text!r}") from None
+        pixels = text.startswith("px:")
+        for part in text.removeprefix("px:").split("+"):
+            try:
+                box = tuple(float(number) for number in part.split(","))
+                if len(box) != 4:
+                    raise ValueError
+            except ValueError:
+                raise UsageError(f"--region must be four numbers X0,Y0,X1,Y1, got {part!r}") from None
+            if not pixels and max(box) >= 2:  # up to there it may reach a little over the edge
+                raise UsageError(
+                    f"--region must be fractions of width and height, got {part!r}; for pixels write px:{part}"
+                )
+            width, height = size if pixels else (1, 1)
+            boxes.append((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
     try:
         return Region(tuple(boxes))
     except ValueError as error:
         raise UsageError(f"--region: {error}") from error
+
+
+def page_numbers(text: str) -> tuple[int, ...]:
+    """A parser of pages for argparse: "1,3-5"."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            pages = range(int(first), int(last if dash else first) + 1)
+        except ValueError:
+            pages = range(0)
+        if not pages or pages[0] < 1 or len(pages) > 1000:
+            raise argparse.ArgumentTypeError(f"must be page numbers such as 1,3-5, got {text}")
+        found += pages
+    return tuple(found)
 
 
 def choose_device(name: str | None) -> str:
@@ -135,7 +164,7 @@ def choose_device(name: str | None) -> str:
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        torch.zeros(1, device=name).cpu()  # "meta" holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
+        raise UsageError(f"--device {name} cannot be used: {one_line(error)}") from error
     return name

@@ -7,11 +7,19 @@ from dataclasses import asdict
 from typing import Any
 
 from crop.cli.ask import STAGES, Answer, Asker
+from crop.geometry.region import Region
 
 
 def as_json(
     options: argparse.Namespace, asker: Asker, localizer: str, pruned: Answer, plain: Answer | None
 ) -> dict[str, Any]:
+    """The answer as one object.
+
+    Args:
+        options: of the command. localizer: its name. pruned, plain: the answer, and that without pruning where asked for.
+    Returns:
+        ``region`` is that of a single image, ``images`` tells of each, ``tokens`` of all together.
+    """
     compare = None
     if plain is not None:
         compare = {
@@ -29,12 +37,8 @@ def as_json(
         "method": options.method,
         "keep": options.keep,
         "localizer": localizer,
-        "region": {
-            "boxes": [list(box) for box in pruned.region.boxes],
-            "confidence": pruned.region.confidence,
-            "area": pruned.region.area,
-            "reason": pruned.region.reason,
-        },
+        "region": _region(pruned.images[0].region) if len(pruned.images) == 1 else None,
+        "images": [{"region": _region(image.region), "tokens": asdict(image.tokens)} for image in pruned.images],
         "tokens": asdict(pruned.tokens),
         "seconds": pruned.seconds,
         "overlay": options.overlay,
@@ -42,7 +46,19 @@ def as_json(
     }
 
 
-def print_answer(options: argparse.Namespace, localizer: str, pruned: Answer, plain: Answer | None) -> None:
+def _region(region: Region) -> dict[str, Any]:
+    return {
+        "boxes": [list(box) for box in region.boxes],
+        "confidence": region.confidence,
+        "area": region.area,
+        "reason": region.reason,
+    }
+
+
+def print_answer(
+    options: argparse.Namespace, localizer: str, pruned: Answer, plain: Answer | None, overlay: str | None
+) -> None:
+    """The answer, where it comes from, what it took; ``overlay``: the picture that was written."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -51,14 +67,15 @@ def print_answer(options: argparse.Namespace, localizer: str, pruned: Answer, pl
     facts.add_row("answer", Text(pruned.text, "bold green"))
     if plain is not None:
         facts.add_row("unpruned", Text(plain.text, "bold"))
-    region, tokens = pruned.region, pruned.tokens
-    boxes = "whole image" if region.is_whole else "  ".join(",".join(f"{v:.3f}" for v in box) for box in region.boxes)
-    facts.add_row(
-        "region",
-        f"{boxes}  (confidence {region.confidence:.2f}, {region.area:.0%} of the image, by {localizer})",
-    )
-    if region.reason:
-        facts.add_row("because", Text(region.reason))
+    for number, image in enumerate(pruned.images, 1):
+        region = image.region
+        boxes = "  ".join(",".join(f"{value:.3f}" for value in box) for box in region.boxes)
+        where = "whole image" if region.is_whole else boxes
+        sure = f"confidence {region.confidence:.2f}, {region.area:.0%} of the image, by {localizer}"
+        facts.add_row("region" if len(pruned.images) == 1 else f"region {number}", Text(f"{where}  ({sure})"))
+        if region.reason:
+            facts.add_row("because", Text(region.reason))
+    tokens = pruned.tokens
     facts.add_row(
         "tokens",
         f"{tokens.before} before, {tokens.after_plc} after PLC, {tokens.after_ilp} after ILP; "
@@ -79,5 +96,5 @@ def print_answer(options: argparse.Namespace, localizer: str, pruned: Answer, pl
     if plain is not None:
         ratio = plain.seconds["total"] / pruned.seconds["total"]
         console.print(f"\n{ratio:.2f} times the speed of the unpruned run, localizer included")
-    if options.overlay:
-        console.print(f"overlay written to {options.overlay}", soft_wrap=True)
+    if overlay:
+        console.print(f"overlay written to {overlay}", soft_wrap=True, markup=False)

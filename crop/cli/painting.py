@@ -19,7 +19,7 @@ EDGE: Color = (255, 255, 255)
 PAPER: Color = (250, 250, 248)
 INK: Color = (32, 34, 40)
 FAINT: Color = (122, 126, 136)
-SHORTEST = 448  # pixels of the longer side to which small pictures are enlarged
+SHORTEST, LONGEST = 448, 1600  # pixels of the longer side that pictures are drawn with
 NOTHING, DROPPED, POOLED, WHOLE = range(4)
 
 
@@ -47,14 +47,14 @@ class Cells:
         }
 
 
-def enlarge(image: Image.Image) -> Image.Image:
-    """RGB, a small one made larger."""
+def fit(image: Image.Image) -> Image.Image:
+    """RGB, at a size to draw on: a small one made larger, a large one smaller."""
+    longer = max(image.size)
+    size = tuple(max(1, round(side * min(max(longer, SHORTEST), LONGEST) / longer)) for side in image.size)
+    if longer >= 2 * LONGEST and image.mode == "RGB":
+        image = image.reduce(longer // LONGEST)  # quick; the rest is for the filter
     image = image.convert("RGB")
-    factor = SHORTEST / max(image.size)
-    if factor <= 1:
-        return image.copy()
-    size = (max(1, round(side * factor)) for side in image.size)
-    return image.resize(tuple(size), Image.Resampling.LANCZOS)
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def owners(layout: VisionLayout, size: tuple[int, int], view: int) -> np.ndarray:
@@ -127,7 +127,8 @@ def frame(picture: Image.Image, region: Region, unit: int) -> None:
     draw = ImageDraw.Draw(picture)
     width, height = picture.size
     for x0, y0, x1, y1 in region.boxes:
-        box = [round(x0 * width), round(y0 * height), round(x1 * width) - 1, round(y1 * height) - 1]
+        left, top = min(round(x0 * width), width - 1), min(round(y0 * height), height - 1)
+        box = [left, top, max(round(x1 * width) - 1, left), max(round(y1 * height) - 1, top)]
         draw.rectangle(box, outline=(0, 0, 0), width=2 * unit)
         half = max(1, unit // 2)
         inner = [box[0] + half, box[1] + half, box[2] - half, box[3] - half]

@@ -19,8 +19,8 @@ from crop.cli.painting import (
     WHOLE,
     Cells,
     edges,
-    enlarge,
     example_block,
+    fit,
     frame,
     lookup,
     owners,
@@ -83,7 +83,7 @@ def overlay(
     dashed in blue.
 
     Args:
-        image: the original, any mode and size; small ones are enlarged.
+        image: the original, any mode and size; drawn with 448 to 1600 pixels on the longer side.
         layout, plan, kept: as in ``trace``.
         region: what the localizer found; None draws none.
         ring: tokens around the region to outline, 0 for none.
@@ -96,7 +96,7 @@ def overlay(
         ValueError: see ``trace``.
     """
     fate = trace(layout, plan, kept)
-    canvas = enlarge(image)
+    canvas = fit(image)
     owner = owners(layout, canvas.size, layout.extent[0] - 1 if view is None else view)
     pixels = paint(np.asarray(canvas), owner, fate)
     unit = max(2, round(max(canvas.size) / 300))
@@ -113,7 +113,7 @@ def overlay(
 
 
 def outlined(image: Image.Image, region: Region) -> Image.Image:
-    """The original with the region drawn on it, enlarged like ``overlay``.
+    """The original with the region drawn on it, at the size of ``overlay``.
 
     Args:
         image: the original.
@@ -121,7 +121,7 @@ def outlined(image: Image.Image, region: Region) -> Image.Image:
     Returns:
         RGB picture.
     """
-    picture = enlarge(image)
+    picture = fit(image)
     frame(picture, region, max(2, round(max(picture.size) / 300)))
     return picture
 
@@ -164,7 +164,7 @@ def layer_figure(
         figsize=(side * (1 + len(starts)), side * views * height / width + 1.1), layout="constrained", dpi=200
     )
     axes = figure.subplots(views, 1 + len(starts), squeeze=False)
-    shown = outlined(image, region) if region is not None else enlarge(image)
+    shown = outlined(image, region) if region is not None else fit(image)
     states = set()
     for row in range(views):
         panels = [("image" if views == 1 else f"image, view {row + 1} of {views}", shown, f"{len(layout)} tokens")]
@@ -211,6 +211,18 @@ def _counted(counts: dict[str, int]) -> str:
     if counts["dropped"]:
         parts.append(f"{counts['dropped']} dropped")
     return f"{counts['whole'] + counts['pooled']} tokens\n" + ", ".join(parts)
+
+
+def beside(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures side by side, as wide as all together and as high as the highest."""
+    if len(pictures) == 1:
+        return pictures[0]
+    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), PAPER)
+    x = 0
+    for picture in pictures:
+        sheet.paste(picture, (x, 0))
+        x += picture.width
+    return sheet
 
 
 def contact_sheet(rows: Sequence[tuple[Sequence[Image.Image], str, str]], *, columns: int = 2) -> Image.Image:

@@ -18,12 +18,10 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from crop.cli.ask import load
-from crop.cli.options import METHODS, load_plugin
+from crop.cli.images import open_image
+from crop.cli.options import load_plugin
 from crop.geometry.region import Region
-from crop.methods.base import Method
-from crop.methods.baselines import BASELINES
 from crop.methods.registry import by_name
-from crop.models import family_of
 from crop.patching.patch import patch
 
 NAME = "crop"
@@ -36,26 +34,13 @@ def manifest() -> Any:
     return ModelManifest(NAME, simple_class_path="crop.integrations.lmms_eval.CropModel")
 
 
-def make_method(name: str, keep: float, num_layers: int) -> Method | None:
-    """A method of the package or a baseline, by name.
-
-    Args:
-        keep: fraction of the vision tokens that is left in the end. num_layers: of the decoder.
-    Raises:
-        ValueError: unknown name.
-    """
-    if name not in (*METHODS, *BASELINES):
-        raise ValueError(f"make_method: name must be one of {', '.join((*METHODS, *BASELINES))}, got {name!r}")
-    return by_name(name, keep) if name in METHODS else BASELINES[name](keep, num_layers)
-
-
 class CropModel(lmms):
     """A Hugging Face model whose vision tokens are pruned while it answers; greedy, batched.
 
     Args:
-        pretrained: folder or hub name, or "embedded". method, keep: see ``make_method``.
+        pretrained: folder or hub name, or "embedded". method, keep: see ``crop.by_name``.
         localizer: name of a localizer; "whole" for methods that look at no region.
-        plugin: file or module that registers a localizer of your own.
+        plugin: file or module that registers methods or localizers of your own.
         device, dtype: of the model. batch_size: questions at once.
     Raises:
         ValueError: unknown method or localizer. UsageError: no such model or plug-in.
@@ -77,8 +62,7 @@ class CropModel(lmms):
         if plugin is not None:
             load_plugin(plugin)
         self.asker = load(pretrained, device, dtype)
-        num_layers = len(family_of(self.asker.model).language_model(self.asker.model).layers)
-        self.method = make_method(method, float(keep), num_layers)
+        self.method = by_name(method, float(keep), self.asker.num_layers)
         self.localizer = self.asker.localizer(localizer)
         self.batch_size = int(batch_size)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -110,7 +94,7 @@ class CropModel(lmms):
         if any(not hasattr(image, "convert") for image in images):
             kinds = {type(image).__name__ for image in images}
             raise ValueError(f"crop: visuals must be images, got {', '.join(sorted(kinds))}")
-        return [image.convert("RGB") for image in images]
+        return [open_image(image) for image in images]
 
     @torch.no_grad()
     def _answer(self, requests: list[Any], options: dict[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from crop.geometry.region import Region
@@ -24,11 +23,7 @@ class Localizer(Protocol):
 
 @dataclass(frozen=True)
 class BoxLocalizer:
-    """The region that the caller knows already ("box"): a user's selection, an annotation.
-
-    Args:
-        region: returned for every image and question.
-    """
+    """The region that the caller knows already ("box"), for every question: a user's selection, an annotation."""
 
     region: Region
 
@@ -62,15 +57,13 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
     """Model inputs for one image and one question; inside ``cache_vision`` equal ones are made once.
 
     Args:
-        processor: the model's processor.
         image: RGB.
-        question: plain text.
         prompt: question -> the full text with the image placeholder; default: the processor's chat
             template, one user turn.
     Returns:
         What the processor makes of it, on the CPU.
     Raises:
-        ValueError: no prompt, and the processor has no chat template.
+        ValueError: no prompt, and the processor has no chat template, or one that fails.
     """
     last, asked = _last.get(), (processor, prompt, question)
     if last and last[0][0] is image and last[0][1] == asked:
@@ -78,8 +71,7 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
     if prompt is not None:
         text = prompt(question)
     elif getattr(processor, "chat_template", None):
-        turn = [{"type": "image"}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
+        text = chat(processor, question, images=1)
     else:
         raise ValueError("encode: prompt must be given for a processor without a chat template, got None")
     inputs = processor(images=image, text=text, return_tensors="pt")
@@ -88,13 +80,17 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
     return inputs
 
 
-def model_source(op: str, path: str | Path) -> str:
-    """What transformers may load a model from: an existing folder, or what can only be a name on the hub.
+def chat(processor: Any, question: str, images: int) -> str:
+    """One user turn in the processor's chat template, the images first.
 
     Raises:
-        FileNotFoundError: it looks like a folder, and there is none.
+        ValueError: the template fails.
     """
-    name = str(path)
-    if (Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(name).is_dir():
-        raise FileNotFoundError(f"{op}: path must be an existing folder or a name on the hub, got {name!r}")
-    return name
+    turn = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
+    try:
+        return processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
+    except Exception as error:  # a program of its own, which can fail in any way
+        raise ValueError(
+            "encode: the processor's chat template must take one user turn with parts of type image and text, got "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
-from crop.localizers.base import model_source
-from crop.localizers.boxes import check_ranges, find_region
+from crop.localizers.boxes import box_settings, check_ranges, find_region
+from crop.localizers.pretrained import load_pretrained
 from crop.models.fixed import resize_crop_pad_view
 
 if TYPE_CHECKING:
@@ -62,15 +62,8 @@ class ClipLocalizer:
 
     @staticmethod
     def load(path: str | Path, device: str = "cpu") -> ClipLocalizer:
-        """With model and processor from a folder (or a name on the hub, which transformers then downloads).
-
-        Raises:
-            OSError, ValueError: there is no such model; what transformers raises.
-        """
-        from transformers import AutoModel, AutoProcessor
-
-        path = model_source("ClipLocalizer.load", path)
-        return ClipLocalizer(AutoModel.from_pretrained(path).to(device).eval(), AutoProcessor.from_pretrained(path))
+        """With model and processor from a folder or a name on the hub; see ``load_pretrained`` for what is raised."""
+        return ClipLocalizer(*load_pretrained("ClipLocalizer.load", path, "AutoModel", device))
 
     @torch.no_grad()
     def __call__(self, image: Image, question: str) -> Region:
@@ -79,15 +72,7 @@ class ClipLocalizer:
         layout, similarity = self.compare(image, [question, self.neutral])
         score = similarity[0] - similarity[1]
         score = (score - score.mean()) / score.std().clamp(min=1e-6)
-        return find_region(
-            layout,
-            (score - self.deviations).clamp(min=0),
-            threshold=self.threshold,
-            gap=self.gap,
-            max_boxes=self.max_boxes,
-            dilate=self.dilate,
-            min_confidence=self.min_confidence,
-        )
+        return find_region(layout, (score - self.deviations).clamp(min=0), **box_settings(self))
 
     @torch.no_grad()
     def compare(self, image: Image, texts: list[str]) -> tuple[VisionLayout, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from crop.geometry.region import Region
-from crop.localizers.base import model_source
+from crop.localizers.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,16 +101,9 @@ class DetectorLocalizer:
 
     @staticmethod
     def load(path: str | Path, device: str = "cpu") -> DetectorLocalizer:
-        """With model and processor from a folder (or a name on the hub, which transformers then downloads).
-
-        Raises:
-            OSError, ValueError: there is no such model; what transformers raises.
-        """
-        from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
-
-        path = model_source("DetectorLocalizer.load", path)
-        model = AutoModelForZeroShotObjectDetection.from_pretrained(path)
-        return DetectorLocalizer(model.to(device).eval(), AutoProcessor.from_pretrained(path))
+        """With model and processor from a folder or a name on the hub; see ``load_pretrained`` for what is raised."""
+        kind = "AutoModelForZeroShotObjectDetection"
+        return DetectorLocalizer(*load_pretrained("DetectorLocalizer.load", path, kind, device))
 
     @torch.no_grad()
     def __call__(self, image: Image, question: str) -> Region:

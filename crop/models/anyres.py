@@ -82,8 +82,24 @@ def tiled_layout(config: Any, size: Sequence[int], most: int | None = None) -> V
             smaller = [int(center.shape[1] // ratio), int(center.shape[2] // ratio)]
             center = nn.functional.interpolate(center[None], smaller, mode="bilinear")[0]
     rows, columns = center.shape[1:]
+    if rows * columns == 0:  # too thin for a token: the rows' newlines are left
+        return stack_views([VisionLayout.grid(side, side), _newlines(rows)])
     center = center.flip(0).permute(1, 2, 0).reshape(-1, 2)
     return stack_views([VisionLayout.grid(side, side), _with_newlines(center, rows, columns, range(rows))])
+
+
+def _newlines(rows: int) -> VisionLayout:
+    """The newlines of rows without patches."""
+    column = VisionLayout.grid(max(rows, 1), 1)
+    return VisionLayout(
+        position=column.position[:rows],
+        center=column.center[:rows],
+        row=column.row[:rows],
+        col=column.col[:rows],
+        view=column.view[:rows],
+        kind=torch.full_like(column.kind[:rows], NEWLINE),
+        num_original=rows,
+    )
 
 
 def _with_newlines(center: Tensor, rows: int, columns: int, ending: Sequence[int]) -> VisionLayout:

@@ -6,6 +6,7 @@ conversation finds them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from crop import ops
+from crop.patching.current import CALL
 from crop.patching.token_map import TokenMap
 
 _STATE = "_crop_state"
@@ -43,6 +45,17 @@ class CacheState:
 
 class _PrunedCache:
     """Cache mixin: the maps follow the batch; callers see the unpruned length, masks are sized by what exists."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        if CALL.get() is None:
+            raise RuntimeError(
+                "patch: a cache of pruned vision tokens must be used inside a patch block (method=None prunes nothing more), "
+                "got a call outside"
+            )
+        return super().update(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _pruned_again, (type(self).__mro__[2],), vars(self)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         length = super().get_seq_length(layer_idx)
@@ -90,7 +103,14 @@ def _take_samples(cache: Any, take: Callable[[Tensor], Tensor]) -> None:
     setattr(cache, _STATE, replace(state, pooled=taken(state.pooled), cuts=cuts, shifts=shifts))
 
 
-_pruned_classes: dict[type, type] = {}
+@functools.cache
+def _pruned(kind: type) -> type:
+    return type(f"Pruned{kind.__name__}", (_PrunedCache, kind), {})
+
+
+def _pruned_again(kind: type) -> Any:
+    """An empty cache, for copies and files."""
+    return object.__new__(_pruned(kind))
 
 
 def cache_state(cache: Any) -> CacheState:
@@ -101,11 +121,8 @@ def cache_state(cache: Any) -> CacheState:
 def store_state(cache: Any, **changes: Any) -> None:
     """Update what is known of a cache, which is from now on a pruned variant of its class."""
     setattr(cache, _STATE, replace(cache_state(cache), **changes))
-    kind = type(cache)
-    if not issubclass(kind, _PrunedCache):
-        if kind not in _pruned_classes:
-            _pruned_classes[kind] = type(f"Pruned{kind.__name__}", (_PrunedCache, kind), {})
-        cache.__class__ = _pruned_classes[kind]
+    if not isinstance(cache, _PrunedCache):
+        cache.__class__ = _pruned(type(cache))
 
 
 def make_uniform(cache: Any, take: list[Tensor | None], past: int) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from crop.patching.current import CALL, GENERATION
 from crop.patching.planner import Planner
-from crop.patching.state import CALL, GENERATION, ForwardState, GenerationState, VisionRun
+from crop.patching.state import ForwardState, GenerationState, VisionRun
 from crop.patching.stats import PruneStats
 
 
@@ -84,14 +85,14 @@ def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function)
 
 
-def replace_method(owner: Any, name: str, around: Callable[..., Any], undo: ExitStack) -> None:
-    """Let ``around(original, *args, **kwargs)`` stand for a method of one object, which may lack it, until ``undo``."""
+def replace_method(owner: Any, name: str, around: Callable[..., Any], undo: ExitStack, *first: Any) -> None:
+    """Let ``around(original, *first, *args, **kwargs)`` stand for a method of one object, which may lack it, until ``undo``."""
     own = vars(owner)  # past a module's own way of setting attributes, which is slow and for parameters
     had, original = name in own, getattr(owner, name, None)
 
     @wraps(original or around)
     def replacement(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
+        return around(original, *first, *args, **kwargs)
 
     def restore() -> None:
         if had:

@@ -20,11 +20,12 @@ OLDEST = (5, 17)  # transformers
 _UNEQUAL = "a static cache needs layers of equal length; use patch(..., cache='uniform')"
 
 # Methods of a model that a block replaces.
-GENERATE, EXPAND, PREPARE, MAKE_MASKS = (
+GENERATE, EXPAND, PREPARE, MAKE_MASKS, CONTINUOUS = (
     "generate",
     "_expand_inputs_for_generation",
     "prepare_inputs_for_generation",
     "create_masks_for_generate",
+    "generate_batch",
 )
 
 
@@ -141,6 +142,8 @@ class DecoderCall:
     def make_cache(self) -> Any:
         """The cache that the model would make inside, where no maps could be attached; None where it wants none."""
         wanted = self.kwargs.get("use_cache")
+        if self.module.training and getattr(self.module, "gradient_checkpointing", False):
+            return None  # the model will not fill one
         if not (getattr(self.module.config, "use_cache", False) if wanted is None else wanted):
             return None
         from transformers import DynamicCache
@@ -198,11 +201,16 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 # ------------------------------------------------------------------------------ what is refused
-def refuse_generation(config: Any, options: Mapping[str, Any], uniform: bool) -> None:
-    """Options of generate() that pruning would get wrong."""
+def refuse_generation(model: nn.Module, args: tuple, options: Mapping[str, Any], uniform: bool) -> None:
+    """Options of generate() that pruning would get wrong; ``args`` and ``options`` are what it is called with."""
+    given = args[1] if len(args) > 1 else options.get("generation_config")
 
     def option(name: str) -> Any:
-        return options[name] if name in options else getattr(config, name, None)
+        value = options[name] if name in options else getattr(given or model.generation_config, name, None)
+        # generate() itself drops this one where it is the checkpoint's default (Gemma 3).
+        return (
+            None if (name, value, given) == ("cache_implementation", "hybrid", None) and name not in options else value
+        )
 
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
         if option(name) is not None:

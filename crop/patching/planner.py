@@ -48,13 +48,14 @@ class Planner:
         self.language_model = self.family.language_model(model)
         config = self.language_model.config
         self.makes_masks = self.family.traits.mask != "causal"
-        self.family.check_decoder(config)
-        hf.refuse_decoder(self.family, config, self.positions, self.uniform)
         self.method = method or Method()
+        self.prunes = prunes(self.method)
+        if self.prunes:  # else nothing can be wrong
+            self.family.check_decoder(config)
+            hf.refuse_decoder(self.family, config, self.positions, self.uniform)
         if any(cut.layer == "auto" for cut in self.method.cuts):
             self.method = self.method.with_layer(self.family.default_layer(config))
         check_method(self.method, len(self.language_model.layers))
-        self.prunes = prunes(self.method)
         self._check_processor()
 
     def _check_processor(self) -> None:
@@ -83,6 +84,8 @@ class Planner:
         ids = hf.token_ids(arguments)
         if not hf.brings_images(arguments, self.family.videos):
             return None
+        if ids is None and not self.prunes:
+            return None
         if ids is None:
             raise ValueError("patch: input_ids must be given with pixel_values, got inputs_embeds alone")
         ids = ids.cpu()
@@ -97,7 +100,8 @@ class Planner:
     ) -> BatchPlan:
         regions = [Region.whole()] if self.regions is None else self.regions
         regions = one_per_image("region", regions, [sample for sample, _ in images], copies)
-        hf.refuse_unsupported(arguments, ids, self.language_model, self.uniform)
+        if self.prunes:
+            hf.refuse_unsupported(arguments, ids, self.language_model, self.uniform)
         cache = hf.cache_of(arguments)
         past = 0 if cache is None else cache.get_seq_length()
         if past and not all(cut.rope for cut in self.method.cuts):

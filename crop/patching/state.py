@@ -7,7 +7,6 @@ found through a context variable.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,11 +189,6 @@ class ForwardState:
             else:
                 found.append(last.kept_index if here.kept_index is None else look_up(here.slot_of, last.kept_index))
         return found
-
-
-# The innermost call and generation of this thread and task.
-CALL: ContextVar[ForwardState | None] = ContextVar("crop_call", default=None)
-GENERATION: ContextVar[GenerationState | None] = ContextVar("crop_generation", default=None)
 
 
 def gather_positions(position_ids: Tensor | None, index: Tensor, past: int) -> Tensor:

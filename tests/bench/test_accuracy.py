@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("tqdm")
 
@@ -15,6 +16,7 @@ from bench.accuracy import data, metrics, summary  # noqa: E402
 from bench.accuracy import run as running  # noqa: E402
 from bench.accuracy.contenders import BUDGETS, CornerOnly, WholeStaysWhole, jobs, shrink  # noqa: E402
 from bench.headline import headline  # noqa: E402
+from bench.records import read_jsonl  # noqa: E402
 from crop.geometry.layout import VisionLayout  # noqa: E402
 from crop.geometry.region import Region  # noqa: E402
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, registry  # noqa: E402
@@ -53,8 +55,6 @@ def test_rendered_questions_are_stable_and_of_every_group():
 
 
 def test_json_lines(tmp_path):
-    from PIL import Image
-
     Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
     rows = [{"image": "a.png", "question": "q", "answers": ["3"], "box": [0, 0, 100, 50], "group": "g"},
             {"image": "a.png", "question": "where", "box": [100, 0, 200, 100]}]  # fmt: skip
@@ -65,8 +65,70 @@ def test_json_lines(tmp_path):
     assert place.metric == "iou" and place.score("0.5 0 1 1") == 1 and place.score("nowhere") == 0
     assert text.picture().size == (200, 100)
     path.write_text(json.dumps({"image": "a.png", "question": "q"}))
-    with pytest.raises(ValueError, match="line 1 must have image, question and answers or a box"):
+    with pytest.raises(ValueError, match="questions.jsonl:1: answers must be text, unless there is a box, got null"):
         list(data.json_lines(path, "exact"))
+
+
+ODD = {  # what stands in the file -> the answers that are meant
+    "text": (b'{"image": "a.png", "question": "q", "answers": "45.00"}', ("45.00",)),
+    "number": (b'{"image": "a.png", "question": "q", "answers": 45.00}', ("45.00",)),
+    "numbers": (b'{"image": "a.png", "question": "q", "answers": [7, "7.0"]}', ("7", "7.0")),
+    "blank lines and BOM": (b'\xef\xbb\xbf\r\n{"image": "a.png", "question": "q", "answers": ["x"]}\r\n\r\n', ("x",)),
+    "array": (b'\n[{"image": "a.png", "question": "q", "answers": ["x"], "box": null}]', ("x",)),
+    "line separators": ('{"image": "a.png", "question": "q\u2028q\x85", "answers": ["x\u2028y"]}'.encode(), ("x\u2028y",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content, answers", ODD.values(), ids=ODD)
+def test_what_is_plainly_meant_is_taken(content, answers, tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    (tmp_path / "questions.jsonl").write_bytes(content)
+    [item] = data.json_lines(tmp_path / "questions.jsonl", "exact")
+    assert item.answers == answers and item.score(answers[0]) == 1
+
+
+WRONG = {  # a line -> what the error says
+    "no JSON": (b"{", "questions.jsonl:2: must be one JSON object: "),
+    "no object": (b"5", "questions.jsonl:2: must be a JSON object, got "),
+    "no UTF-8": (b'{"question": "\xff"}', "questions.jsonl:2: must be one JSON object: 'utf-8'"),
+    "no question": (b'{"image": "a.png", "answers": ["x"]}', "questions.jsonl:2: question must be text, got null"),
+    "true": (b'{"image": "a.png", "question": "q", "answers": true}', "questions.jsonl:2: answers must be text, a number"),
+    "null in a list": (b'{"image": "a.png", "question": "q", "answers": [null]}', "questions.jsonl:2: answers must be text,"),
+    "no file": (b'{"image": "b.png", "question": "q", "answers": "x"}', "questions.jsonl:2: image must be an existing file"),
+    "text in a box": (b'{"image": "a.png", "question": "q", "box": [0, 0, "1", 1]}', "questions.jsonl:2: box must be four numbers"),
+    "inverted box": (b'{"image": "a.png", "question": "q", "box": [9, 0, 1, 1]}', "questions.jsonl:2: box: .*x0 < x1"),
+    "group": (b'{"image": "a.png", "question": "q", "answers": "x", "group": [1]}', "questions.jsonl:2: group must be text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line, message", WRONG.values(), ids=WRONG)
+def test_what_is_not_is_named_by_file_line_and_field(line, message, tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes(b"\n" + line)
+    with pytest.raises(ValueError, match=message):
+        list(data.json_lines(path, "exact"))
+
+
+def test_pictures_of_questions_are_upright_and_on_white(tmp_path):
+    turned = Image.new("RGBA", (20, 10), (0, 0, 0, 0))
+    exif = turned.getexif()
+    exif[0x112] = 6
+    turned.save(tmp_path / "a.png", exif=exif.tobytes())
+    (tmp_path / "q.jsonl").write_text('{"image": "a.png", "question": "q", "answers": "x", "box": [0, 0, 10, 10]}')
+    [item] = data.json_lines(tmp_path / "q.jsonl", "exact")
+    assert item.picture().size == (10, 20) and item.picture().getpixel((0, 0)) == (255, 255, 255)
+    assert item.region == Region.box(0, 0, 1, 0.5)
+
+
+def test_records_name_what_is_wrong(tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"image": "a.png", "question": "q", "boxes": null}\n{"image": "a.png", "question": "q"}')
+    found = read_jsonl(path)
+    assert next(found) == (tmp_path / "a.png", "q", None)
+    with pytest.raises(ValueError, match="records.jsonl:2: boxes must be a list of boxes"):
+        next(found)
 
 
 def test_receipts_convert(tmp_path):

@@ -61,9 +61,10 @@ def shape(value):
 
 TOKENS = dict(before="int", after_plc="int", after_ilp="int", layer_average="float")
 SECONDS = dict.fromkeys(STAGES, "float")
+REGION = {"boxes": [["float"]], "confidence": "float", "area": "float", "reason": "str"}
 SCHEMA = {
     "question": "str", "answer": "str", "model": "str", "device": "str", "dtype": "str", "method": "str",
-    "keep": "float", "localizer": "str", "region": {"boxes": [["float"]], "confidence": "float", "area": "float", "reason": "str"},
+    "keep": "float", "localizer": "str", "region": REGION, "images": [{"region": REGION, "tokens": TOKENS}],
     "tokens": TOKENS, "seconds": SECONDS, "overlay": "str",
     "compare": {"answer": "str", "tokens": TOKENS, "seconds": SECONDS, "speedup": "float"},
 }  # fmt: skip
@@ -189,7 +190,21 @@ ERRORS = {
     "words": (["ask", "{image}", "hi", "--region", "a,b,c,d"], "four numbers"),
     "inverted box": (["ask", "{image}", "hi", "--region", "0.5,0,0.2,1"], "x0 < x1"),
     "NaN box": (["ask", "{image}", "hi", "--region", "nan,0,1,1"], "finite"),
-    "box outside": (["ask", "{image}", "hi", "--region", "2,2,3,3"], "must overlap the image"),
+    "box outside": (["ask", "{image}", "hi", "--region", "1.1,1.1,1.9,1.9"], "must overlap the image"),
+    "pixels": (["ask", "{image}", "hi", "--region", "0,0,300,400"], "for pixels write px:0,0,300,400"),
+    "pixels outside": (["ask", "{image}", "hi", "--region", "px:300,300,400,400"], "must overlap the image"),
+    "two regions for three": (
+        ["ask", "{image}", "{image}", "{image}", "hi", "--region", "whole", "--region", "whole"],
+        "once for each of the 3 images, got 2"),
+    "two images for the embedded model": (["ask", "{image}", "{image}", "hi"], "must be one for a model with a prompt"),
+    "address": (["ask", "https://example.org/x.png", "hi"], "give --allow-url to fetch it"),
+    "pages of a picture": (["ask", "{image}", "hi", "--pages", "1"], "must come with a PDF file"),
+    "no pages": (["ask", "{image}", "hi", "--pages", "3-1"], "page numbers such as 1,3-5"),
+    "no plug-in": (["ask", "{image}", "hi", "--plugin", "{tmp}/no.py"], "cannot be loaded"),
+    "markup in a name": (["ask", "{image}", "hi", "--model", "{tmp}/[/red]x[bold"], "[/red]x[bold"),
+    "bytes that are no text": (["ask", "{image}", "what \udcff"], "must be text in UTF-8, got bytes that are none: what \\udcff"),
+    "device without numbers": (["ask", "{image}", "hi", "--device", "meta"], "--device meta cannot be used"),
+    "options of other models": (["ask", "{image}", "hi", "--trust-remote-code"], "loaded without trust_remote_code"),
     "region and localizer": (
         ["ask", "{image}", "hi", "--region", "0,0,1,1", "--localizer", "attention"], "without --localizer attention"),
     "layer and box": (["ask", "{image}", "hi", "--region", "0,0,1,1", "--layer", "1"], "with --localizer attention"),
@@ -206,14 +221,15 @@ ERRORS = {
     "keep of NaN": (["ask", "{image}", "hi", "--keep", "nan"], "above 0 and at most 1, got nan"),
     "keep of words": (["ask", "{image}", "hi", "--keep", "few"], "above 0 and at most 1, got few"),
     "no new tokens": (["ask", "{image}", "hi", "--max-new-tokens", "0"], "at least 1, got 0"),
-    "unknown method": (["ask", "{image}", "hi", "--method", "magic"], "--method must be one of crop, plc, ilp, none, got 'magic'"),
+    "unknown method": (["ask", "{image}", "hi", "--method", "magic"], "--method must be one of crop, plc, ilp, none, random,"),
     "unknown localizer": (["ask", "{image}", "hi", "--localizer", "oracle"], "--localizer must be one of attention, box,"),
     "unknown device": (["ask", "{image}", "hi", "--device", "abacus"], "--device abacus cannot be used"),
     "no model": (["ask", "{image}", "hi", "--model", "{tmp}/nothing"], "must be an existing folder"),
     "no model in folder": (["ask", "{image}", "hi", "--model", "{tmp}"], "cannot be loaded"),
     "unknown family": (["ask", "{image}", "hi", "--model", "{bert}"], ", got 'bert'"),
     "overlay folder": (["ask", "{image}", "hi", "--overlay", "{tmp}/no/o.png"], "existing folder"),
-    "overlay ending": (["ask", "{image}", "hi", "--localizer", "whole", "--overlay", "{tmp}/o.what"], "cannot be written"),
+    "overlay ending": (["ask", "{image}", "hi", "--model", "{tmp}/no", "--overlay", "{tmp}/o.what"], "must end in .png"),
+    "overlay on a folder": (["ask", "{image}", "hi", "--model", "{tmp}/no", "--overlay", "{folder}"], "it is a folder"),
     "demo of none": (["demo", "--count", "0"], "at least 1, got 0"),
     "demo folder": (["demo", "--out", "{image}"], "File exists"),
     "no command": ([], "required: COMMAND"),
@@ -222,12 +238,13 @@ ERRORS = {
 
 @pytest.mark.parametrize("words, message", ERRORS.values(), ids=ERRORS)
 def test_wrong_use_ends_with_one_clear_line(words, message, capsys, image, tmp_path, bert):
-    words = [word.format(tmp=tmp_path, image=image, bert=bert) for word in words]
+    (tmp_path / "folder.png").mkdir()
+    words = [word.format(tmp=tmp_path, image=image, bert=bert, folder=tmp_path / "folder.png") for word in words]
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
     out, err = capsys.readouterr()
     assert ended.value.code == 2 and out == ""
-    assert "Traceback" not in err and err.startswith("usage: crop")
+    assert "Traceback" not in err and err.splitlines()[-1].startswith("crop")
     assert message in err.splitlines()[-1] and ": error: " in err.splitlines()[-1]
 
 

@@ -144,6 +144,15 @@ def test_small_images_are_enlarged_and_the_legend_adds_a_strip():
     assert np.asarray(small).min() == 200  # the original stays
 
 
+@pytest.mark.parametrize("size", [(8000, 6000), (12000, 40), (1, 5000)])
+def test_large_pictures_are_drawn_at_a_bounded_size(size):
+    layout = VisionLayout.grid(8, 8)
+    large = Image.new("RGB", size, (10, 200, 30))
+    seen = overlay(large, layout, None, torch.tensor([0]), Region.box(0, 0, 0.5, 0.5), legend=False)
+    assert max(seen.size) == max(outlined(large, Region.whole()).size) == 1600
+    assert seen.height == max(1, round(1600 * size[1] / max(size)))
+
+
 @pytest.mark.parametrize("kept, plan, message", [
     (torch.tensor([64]), None, "kept must be in"), (torch.tensor([-1]), None, "kept must be in"),
     (None, PoolPlan.identity(63), "plan.num_tokens must be N=64, got 63"),

@@ -8,8 +8,10 @@ import sys
 import types
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from crop import embedded
 from crop.embedded import scenes
@@ -71,8 +73,8 @@ def test_requests_come_back_in_order(lmms, method, localizer, size):
 
 @pytest.mark.fast
 def test_what_is_not_supported_is_refused(lmms):
-    with pytest.raises(ValueError, match="make_method: name must be one of"):
-        lmms.make_method("magic", 0.1, 8)
+    with pytest.raises(ValueError, match="by_name: name must be one of crop, .*got 'magic'"):
+        lmms.CropModel("embedded", "magic", 0.1, "whole", "cpu")
     model = lmms.CropModel("embedded", "none", 1.0, "whole", "cpu")
     with pytest.raises(NotImplementedError, match="must generate answers"):
         model.loglikelihood([])
@@ -80,6 +82,18 @@ def test_what_is_not_supported_is_refused(lmms):
     request = SimpleNamespace(args=("what", {}, lambda doc: [doc], 0, "t", "test"))
     with pytest.raises(ValueError, match="visuals must be images, got str"):
         model.generate_until([request])
+
+
+def test_visuals_are_upright_and_what_is_transparent_is_white(lmms):
+    model = lmms.CropModel("embedded", "none", 1.0, "whole", "cpu")
+    ink = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    deep = Image.fromarray(np.array([[0, 30000, 65535]], np.uint16))
+    turned = Image.new("RGB", (4, 2))
+    turned.getexif()[0x112] = 6
+    model.task_dict = {"t": {"test": [[ink, deep, turned]]}}
+    found = model._images(SimpleNamespace(args=("what", {}, lambda doc: doc, 0, "t", "test")))
+    assert found[0].getpixel((0, 0)) == (255, 255, 255) and found[2].size == (2, 4)
+    assert [found[1].getpixel((x, 0))[0] for x in range(3)] == [0, 117, 255]
 
 
 TASK = """

@@ -238,3 +238,31 @@ def test_bad_arguments(change, message):
         Reader(side=0)
     with pytest.raises(FileNotFoundError, match="folder must exist"):
         Reader(folder="/no/such/folder")
+
+
+@extra
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_a_page_on_its_side_or_head_is_read_all_the_same(quarters):
+    page = Image.new("RGB", (600, 400), "white")
+    draw = ImageDraw.Draw(page)
+    for number, text in enumerate(
+        ["Super Mart Enterprise", "Date 12/03/2019", "Total amount 45.00", "Thank you, come again"]
+    ):
+        draw.text((40, 30 + 80 * number), text, "black", ImageFont.load_default(36))
+    localizer, question = OCRLocalizer(Reader()), "What is the date?"
+    upright = localizer(page, question)
+    turned = localizer(page.rotate(90 * quarters, expand=True), question)
+    assert "12/03/2019" in turned.reason and turned.confidence == pytest.approx(upright.confidence, abs=0.1)
+    x0, y0, x1, y1 = turned.boxes[0]
+    for _ in range(4 - quarters):  # back upright, counterclockwise
+        x0, y0, x1, y1 = y0, 1 - x1, y1, 1 - x0
+    assert (x0, y0, x1, y1) == pytest.approx(upright.boxes[0], abs=0.03)
+
+
+@extra
+def test_what_cannot_be_read_in_any_orientation_keeps_its_region(monkeypatch):
+    localizer = OCRLocalizer(Reader())
+    monkeypatch.setattr(Page, "upright", property(lambda page: False))
+    picture = Image.new("RGB", (300, 100), "white")
+    ImageDraw.Draw(picture).text((20, 30), "Date 12/03/2019", "black", ImageFont.load_default(30))
+    assert "12/03/2019" in localizer(picture, "What is the date?").reason

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import random
+import re
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import crop
 from crop.cli import main as cli
 from crop.cli.ask import load
-from crop.cli.images import open_image
+from crop.cli.images import open_image, upright_size
 from crop.localizers import OCRLocalizer, get_localizer
 from crop.localizers.ocr import reader
 from crop.localizers.ocr.reader import Page, Reader
@@ -64,6 +71,71 @@ def test_what_is_transparent_is_white_and_cameras_are_turned_upright(tmp_path):
     upright.save(tmp_path / "camera.png", exif=exif.tobytes())
     turned = open_image(tmp_path / "camera.png")
     assert turned.size == (3, 4) and np.array_equal(np.asarray(turned), np.rot90(np.asarray(upright), -1))
+
+
+def exif(rng: random.Random, orientation: int) -> bytes:
+    """Metadata of a camera: the orientation among tags whose types, counts and offsets are damaged."""
+    end, tags = rng.choice("<>"), [0x110, 0x11A, 0x132, 0x8769, 0x8825, 0x927C]
+    entries = [
+        struct.pack(end + "HHI", rng.choice(tags), rng.randrange(14), rng.choice([0, 1, 5, 1000, 1 << 31]))
+        + rng.randbytes(4)
+        for _ in range(3)
+    ]
+    entries.insert(rng.randrange(3), struct.pack(end + "HHIHH", 0x112, 3, 1, orientation, 0))
+    head = {"<": b"II", ">": b"MM"}[end] + struct.pack(end + "HI", 42, 8)
+    return b"Exif\0\0" + head + struct.pack(end + "H", 4) + b"".join(entries) + bytes(4)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's about these tags
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_damaged_metadata_leave_the_picture_and_its_orientation(ending, tmp_path):
+    rng, upright = random.Random(0), Image.fromarray(GREY.repeat(8, 0).repeat(8, 1)).convert("RGB")
+    for trial in range(100):
+        file = tmp_path / f"{trial}.{ending}"
+        upright.save(file, exif=exif(rng, 6), quality=100)
+        turned = open_image(file)
+        assert turned.size == upright_size(file) == (24, 32)
+        assert np.abs(np.asarray(turned).astype(int) - np.rot90(np.asarray(upright), -1)).max() < 16
+        assert open_image(turned) is turned
+
+
+def test_no_other_place_opens_pictures():
+    """Elsewhere transparency, orientation and deep greys would be lost."""
+    root = Path(crop.__file__).parents[1]
+    drawn = ("painting.py", "report.py")  # which draw on what they are given
+    for file in (*root.glob("crop/**/*.py"), *root.glob("bench/**/*.py")):
+        text = file.read_text(encoding="utf-8")
+        assert "Image.open(" not in text or file.name == "images.py", file
+        converts = re.findall(r"(\w+)\(?\)?\.convert\(\"RGB\"\)", text)
+        assert not converts or file.name in ("pixels.py", "images.py", "workload.py", *drawn), file
+
+
+def png16(values: np.ndarray, transparent: tuple[int, ...] = ()) -> bytes:
+    """A PNG file of 16 bits per channel: (height, width) grey or (height, width, 3), which Pillow does not write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 0 if values.ndim == 2 else 2, 0, 0, 0)
+    clear = chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)) if transparent else b""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    data = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + clear + data + chunk(b"IEND", b"")
+
+
+def test_sixteen_bits_keep_their_levels_and_what_is_transparent_is_white():
+    grey = np.array([[0, 1000, 65535], [300, 40000, 20000]])
+    for values, clear in ((grey, (300,)), (np.stack([grey] * 3, -1), (300,) * 3)):
+        found = np.asarray(open_image(io.BytesIO(png16(values, clear))))[..., 1].astype(int)
+        assert np.abs(found - np.where(grey == 300, 255, grey / 257)).max() <= 1
+    assert np.abs(np.asarray(open_image(io.BytesIO(png16(grey))))[..., 0] - grey / 257).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_fewer_bits_in_sixteen_are_as_bright_as_they_mean(bits):
+    top = 2**bits - 1
+    found = np.asarray(open_image(io.BytesIO(png16(np.array([[0, top // 2, top]])))))[0, :, 0].astype(int)
+    assert np.abs(found - [0, 127, 255]).max() <= 1
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp", "tiff", "png"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from crop.geometry.region import Region
+from crop.geometry.region import Box, Region
 from crop.localizers.ocr.encoder import Encoder
 from crop.localizers.ocr.features import Neighbours, features, neighbours, same_row
 from crop.localizers.ocr.question import Question, words_of
@@ -18,6 +18,9 @@ from crop.localizers.pixels import as_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+SAMPLE = 8  # lines that tell whether a page can be read
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class OCRLocalizer:
     answer (date, amount, address, ...) and layout (labels to the left and above, size, place) says which ones matter.
     Everything is local: the weights are in the installed wheels. All lines are found, but at first only those are read whose
     place makes them likely to answer, with the rest of their rows; the others only when these do not answer. What was
-    read is remembered, so further questions about the same image read what is missing at most.
+    read is remembered, so further questions about the same image read what is missing at most. A page that does not stand
+    upright is read in the other orientations, too.
 
     Args:
         reader: how pages are read; None: with the defaults of ``Reader``, on first use.
@@ -88,6 +92,26 @@ class OCRLocalizer:
         page = self._reader.detect(image)
         if not len(page):
             return Region.whole(0.0, "no text found in the image")
+        region = self._find(image, page, question)
+        return region if page.upright else self._turned(image, question) or region
+
+    def _turned(self, image: Image, question: str) -> Region | None:
+        """The region of a page that stands on its head or on its side; None: it is no better in any other way."""
+        for turns in (2, 1, 3):
+            turned = image.rotate(90 * turns, expand=True)
+            page = self._reader.detect(turned)
+            if not len(page):
+                continue
+            longest = np.argsort(page.boxes[:, 0] - page.boxes[:, 2], kind="stable")[:SAMPLE]
+            self._reader.read(turned, page, longest.tolist())
+            if page.upright:
+                region = self._find(turned, page, question)
+                boxes = tuple(_turned_back(box, turns) for box in region.boxes)
+                return Region(boxes, region.confidence, region.reason)
+        return None
+
+    def _find(self, image: Image, page: Page, question: str) -> Region:
+        """The region on a page of an upright image, of which as little is read as answers."""
         for lines in (self.likely(page, question), None):
             self._reader.read(image, page, lines)
             region = self.locate(page, question)
@@ -109,12 +133,7 @@ class OCRLocalizer:
         return self.select(self.rank(page, question), page.size)
 
     def select(self, ranked: Ranked, size: tuple[int, int]) -> Region:
-        """From ranked lines to boxes.
-
-        Args:
-            ranked: the lines.
-            size: (width, height) of the image in pixels.
-        """
+        """From ranked lines to boxes, on an image of ``size`` (width, height) pixels."""
         if not any(words_of(text) for text in ranked.texts):
             return Region.whole(0.0, "no text could be read in the image")
         boxes = self.padded(ranked.boxes, size)
@@ -130,12 +149,7 @@ class OCRLocalizer:
         return Region(_blocks(boxes, lines, ranked.beside), confidence, f"text: {reason}")
 
     def padded(self, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """The boxes of lines with the margin around them.
-
-        Args:
-            boxes: (num_lines, 4) in sides of the image.
-            size: (width, height) of the image in pixels.
-        """
+        """(num_lines, 4) boxes of lines with the margin around them, in sides of the image; its size in pixels."""
         width, height = size
         tall = (boxes[:, 3] - boxes[:, 1])[:, None]
         pad = tall * np.array([self.margin[0] * height / width, self.margin[1]])
@@ -146,15 +160,12 @@ class OCRLocalizer:
         asked = Question.of(question)
         texts = [page.texts.get(line, "") for line in range(len(page))]
         boxes = page.boxes.astype(np.float64)
-        if page.notes.get("meanings of") != texts:
-            known = dict(zip(page.notes.get("meanings of", ()), page.notes.get("meanings", ()), strict=True))
-            new = [text for text in dict.fromkeys(texts) if text not in known]
-            known.update(zip(new, self.encode(new), strict=True))
-            page.notes["meanings of"], page.notes["meanings"] = texts, np.stack([known[text] for text in texts])
-            page.notes["neighbours"] = neighbours(boxes, texts)
-        beside = page.notes["neighbours"]
+        known = page.notes.setdefault("meanings", {})
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        known.update(zip(new, self.encode(new), strict=True))
+        meanings, beside = np.stack([known[text] for text in texts]), neighbours(boxes, texts)
         vectors = self.encode([question, *asked.kind.examples])
-        table = features(asked, boxes, texts, beside, vectors[0], page.notes["meanings"], vectors[1:])
+        table = features(asked, boxes, texts, beside, vectors[0], meanings, vectors[1:])
         said = np.array([bool(text) for text in texts], dtype=bool)
         return Ranked(boxes, texts, np.where(said, self.weights.rank(asked, table, beside), 0.0), beside)
 
@@ -172,6 +183,14 @@ class OCRLocalizer:
     def encode(self) -> Encoder:
         """Texts -> unit vectors."""
         return Encoder()
+
+
+def _turned_back(box: Box, turns: int) -> Box:
+    """A box on an image that was turned counterclockwise by so many quarters, on the image as it was."""
+    x0, y0, x1, y1 = box
+    for _ in range(turns):
+        x0, y0, x1, y1 = 1 - y1, x0, 1 - y0, x1
+    return x0, y0, x1, y1
 
 
 def _blocks(boxes: np.ndarray, lines: list[int], beside: Neighbours) -> tuple[tuple[float, ...], ...]:

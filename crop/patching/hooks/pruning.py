@@ -59,7 +59,8 @@ class PruningHook(ModelHook):
             with torch.no_grad():
                 if not step.method.rope:
                     tables = tuple(table.to(query.device) for table in here.rotary)
-                    query, key = undo_rope(attention, query, key, tables)
+                    # A static cache has more keys than tokens; there are no earlier ones.
+                    query, key = undo_rope(attention, query, key[:, :, : query.shape[2]], tables)
                 scores = score(state, here, step, query, key, scale, lse)
                 self._cut(state, layer, step, scores.to(state.plan.device))
             state.stats.add_span("ilp", start, mark(query.device))
