@@ -27,10 +27,7 @@ __all__ = ["HEAD", "WEIGHTS", "Question", "Scene", "answer", "load", "prompt", "
 
 
 def load(
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    directory: str | Path = WEIGHTS,
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, directory: str | Path = WEIGHTS
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The model in evaluation mode and its processor, from files on disk alone.
 
@@ -66,17 +63,13 @@ def tidy(text: str) -> str:
 
 @torch.no_grad()
 def answer(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    images: Sequence[Image],
-    questions: Sequence[str],
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: Sequence[Image], questions: Sequence[str]
 ) -> list[str]:
     """Greedy answers, one per (image, question) pair; the batch is padded on the left.
 
     Args:
-        model, processor: as returned by ``load``.
         images: one per question, RGB, any size (resized to 256 x 256).
-        questions: plain questions, see ``scenes`` for the kinds the model knows.
+        questions: see ``scenes`` for the kinds the model knows.
     Raises:
         ValueError: as many images as questions are needed.
     """

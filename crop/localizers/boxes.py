@@ -133,7 +133,9 @@ def find_region(
     Args:
         layout: N tokens, not pooled.
         score: (N,) float32 >= 0.
-        threshold, gap, max_boxes, dilate, min_confidence: see ``AttentionLocalizer``.
+        threshold: fraction of the peak from which tokens belong to the region, in (0, 1).
+        gap: boxes that share rows are joined over this many tokens, as words in a line.
+        max_boxes: boxes kept, the heaviest first. dilate: tokens that every box grows on each side.
     Returns:
         Region; its confidence is the share of the score in the boxes, corrected for chance:
         ``(share - area) / (1 - area)``. The whole image where that is below ``min_confidence``.

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from crop.geometry.pooling import PoolPlan
 from crop.ops import launchers, reference
 from crop.ops.dispatch import use_backend
 from crop.ops.launchers import DTYPES, MODES
-
-if TYPE_CHECKING:
-    from crop.geometry.pooling import PoolPlan
 
 __all__ = ["adaptive_pool", "attention_mass", "compact", "region_topk", "select", "use_backend"]
 
