@@ -7,6 +7,7 @@ rendered pictures of ``crop.embedded.scenes``: 256 vision tokens on a 16 x 16 gr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,13 +53,7 @@ def prompt(question: str) -> str:
 
 def tidy(text: str) -> str:
     """Decoded text as an answer: digits are tokens of their own, so those that follow each other are joined."""
-    words: list[str] = []
-    for word in text.split():
-        if word.isdigit() and words and words[-1].isdigit():
-            words[-1] += word
-        else:
-            words.append(word)
-    return " ".join(words)
+    return re.sub(r"\b(\d+) (?=\d+\b)", r"\1", " ".join(text.split()))
 
 
 @torch.no_grad()

@@ -60,7 +60,11 @@ class Raster:
             dilate: places that every box grows on each side first.
         """
         height, width = self.values.shape
-        boxes = _merge([_grow(box, dilate, height, width) for box in _touching(chosen)], gap)
+        grown = [
+            (max(left - dilate, 0), max(top - dilate, 0), min(right + dilate, width), min(bottom + dilate, height))
+            for left, top, right, bottom in _touching(chosen)
+        ]
+        boxes = _merge(grown, gap)
         boxes.sort(key=lambda box: -self.values[box[1] : box[3], box[0] : box[2]].sum())
         return boxes[:max_boxes]
 
@@ -187,11 +191,6 @@ def _touching(mask: np.ndarray) -> list[TokenBox]:
 
 def _around(a: TokenBox, b: TokenBox) -> TokenBox:
     return (*map(min, a[:2], b[:2]), *map(max, a[2:], b[2:]))
-
-
-def _grow(box: TokenBox, by: int, height: int, width: int) -> TokenBox:
-    left, top, right, bottom = box
-    return max(left - by, 0), max(top - by, 0), min(right + by, width), min(bottom + by, height)
 
 
 def _merge(boxes: list[TokenBox], gap: int) -> list[TokenBox]:

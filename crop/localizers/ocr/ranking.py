@@ -60,9 +60,9 @@ def logistic(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def with_support(table: np.ndarray, found: np.ndarray, beside: Neighbours) -> np.ndarray:
-    """The features, and the ``SUPPORT`` that each line gets from the probabilities of those directly above and below:
+    """The features, and the ``SUPPORT`` that each line gets from the probabilities of those directly above and below.
 
-    the better of both sides; the worse, high inside a block; the best of those that the text runs on to or from.
+    It is the better of both; the worse, high inside a block; the best of those that the text runs on to or from.
     """
     over, on = beside.over, beside.over & beside.unfinished[:, None]
     above, below, joined = (np.where(side, found, 0).max(1, initial=0) for side in (over.T, over, on | on.T))
