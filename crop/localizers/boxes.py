@@ -30,8 +30,7 @@ class Raster:
 
     @staticmethod
     def of(layout: VisionLayout, score: Tensor) -> Raster:
-        """The token grid of a layout of one view; of several views, the mean over those that see a place, at the finest
-        pitch among them.
+        """The token grid of a layout of one view; of several, the mean of those that see a place, at the finest pitch.
 
         Args:
             layout: N tokens, not pooled. score: (N,), not read where there is no patch; NaN counts as 0.
@@ -106,11 +105,7 @@ def box_settings(localizer: Any) -> dict[str, Any]:
 
 
 def check_ranges(op: str, settings: Any) -> None:
-    """Refuse box settings out of their ranges: what localizers that make boxes from scores check first.
-
-    Raises:
-        ValueError: ``threshold`` or ``min_confidence`` not in (0, 1); ``gap`` or ``dilate`` < 0; ``max_boxes`` < 1.
-    """
+    """ValueError unless threshold and min_confidence are in (0, 1), gap and dilate >= 0 and max_boxes >= 1."""
     for name in ("threshold", "min_confidence"):
         if not 0 < getattr(settings, name) < 1:
             raise ValueError(f"{op}: {name} must be in (0, 1), got {getattr(settings, name)}")

@@ -28,7 +28,7 @@ class ClipLocalizer:
     less that to ``neutral``, exceeds the image's mean.
 
     Args:
-        model: ``CLIPModel`` or ``SiglipModel`` (or one of the same parts), in evaluation mode. processor: its processor.
+        model: ``CLIPModel``, ``SiglipModel`` or one of the same parts, in evaluation mode. processor: its processor.
         neutral: text that fits every image; what is like it says nothing about the question.
         deviations: standard deviations above the mean from which a patch scores at all.
         threshold, gap, max_boxes, dilate, min_confidence: as ``find_region``.

@@ -87,7 +87,7 @@ class Head(nn.Module):
         return F.linear(around, self.order.weight.flatten(1), self.order.bias)
 
     def match(self, seen: Tensor, film: Tensor) -> Tensor:
-        """Logits (B, Q, N) of Q questions about each image, from ``see`` (B, N, width) and ``read`` (B, Q, 2 * width)."""
+        """Logits (B, Q, N) of Q questions about each image, from ``see`` (B, N, width), ``read`` (B, Q, 2 * width)."""
         scale, shift = film.unsqueeze(2).chunk(2, -1)
         mixed = F.relu(torch.addcmul(shift, seen.unsqueeze(1), 1 + scale))
         return self.token(F.relu(self.hidden(mixed))).squeeze(-1)

@@ -41,7 +41,7 @@ class Neighbours:
 
 
 def neighbours(boxes: np.ndarray, texts: list[str]) -> Neighbours:
-    """Labels and blocks of a page, from the boxes (num_lines, 4) x0, y0, x1, y1 of its lines, any unit, and their texts."""
+    """Labels and blocks of a page, from boxes (num_lines, 4) x0, y0, x1, y1 of its lines, any unit, and their texts."""
     count = len(boxes)
     x0, y0, x1, y1 = boxes.T
     height = y1 - y0
