@@ -116,33 +116,17 @@ class Asker:
         return len(family_of(self.model).language_model(self.model).layers)
 
     def localizer(
-        self,
-        name: str,
-        region: Region | None = None,
-        *,
-        layer: int | None = None,
-        path: str | Path | None = None,
-        min_confidence: float | None = None,
+        self, name: str, region: Region | None = None, *, path: str | Path | None = None, **more: Any
     ) -> Localizer:
-        """A localizer by name, see ``get_localizer``."""
-        return get_localizer(
-            name,
-            region=region,
-            model=self.model,
-            processor=self.processor,
-            prompt=self.prompt,
-            layer=layer,
-            path=self.head if path is None and name in ("head", "cascade", "union") else path,
-            min_confidence=min_confidence,
-        )
+        """A localizer by name; ``path`` and ``more`` (``layer``, ``min_confidence``) as for ``get_localizer``."""
+        if path is None and name in ("head", "cascade", "union"):
+            path = self.head
+        own = {"model": self.model, "processor": self.processor, "prompt": self.prompt}
+        return get_localizer(name, region=region, path=path, **own, **more)
 
     def encode_batch(self, images: Sequence[Sequence[Image]], questions: Sequence[str]) -> Any:
-        """Model inputs of several questions, padded on the left.
+        """Model inputs of several questions, each with its RGB images, on the CPU, padded on the left.
 
-        Args:
-            images: RGB, those of each question. questions: plain text.
-        Returns:
-            What the processor makes of it, on the CPU.
         Raises:
             ValueError: no prompt, and the processor has no chat template.
         """
@@ -174,8 +158,6 @@ class Asker:
             method: what to prune; None prunes nothing.
             localizer: asked about every image by itself, or one per image; its time is part of the total.
             max_new_tokens: length of the answer at most.
-        Returns:
-            Answer.
         Raises:
             ValueError: several images and a prompt that takes one.
         """
@@ -200,7 +182,7 @@ class Asker:
             new = output[0, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
             times.append(time.perf_counter())
         encoded, localized, generated = (stop - start for start, stop in pairwise(times))
-        spent = stats.seconds
+        spent, total = stats.seconds, localized + encoded + generated
         seconds = {
             "localizer": localized - seen,
             "preprocess": encoded,
@@ -208,8 +190,7 @@ class Asker:
             "vision": seen + spent["vision"],
             "prefill": spent["language_model"],
         }
-        seconds["decode"] = localized + encoded + generated - sum(seconds.values())
-        seconds["total"] = localized + encoded + generated
+        seconds |= {"decode": total - sum(seconds.values()), "total": total}
         counts = zip(
             stats.tokens_before, stats.tokens_after_plc, stats.tokens_after_ilp, stats.layer_average, strict=True
         )
@@ -226,8 +207,6 @@ def load(name: str, device: str, dtype: str, **how: Any) -> Asker:
         device: e.g. "cpu", "cuda".
         dtype: "auto" (float32 for the embedded model, else as stored), "float32", "bfloat16" or "float16".
         how: further arguments of ``load_model``; the embedded model takes none.
-    Returns:
-        Asker.
     Raises:
         UsageError: nothing to load there, or an unknown family.
     """

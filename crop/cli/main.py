@@ -21,10 +21,8 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run the command: words after ``crop``, None for those of the process.
 
-    Args:
-        arguments: words after ``crop``; None: those of the process.
     Returns:
         Exit status: 0; 130 after Ctrl-C. Wrong use ends in SystemExit(2) with one line on stderr.
     """
@@ -47,8 +45,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     """Options may stand between the images of a command: a plain parser would take what follows for something else."""
     parser, commands = _parser()
     if words and words[0] in commands:
-        command = commands[words[0]]
-        return command.parse_intermixed_args(words[1:])
+        return commands[words[0]].parse_intermixed_args(words[1:])
     return parser.parse_args(words)
 
 
@@ -81,12 +78,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="rendered pictures, pruned against unpruned",
         description="Render pictures, ask the embedded model with and without pruning, write what it saw.",
     )
-    demo.add_argument(
-        "--out",
-        default="crop-demo",
-        metavar="DIR",
-        help="folder for the pictures (default crop-demo)",
-    )
+    demo.add_argument("--out", default="crop-demo", metavar="DIR", help="folder for the pictures (default crop-demo)")
     demo.add_argument("--count", type=count, default=6, metavar="N", help="pictures (default 6)")
     demo.add_argument("--seed", type=natural, default=0, metavar="N", help="other pictures (default 0)")
     demo.set_defaults(run=_demo, parser=demo)

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from crop.cli.painting import (
     DROPPED,
+    FAINT,
+    INK,
     NOTHING,
     PAPER,
     POOLED,
-    RING,
     WHOLE,
     Cells,
-    edges,
-    example_block,
+    dash,
     fit,
     frame,
+    line_width,
     lookup,
     owners,
     paint,
-    thicken,
     with_legend,
 )
 from crop.geometry.layout import PADDING, VisionLayout
@@ -39,8 +39,6 @@ def trace(layout: VisionLayout, plan: PoolPlan | None, kept: Tensor | None) -> C
         plan: its pooling, None where there was none.
         kept: (K,) int64 tokens that reach the last layer (of pooled cells the leaders), as in ``PruneStats.kept``;
             None: all.
-    Returns:
-        Cells.
     Raises:
         ValueError: the plan is for another number of tokens, or an index is out of range.
     """
@@ -94,53 +92,50 @@ def overlay(
     canvas = fit(image)
     owner = owners(layout, canvas.size, layout.extent[0] - 1 if view is None else view)
     pixels = paint(np.asarray(canvas), owner, fate)
-    unit = max(2, round(max(canvas.size) / 300))
-    if region is not None:
-        level = layout.levels(region, ring).numpy()
-        if ring and not region.is_whole:
-            edge = thicken(edges(lookup(level < 2, owner, False)), unit // 2)
-            y, x = np.indices(edge.shape)
-            pixels[edge & ((x + y) // (4 * unit) % 2 == 0)] = RING
+    if region is not None and ring and not region.is_whole:
+        near = layout.levels(region, ring).numpy() < 2
+        dash(pixels, lookup(near, owner, False), line_width(canvas))
     picture = Image.fromarray(pixels)
     if region is not None:
-        frame(picture, region, unit)
+        frame(picture, region)
     return with_legend(picture, fate, region, ring) if legend else picture
 
 
 def outlined(image: Image.Image, region: Region) -> Image.Image:
-    """The original with the region drawn on it, at the size of ``overlay``.
-
-    Args:
-        image: the original.
-        region: boxes to draw.
-    Returns:
-        RGB picture.
-    """
+    """The original with the region drawn on it, RGB, at the size of ``overlay``."""
     picture = fit(image)
-    frame(picture, region, max(2, round(max(picture.size) / 300)))
+    frame(picture, region)
     return picture
 
 
-def beside(pictures: Sequence[Image.Image]) -> Image.Image:
+def beside(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
     """Pictures side by side, as wide as all together and as high as the highest."""
-    if len(pictures) == 1:
-        return pictures[0]
-    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), PAPER)
-    x = 0
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    sheet, x = Image.new("RGB", (width, max(picture.height for picture in pictures)), PAPER), 0
     for picture in pictures:
         sheet.paste(picture, (x, 0))
-        x += picture.width
+        x += picture.width + gap
     return sheet
 
 
+def example_block(pictures: Sequence[Image.Image], headline: str, line: str) -> Image.Image:
+    """Two lines of text, and pictures side by side below them."""
+    gap, big, small = 10, 22, 17
+    row, top = beside(pictures, gap), big + small + 8 + 2 * gap
+    block = Image.new("RGB", (row.width, top + row.height), PAPER)
+    draw = ImageDraw.Draw(block)
+    draw.text((0, 0), headline, INK, ImageFont.load_default(big))
+    draw.text((0, big + 8), line, FAINT, ImageFont.load_default(small))
+    block.paste(row, (0, top))
+    return block
+
+
 def contact_sheet(rows: Sequence[tuple[Sequence[Image.Image], str, str]], *, columns: int = 2) -> Image.Image:
-    """Several examples on one sheet.
+    """Several examples on one RGB sheet.
 
     Args:
         rows: (pictures side by side, headline, line below it) per example.
         columns: examples per line of the sheet.
-    Returns:
-        RGB picture.
     Raises:
         ValueError: no rows.
     """

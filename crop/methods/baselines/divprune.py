@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from crop.methods.base import Assignment, Features
-from crop.methods.baselines.features import ByFeatures, unit
+from crop.methods.baselines.budget import ByFeatures, unit
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from crop import ops
 from crop.methods.base import Assignment, Features
-from crop.methods.baselines.features import ByFeatures, unit
+from crop.methods.baselines.budget import ByFeatures, unit
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 
