@@ -49,19 +49,12 @@ class Seen:
     Args:
         region: given, or what the localizer returned.
         tokens: counts.
-        layout, plan, kept: as in ``PruneStats``.
+        drawing: what ``overlay`` draws on the image: layout, plan and kept tokens as in ``PruneStats``, the region.
     """
 
     region: Region
     tokens: Tokens
-    layout: VisionLayout
-    plan: PoolPlan | None
-    kept: torch.Tensor
-
-    @property
-    def drawing(self) -> tuple[VisionLayout, PoolPlan | None, torch.Tensor, Region]:
-        """What ``overlay`` draws on the image."""
-        return self.layout, self.plan, self.kept, self.region
+    drawing: tuple[VisionLayout, PoolPlan | None, torch.Tensor, Region]
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,12 +184,11 @@ class Asker:
             "prefill": spent["language_model"],
         }
         seconds |= {"decode": total - sum(seconds.values()), "total": total}
-        counts = zip(
-            stats.tokens_before, stats.tokens_after_plc, stats.tokens_after_ilp, stats.layer_average, strict=True
-        )
-        images = zip(regions, counts, stats.layouts, stats.plans, stats.kept, strict=True)
+        counts = stats.tokens_before, stats.tokens_after_plc, stats.tokens_after_ilp, stats.layer_average
+        tokens = map(Tokens, *counts)
+        drawings = zip(stats.layouts, stats.plans, stats.kept, regions, strict=True)
         text = self.tidy(self.processor.decode(new, skip_special_tokens=True))
-        return Answer(text, [Seen(region, Tokens(*count), *rest) for region, count, *rest in images], seconds)
+        return Answer(text, list(map(Seen, regions, tokens, drawings)), seconds)
 
 
 def load(name: str, device: str, dtype: str, **how: Any) -> Asker:

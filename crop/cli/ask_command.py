@@ -98,11 +98,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask, and print the answer.
-
-    Raises:
-        UsageError and what the package refuses: ValueError, OSError, ImportError.
-    """
+    """Ask, and print the answer. UsageError and what the package refuses: ValueError, OSError, ImportError."""
     need_packages("ask")
     for name in options.plugin:
         load_plugin(name)

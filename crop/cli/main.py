@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from crop.cli import ask_command
@@ -42,15 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """Options may stand between the images of a command: a plain parser would take what follows for something else."""
-    parser, commands = _parser()
-    if words and words[0] in commands:
-        return commands[words[0]].parse_intermixed_args(words[1:])
-    return parser.parse_args(words)
-
-
-def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
-    """The whole, and its commands by name."""
     import crop
 
     style = argparse.RawDescriptionHelpFormatter
@@ -85,7 +76,11 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
 
     info = commands.add_parser("info", help="what was built", description="Print what was built, and versions.")
     info.set_defaults(run=_info, parser=info)
-    return parser, commands.choices
+
+    # Options may stand between the images of a command: a plain parser would take what follows for something else.
+    if words and words[0] in commands.choices:
+        return commands.choices[words[0]].parse_intermixed_args(words[1:])
+    return parser.parse_args(words)
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -46,22 +46,14 @@ natural = number(int, 0, sys.maxsize, "a whole number of at least 0")
 
 
 def need_packages(command: str) -> None:
-    """Refuse a command whose packages are missing.
-
-    Raises:
-        UsageError: names them and the extra that brings them.
-    """
+    """Refuse a command whose packages are missing. UsageError: names them and the extra that brings them."""
     missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UsageError(f'crop {command} needs {", ".join(missing)}: pip install "crop-vlm[demo]"')
 
 
 def load_plugin(name: str) -> None:
-    """Import a module, or run a file, that registers localizers or methods.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Import a module, or run a file, that registers localizers or methods. UsageError: there is none."""
     try:
         if name.endswith(".py"):
             runpy.run_path(name)
@@ -72,11 +64,7 @@ def load_plugin(name: str) -> None:
 
 
 def check_names(method: str, localizer: str | None) -> None:
-    """Refuse unknown methods and localizers, after plug-ins had their turn.
-
-    Raises:
-        UsageError: names those that are known.
-    """
+    """Refuse unknown methods and localizers, after plug-ins had their turn. UsageError: names those that are known."""
     for option, known, name in (("--method", method_names(), method), ("--localizer", localizer_names(), localizer)):
         if name is not None and name not in known:
             raise UsageError(f"{option} must be one of {', '.join(known)}, got {name!r}")
@@ -154,11 +142,7 @@ def page_numbers(text: str) -> tuple[int, ...]:
 
 
 def choose_device(name: str | None) -> str:
-    """The device asked for; None: a GPU where there is one.
-
-    Raises:
-        UsageError: it cannot be used.
-    """
+    """The device asked for; None: a GPU where there is one. UsageError: it cannot be used."""
     import torch
 
     if name is None:

@@ -88,20 +88,13 @@ def estimate(
     geometry = DecoderGeometry.of(decoder)
     device = next(decoder.layers[0].parameters()).device
     speed = measure_speed(geometry, device, decoder.dtype)
-    return _compare(found, geometry, speed, decoder.dtype.itemsize, localizer_seconds)
-
-
-def _compare(
-    plan: BatchPlan, geometry: DecoderGeometry, speed: Speed, element_size: int, localizer_seconds: float
-) -> Estimate:
-    """Price a prefill with and without its plan."""
-    count = len(geometry.layers)
-    real = plan.valid.sum(1).tolist()
-    unpruned, pruned = [real] * count, [_lengths(plan, real, layer) for layer in range(count)]
-    averages = [sum(image.tokens_at(layer) for layer in range(count)) / count for image in plan.images]
-    before = _cost(geometry, speed, unpruned, element_size, [float(len(image.layout)) for image in plan.images])
-    after = _cost(geometry, speed, pruned, element_size, averages)
-    own = _own_seconds(plan, geometry, speed, pruned)
+    count, size = len(geometry.layers), decoder.dtype.itemsize
+    real = found.valid.sum(1).tolist()
+    unpruned, pruned = [real] * count, [_lengths(found, real, layer) for layer in range(count)]
+    averages = [sum(image.tokens_at(layer) for layer in range(count)) / count for image in found.images]
+    before = _cost(geometry, speed, unpruned, size, [float(len(image.layout)) for image in found.images])
+    after = _cost(geometry, speed, pruned, size, averages)
+    own = _own_seconds(found, geometry, speed, pruned)
     after = replace(after, seconds=after.seconds + own)
     # The patch's work counts twice: measured alone it is quicker than among the layers, and it is surely paid.
     prune = before.seconds - after.seconds - localizer_seconds > MARGIN * before.seconds + own

@@ -34,11 +34,7 @@ class Prompt:
     image_sizes: Sequence[Size] | None = None
 
     def argument(self, name: str) -> Any:
-        """An argument that this family cannot do without.
-
-        Raises:
-            ValueError: it is missing.
-        """
+        """An argument that this family cannot do without. ValueError: it is missing."""
         value = self.arguments.get(name)
         if value is None:
             raise ValueError(f"patch: {name} must be given with image tokens, got None")
