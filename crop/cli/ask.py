@@ -30,11 +30,7 @@ STAGES = ("preprocess", "localizer", "plan", "vision", "prefill", "decode", "tot
 
 @dataclass(frozen=True)
 class Tokens:
-    """Vision tokens of an image, or of several.
-
-    Args:
-        before, after_plc, after_ilp, layer_average: see ``PruneStats``.
-    """
+    """Vision tokens of an image, or of several; see ``PruneStats``."""
 
     before: int
     after_plc: int
@@ -46,13 +42,10 @@ class Tokens:
 class Seen:
     """What the model got to see of one image.
 
-    Args:
-        region: given, or what the localizer returned.
-        tokens: counts.
-        drawing: what ``overlay`` draws on the image: layout, plan and kept tokens as in ``PruneStats``, the region.
+    ``drawing``: what ``overlay`` draws on the image: layout, plan and kept tokens as in ``PruneStats``, the region.
     """
 
-    region: Region
+    region: Region  # given, or what the localizer returned
     tokens: Tokens
     drawing: tuple[VisionLayout, PoolPlan | None, torch.Tensor, Region]
 
@@ -87,21 +80,13 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Asker:
-    """A model that is ready to be asked.
+    """A model that is ready to be asked."""
 
-    Args:
-        model: in evaluation mode, on its device.
-        processor: its processor.
-        prompt: question -> full text; None: the processor's chat template.
-        tidy: decoded text -> answer.
-        head: file of the weights for the "head" localizer, where there are some for this model.
-    """
-
-    model: nn.Module
-    processor: Any
-    prompt: Callable[[str], str] | None = None
-    tidy: Callable[[str], str] = str.strip
-    head: Path | None = None
+    model: nn.Module  # in evaluation mode, on its device
+    processor: Any  # its processor
+    prompt: Callable[[str], str] | None = None  # question -> full text; None: the processor's chat template
+    tidy: Callable[[str], str] = str.strip  # decoded text -> answer
+    head: Path | None = None  # file of the weights for the "head" localizer, where there are some for this model
 
     @property
     def num_layers(self) -> int:

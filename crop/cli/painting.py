@@ -24,15 +24,10 @@ NOTHING, DROPPED, POOLED, WHOLE = range(4)
 
 @dataclass(frozen=True)
 class Cells:
-    """Fate of every vision token of one image.
+    """Fate of every vision token of one image."""
 
-    Args:
-        state: (N,) int NOTHING (padding), DROPPED, POOLED or WHOLE.
-        cell: (N,) int number of the pooling cell, -1 where the token is in none.
-    """
-
-    state: np.ndarray
-    cell: np.ndarray
+    state: np.ndarray  # (N,) int NOTHING (padding), DROPPED, POOLED or WHOLE
+    cell: np.ndarray  # (N,) int number of the pooling cell, -1 where the token is in none
 
     @property
     def counts(self) -> dict[str, int]:

@@ -12,36 +12,27 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a mixture, of which every token passes a few.
+    """The experts of a mixture, of which every token passes a few."""
 
-    Args:
-        count: experts of the layer. per_token: those that a token passes.
-        weights: elements of the matrices of one expert.
-    """
-
-    count: int
-    per_token: int
-    weights: int
+    count: int  # experts of the layer
+    per_token: int  # those that a token passes
+    weights: int  # elements of the matrices of one expert
 
 
 @dataclass(frozen=True)
 class LayerGeometry:
     """One decoder layer.
 
-    Args:
-        weights: elements of the matrices that every token passes: projections, a dense feed-forward part, a router, shared
-            experts.
-        num_heads, num_kv_heads, head_dim: of its attention.
-        window: tokens that a query sees at most, itself included; None: all before it.
-        experts: of a mixture; None in a dense layer.
+    ``weights``: elements of the matrices that every token passes: projections, a dense feed-forward part, a router, shared
+    experts.
     """
 
     weights: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    window: int | None = None
-    experts: Experts | None = None
+    window: int | None = None  # tokens that a query sees at most, itself included; None: all before it
+    experts: Experts | None = None  # of a mixture; None in a dense layer
 
     @property
     def active_weights(self) -> int:
@@ -68,15 +59,10 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class DecoderGeometry:
-    """A decoder.
+    """A decoder."""
 
-    Args:
-        hidden: width of its tokens.
-        layers: from first to last; equal layers are one object.
-    """
-
-    hidden: int
-    layers: tuple[LayerGeometry, ...]
+    hidden: int  # width of its tokens
+    layers: tuple[LayerGeometry, ...]  # from first to last; equal layers are one object
 
     @staticmethod
     def of(language_model: nn.Module) -> DecoderGeometry:

@@ -26,21 +26,13 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured on one device for one decoder and dtype.
+    """Measured on one device for one decoder and dtype; seconds."""
 
-    Args:
-        matrices: seconds per element of a matrix that a number of tokens pass, at each of ``SIZES`` tokens.
-        attention: seconds per FLOP of causal attention.
-        hook: seconds per hook: registered, called once, removed.
-        image: seconds of planning one image.
-        step: seconds of the operators of one cut or pooling on few tokens, which is what their calls cost.
-    """
-
-    matrices: tuple[float, ...]
-    attention: float
-    hook: float
-    image: float
-    step: float
+    matrices: tuple[float, ...]  # per element of a matrix that a number of tokens pass, at each of SIZES tokens
+    attention: float  # per FLOP of causal attention
+    hook: float  # per hook: registered, called once, removed
+    image: float  # of planning one image
+    step: float  # of the operators of one cut or pooling on few tokens, which is what their calls cost
 
     def matrix_seconds(self, layer: LayerGeometry, tokens: int) -> float:
         """One layer's matrices on ``tokens`` tokens, which its experts share evenly."""

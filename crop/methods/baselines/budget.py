@@ -19,13 +19,9 @@ from crop.methods.base import Assignment, FeaturePooling, Features, Method, budg
 
 @dataclass(frozen=True)
 class Budgeted(Method):
-    """Pooling to a budget; a subclass says how (``pool``).
+    """Pooling to a budget; a subclass says how (``pool``)."""
 
-    Args:
-        keep: fraction in (0, 1] or count.
-    """
-
-    keep: float | int = 0.11
+    keep: float | int = 0.11  # fraction in (0, 1] or count
 
     def __post_init__(self) -> None:
         check_keep(type(self).__name__, self.keep)

@@ -19,10 +19,8 @@ def even_cells(layout: VisionLayout, count: int) -> Tensor:
 
     Every view gets its share by size; in it, bands of rows are cut into equally wide pieces.
 
-    Args:
-        layout: N tokens. count: in [1, N].
     Returns:
-        (N,) int64 cell of each token, each of [0, count) used.
+        (N,) int64 cell of each token, each of [0, count) used; count must be in [1, N].
     Source: own choice.
     """
     label = np.empty(len(layout), dtype=np.int64)
