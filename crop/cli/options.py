@@ -63,22 +63,17 @@ def load_plugin(name: str) -> None:
         raise UsageError(f"--plugin {name} cannot be loaded: {error}") from error
 
 
-def check_names(method: str, localizer: str | None) -> None:
-    """Refuse unknown methods and localizers, after plug-ins had their turn. UsageError: names those that are known."""
-    for option, known, name in (("--method", method_names(), method), ("--localizer", localizer_names(), localizer)):
-        if name is not None and name not in known:
-            raise UsageError(f"{option} must be one of {', '.join(known)}, got {name!r}")
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse unknown methods and localizers, after plug-ins had their turn, and options that the localizer would not read.
 
-
-def check_localizer(options: argparse.Namespace) -> None:
-    """Refuse options that the localizer would not read.
-
-    Args:
-        options: with ``localizer``, ``localizer_model``, ``layer``, ``min_confidence``, ``region``.
     Raises:
-        UsageError: says what goes with what.
+        UsageError: names those that are known, says what goes with what.
     """
     name, path = options.localizer, options.localizer_model
+    names = {"--method": (options.method, method_names()), "--localizer": (name, localizer_names())}
+    for option, (given, known) in names.items():
+        if given is not None and given not in known:
+            raise UsageError(f"{option} must be one of {', '.join(known)}, got {given!r}")
     if options.layer is not None and (options.region or name in NO_LAYER):
         raise UsageError("--layer must come with --localizer attention")
     if options.min_confidence is not None and (options.region or name in ("box", "whole")):

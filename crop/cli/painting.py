@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from crop.geometry.layout import PADDING, VisionLayout
 from crop.geometry.region import Region
@@ -132,6 +132,7 @@ def frame(picture: Image.Image, region: Region) -> None:
 
 
 def with_legend(picture: Image.Image, fate: Cells, region: Region | None, ring: int) -> Image.Image:
+    """The picture above a strip that explains the colours and counts the tokens."""
     counts = fate.counts
     entries = [("whole", f"{counts['whole']} tokens kept whole")]
     if counts["pooled"]:
@@ -144,24 +145,18 @@ def with_legend(picture: Image.Image, fate: Cells, region: Region | None, ring: 
             entries.append(("ring", "ring"))
     size = max(13, round(max(picture.size) / 32))
     font, swatch, gap = ImageFont.load_default(size), size, size // 2
-    lines: list[list[tuple[str, str, int]]] = [[]]
-    x = gap
+    places, x, line = [], gap, 0
     for kind, text in entries:
         length = swatch + gap + round(font.getlength(text)) + 2 * gap
-        if lines[-1] and x + length > picture.width:
-            lines.append([])
-            x = gap
-        lines[-1].append((kind, text, x))
+        if x > gap and x + length > picture.width:
+            x, line = gap, line + 1
+        places.append((kind, text, x, picture.height + gap + gap // 2 + line * (size + gap)))
         x += length
-    height = len(lines) * (size + gap) + 2 * gap
-    out = Image.new("RGB", (picture.width, picture.height + height), PAPER)
-    out.paste(picture)
+    out = ImageOps.expand(picture, (0, 0, 0, (line + 1) * (size + gap) + 2 * gap), PAPER)
     draw = ImageDraw.Draw(out)
-    for number, line in enumerate(lines):
-        y = picture.height + gap + gap // 2 + number * (size + gap)
-        for kind, text, x in line:
-            draw_swatch(out, kind, (x, y, x + swatch, y + swatch))
-            draw.text((x + swatch + gap, y + swatch / 2), text, INK, font, "lm")
+    for kind, text, x, y in places:
+        draw_swatch(out, kind, (x, y, x + swatch, y + swatch))
+        draw.text((x + swatch + gap, y + swatch / 2), text, INK, font, "lm")
     return out
 
 
