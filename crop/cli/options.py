@@ -64,7 +64,7 @@ def load_plugin(name: str) -> None:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuse unknown methods and localizers, after plug-ins had their turn, and options that the localizer would not read.
+    """Refuse unknown methods and localizers (plug-ins had their turn), and options that the localizer would not read.
 
     Raises:
         UsageError: names those that are known, says what goes with what.

@@ -23,8 +23,8 @@ class Experts:
 class LayerGeometry:
     """One decoder layer.
 
-    ``weights``: elements of the matrices that every token passes: projections, a dense feed-forward part, a router, shared
-    experts.
+    ``weights``: elements of the matrices that every token passes: projections, a dense feed-forward part, a router,
+    shared experts.
     """
 
     weights: int

@@ -60,8 +60,8 @@ class ScoreView:
 class MergeView:
     """One cut, for methods that merge tokens before they leave; one entry per pruned image.
 
-    ``best``: numbers of tokens per image -> (num_images, most) int64 their places in the hidden states, the best ones by
-    priority and score, ascending, -1 = filler at the end.
+    ``best``: numbers of tokens per image -> (num_images, most) int64 their places in the hidden states, the best ones
+    by priority and score, ascending, -1 = filler at the end.
     """
 
     sample: Sequence[int]  # batch row of each image

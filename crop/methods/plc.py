@@ -17,7 +17,7 @@ from crop.methods.base import POOL_MODES, Method, PoolMode, budget_of, check_cho
 
 @lru_cache(maxsize=64)
 def plan_by_strides(layout: VisionLayout, region: Region, ring: int, strides: tuple[int, int, int]) -> PoolPlan:
-    """``build_plan`` for the levels of a region and a ring of some tokens around it, at strides (inside, context, outside).
+    """``build_plan`` for a region and a ring of some tokens around it, at strides (inside, context, outside).
 
     Cached by value, hence shared: do not modify.
     """
@@ -28,10 +28,10 @@ def plan_by_strides(layout: VisionLayout, region: Region, ring: int, strides: tu
 def plan_by_budget(layout: VisionLayout, region: Region, ring: int, budget: int) -> PoolPlan:
     """Plan with exactly ``budget`` cells, in [1, len(layout)]; cached by value, hence shared: do not modify.
 
-    The mildest strides that fit (``fit_strides``; 16 everywhere if none do) make a first plan. Its cells are ranked by group
-    (inside, ring, outside, newline, padding), then by the signed distance of the leader to the region, then by reading order.
-    Spare tokens split the first cells into single tokens; the last cell touched gives up only as many members as are paid
-    for, the nearest first. If even stride 16 gives too many cells, the last ones are dropped.
+    The mildest strides that fit (``fit_strides``; 16 everywhere if none do) make a first plan. Its cells are ranked by
+    group (inside, ring, outside, newline, padding), then by the signed distance of the leader to the region, then by
+    reading order. Spare tokens split the first cells into single tokens; the last cell touched gives up only as many
+    members as are paid for, the nearest first. If even stride 16 gives too many cells, the last ones are dropped.
 
     Source: own choice; splitting to single tokens widens the part seen at full resolution.
     """
@@ -67,11 +67,11 @@ def plan_by_budget(layout: VisionLayout, region: Region, ring: int, budget: int)
 class PreLLMCompression(Method):
     """PLC: variable-ratio adaptive pooling before the language model, training-free.
 
-    The region is pooled at stride ``inside``, a ring around it at ``context``, the rest at ``outside``. With ``keep`` the
-    strides are picked instead, and the number of tokens is met exactly (``plan_by_budget``).
+    The region is pooled at stride ``inside``, a ring around it at ``context``, the rest at ``outside``. With ``keep``
+    the strides are picked instead, and the number of tokens is met exactly (``plan_by_budget``).
 
     Args:
-        inside, context, outside: tokens per side of a cell, ascending in 1..16; to be left alone when ``keep`` is given.
+        inside, context, outside: tokens per side of a cell, ascending in 1..16; left alone when ``keep`` is given.
         ring: width of the ring in tokens.
         mode: "distinct", "mean" or "max" of the members, see ``Method``.
         keep: None, a float in (0, 1] (fraction of the image's tokens) or an int >= 1 (tokens).

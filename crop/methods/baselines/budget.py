@@ -1,7 +1,7 @@
 """What the methods share that meet a budget before the language model.
 
-Those that choose or merge tokens by what they hold compare projected features by cosine in float32. Greedy choices take one
-step per kept token, each a few operations on whole vectors; nothing waits for the device.
+Those that choose or merge tokens by what they hold compare projected features by cosine in float32. Greedy choices take
+one step per kept token, each a few operations on whole vectors; nothing waits for the device.
 """
 
 from __future__ import annotations

@@ -56,14 +56,9 @@ def kept_alone(layout: VisionLayout, kept: Tensor) -> PoolPlan:
 
 @dataclass(frozen=True)
 class RandomTokens(Budgeted):
-    """Keep random tokens, the same ones for equal seeds and sizes; padding only where nothing else is left.
+    """Keep random tokens, the same for equal seeds and sizes; padding where nothing else is left. Source: control."""
 
-    Args:
-        keep: fraction in (0, 1] or count. seed: of the choice.
-    Source: control.
-    """
-
-    seed: int = 0
+    seed: int = 0  # of the choice
 
     def pool(self, layout: VisionLayout, count: int) -> PoolPlan:
         noise = torch.rand(len(layout), generator=torch.Generator().manual_seed(self.seed))
@@ -72,12 +67,7 @@ class RandomTokens(Budgeted):
 
 @dataclass(frozen=True)
 class AveragePooling(Budgeted):
-    """Average cells of nearly equal size and shape over the whole image.
-
-    Args:
-        keep: fraction in (0, 1] or count.
-    Source: control.
-    """
+    """Average cells of nearly equal size and shape over the whole image. Source: control."""
 
     def pool(self, layout: VisionLayout, count: int) -> PoolPlan:
         return pooled(layout, even_cells(layout, count))
@@ -85,12 +75,7 @@ class AveragePooling(Budgeted):
 
 @dataclass(frozen=True)
 class UniformGrid(Budgeted):
-    """Keep the middle token of each cell that ``AveragePooling`` would average.
-
-    Args:
-        keep: fraction in (0, 1] or count.
-    Source: control.
-    """
+    """Keep the middle token of each cell that ``AveragePooling`` would average. Source: control."""
 
     def pool(self, layout: VisionLayout, count: int) -> PoolPlan:
         return kept_alone(layout, pooled(layout, even_cells(layout, count)).leader.long())
