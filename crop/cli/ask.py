@@ -30,11 +30,7 @@ STAGES = ("preprocess", "localizer", "plan", "vision", "prefill", "decode", "tot
 
 @dataclass(frozen=True)
 class Tokens:
-    """Vision tokens of an image, or of several.
-
-    Args:
-        before, after_plc, after_ilp, layer_average: see ``PruneStats``.
-    """
+    """Vision tokens of an image, or of several; see ``PruneStats``."""
 
     before: int
     after_plc: int
@@ -46,22 +42,12 @@ class Tokens:
 class Seen:
     """What the model got to see of one image.
 
-    Args:
-        region: given, or what the localizer returned.
-        tokens: counts.
-        layout, plan, kept: as in ``PruneStats``.
+    ``drawing``: what ``overlay`` draws on the image: layout, plan and kept tokens as in ``PruneStats``, the region.
     """
 
-    region: Region
+    region: Region  # given, or what the localizer returned
     tokens: Tokens
-    layout: VisionLayout
-    plan: PoolPlan | None
-    kept: torch.Tensor
-
-    @property
-    def drawing(self) -> tuple[VisionLayout, PoolPlan | None, torch.Tensor, Region]:
-        """What ``overlay`` draws on the image."""
-        return self.layout, self.plan, self.kept, self.region
+    drawing: tuple[VisionLayout, PoolPlan | None, torch.Tensor, Region]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,21 +80,13 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Asker:
-    """A model that is ready to be asked.
+    """A model that is ready to be asked."""
 
-    Args:
-        model: in evaluation mode, on its device.
-        processor: its processor.
-        prompt: question -> full text; None: the processor's chat template.
-        tidy: decoded text -> answer.
-        head: file of the weights for the "head" localizer, where there are some for this model.
-    """
-
-    model: nn.Module
-    processor: Any
-    prompt: Callable[[str], str] | None = None
-    tidy: Callable[[str], str] = str.strip
-    head: Path | None = None
+    model: nn.Module  # in evaluation mode, on its device
+    processor: Any  # its processor
+    prompt: Callable[[str], str] | None = None  # question -> full text; None: the processor's chat template
+    tidy: Callable[[str], str] = str.strip  # decoded text -> answer
+    head: Path | None = None  # file of the weights for the "head" localizer, where there are some for this model
 
     @property
     def num_layers(self) -> int:
@@ -116,33 +94,17 @@ class Asker:
         return len(family_of(self.model).language_model(self.model).layers)
 
     def localizer(
-        self,
-        name: str,
-        region: Region | None = None,
-        *,
-        layer: int | None = None,
-        path: str | Path | None = None,
-        min_confidence: float | None = None,
+        self, name: str, region: Region | None = None, *, path: str | Path | None = None, **more: Any
     ) -> Localizer:
-        """A localizer by name, see ``get_localizer``."""
-        return get_localizer(
-            name,
-            region=region,
-            model=self.model,
-            processor=self.processor,
-            prompt=self.prompt,
-            layer=layer,
-            path=self.head if path is None and name in ("head", "cascade", "union") else path,
-            min_confidence=min_confidence,
-        )
+        """A localizer by name; ``path`` and ``more`` (``layer``, ``min_confidence``) as for ``get_localizer``."""
+        if path is None and name in ("head", "cascade", "union"):
+            path = self.head
+        own = {"model": self.model, "processor": self.processor, "prompt": self.prompt}
+        return get_localizer(name, region=region, path=path, **own, **more)
 
     def encode_batch(self, images: Sequence[Sequence[Image]], questions: Sequence[str]) -> Any:
-        """Model inputs of several questions, padded on the left.
+        """Model inputs of several questions, each with its RGB images, on the CPU, padded on the left.
 
-        Args:
-            images: RGB, those of each question. questions: plain text.
-        Returns:
-            What the processor makes of it, on the CPU.
         Raises:
             ValueError: no prompt, and the processor has no chat template.
         """
@@ -174,8 +136,6 @@ class Asker:
             method: what to prune; None prunes nothing.
             localizer: asked about every image by itself, or one per image; its time is part of the total.
             max_new_tokens: length of the answer at most.
-        Returns:
-            Answer.
         Raises:
             ValueError: several images and a prompt that takes one.
         """
@@ -200,7 +160,7 @@ class Asker:
             new = output[0, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
             times.append(time.perf_counter())
         encoded, localized, generated = (stop - start for start, stop in pairwise(times))
-        spent = stats.seconds
+        spent, total = stats.seconds, localized + encoded + generated
         seconds = {
             "localizer": localized - seen,
             "preprocess": encoded,
@@ -208,14 +168,12 @@ class Asker:
             "vision": seen + spent["vision"],
             "prefill": spent["language_model"],
         }
-        seconds["decode"] = localized + encoded + generated - sum(seconds.values())
-        seconds["total"] = localized + encoded + generated
-        counts = zip(
-            stats.tokens_before, stats.tokens_after_plc, stats.tokens_after_ilp, stats.layer_average, strict=True
-        )
-        images = zip(regions, counts, stats.layouts, stats.plans, stats.kept, strict=True)
+        seconds |= {"decode": total - sum(seconds.values()), "total": total}
+        counts = stats.tokens_before, stats.tokens_after_plc, stats.tokens_after_ilp, stats.layer_average
+        tokens = map(Tokens, *counts)
+        drawings = zip(stats.layouts, stats.plans, stats.kept, regions, strict=True)
         text = self.tidy(self.processor.decode(new, skip_special_tokens=True))
-        return Answer(text, [Seen(region, Tokens(*count), *rest) for region, count, *rest in images], seconds)
+        return Answer(text, list(map(Seen, regions, tokens, drawings)), seconds)
 
 
 def load(name: str, device: str, dtype: str, **how: Any) -> Asker:
@@ -226,8 +184,6 @@ def load(name: str, device: str, dtype: str, **how: Any) -> Asker:
         device: e.g. "cpu", "cuda".
         dtype: "auto" (float32 for the embedded model, else as stored), "float32", "bfloat16" or "float16".
         how: further arguments of ``load_model``; the embedded model takes none.
-    Returns:
-        Asker.
     Raises:
         UsageError: nothing to load there, or an unknown family.
     """

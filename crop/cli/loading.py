@@ -12,23 +12,18 @@ from crop.models import families
 
 
 def load_model(
-    name: str,
-    device: str,
-    dtype: str,
-    *,
-    device_map: str | None = None,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
+    name: str, device: str, dtype: str, *, trust_remote_code: bool = False, **how: Any
 ) -> tuple[nn.Module, Any]:
     """A model of a supported family and its processor.
 
     Args:
         name: a folder, or the name of a model on the Hugging Face hub (downloaded by transformers if it is not in its
             cache).
-        device: e.g. "cpu", "cuda"; not read with ``device_map``, e.g. "auto", which lets accelerate place the parts.
+        device: e.g. "cpu", "cuda"; not read with ``device_map``.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
-        attn_implementation: e.g. "sdpa", "eager", "flash_attention_2"; None: the model's default.
         trust_remote_code: run code that comes with the model; False never asks.
+        how: further arguments of ``from_pretrained``: ``device_map``, e.g. "auto", lets accelerate place the parts;
+            ``attn_implementation``, e.g. "sdpa", "eager", "flash_attention_2".
     Raises:
         UsageError: nothing to load there, damaged files, an unknown family.
     """
@@ -43,9 +38,7 @@ def load_model(
             known = ", ".join(sorted(families()))
             raise UsageError(f"model {name!r} must be of a family among {known}, got {family!r}")
         processor = AutoProcessor.from_pretrained(name, **trust)  # quick: first what may be missing
-        how: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-        how |= {} if device_map is None else {"device_map": device_map}
-        how |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        how |= {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         model, report = AutoModelForImageTextToText.from_pretrained(
             name, **how, **trust, ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -66,4 +59,4 @@ def load_model(
         raise UsageError(f"model {name!r} cannot be loaded: {text}") from error
     if not getattr(processor, "chat_template", None):
         raise UsageError(f"model {name!r} must come with a chat template, got a processor without")
-    return (model if device_map else model.to(device)).eval(), processor
+    return (model if "device_map" in how else model.to(device)).eval(), processor
