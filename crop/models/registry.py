@@ -32,16 +32,21 @@ ADAPTERS = _families
 for _family in (
     ModelFamily("gemma3", gemma3_images, traits=DecoderTraits(mask="image")),
     ModelFamily("glm4v", merged_images, tower="visual"),
+    ModelFamily("glm46v", merged_images, tower="visual"),
+    ModelFamily("glm4v_moe", merged_images, tower="visual"),
+    ModelFamily("glm_ocr", merged_images, tower="visual"),
     ModelFamily("idefics3", idefics3_images, tiled_check, tower="vision_model", decoder="text_model"),
     ModelFamily("internvl", internvl_images, tiled_check),
     ModelFamily("llava", llava_images, llava_check),
     ModelFamily("llava_next", next_images),
     ModelFamily("llava_onevision", onevision_images),
     ModelFamily("mistral3", pixtral_images),
+    ModelFamily("paddleocr_vl", merged_images, tower="visual"),
     ModelFamily("paligemma", paligemma_images, traits=DecoderTraits(mask="prefix")),
     ModelFamily("qwen2_vl", merged_images, tower="visual", videos=True),
     ModelFamily("qwen2_5_vl", merged_images, tower="visual", videos=True),
     ModelFamily("qwen3_vl", merged_images, tower="visual", videos=True, traits=_DEEPSTACK),
+    ModelFamily("qwen3_vl_moe", merged_images, tower="visual", videos=True, traits=_DEEPSTACK),
     ModelFamily("smolvlm", idefics3_images, tiled_check, tower="vision_model", decoder="text_model"),
 ):
     register_family(_family)

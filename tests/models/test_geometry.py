@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3 import modeling_idefics3
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -27,6 +28,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_onevision import modeling_llava_onevision
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.mistral3 import modeling_mistral3
+from transformers.models.paddleocr_vl import modeling_paddleocr_vl
+from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -68,6 +71,17 @@ def merged(processor: Any, config: Any, patch: int) -> Any:
         return config, processor, out, rows.mean((1, 3, 4, 5)) * std + mean, 0
 
     return see
+
+
+def see_paddleocr(size: tuple[int, int]) -> tuple:
+    config, processor = transformers.PaddleOCRVLConfig(), PaddleOCRVLImageProcessorPil()
+    out = processor(coordinates(*size), return_tensors="pt")
+    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+    colours = out["pixel_values"].mean((-2, -1)) * std + mean
+    same = torch.nn.Identity()
+    merger = SimpleNamespace(merge_kernel_size=(2, 2), pre_norm=same, linear_1=same, act=same, linear_2=same)
+    merge = modeling_paddleocr_vl.PaddleOCRProjector.forward
+    return config, processor, out, merge(merger, colours, out["image_grid_thw"]).view(-1, 4, 3).mean(1), 0
 
 
 def anyres(code: Any, kind: str, processor: Any, config: Any, more: dict) -> Any:
@@ -180,7 +194,12 @@ CASES = {
     ),
     "qwen2_5_vl": merged(Qwen2VLImageProcessorPil(), transformers.Qwen2_5_VLConfig(), 14),
     "qwen3_vl": merged(Qwen2VLImageProcessorPil(patch_size=16), transformers.Qwen3VLConfig(), 16),
+    "qwen3_vl_moe": merged(Qwen2VLImageProcessorPil(patch_size=16), transformers.Qwen3VLMoeConfig(), 16),
     "glm4v": merged(Glm4vImageProcessorPil(), transformers.Glm4vConfig(), 14),
+    "glm4v_moe": merged(Glm4vImageProcessorPil(), transformers.Glm4vMoeConfig(), 14),
+    "glm46v": merged(Glm46VImageProcessorPil(), transformers.Glm46VConfig(), 14),
+    "glm_ocr": merged(Glm46VImageProcessorPil(), transformers.GlmOcrConfig(), 14),
+    "paddleocr_vl": see_paddleocr,
     "idefics3": see_idefics3(
         "Idefics3", Idefics3ImageProcessorPil(size={"longest_edge": 224}, max_image_size={"longest_edge": 56})
     ),
