@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import jsonl
-from crop.embedded import scenes
+from bench.training.grounding import box_questions
+from crop.embedded import scenes, things
 
 Record = tuple[Any, str, Any]  # (image or its path, question, boxes or None)
 
@@ -24,7 +25,7 @@ def rendered(first: int, count: int, questions: int) -> Iterator[Record]:
     for seed in range(first, first + count):
         scene, rng = scenes.scene(seed), random.Random(seed)
         known = {question.text for question in scene.questions}
-        asked = (*scene.questions, *scene.grounding)
+        asked = (*scene.questions, *box_questions(scene))
         for question in rng.sample(asked, min(questions, len(asked))):
             yield scene.image, question.text, question.boxes
         absent = [q.text for q in before if q.text not in known and foreign(q, scene)]
@@ -40,7 +41,7 @@ def foreign(question: scenes.Question, scene: scenes.Scene) -> bool:
     shown = {str(value) for thing in scene.things for value in (thing.color, thing.shape, thing.word) if value}
     shown |= {f"{thing.shape}s" for thing in scene.things if thing.shape}
     named = set(question.text.split()) & (
-        {*scenes.COLORS, *scenes.SHAPES, *scenes.DRAWN_WORDS} | {f"{s}s" for s in scenes.SHAPES}
+        {*things.COLORS, *things.SHAPES, *things.DRAWN_WORDS} | {f"{s}s" for s in things.SHAPES}
     )
     return bool(named - shown)
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from bench import jsonl
 from bench.accuracy.metrics import TEXT_METRICS, Box, iou, parse_box
+from bench.training.grounding import BOX_KIND, box_questions, box_region
 from crop.cli.images import open_image, upright_size
 from crop.embedded import scenes
 from crop.geometry.region import Region
@@ -22,7 +23,7 @@ GROUPS = {  # kind of rendered question -> group of the table
     **dict.fromkeys(("color", "shape", "where"), "colour, shape, place"),
     "count": "counting",
     **dict.fromkeys(scenes.GLOBAL_KINDS, "global"),
-    scenes.BOX_KIND: "grounding",
+    BOX_KIND: "grounding",
 }
 LOCAL = ("local text", "colour, shape, place", "counting")
 
@@ -74,11 +75,11 @@ def rendered(first: int, count: int, *, grounding: bool = True) -> Iterator[Item
     for seed in range(first, first + count):
         rng, drawn = random.Random(seed), _scene(seed)
         pools: dict[str, list[scenes.Question]] = {}
-        for question in (*drawn.questions, *(drawn.grounding if grounding else ())):
+        for question in (*drawn.questions, *(box_questions(drawn) if grounding else ())):
             pools.setdefault(GROUPS[question.kind], []).append(question)
         for group, pool in sorted(pools.items()):
             for number, question in enumerate(rng.sample(pool, min(2 if group == "local text" else 1, len(pool)))):
-                is_box = question.kind == scenes.BOX_KIND
+                is_box = question.kind == BOX_KIND
                 yield Item(
                     key=f"{seed} {group} {number}",
                     question=question.text,
@@ -93,7 +94,7 @@ def rendered(first: int, count: int, *, grounding: bool = True) -> Iterator[Item
 
 
 def _blocks(answer: str) -> Box | None:
-    region = scenes.box_region(answer)
+    region = box_region(answer)
     return None if region is None else region.boxes[0]
 
 

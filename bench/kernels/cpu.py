@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.common import header, save, table
+from bench.kernels.torch_forms import bag, crop_order, crops_of
 from crop import ops
+from crop.selftest.cases import region_plan
 from crop.selftest.timing import Call
-from crop.selftest.torch_forms import crop_leaders, region_plan
 
 
 @dataclass(frozen=True)
@@ -199,27 +201,33 @@ def pool_cases() -> Iterator[Case]:
         (64, 3584, torch.bfloat16),
         (128, 3584, torch.bfloat16),
     ):
-        plan, members, offsets, crops = region_plan(size)
+        plan, crops = region_plan(size), crops_of(size)
+        members, offsets = plan.members.long(), plan.offsets.long()
         tokens = torch.randn(size * size, width).to(dtype)
 
         def pooled(tokens: Tensor = tokens, size: int = size, crops: Any = crops) -> Tensor:
             grid = tokens.view(size, size, -1).permute(2, 0, 1)
             return torch.cat([F.avg_pool2d(grid[:, y, x], s).flatten(1) for y, x, s in crops], 1).T.contiguous()
 
-        def bag(tokens: Tensor = tokens, members: Tensor = members, offsets: Tensor = offsets) -> Tensor:
-            return F.embedding_bag(members, tokens, offsets, mode="mean", include_last_offset=True)
-
         def segments(tokens: Tensor = tokens, members: Tensor = members, offsets: Tensor = offsets) -> Tensor:
             return torch.segment_reduce(tokens[members], "mean", offsets=offsets)
 
-        order = crop_leaders(size, crops)
+        order = crop_order(size, plan)
 
         def same(peer: Tensor, crop: Tensor, order: Tensor = order) -> bool:
             return close(peer[order], crop)
 
         name, short = f"{size}x{size} D{width} -> {plan.num_out}", str(dtype).removeprefix("torch.")
         crop = lambda tokens=tokens, plan=plan: ops.adaptive_pool(tokens, plan)  # noqa: E731
-        yield Case("adaptive_pool", name, short, crop, {"embedding_bag": bag, "segment_reduce": segments}, close, 1.0)
+        yield Case(
+            "adaptive_pool",
+            name,
+            short,
+            crop,
+            {"embedding_bag": partial(bag, tokens, members, offsets), "segment_reduce": segments},
+            close,
+            1.0,
+        )
         yield Case("adaptive_pool", name, short, crop, {"crops+avg_pool2d+cat": pooled}, same, 5.0)
 
 

@@ -25,6 +25,7 @@ import torch
 
 from bench.common import header, save, table
 from bench.kernels.peers import peers_of
+from bench.kernels.torch_forms import ROUGH, forms_of, in_order
 from crop.selftest.cases import CASES, Case
 from crop.selftest.timing import copy_bandwidth, graph_times
 
@@ -70,7 +71,7 @@ def measure(case: Case, rounds: int, rate: float | None) -> list[dict[str, Any]]
     """Check and time crop and its peers: one row each."""
     rows, floor = [], floor_us(case, rate) if rate else None
     timed: dict[str, float] = {}
-    for name, call in {"crop": case.crop, **case.torch, **peers_of(case)}.items():
+    for name, call in {"crop": case.crop, **forms_of(case), **peers_of(case)}.items():
         row: dict[str, Any] = {
             "op": case.op,
             "shape": case.shape,
@@ -89,11 +90,11 @@ def measure(case: Case, rounds: int, rate: float | None) -> list[dict[str, Any]]
             row["note"] = "not installed"
             continue
         try:
-            error = case.error(call())
+            error = case.error(in_order(case, call()))
         except Exception as reason:
             row["note"] = f"fails: {type(reason).__name__}: {str(reason).splitlines()[0][:80] if str(reason) else ''}"
             continue
-        if not error <= (0 if name == "crop" else case.rough):  # NaN is wrong, too
+        if not error <= (0 if name == "crop" else ROUGH.get(case.op, 0)):  # NaN is wrong, too
             row["note"] = f"wrong: error {error:.3g}"
             continue
         row["note"] = f"error {error:.3g}" if error else ""

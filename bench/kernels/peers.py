@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.kernels.torch_forms import mass_grouped, repeated
 from crop.selftest.cases import Case
 from crop.selftest.timing import Call
-from crop.selftest.torch_forms import mass_grouped, repeated
 
 LOG2_E = 1.4426950408889634
 
@@ -63,7 +63,8 @@ def peers_of(case: Case) -> dict[str, Call | str]:
         first = call("flash_attn.bert_padding", first_axis, given["tensors"][0], given["index"])
         return {"flash_attn index_first_axis": first if isinstance(first, str) else lambda: [first()]}
     if case.op == "adaptive_pool":
-        inputs = (given["tokens"], given["members"], given["offsets"])
+        plan = given["plan"]
+        inputs = (given["tokens"], plan.members.long(), plan.offsets.long())
         return {"torch_scatter.segment_csr": call("torch_scatter", segment_csr, *inputs)}
     return {}
 

@@ -168,7 +168,7 @@ def traffic() -> list[dict[str, object]]:
     import torch
 
     from crop import ops
-    from crop.selftest.torch_forms import region_plan
+    from crop.selftest.cases import region_plan
     from tests.csrc.emulator import Emulated, missing
 
     if missing():
@@ -181,7 +181,7 @@ def traffic() -> list[dict[str, object]]:
     score, kept = torch.rand(1, 8192), torch.arange(0, 576, 4)[None]
     hidden = torch.randn(1, 576, 4096).to(bf16)
     caches = [torch.randn(1, 8, 576, 128).to(bf16) for _ in range(2)]
-    plan, tokens = region_plan(24)[0], torch.randn(576, 1024).to(bf16)
+    plan, tokens = region_plan(24), torch.randn(576, 1024).to(bf16)
     grad = torch.randn(plan.num_out, 1024).to(bf16)
     inputs = key.nbytes + query.nbytes + 8 * 576 + 4 * 576  # and index, mass
     pooled = tokens.nbytes + grad.nbytes

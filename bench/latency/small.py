@@ -62,7 +62,7 @@ def random_llava(layers: int, width: int, side: int) -> Geometry:
 def embedded_model() -> Model:
     """The model in the package."""
     model, processor = embedded.load()
-    side = embedded.scenes.GRID
+    side = embedded.things.GRID
     pixels = model.config.vision_config.image_size
     geometry = Geometry(None, lambda: processor.image_processor, (pixels, pixels), side * side, 0)
     return Model(model, processor.image_processor, geometry, 0)

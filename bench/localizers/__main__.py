@@ -24,9 +24,10 @@ import torch
 from tqdm import tqdm
 
 from bench.common import header, save, table
+from bench.training.head import multiply_adds
 from crop import embedded
 from crop.cli.ask import EMBEDDED, Answer, Asker, load
-from crop.embedded import scenes
+from crop.embedded import scenes, things
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.localizers import BoxLocalizer, Head, Localizer, encode
@@ -35,7 +36,7 @@ from crop.localizers.vision_cache import cache_vision
 from crop.methods import by_name
 from crop.selftest.timing import interleave
 
-GRID = VisionLayout.grid(scenes.GRID, scenes.GRID)
+GRID = VisionLayout.grid(things.GRID, things.GRID)
 COLUMNS = ("covered", "all of it", "area", "IoU", "whole", "answers", "localizer ms", "total ms")
 
 
@@ -132,7 +133,7 @@ def head_cost(asker: Asker) -> list[dict[str, Any]]:
         ("7B, 2880 tokens", Head(4096), 2880, 40, 32, 11008, None),
     ):
         prefill = (tokens + words) * layers * (4 * head.dim**2 + 3 * head.dim * wide)
-        own = head.multiply_adds(tokens, words)
+        own = multiply_adds(head, tokens, words)
         rows.append({"geometry": name, "head, M multiply-adds": own / 1e6, "prefill, M": prefill / 1e6,
                      "share %": 100 * own / prefill,
                      "head with boxes, ms": milliseconds and 1e3 * milliseconds["head"].median,

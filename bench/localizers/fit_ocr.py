@@ -10,6 +10,7 @@ the shared weights and towards the shared ones for every kind of answer.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from bench.localizers import receipts
 from crop.localizers.ocr.encoder import Encoder
 from crop.localizers.ocr.features import FEATURES, OUTLINE, Neighbours, features, neighbours, outline
 from crop.localizers.ocr.question import Question
-from crop.localizers.ocr.ranking import OTHER, SUPPORT, WEIGHTS, Weights, logistic, with_support
+from crop.localizers.ocr.ranking import OTHER, STAGES, SUPPORT, WEIGHTS, Weights, logistic, with_support
 from crop.localizers.ocr.reader import Reader
 
 SUPPORTIVE = ("meaning", "label meaning", "words", "label exact", "own label", "value", "value of label", "example")
@@ -140,6 +141,15 @@ def _logistic_regression(
     return found
 
 
+def save(weights: Weights, path: Path) -> None:
+    """Write what ``Weights.shipped`` reads."""
+    stored: dict = {"features": OUTLINE + FEATURES}
+    for name in STAGES:
+        stored[name] = {kind: row.round(3).tolist() for kind, row in sorted(getattr(weights, name).items())}
+    lines = json.dumps(stored, indent=1).replace("\n   ", " ").replace("\n  ]", "]")
+    path.write_text(lines + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.localizers.fit_ocr",
@@ -153,7 +163,7 @@ def main() -> None:
     reader = options.pages and Reader(folder=options.pages)
     found = cases([receipt for receipt in receipts.load() if receipt.development], reader)
     weights = fit(found, options.ridge)
-    weights.save(options.out)
+    save(weights, options.out)
     tables = (
         ("place", weights.place, OUTLINE),
         ("first", weights.first, FEATURES),

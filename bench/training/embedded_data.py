@@ -9,32 +9,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crop.embedded import scenes
+from bench.training.grounding import box_questions
+from crop.embedded import scenes, things
 
-NUM_PATCHES = scenes.GRID**2
+NUM_PATCHES = things.GRID**2
 MAX_QUESTIONS, MAX_BOXES, MAX_LENGTH = 32, 8, 13
 EMPHASIS = {"box": 5.0, "count": 2.0, "total": 2.0, "date": 1.5, "shapes": 1.5, "picture": 0.2, "receipt": 0.2}
 WHERE = [f"{v} {h}" for v in ("top", "middle", "bottom") for h in ("left", "center", "right")]
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 KINDS = ("shape", "sign", "shop", "date", "item", "total")
 HEADS = {  # classes per patch label; class 0 is "none" everywhere
-    "kind": len(KINDS) + 1, "color": len(scenes.COLORS) + 1, "shape": len(scenes.SHAPES) + 1,
-    "word": len(scenes.DRAWN_WORDS) + 1, "tens": 11, "ones": 11, "where": 10, "character": len(CHARACTERS) + 1,
+    "kind": len(KINDS) + 1, "color": len(things.COLORS) + 1, "shape": len(things.SHAPES) + 1,
+    "word": len(things.DRAWN_WORDS) + 1, "tens": 11, "ones": 11, "where": 10, "character": len(CHARACTERS) + 1,
     "same_color": 7, "same_shape": 7, "things": 7,
 }  # fmt: skip
 
 
 def patch_labels(scene: scenes.Scene) -> np.ndarray:
     """(256, len(HEADS)) uint8: what the thing under each patch is."""
-    label = np.zeros((scenes.GRID, scenes.GRID, len(HEADS)), np.uint8)
+    label = np.zeros((things.GRID, things.GRID, len(HEADS)), np.uint8)
     for thing in scene.things:
         digits = f"{thing.value:>2}" if thing.value else "  "
         same = [sum(getattr(o, a) == getattr(thing, a) for o in scene.things) for a in ("color", "shape")]
         row = [
             1 + KINDS.index(thing.kind),
-            1 + list(scenes.COLORS).index(thing.color) if thing.color else 0,
-            1 + scenes.SHAPES.index(thing.shape) if thing.shape else 0,
-            1 + scenes.DRAWN_WORDS.index(thing.word) if thing.word else 0,
+            1 + list(things.COLORS).index(thing.color) if thing.color else 0,
+            1 + things.SHAPES.index(thing.shape) if thing.shape else 0,
+            1 + things.DRAWN_WORDS.index(thing.word) if thing.word else 0,
             0 if digits[0] == " " else 1 + int(digits[0]),
             0 if digits[1] == " " else 1 + int(digits[1]),
             1 + WHERE.index(thing.where) if thing.where and thing.color else 0,
@@ -50,8 +51,8 @@ def patch_labels(scene: scenes.Scene) -> np.ndarray:
 
 def region_mask(question: scenes.Question) -> np.ndarray:
     """(256,) bool: patches whose centre lies in the question's boxes."""
-    centre = (np.arange(scenes.GRID) + 0.5) / scenes.GRID
-    mask = np.zeros((scenes.GRID, scenes.GRID), bool)
+    centre = (np.arange(things.GRID) + 0.5) / things.GRID
+    mask = np.zeros((things.GRID, things.GRID), bool)
     for x0, y0, x1, y1 in question.boxes:
         mask |= ((centre >= y0) & (centre < y1))[:, None] & ((centre >= x0) & (centre < x1))[None]
     return mask.reshape(-1)
@@ -69,13 +70,13 @@ class Encoder:
 
 def asked(scene: scenes.Scene) -> tuple[scenes.Question, ...]:
     """The questions of a picture that training and the held-out figures use."""
-    return (*scene.questions[:MAX_QUESTIONS], *scene.grounding[:MAX_BOXES])
+    return (*scene.questions[:MAX_QUESTIONS], *box_questions(scene)[:MAX_BOXES])
 
 
 def encode(scene: scenes.Scene, encoder: Encoder) -> dict[str, np.ndarray]:
     """One picture as arrays: patches, patch labels and its questions."""
     rows = MAX_QUESTIONS + MAX_BOXES
-    pixels = np.asarray(scene.image).reshape(scenes.GRID, scenes.PATCH, scenes.GRID, scenes.PATCH, 3)
+    pixels = np.asarray(scene.image).reshape(things.GRID, things.PATCH, things.GRID, things.PATCH, 3)
     out = {
         # (row, column, channel, y, x): the order of a flattened convolution kernel
         "patches": pixels.transpose(0, 2, 4, 1, 3).reshape(NUM_PATCHES, -1).copy(),
@@ -85,7 +86,7 @@ def encode(scene: scenes.Scene, encoder: Encoder) -> dict[str, np.ndarray]:
         "region": np.zeros((rows, NUM_PATCHES), bool),
         "local": np.zeros(rows, bool),
         "weight": np.zeros(rows, np.float32),
-        "picture": np.array(scenes.PICTURES.index(scene.picture), np.uint8),
+        "picture": np.array(things.PICTURES.index(scene.picture), np.uint8),
     }
     questions = asked(scene)
     count = collections.Counter(q.kind for q in questions)
@@ -123,7 +124,7 @@ class Reservoir:
 
     def add(self, count: int, features: object = None) -> None:
         fresh = []
-        for picture in self.rng.choices(scenes.PICTURES, (4, 3, 3), k=count):
+        for picture in self.rng.choices(things.PICTURES, (4, 3, 3), k=count):
             drawn = scenes.scene(self.seed, picture=picture, hardness=self.hardness)
             fresh.append({k: torch.from_numpy(v) for k, v in encode(drawn, self.encoder).items()})
             self.seed += self.stride

@@ -9,6 +9,7 @@ import torch
 
 from bench.training.embedded_data import NUM_PATCHES, Encoder, asked, encode
 from bench.training.embedded_model import answer_logits, tower_features
+from bench.training.grounding import BOX_KIND, box_questions
 from crop import embedded
 from crop.embedded import scenes
 
@@ -36,7 +37,7 @@ def quick_scores(model, encoder: Encoder, count: int, first: int = HELD_OUT) -> 
 
 
 def format_scores(scores: dict[str, list[bool]]) -> str:
-    kinds = [k for k in (*scenes.LOCAL_KINDS, *scenes.GLOBAL_KINDS, scenes.BOX_KIND) if k in scores]
+    kinds = [k for k in (*scenes.LOCAL_KINDS, *scenes.GLOBAL_KINDS, BOX_KIND) if k in scores]
     local = [ok for k in scenes.LOCAL_KINDS for ok in scores.get(k, ())]
     parts = [f"{k} {sum(scores[k]) / len(scores[k]):.3f}" for k in kinds]
     return " ".join(parts) + f" | all local {sum(local) / max(1, len(local)):.3f} (n={len(local)})"
@@ -49,7 +50,7 @@ def evaluate(directory: str, count: int) -> None:
     for seed in range(HELD_OUT + 1000, HELD_OUT + 1000 + count):  # beyond the pictures watched while training
         scene = scenes.scene(seed)
         questions = random.Random(seed).sample(scene.questions, min(8, len(scene.questions)))
-        questions += scene.grounding[seed % len(scene.grounding) :][:1]
+        questions += box_questions(scene)[seed % len(scene.things) :][:1]
         answers = embedded.answer(model, processor, [scene.image] * len(questions), [q.text for q in questions])
         for question, text in zip(questions, answers, strict=True):
             scores[question.kind].append(text == question.answer)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.training.embedded_data import NUM_PATCHES
-from crop.embedded import scenes
+from crop.embedded import things
 
 SIZES = {  # tower width, tower layers, decoder width, decoder layers, decoder feed-forward
     "small": (128, 5, 128, 8, 320),
@@ -31,7 +31,7 @@ def build(size: str, vocabulary: dict[str, int]):
     tower, tower_layers, width, layers, inner = SIZES[size]
     vision = SiglipVisionConfig(
         hidden_size=tower, intermediate_size=2 * tower, num_hidden_layers=tower_layers, num_attention_heads=4,
-        image_size=scenes.SIZE, patch_size=scenes.PATCH, vision_use_head=False,
+        image_size=things.SIZE, patch_size=things.PATCH, vision_use_head=False,
     )  # fmt: skip
     text = LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
@@ -50,13 +50,13 @@ def build(size: str, vocabulary: dict[str, int]):
     # Rows and columns in sines: neighbours are then a fixed rotation apart from the first step on.
     place = model.model.vision_tower.embeddings.position_embedding.weight
     axis = (
-        torch.arange(scenes.GRID)[:, None]
+        torch.arange(things.GRID)[:, None]
         * 2
         * math.pi
         / torch.logspace(math.log2(3), math.log2(64), tower // 4, base=2)
     )
     wave = torch.cat((axis.sin(), axis.cos()), 1)
-    grid = torch.cat((wave[:, None].expand(-1, scenes.GRID, -1), wave[None].expand(scenes.GRID, -1, -1)), 2)
+    grid = torch.cat((wave[:, None].expand(-1, things.GRID, -1), wave[None].expand(things.GRID, -1, -1)), 2)
     place.data.copy_(grid.reshape(NUM_PATCHES, tower) * 0.4)
     return model
 
@@ -129,8 +129,22 @@ def answer_logits(model, vision: Tensor, keep: Tensor, ids: Tensor) -> Tensor:
     return model.lm_head(hidden[:, prefix:]).unflatten(1, (questions, length))
 
 
+def spoken_words() -> tuple[str, ...]:
+    """Every word of every question and answer, sorted; digits one by one."""
+    words = (
+        set(things.DRAWN_WORDS) | set(things.COLORS) | set(things.SHAPES) | set(things.PICTURES) | set("0123456789?")
+    )
+    words |= set("top middle bottom left center right yes no shapes sign receipt".split())
+    words |= {f"{shape}s" for shape in things.SHAPES}
+    words |= set(
+        "what kind of picture is this a how many are there digit word on the color shape with has where does "
+        "say price which item costs date shop an it in".split()
+    )
+    return tuple(sorted(words))
+
+
 def vocabulary() -> dict[str, int]:
-    words = ("<pad>", "<s>", "</s>", "<unk>", "<image>", *scenes.vocabulary())
+    words = ("<pad>", "<s>", "</s>", "<unk>", "<image>", *spoken_words())
     return {word: i for i, word in enumerate(words)}
 
 
@@ -153,7 +167,7 @@ def build_processor():
         model_max_length=1024,
     )  # fmt: skip
     images = SiglipImageProcessorPil(
-        size={"height": scenes.SIZE, "width": scenes.SIZE},
+        size={"height": things.SIZE, "width": things.SIZE},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
         resample=3,
@@ -161,7 +175,7 @@ def build_processor():
     return LlavaProcessor(
         images,
         fast,
-        patch_size=scenes.PATCH,
+        patch_size=things.PATCH,
         vision_feature_select_strategy="full",
         num_additional_image_tokens=0,
     )

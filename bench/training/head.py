@@ -36,7 +36,7 @@ from crop.cli.images import open_image
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.localizers.boxes import Raster
-from crop.localizers.head import Head, clues, head_region, waves
+from crop.localizers.head import OCTAVES, Head, clues, head_region, waves
 from crop.localizers.reading import embeddings
 from crop.localizers.vision_cache import cache_vision
 
@@ -197,6 +197,14 @@ def calibrate(head: Head, verdicts: list[Verdict]) -> None:
 
     optimizer.step(closure)
     head.calibration.copy_(torch.cat([weights[:1], weights[1:] / scale]).detach())
+
+
+def multiply_adds(head: Head, tokens: int, words: int) -> int:
+    """Multiply-adds of one question of ``words`` tokens about an image of ``tokens`` tokens."""
+    per_token = head.width * (head.dim + 4 * OCTAVES + 1 + head.width + 1)
+    per_word = head.width * (head.dim + 3 * head.width + 2 * head.probes)
+    once = head.probes * head.width * 3 * head.width + head.width
+    return tokens * per_token + words * per_word + once
 
 
 def covers(layout: VisionLayout, region: Region, boxes: Any) -> bool:

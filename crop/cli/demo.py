@@ -12,7 +12,7 @@ from rich.text import Text
 
 from crop.cli.ask import EMBEDDED, Answer, load
 from crop.cli.visualize import contact_sheet, outlined, overlay
-from crop.embedded import scenes
+from crop.embedded import scenes, things
 from crop.localizers.base import WholeLocalizer
 from crop.methods.registry import by_name
 
@@ -66,7 +66,7 @@ def demo(out: Path, *, count: int = 6, seed: int = 0) -> None:
 def _examples(seed: int, count: int) -> Iterator[tuple[scenes.Scene, scenes.Question]]:
     """Unseen pictures, each with the first of its questions that some part of it answers."""
     for number in range(count):
-        picture = scenes.PICTURES[number % len(scenes.PICTURES)]
+        picture = things.PICTURES[number % len(things.PICTURES)]
         scene = scenes.scene(UNSEEN + 1000 * seed + number, picture=picture)
         yield scene, next(question for question in scene.questions if question.local)
 

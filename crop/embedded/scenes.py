@@ -10,65 +10,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from crop.embedded.drawing import draw
-from crop.embedded.things import (
-    COLORS,
-    DRAWN_WORDS,
-    GRID,
-    PATCH,
-    PICTURES,
-    SHAPES,
-    SIZE,
-    Thing,
-    build_receipt,
-    build_shapes,
-    build_signs,
-)
+from crop.embedded.things import PICTURES, Thing, build_receipt, build_shapes, build_signs
+from crop.geometry.region import Box, Region
 
-if TYPE_CHECKING:
-    from crop.geometry.region import Region
-
-__all__ = [
-    "BLOCKS",
-    "BOX_KIND",
-    "COLORS",
-    "DRAWN_WORDS",
-    "GLOBAL_KINDS",
-    "GRID",
-    "LOCAL_KINDS",
-    "PATCH",
-    "PICTURES",
-    "SHAPES",
-    "SIZE",
-    "Question",
-    "Scene",
-    "Thing",
-    "box_region",
-    "scene",
-    "vocabulary",
-]
-
-LOCAL_KINDS = (
-    "digit",
-    "word",
-    "color",
-    "shape",
-    "where",
-    "count",
-    "sign",
-    "price",
-    "item",
-    "total",
-    "date",
-    "shop",
-)
+LOCAL_KINDS = tuple("digit word color shape where count sign price item total date shop".split())
 GLOBAL_KINDS = ("shapes", "picture", "receipt")
-BOX_KIND = "box"  # answered by a place in numbers; see ``Scene.grounding``
-BLOCKS = 8  # blocks per side in which such answers count
+WHOLE = ((0.0, 0.0, 1.0, 1.0),)
 
 
 @dataclass(frozen=True)
@@ -76,7 +27,7 @@ class Question:
     """One question about a picture.
 
     Args:
-        kind: one of ``LOCAL_KINDS`` or ``GLOBAL_KINDS``, or ``BOX_KIND``.
+        kind: one of ``LOCAL_KINDS`` or ``GLOBAL_KINDS``.
         text: the question without a final question mark.
         answer: lower-case words or a number.
         boxes: (x0, y0, x1, y1) each, normalised to the image, half-open: where the answer can be seen.
@@ -86,14 +37,12 @@ class Question:
     kind: str
     text: str
     answer: str
-    boxes: tuple[tuple[float, float, float, float], ...]
+    boxes: tuple[Box, ...]
     local: bool
 
     @property
     def region(self) -> Region:
-        """The boxes as a ``crop.region.Region``."""
-        from crop.geometry.region import Region
-
+        """The boxes as a region."""
         return Region(self.boxes)
 
 
@@ -106,31 +55,14 @@ class Scene:
         questions: in random order (a function of the seed).
         picture: one of ``PICTURES``.
         things: what was drawn, in drawing order.
-        grounding: questions of ``BOX_KIND``, one per thing: where it is, in blocks of an 8 x 8 grid; ``box_region``
-            reads the answers. Apart from ``questions``, which ask what can be seen.
+        seed: of the picture.
     """
 
     image: Image.Image
     questions: tuple[Question, ...]
     picture: str
     things: tuple[Thing, ...]
-    grounding: tuple[Question, ...]
-
-
-def box_region(answer: str) -> Region | None:
-    """The region that an answer of ``BOX_KIND`` names, None where it names none.
-
-    Args:
-        answer: four digits, spaces aside: xmin, ymin, xmax, ymax, blocks of an 8 x 8 grid, inclusive.
-    Source: the format of regions in CROP (arXiv 2505.21233).
-    """
-    from crop.geometry.region import Region
-
-    digits = answer.replace(" ", "")
-    if len(digits) != 4 or not digits.isdecimal():
-        return None
-    x0, y0, x1, y1 = map(int, digits)
-    return Region.from_blocks(x0, y0, x1, y1, BLOCKS) if x0 <= x1 < BLOCKS and y0 <= y1 < BLOCKS else None
+    seed: int
 
 
 def scene(seed: int, *, picture: str | None = None, hardness: float = 1.0) -> Scene:
@@ -153,17 +85,14 @@ def scene(seed: int, *, picture: str | None = None, hardness: float = 1.0) -> Sc
     image = draw(things, picture, rng, hardness)
     questions = list(_questions(things, picture, rng))
     rng.shuffle(questions)
-    # Random numbers of their own, so that the other questions do not depend on these.
-    grounding = list(_box_questions(things, random.Random(f"boxes {seed}")))
-    return Scene(image, tuple(questions), picture, things, tuple(grounding))
+    return Scene(image, tuple(questions), picture, things, seed)
 
 
 def _questions(things: tuple[Thing, ...], picture: str, rng: random.Random) -> Iterator[Question]:
-    whole = ((0.0, 0.0, 1.0, 1.0),)
-    yield Question("picture", "what kind of picture is this", picture, whole, False)
-    yield Question("receipt", "is this a receipt", "yes" if picture == "receipt" else "no", whole, False)
+    yield Question("picture", "what kind of picture is this", picture, WHOLE, False)
+    yield Question("receipt", "is this a receipt", "yes" if picture == "receipt" else "no", WHOLE, False)
     if picture == "shapes":
-        yield Question("shapes", "how many shapes are there", str(len(things)), whole, False)
+        yield Question("shapes", "how many shapes are there", str(len(things)), WHOLE, False)
         yield from _shape_questions(things, rng)
     elif picture == "sign":
         yield from _sign_questions(things)
@@ -192,27 +121,17 @@ def _shape_questions(things: tuple[Thing, ...], rng: random.Random) -> Iterator[
         if thing.where is not None:
             clue = rng.choice([*names, str(thing.label)])
             yield Question("where", f"where is the {clue}", thing.where, (thing.box,), True)
-    for values, values_of in (
-        (sorted(set(map(str, colors))), "color"),
-        (sorted(set(map(str, shapes))), "shape"),
-    ):
-        for value in values:
-            boxes = tuple(t.box for t in things if getattr(t, values_of) == value)
-            noun = f"{value} shapes" if values_of == "color" else f"{value}s"
-            yield Question("count", f"how many {noun} are there", str(len(boxes)), boxes, True)
+    for name, noun in (("color", "{} shapes"), ("shape", "{}s")):
+        for value in sorted({str(getattr(thing, name)) for thing in things}):
+            boxes = tuple(thing.box for thing in things if getattr(thing, name) == value)
+            yield Question("count", f"how many {noun.format(value)} are there", str(len(boxes)), boxes, True)
 
 
 def _sign_questions(things: tuple[Thing, ...]) -> Iterator[Question]:
     for thing in things:
         name = "sign" if len(things) == 1 else f"{thing.color} sign"
         yield Question("sign", f"what does the {name} say", str(thing.word), (thing.box,), True)
-        yield Question(
-            "color",
-            f"what color is the sign with {thing.word}",
-            str(thing.color),
-            (thing.box,),
-            True,
-        )
+        yield Question("color", f"what color is the sign with {thing.word}", str(thing.color), (thing.box,), True)
         if thing.where is not None:
             yield Question("where", f"where is the {thing.color} sign", thing.where, (thing.box,), True)
 
@@ -230,29 +149,3 @@ def _receipt_questions(things: tuple[Thing, ...]) -> Iterator[Question]:
             yield Question("total", "what is the total", str(thing.value), (thing.box,), True)
         else:
             yield Question("shop", "what is the shop", str(thing.word), (thing.box,), True)
-
-
-def _box_questions(things: tuple[Thing, ...], rng: random.Random) -> Iterator[Question]:
-    for thing in things:
-        if thing.kind == "shape":
-            name = rng.choice((f"{thing.color} {thing.shape}", str(thing.label)))
-        elif thing.kind == "sign":
-            name = rng.choice((f"{thing.color} sign", str(thing.word)))
-        else:
-            name = str(thing.word) if thing.kind == "item" else thing.kind
-        x0, y0, x1, y1 = thing.cells
-        side = GRID // BLOCKS
-        blocks = (x0 // side, y0 // side, (x1 - 1) // side, (y1 - 1) // side)
-        yield Question(BOX_KIND, f"what box is the {name} in", "".join(map(str, blocks)), (thing.box,), True)
-
-
-def vocabulary() -> tuple[str, ...]:
-    """Every word of every question and answer, sorted; digits one by one."""
-    words = set(DRAWN_WORDS) | set(COLORS) | set(SHAPES) | set(PICTURES) | set("0123456789?")
-    words |= set("top middle bottom left center right yes no shapes sign receipt".split())
-    words |= {f"{shape}s" for shape in SHAPES}
-    words |= set(
-        "what kind of picture is this a how many are there digit word on the color shape with has where does "
-        "say price which item costs date shop an it in".split()
-    )
-    return tuple(sorted(words))

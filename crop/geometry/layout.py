@@ -40,16 +40,9 @@ class VisionLayout:
     num_original: int
 
     def __post_init__(self) -> None:
-        dtypes = {
-            "position": torch.int64,
-            "center": torch.float32,
-            "row": torch.int32,
-            "col": torch.int32,
-            "view": torch.int32,
-            "kind": torch.uint8,
-        }
-        count = len(self.position)
-        for name, dtype in dtypes.items():
+        count, dtypes = len(self.position), {"position": torch.int64, "center": torch.float32, "kind": torch.uint8}
+        for name in ("position", "center", "row", "col", "view", "kind"):
+            dtype = dtypes.get(name, torch.int32)
             array, shape = getattr(self, name), (count, 2) if name == "center" else (count,)
             if array.dtype != dtype:
                 raise TypeError(f"VisionLayout: {name} must be {dtype}, got {array.dtype}")
@@ -84,12 +77,7 @@ class VisionLayout:
 
     @staticmethod
     def grid(
-        height: int,
-        width: int,
-        *,
-        box: Box = (0.0, 0.0, 1.0, 1.0),
-        position: Tensor | None = None,
-        start: int = 0,
+        height: int, width: int, *, box: Box = (0.0, 0.0, 1.0, 1.0), position: Tensor | None = None, start: int = 0
     ) -> VisionLayout:
         """Row-major grid of tokens that covers a rectangle of the original image.
 
@@ -153,29 +141,19 @@ class VisionLayout:
         return inside
 
     def inside(self, region: Region) -> Tensor:
-        """Tokens of the region.
+        """(N,) bool: the tokens of the region.
 
         A patch is inside when its centre is; a box that holds no centre selects the patch nearest
         to the box's centre. A newline is inside if any patch of its row is. Padding never is.
-
-        Args:
-            region: boxes in the original image.
-        Returns:
-            (N,) bool.
         """
         return self.levels(region, 0) == 0
 
     def levels(self, region: Region, ring: int) -> Tensor:
-        """Level of every token: 0 inside, 1 in the ring around the region, 2 outside.
+        """(N,) uint8 level of every token: 0 inside, 1 in the ring around the region, 2 outside.
 
         The ring is the Chebyshev dilation of the inside patches by ``ring`` tokens, on the token
         grid of each view. A newline takes the lowest level of its row, padding is always outside.
 
-        Args:
-            region: boxes in the original image.
-            ring: tokens, >= 0.
-        Returns:
-            (N,) uint8.
         Raises:
             ValueError: ring < 0.
         Source: own choice.
@@ -218,14 +196,10 @@ class VisionLayout:
         return torch.from_numpy((view * height + row // stride) * width + col // stride)
 
     def pool(self, plan: PoolPlan, position: Tensor) -> VisionLayout:
-        """Layout of the tokens that ``plan`` makes of this layout's tokens.
+        """Layout of the tokens that ``plan`` makes of these: mean centre; row, col, view and kind of the leader.
 
         Args:
-            plan: PoolPlan over N tokens.
-            position: (plan.num_out,) int64 sequence indices of the pooled tokens.
-        Returns:
-            VisionLayout: centre = mean of the members' centres; row, col, view and kind of the
-            leader; num_original unchanged.
+            plan: over N tokens. position: (plan.num_out,) int64 sequence indices of the pooled tokens.
         Raises:
             ValueError: the plan is for another number of tokens.
         """

@@ -9,14 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,13 +113,7 @@ class PoolPlan:
         return {}
 
     def to(self, device: torch.device | str) -> PoolPlan:
-        """The same plan on ``device``; the copy is made once and kept.
-
-        Args:
-            device: target of all arrays.
-        Returns:
-            This plan if it is there already, else the copy.
-        """
+        """The same plan on ``device``: this one if it is there already, else a copy that is made once and kept."""
         device = torch.device(device)
         if device == self.members.device:
             return self
@@ -142,7 +132,7 @@ class PoolPlan:
 
     @staticmethod
     def from_labels(label: Tensor, row: Tensor, col: Tensor, level: Tensor) -> PoolPlan:
-        """Build the plan whose cells are the sets of tokens that carry one label.
+        """The plan over N tokens whose cells are the sets of tokens that carry one label.
 
         The leader of a cell is the member nearest to the cell's centroid on the token grid, ties
         to the smallest index; distances are compared in integers, so ties are exact.
@@ -151,8 +141,6 @@ class PoolPlan:
             label: (N,) int64, any values; tokens with a negative label are in no cell.
             row, col: (N,) integer coordinates on the token grid.
             level: (N,) uint8; a cell takes its leader's.
-        Returns:
-            PoolPlan over N tokens.
         Source: own choice.
         """
         labels = label.numpy()
@@ -196,13 +184,13 @@ class PoolPlan:
 
     @staticmethod
     def from_cells(cell: Tensor, leader: Tensor) -> PoolPlan:
-        """Build the plan from the cell of each token, on any device and without reading it back.
+        """The plan from the cell of each token, level 0, on any device and without reading it back.
+
+        Tokens in no cell stand at the end of ``members``, beyond the last offset.
 
         Args:
             cell: (N,) int64 in [-1, num_out), -1 = in no cell.
             leader: (num_out,) int64, ascending, ``cell[leader[i]] == i``.
-        Returns:
-            PoolPlan over N tokens, level 0; tokens in no cell stand at the end of ``members``, beyond the last offset.
         """
         num_out = len(leader)
         place = torch.where(cell < 0, num_out, cell)
@@ -220,12 +208,9 @@ class PoolPlan:
 
     @staticmethod
     def concatenate(plans: Sequence[PoolPlan]) -> PoolPlan:
-        """One plan for the tokens of several images laid one after the other.
+        """One plan for the tokens of several images laid one after the other, on one device.
 
-        Args:
-            plans: plans on one device; an image that stays whole needs ``PoolPlan.identity``.
-        Returns:
-            PoolPlan with global token indices; cells of image 0 first, then image 1, and so on.
+        An image that stays whole needs ``PoolPlan.identity``.
         """
         if not plans:
             return PoolPlan.identity(0)

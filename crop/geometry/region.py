@@ -71,10 +71,6 @@ class Region:
 
         Args:
             xmin, ymin, xmax, ymax: 0-based block indices, all inclusive.
-            grid: blocks per side.
-            confidence: see ``Region``.
-        Returns:
-            Region with one box.
         Raises:
             ValueError: not 0 <= min <= max < grid.
         Source: CROP (arXiv 2505.21233), 8 x 8 blocks.
@@ -86,18 +82,13 @@ class Region:
 
     @staticmethod
     def from_pixels(
-        boxes: Sequence[float] | Sequence[Sequence[float]],
-        size: tuple[float, float],
-        confidence: float = 1.0,
+        boxes: Sequence[float] | Sequence[Sequence[float]], size: tuple[float, float], confidence: float = 1.0
     ) -> Region:
         """Box or boxes in pixels of the original image.
 
         Args:
             boxes: (x0, y0, x1, y1), or a sequence of such; half open.
-            size: (width, height) of the original image in pixels.
-            confidence: see ``Region``.
-        Returns:
-            Region with one box per given box.
+            size: (width, height) of the original image.
         Raises:
             ValueError: size not positive, or what ``Region`` raises.
         """
@@ -124,8 +115,7 @@ class Region:
 
     def _pieces(self) -> list[tuple[float, bool]]:
         """(area, covered) of the rectangles into which all box borders cut the image."""
-        xs = sorted({0.0, 1.0}.union(*((box[0], box[2]) for box in self.boxes)))
-        ys = sorted({0.0, 1.0}.union(*((box[1], box[3]) for box in self.boxes)))
+        xs, ys = (sorted({0.0, 1.0}.union(*(box[axis::2] for box in self.boxes))) for axis in (0, 1))
         return [
             (
                 (right - left) * (bottom - top),
@@ -158,13 +148,7 @@ class Region:
         return (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
 
     def contains(self, center: Tensor) -> Tensor:
-        """Which points lie in the region.
-
-        Args:
-            center: (N, 2) float32 x, y in the original image, on the CPU.
-        Returns:
-            (N,) bool.
-        """
+        """(N,) bool: which of the points ``center``, (N, 2) float32 x, y on the CPU, lie in the region."""
         return torch.from_numpy(self.hits(center).any(0))
 
     def distance(self, center: Tensor) -> Tensor:
@@ -174,7 +158,6 @@ class Region:
             center: (N, 2) float32 x, y in the original image, on the CPU.
         Returns:
             (N,) float32, in sides of the image.
-        Source: signed distance function of a rectangle.
         """
         x, y = center.numpy().T
         x0, y0, x1, y1 = self.corners

@@ -41,8 +41,6 @@ def build_plan(layout: VisionLayout, level: Tensor, strides: tuple[int, int, int
         layout: the N tokens of one image.
         level: (N,) uint8 as returned by ``layout.levels``.
         strides: (inside, context, outside), 1 <= inside <= context <= outside <= 16.
-    Returns:
-        PoolPlan over N tokens.
     Raises:
         ValueError: strides out of order or range.
     Source: own choice (variable-ratio adaptive pooling).
@@ -57,16 +55,9 @@ def build_plan(layout: VisionLayout, level: Tensor, strides: tuple[int, int, int
 
 
 def count_groups(layout: VisionLayout, level: Tensor, stride: int) -> list[int]:
-    """Cells of each group when every patch and padding token is pooled at ``stride``.
+    """Cells inside, in the ring, outside, of newlines and of padding, with every patch pooled at ``stride``.
 
-    Groups never share cells, so the count for any strides is the sum of one entry per group.
-
-    Args:
-        layout: the N tokens of one image.
-        level: (N,) uint8 as returned by ``layout.levels``.
-        stride: 1..16.
-    Returns:
-        5 ints: inside, ring, outside, newlines, padding.
+    Groups never share cells, so the count for any strides is the sum of one entry per group; arguments as ``build_plan``.
     """
     group, block = layout.group(level).numpy(), layout.block(stride).numpy()
     used = np.zeros((NUM_GROUPS, prod(layout.extent)), dtype=bool)
@@ -81,14 +72,10 @@ def fit_strides(layout: VisionLayout, level: Tensor, budget: int) -> tuple[int, 
 
     Mildest = first in the lexicographic order of (inside, outside, context): the region is spared
     for as long as any strides allow it, then the coarsest stride of the image is as small as
-    possible, then that of the ring.
+    possible, then that of the ring. None where no strides up to 16 fit.
 
     Args:
-        layout: the tokens of one image.
-        level: (N,) uint8 from ``layout.levels``.
-        budget: cells, >= 1.
-    Returns:
-        (inside, context, outside), or None if no strides up to 16 fit.
+        layout, level: as ``build_plan``. budget: cells, >= 1.
     Source: own choice; counts per level are independent, so each stride is counted only once.
     """
     tables: dict[int, list[int]] = {}
@@ -113,59 +100,3 @@ def fit_strides(layout: VisionLayout, level: Tensor, budget: int) -> tuple[int, 
                 if count(RING, context) <= rest:
                     return inside, context, outside
     return None
-
-
-def _blocks(low: int, high: int, stride: int) -> int:
-    """Blocks of ``stride`` tokens that [low, high) touches."""
-    return -(-high // stride) - low // stride
-
-
-def _enclosed(inner: tuple[int, int], outer: tuple[int, int], stride: int) -> int:
-    """Blocks of ``outer`` (cut to it) that lie wholly in ``inner``, a part of ``outer``."""
-    first = outer[0] // stride if inner[0] == outer[0] else -(-inner[0] // stride)
-    last = -(-outer[1] // stride) if inner[1] == outer[1] else inner[1] // stride
-    return max(0, last - first)
-
-
-def count_cells(
-    height: int,
-    width: int,
-    box: tuple[int, int, int, int],
-    ring: int,
-    strides: tuple[int, int, int],
-) -> int:
-    """Number of cells of one token grid with one rectangular region, in closed form.
-
-    ``blocks(box, inside) + blocks(ringbox, context) - enclosed(box in ringbox, context) +
-    blocks(grid, outside) - enclosed(ringbox in grid, outside)``, each the product over both axes.
-
-    Args:
-        height, width: the token grid.
-        box: (x0, y0, x1, y1) tokens, half open, clipped to the grid; may be empty.
-        ring: Chebyshev dilation of the box by this many tokens, clipped to the grid.
-        strides: (inside, context, outside).
-    Returns:
-        ``plan.num_out`` of the plan for these levels and strides.
-    Raises:
-        ValueError: negative size or ring, strides not ascending in 1..16.
-    Source: own choice; derived for cells cut at the level borders.
-    """
-    check_strides("count_cells", strides)
-    if min(height, width, ring) < 0:
-        raise ValueError(f"count_cells: height, width and ring must be >= 0, got {height}, {width}, {ring}")
-    inside, context, outside = strides
-    sizes = (width, height)
-    grid = [(0, size) for size in sizes]
-    core = [(max(0, box[axis]), min(sizes[axis], box[axis + 2])) for axis in (0, 1)]
-    if any(low >= high for low, high in core):
-        return _blocks(*grid[0], outside) * _blocks(*grid[1], outside)
-    halo = [(max(0, low - ring), min(size, high + ring)) for (low, high), size in zip(core, sizes, strict=True)]
-
-    def product(function, *axes) -> int:
-        return function(*axes[0]) * function(*axes[1])
-
-    total = product(_blocks, *((low, high, inside) for low, high in core))
-    for outer, inner, stride in ((halo, core, context), (grid, halo, outside)):
-        total += product(_blocks, *((low, high, stride) for low, high in outer))
-        total -= product(_enclosed, *((a, b, stride) for a, b in zip(inner, outer, strict=True)))
-    return total

@@ -17,7 +17,7 @@ from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.geometry.strides import MAX_STRIDE
 from crop.localizers.base import encode
-from crop.localizers.boxes import check_ranges, find_region
+from crop.localizers.boxes import box_settings, check_ranges, find_region
 from crop.localizers.reading import Stop, only_image, run_until_stop
 from crop.methods.plc import PreLLMCompression
 from crop.models import family_of
@@ -101,24 +101,11 @@ class AttentionLocalizer:
 
     def __call__(self, image: Image, question: str) -> Region:
         attention = self.attend(image, question)
-        return find_region(
-            attention.layout,
-            score_tokens(attention),
-            threshold=self.threshold,
-            gap=self.gap,
-            max_boxes=self.max_boxes,
-            dilate=self.dilate,
-            min_confidence=self.min_confidence,
-        )
+        return find_region(attention.layout, score_tokens(attention), **box_settings(self))
 
     def attend(self, image: Image, question: str) -> Attention:
         """The attention behind the region, e.g. to look at it.
 
-        Args:
-            image: RGB.
-            question: plain text.
-        Returns:
-            Attention.
         Raises:
             ValueError: the prompt holds more than one image, or no text after it.
         """
@@ -141,8 +128,6 @@ class AttentionLocalizer:
             read: called with query, key and scale of the scoring layer, see ``attention_hook``; should end the pass by
                 raising ``Stop``.
             where: ``processor`` and ``image_size``, as for ``patch``.
-        Yields:
-            PruneStats of the pass.
         """
         layers = family_of(self.model).language_model(self.model).layers
         layer = min(max(1, len(layers) // 16), len(layers) - 1) if self.layer is None else self.layer
@@ -219,16 +204,12 @@ def _spread(plan: PoolPlan | None, mass: Tensor) -> Tensor:
 
 
 def score_tokens(attention: Attention) -> Tensor:
-    """How much the question, rather than habit, makes the model look at each token.
+    """(N,) float32 >= 0: how much the question, rather than habit, makes the model look at each token.
 
     ``question / (prior + 4 / N)`` per head, cut off at its largest 2 % against sinks and brought to
     sum 1; heads are averaged with weights ``sum(score ** 2)``, because a head that looks at a few
     tokens says where, and one that looks everywhere says nothing.
 
-    Args:
-        attention: of one image, N tokens.
-    Returns:
-        (N,) float32 >= 0.
     Source: own choice.
     """
     count = attention.question.shape[1]

@@ -23,11 +23,7 @@ class Localizer(Protocol):
 
 @dataclass(frozen=True)
 class BoxLocalizer:
-    """The region that the caller knows already ("box"): a user's selection, an annotation.
-
-    Args:
-        region: returned for every image and question.
-    """
+    """The region that the caller knows already ("box"), for every question: a user's selection, an annotation."""
 
     region: Region
 
@@ -61,9 +57,7 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
     """Model inputs for one image and one question; inside ``cache_vision`` equal ones are made once.
 
     Args:
-        processor: the model's processor.
         image: RGB.
-        question: plain text.
         prompt: question -> the full text with the image placeholder; default: the processor's chat
             template, one user turn.
     Returns:

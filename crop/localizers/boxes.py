@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,17 +36,27 @@ class Raster:
         Args:
             layout: N tokens, not pooled. score: (N,), not read where there is no patch; NaN counts as 0.
         """
-        values = np.nan_to_num(score.double().cpu().numpy())
-        pictures = [place.picture(values) for place in _places(layout)]
-        return pictures[0] if len(pictures) == 1 else _joined(pictures)
+        values, cells = np.nan_to_num(score.double().cpu().numpy()), layout.cells
+        number, row, col = (axis.numpy() for axis in (layout.view, layout.row, layout.col))
+        patch, views = (layout.kind == PATCH).numpy(), []
+        for view in np.unique(number):
+            here = number == view
+            y, x = row - row[here].min(), col - col[here].min()
+            shape = y[here].max() + 1, x[here].max() + 1
+            picture = Raster(np.zeros(shape), np.zeros(shape, dtype=bool), np.zeros((*shape, 4)))
+            picture.cell[y[here], x[here]] = cells[here]
+            here &= patch
+            picture.values[y[here], x[here]] = values[here]
+            picture.valid[y[here], x[here]] = True
+            views.append(picture)
+        return views[0] if len(views) == 1 else _joined(views)
 
     def boxes(self, chosen: np.ndarray, *, gap: int, max_boxes: int, dilate: int) -> list[TokenBox]:
-        """Boxes around the places that touch, the heaviest first.
+        """Boxes around the places that touch, the heaviest first, at most ``max_boxes``.
 
         Args:
             chosen: (rows, columns) bool.
             gap: boxes that share rows are joined over this many places.
-            max_boxes: how many are returned at most.
             dilate: places that every box grows on each side first.
         """
         height, width = self.values.shape
@@ -68,56 +77,15 @@ class Raster:
         return Region(tuple(corners), confidence)
 
 
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """Where the patches of one view stand in their picture.
-
-    Args:
-        token: (M,) int64 which tokens they are. at: their rows and columns.
-        valid, cell: of the ``Raster``.
-    """
-
-    token: np.ndarray
-    at: tuple[np.ndarray, np.ndarray]
-    valid: np.ndarray
-    cell: np.ndarray
-
-    def picture(self, values: np.ndarray) -> Raster:
-        picture = np.zeros(self.valid.shape)
-        picture[self.at] = values[self.token]
-        return Raster(picture, self.valid, self.cell)
-
-
-@lru_cache(maxsize=16)  # pictures of one size have one layout
-def _places(layout: VisionLayout) -> list[_Place]:
-    """One per view."""
-    number, row, col = (axis.numpy() for axis in (layout.view, layout.row, layout.col))
-    patch, places = (layout.kind == PATCH).numpy(), []
-    for view in np.unique(number):
-        here = number == view
-        y, x = row - row[here].min(), col - col[here].min()
-        valid = np.zeros((y[here].max() + 1, x[here].max() + 1), dtype=bool)
-        cell = np.zeros((*valid.shape, 4))
-        cell[y[here], x[here]] = layout.cells[here]
-        token = np.flatnonzero(here & patch)
-        at = y[token], x[token]
-        valid[at] = True
-        places.append(_Place(token, at, valid, cell))
-    return places
-
-
 def _joined(pictures: list[Raster]) -> Raster:
     """Pictures of parts of one image, at the finest pitch among them, averaged where they overlap."""
-    pitch, start, size = np.empty((len(pictures), 2)), np.empty((len(pictures), 2)), []
-    for number, picture in enumerate(pictures):
-        corners = picture.cell[picture.valid]
-        pitch[number] = (corners[:, 2:] - corners[:, :2]).min(0, initial=1.0)
-        start[number] = picture.cell[0, 0, :2]
-        size.append(picture.valid.shape)
-    width, height = (int(round(1 / side)) for side in pitch.min(0))
+    corners = [picture.cell[picture.valid] for picture in pictures]
+    pitches = [(corner[:, 2:] - corner[:, :2]).min(0, initial=1.0) for corner in corners]
+    width, height = (int(round(1 / side)) for side in np.min(pitches, 0))
     x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
     total, count = np.zeros((height, width)), np.zeros((height, width))
-    for picture, (dx, dy), (x0, y0), (rows, columns) in zip(pictures, pitch, start, size, strict=True):
+    for picture, (dx, dy) in zip(pictures, pitches, strict=True):
+        (x0, y0), (rows, columns) = picture.cell[0, 0, :2], picture.valid.shape
         row, col = np.floor((y - y0) / dy).astype(int), np.floor((x - x0) / dx).astype(int)
         at = np.ix_(row.clip(0, rows - 1), col.clip(0, columns - 1))
         seen = picture.valid[at] & np.outer((row >= 0) & (row < rows), (col >= 0) & (col < columns))
@@ -126,6 +94,11 @@ def _joined(pictures: list[Raster]) -> Raster:
     left, top = np.meshgrid(np.arange(width) / width, np.arange(height) / height)
     cell = np.stack([left, top, left + 1 / width, top + 1 / height], -1)
     return Raster(total / count.clip(min=1), count > 0, cell)
+
+
+def box_settings(localizer: Any) -> dict[str, Any]:
+    """The fields of a localizer that ``find_region`` takes by the same names."""
+    return {name: getattr(localizer, name) for name in ("threshold", "gap", "max_boxes", "dilate", "min_confidence")}
 
 
 def check_ranges(op: str, settings: Any) -> None:
@@ -194,32 +167,20 @@ def smoothed(grid: np.ndarray) -> np.ndarray:
 
 
 def _touching(mask: np.ndarray) -> list[TokenBox]:
-    """Boxes around the sets of True cells that touch, corners included; from top to bottom."""
-    height, width = mask.shape
-    padded = np.zeros((height, width + 2), dtype=bool)
-    padded[:, 1:-1] = mask
-    # Runs of cells in reading order; a place counts on from row to row, ``pitch`` places each.
-    pitch, edge = width + 1, np.flatnonzero(padded[:, 1:] != padded[:, :-1])
-    start, stop = edge[::2], edge[1::2]
-    # A run touches those of the row above that end no earlier than it begins and begin no later than it ends.
-    low, high = stop.searchsorted(start - pitch), start.searchsorted(stop - pitch, side="right")
-    first = list(range(len(start)))  # an earlier run of the same set
-
-    def root(run: int) -> int:
-        while first[run] != run:
-            run = first[run]
-        return run
-
-    for run, touched in enumerate(map(range, low.tolist(), high.tolist())):
-        for other in touched:
-            one, two = sorted((root(other), root(run)))
-            first[two] = one
-    boxes: dict[int, TokenBox] = {}
-    for run, (begin, end) in enumerate(zip(start.tolist(), stop.tolist(), strict=True)):
-        row, left = divmod(begin, pitch)
-        box, of = (left, row, left + end - begin, row + 1), root(run)
-        boxes[of] = _around(boxes.get(of, box), box)
-    return list(boxes.values())
+    """Boxes around the sets of True cells that touch, corners included; in reading order of their first cells."""
+    nothing = mask.size
+    first = np.where(mask, np.arange(mask.size).reshape(mask.shape), nothing)  # the first known cell of the same set
+    while True:
+        around = np.lib.stride_tricks.sliding_window_view(np.pad(first, 1, constant_values=nothing), (3, 3))
+        lower = np.where(mask, around.min((2, 3)), nothing)
+        if (lower == first).all():
+            break
+        first = lower
+    boxes = []
+    for cell in np.unique(first[mask]).tolist():
+        row, col = (first == cell).nonzero()
+        boxes.append((int(col.min()), int(row.min()), int(col.max()) + 1, int(row.max()) + 1))
+    return boxes
 
 
 def _around(a: TokenBox, b: TokenBox) -> TokenBox:

@@ -14,7 +14,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CascadeLocalizer:
+class _Several:
+    members: Sequence[Localizer]
+
+    def __post_init__(self) -> None:
+        if not self.members:
+            raise ValueError(f"{type(self).__name__}: members must hold at least one localizer, got none")
+
+    def reasons(self, asked: list[Region]) -> str:
+        """What every member said, in words."""
+        names = (type(member).__name__.removesuffix("Localizer").lower() for member in self.members)
+        said = (region.reason or f"confidence {region.confidence:.2f}" for region in asked)
+        return "; ".join(f"{name}: {reason}" for name, reason in zip(names, said, strict=True))
+
+    def nobody(self, asked: list[Region]) -> Region:
+        """The whole image, because no member found a region."""
+        return Region.whole(max(region.confidence for region in asked), self.reasons(asked))
+
+
+@dataclass(frozen=True)
+class CascadeLocalizer(_Several):
     """One after the other until one is sure ("cascade"): put the cheapest first.
 
     Args:
@@ -26,11 +45,10 @@ class CascadeLocalizer:
         ValueError: no member, or min_confidence out of [0, 1].
     """
 
-    members: Sequence[Localizer]
     min_confidence: float = 0.5
 
     def __post_init__(self) -> None:
-        _check(self.members, "CascadeLocalizer")
+        super().__post_init__()
         if not 0 <= self.min_confidence <= 1:
             raise ValueError(f"CascadeLocalizer: min_confidence must be in [0, 1], got {self.min_confidence}")
 
@@ -40,11 +58,11 @@ class CascadeLocalizer:
             asked.append(member(image, question))
             if not asked[-1].is_whole and asked[-1].confidence >= self.min_confidence:
                 return asked[-1]
-        return _nobody(self.members, asked)
+        return self.nobody(asked)
 
 
 @dataclass(frozen=True)
-class UnionLocalizer:
+class UnionLocalizer(_Several):
     """What any of several finds ("union"): a wrong one costs tokens, not the answer.
 
     Args:
@@ -55,32 +73,10 @@ class UnionLocalizer:
         ValueError: no member.
     """
 
-    members: Sequence[Localizer]
-
-    def __post_init__(self) -> None:
-        _check(self.members, "UnionLocalizer")
-
     def __call__(self, image: Image, question: str) -> Region:
         asked = [member(image, question) for member in self.members]
         found = [region for region in asked if not region.is_whole]
         if not found:
-            return _nobody(self.members, asked)
+            return self.nobody(asked)
         boxes = tuple(box for region in found for box in region.boxes)
-        return Region(boxes, max(region.confidence for region in found), _reasons(self.members, asked))
-
-
-def _check(members: Sequence[Localizer], op: str) -> None:
-    if not members:
-        raise ValueError(f"{op}: members must hold at least one localizer, got none")
-
-
-def _nobody(members: Sequence[Localizer], asked: list[Region]) -> Region:
-    return Region.whole(max(region.confidence for region in asked), _reasons(members, asked))
-
-
-def _reasons(members: Sequence[Localizer], asked: list[Region]) -> str:
-    names = (type(member).__name__.removesuffix("Localizer").lower() for member in members)
-    return "; ".join(
-        f"{name}: {region.reason or f'confidence {region.confidence:.2f}'}"
-        for name, region in zip(names, asked, strict=True)
-    )
+        return Region(boxes, max(region.confidence for region in found), self.reasons(asked))

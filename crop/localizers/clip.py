@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
-from crop.localizers.boxes import check_ranges, find_region
+from crop.localizers.boxes import box_settings, check_ranges, find_region
 from crop.localizers.pretrained import load_pretrained
 from crop.models.fixed import resize_crop_pad_view
 
@@ -62,11 +62,7 @@ class ClipLocalizer:
 
     @staticmethod
     def load(path: str | Path, device: str = "cpu") -> ClipLocalizer:
-        """With model and processor from a folder (or a name on the hub, which transformers then downloads).
-
-        Raises:
-            FileNotFoundError, ValueError: there is no such model, or it cannot be loaded.
-        """
+        """With model and processor from a folder or a name on the hub; see ``load_pretrained`` for what is raised."""
         return ClipLocalizer(*load_pretrained("ClipLocalizer.load", path, "AutoModel", device))
 
     @torch.no_grad()
@@ -76,15 +72,7 @@ class ClipLocalizer:
         layout, similarity = self.compare(image, [question, self.neutral])
         score = similarity[0] - similarity[1]
         score = (score - score.mean()) / score.std().clamp(min=1e-6)
-        return find_region(
-            layout,
-            (score - self.deviations).clamp(min=0),
-            threshold=self.threshold,
-            gap=self.gap,
-            max_boxes=self.max_boxes,
-            dilate=self.dilate,
-            min_confidence=self.min_confidence,
-        )
+        return find_region(layout, (score - self.deviations).clamp(min=0), **box_settings(self))
 
     @torch.no_grad()
     def compare(self, image: Image, texts: list[str]) -> tuple[VisionLayout, Tensor]:

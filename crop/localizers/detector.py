@@ -101,14 +101,9 @@ class DetectorLocalizer:
 
     @staticmethod
     def load(path: str | Path, device: str = "cpu") -> DetectorLocalizer:
-        """With model and processor from a folder (or a name on the hub, which transformers then downloads).
-
-        Raises:
-            FileNotFoundError, ValueError: there is no such model, or it cannot be loaded.
-        """
-        return DetectorLocalizer(
-            *load_pretrained("DetectorLocalizer.load", path, "AutoModelForZeroShotObjectDetection", device)
-        )
+        """With model and processor from a folder or a name on the hub; see ``load_pretrained`` for what is raised."""
+        kind = "AutoModelForZeroShotObjectDetection"
+        return DetectorLocalizer(*load_pretrained("DetectorLocalizer.load", path, kind, device))
 
     @torch.no_grad()
     def __call__(self, image: Image, question: str) -> Region:

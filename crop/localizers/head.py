@@ -7,7 +7,6 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
-from crop.localizers.boxes import Raster, check_ranges
+from crop.localizers.boxes import Raster, box_settings, check_ranges
 from crop.localizers.pretrained import damage, one_line
 from crop.localizers.reading import Embeddings, embeddings
 from crop.models import family_of
@@ -59,14 +58,7 @@ class Head(nn.Module):
         self.register_buffer("calibration", torch.tensor([0.0, 1.0, 0.0, 0.0]))
 
     def see(self, vision: Tensor, place: Tensor) -> Tensor:
-        """The part that knows no question.
-
-        Args:
-            vision: (..., N, dim) projected image features.
-            place: (N, 4 * OCTAVES) ``waves`` of where the tokens look.
-        Returns:
-            (..., N, width).
-        """
+        """The part that knows no question: (..., N, dim) image features and (N, 4 * OCTAVES) ``waves`` -> (..., N, width)."""
         return self.vision(self.vision_norm(vision)) + self.place(place.to(vision.dtype))
 
     def read(self, text: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -95,24 +87,10 @@ class Head(nn.Module):
         return F.linear(around, self.order.weight.flatten(1), self.order.bias)
 
     def match(self, seen: Tensor, film: Tensor) -> Tensor:
-        """Logits of the tokens.
-
-        Args:
-            seen: (B, N, width) from ``see``.
-            film: (B, Q, 2 * width) from ``read``, Q questions about each image.
-        Returns:
-            (B, Q, N).
-        """
+        """Logits of the tokens for Q questions about each image: ``see`` (B, N, width), ``read`` (B, Q, 2 * width) -> (B, Q, N)."""
         scale, shift = film.unsqueeze(2).chunk(2, -1)
         mixed = F.relu(torch.addcmul(shift, seen.unsqueeze(1), 1 + scale))
         return self.token(F.relu(self.hidden(mixed))).squeeze(-1)
-
-    def multiply_adds(self, tokens: int, words: int) -> int:
-        """Multiply-adds of one question of ``words`` tokens about an image of ``tokens`` tokens."""
-        per_token = self.width * (self.dim + 4 * OCTAVES + 1 + self.width + 1)
-        per_word = self.width * (self.dim + 3 * self.width + 2 * self.probes)
-        once = self.probes * self.width * 3 * self.width + self.width
-        return tokens * per_token + words * per_word + once
 
     def save(self, path: str | Path) -> None:
         """Write weights and sizes as one safetensors file, weights in bfloat16 but for the calibration."""
@@ -196,17 +174,7 @@ class HeadLocalizer:
     def region(self, read: Embeddings) -> Region:
         """The head's own part: from what enters the decoder to the region."""
         logits, local = judge(self.head, read.layout, read.vision, read.text)
-        return head_region(
-            read.layout,
-            logits,
-            local,
-            self.head.calibration,
-            threshold=self.threshold,
-            gap=self.gap,
-            max_boxes=self.max_boxes,
-            dilate=self.dilate,
-            min_confidence=self.min_confidence,
-        )
+        return head_region(read.layout, logits, local, self.head.calibration, **box_settings(self))
 
 
 def waves(center: Tensor) -> Tensor:
@@ -215,22 +183,14 @@ def waves(center: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
 
 
-@lru_cache(maxsize=16)  # pictures of one size have one layout
-def _waves_of(layout: VisionLayout, device: torch.device) -> Tensor:
-    return waves(layout.center.to(device))
-
-
 @torch.inference_mode()
 def judge(head: Head, layout: VisionLayout, vision: Tensor, text: Tensor) -> tuple[Tensor, float]:
-    """What the head makes of one image and one question.
+    """(N,) float32 logits of the tokens of one image, on the CPU; logit of "a part of the image is enough".
 
     Args:
-        head: float32, on the device of ``vision``.
-        layout, vision, text: as in ``Embeddings``.
-    Returns:
-        (N,) float32 logits on the CPU; logit of "a part of the image is enough".
+        head: float32, on the device of ``vision``. layout, vision, text: as in ``Embeddings``.
     """
-    seen = head.see(vision.float(), _waves_of(layout, vision.device))
+    seen = head.see(vision.float(), waves(layout.center.to(vision.device)))
     film, local = head.read(text.float().unsqueeze(0))
     return head.match(seen.unsqueeze(0), film.unsqueeze(1))[0, 0].cpu(), float(local)
 
@@ -258,23 +218,21 @@ def head_region(
     calibration: Tensor,
     *,
     threshold: float,
-    gap: int,
-    max_boxes: int,
-    dilate: int,
     min_confidence: float,
+    **shape: int,
 ) -> Region:
     """Boxes around the tokens that are probable enough.
 
     Args:
         layout: N tokens. logits: (N,) float32. local: see ``Head.read``.
         calibration: (1 + NUM_CLUES,) bias and weights of the ``clues``.
-        threshold, gap, max_boxes, dilate, min_confidence: see ``HeadLocalizer``.
+        threshold, min_confidence: see ``HeadLocalizer``. shape: gap, max_boxes, dilate as there.
     Returns:
         Region; its confidence is the calibrated probability that the boxes hold all that the question needs. The whole
         image where that is below ``min_confidence``.
     """
     raster = Raster.of(layout, logits.sigmoid())
-    boxes = raster.boxes(raster.values >= threshold, gap=gap, max_boxes=max_boxes, dilate=dilate)
+    boxes = raster.boxes(raster.values >= threshold, **shape)
     if not boxes:
         return Region.whole(0.0, "no token is probable enough")
     bias, *weights = calibration.tolist()

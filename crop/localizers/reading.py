@@ -59,10 +59,8 @@ class Embeddings:
 
     @staticmethod
     def of(layout: VisionLayout, embeds: Tensor) -> Embeddings:
-        """The parts of one sample.
+        """The parts of one sample: the layout of its only image, (seq_len, dim) of all tokens.
 
-        Args:
-            layout: of its only image. embeds: (seq_len, dim).
         Raises:
             ValueError: no text after the image.
         """
@@ -114,11 +112,7 @@ def embeddings(
 
 
 def only_image(layouts: list[VisionLayout], op: str) -> VisionLayout:
-    """The layout of the one image of a pass.
-
-    Raises:
-        ValueError: there are more, or none.
-    """
+    """The layout of the one image of a pass; ValueError where there are more, or none."""
     if len(layouts) != 1:
         raise ValueError(f"{op}: prompt must hold one image, got {len(layouts)}")
     return layouts[0]

@@ -24,9 +24,7 @@ from crop.localizers.vlm import VLMLocalizer
 class LocalizerArguments:
     """What ``get_localizer`` was given, handed to the function that builds the localizer.
 
-    Args:
-        name: of the localizer.
-        region, model, processor, prompt, layer, path: as in ``get_localizer``; None where not given.
+    Fields are those of ``get_localizer``; None where not given.
     """
 
     name: str
@@ -38,11 +36,7 @@ class LocalizerArguments:
     path: str | Path | None = None
 
     def need(self, argument: str) -> Any:
-        """An argument that must have been given.
-
-        Raises:
-            ValueError: it is None.
-        """
+        """An argument that must have been given; ValueError where it is None."""
         value = getattr(self, argument)
         if value is None:
             raise ValueError(f"get_localizer: {argument} must be given for {self.name!r}, got None")

@@ -37,8 +37,6 @@ def parse_blocks(text: str) -> tuple[int, int, int, int]:
     The last four numbers in brackets count, or where there are no brackets the only four numbers in the text. Corners in
     the wrong order are put right; a 8, as in half-open or one-based counting, is taken as the last block.
 
-    Args:
-        text: what the model said.
     Returns:
         (xmin, ymin, xmax, ymax), 0-based, inclusive, ordered, below ``BLOCKS``.
     Raises:
@@ -83,19 +81,14 @@ class VLMLocalizer:
 
     @staticmethod
     def load(path: str | Path, device: str = "cpu") -> VLMLocalizer:
-        """With model and processor from a folder (or a name on the hub, which transformers then downloads).
+        """With model and processor from a folder or a name on the hub; see ``load_pretrained`` for what is raised.
 
         A folder that ``bench.training.localizer`` wrote also says how the model wants to be asked.
-
-        Raises:
-            FileNotFoundError, ValueError: there is no such model, or it cannot be loaded.
         """
-        model, processor = load_pretrained(
-            "VLMLocalizer.load", path, "AutoModelForImageTextToText", device, dtype="auto"
-        )
+        kind = "AutoModelForImageTextToText"
+        model, processor = load_pretrained("VLMLocalizer.load", path, kind, device, dtype="auto")
         template = getattr(model.config, "crop_localizer_prompt", None)
-        prompt = None if template is None else template.replace
-        return VLMLocalizer(model, processor, prompt and (lambda q: prompt("{question}", q)))
+        return VLMLocalizer(model, processor, template and (lambda question: template.replace("{question}", question)))
 
     @torch.no_grad()
     def __call__(self, image: Image, question: str) -> Region:
@@ -113,13 +106,8 @@ class VLMLocalizer:
         model = self.model
         asked = block_prompt(question) if self.prompt is None else question
         inputs = encode(self.processor, image, asked, self.prompt).to(model.device, dtype=model.dtype)
-        output = model.generate(
-            **inputs,
-            max_new_tokens=ANSWER_LENGTH,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
+        said = {"return_dict_in_generate": True, "output_logits": True}
+        output = model.generate(**inputs, max_new_tokens=ANSWER_LENGTH, do_sample=False, **said)
         new = output.sequences[0, inputs["input_ids"].shape[1] :]
         if len(new) == 0:
             return "", 0.0

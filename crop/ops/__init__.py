@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["adaptive_pool", "attention_mass", "compact", "region_topk", "select", "use_backend"]
 
-_INTS = (torch.int64, torch.int32)
+_INTS, _FLOAT = (torch.int64, torch.int32), (torch.float32,)
 _MAX_HEAD_DIM = 256
 
 
@@ -73,18 +73,17 @@ def attention_mass(
     if key.shape[1] == 0 or heads % key.shape[1]:
         raise ValueError(f"{op}: num_heads must be a multiple of num_kv_heads={key.shape[1]}, got {heads}")
     _check(op, "vision_index", vision_index, _INTS, (None, None), device)
-    if sample is not None:
-        _check(op, "sample", sample, _INTS, (vision_index.shape[0],), device)
-    elif vision_index.shape[0] != batch:
-        raise ValueError(
-            f"{op}: sample must be given unless images={vision_index.shape[0]} equals batch={batch}, got None"
-        )
-    if lse is not None:
-        _check(op, "lse", lse, (torch.float32,), (batch, heads, rows), device)
-    if visible_start is not None:
-        _check(op, "visible_start", visible_start, _INTS, (batch,), device)
-    if visible_len is not None:
-        _check(op, "visible_len", visible_len, _INTS, (batch, rows), device)
+    images = vision_index.shape[0]
+    if sample is None and images != batch:
+        raise ValueError(f"{op}: sample must be given unless images={images} equals batch={batch}, got None")
+    for name, tensor, dtypes, shape in (
+        ("sample", sample, _INTS, (images,)),
+        ("lse", lse, _FLOAT, (batch, heads, rows)),
+        ("visible_start", visible_start, _INTS, (batch,)),
+        ("visible_len", visible_len, _INTS, (batch, rows)),
+    ):
+        if tensor is not None:
+            _check(op, name, tensor, dtypes, shape, device)
     scale = dim**-0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite, got {scale}")
@@ -100,14 +99,11 @@ def select(
     index: Tensor | None = None,  # (I, N)
 ) -> Tensor:  # (I, K)
     op, device = "select", score.device
-    _check(op, "score", score, (torch.float32,), (None, None))
+    _check(op, "score", score, _FLOAT, (None, None))
     images, tokens = score.shape
     budget = _budget(op, num_keep, images, tokens)
-    for name, tensor, dtypes in (
-        ("weight", weight, (torch.float32,)),
-        ("priority", priority, (torch.int8,)),
-        ("index", index, _INTS),
-    ):
+    optional = (("weight", weight, _FLOAT), ("priority", priority, (torch.int8,)), ("index", index, _INTS))
+    for name, tensor, dtypes in optional:
         if tensor is not None:
             _check(op, name, tensor, dtypes, (images, tokens), device)
     return launchers.select(score, budget, weight, priority, index)
@@ -137,25 +133,12 @@ def region_topk(
     *,
     weight: Tensor | None = None,  # (I, N)
     priority: Tensor | None = None,  # (I, N)
-    sample: Tensor | None = None,  # (I,)
-    lse: Tensor | None = None,  # (B, num_heads, M)
-    scale: float | None = None,
-    visible_start: Tensor | None = None,  # (B,)
-    visible_len: Tensor | None = None,  # (B, M)
     return_scores: bool = False,
+    **scoring: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (I, K) [, (I, N)]
     if isinstance(vision_index, Tensor) and vision_index.dim() == 2:
         _budget("region_topk", num_keep, *vision_index.shape)  # refuse before the expensive half
-    mass = attention_mass(
-        query,
-        key,
-        vision_index,
-        sample=sample,
-        lse=lse,
-        scale=scale,
-        visible_start=visible_start,
-        visible_len=visible_len,
-    )
+    mass = attention_mass(query, key, vision_index, **scoring)
     kept = select(mass, num_keep, weight=weight, priority=priority, index=vision_index)
     return (kept, mass) if return_scores else kept
 
@@ -196,7 +179,7 @@ def adaptive_pool(
         raise ValueError(f'{op}: weight must be given if and only if mode is "weighted", got {got} with mode {mode!r}')
     _check(op, "tokens", tokens, tuple(DTYPES), (plan.num_tokens, None), unit_stride=True)
     if weight is not None:
-        _check(op, "weight", weight, (torch.float32,), (plan.num_tokens,), tokens.device)
+        _check(op, "weight", weight, _FLOAT, (plan.num_tokens,), tokens.device)
     plan = plan.to(tokens.device)
     grad = torch.is_grad_enabled() and (tokens.requires_grad or (weight is not None and weight.requires_grad))
     inverse = plan.inverse if grad else None

@@ -44,6 +44,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 library = torch.library.Library("crop", "DEF")
+Target = tuple[bool, int]  # whether the tensors are on a CUDA device; the stream there, the number of threads on a CPU
 
 
 _PLAIN = frozenset((type(None), int, float, str, list))  # spares them isinstance, which is slow for tensors
@@ -67,38 +68,39 @@ def _observed(args: tuple[Any, ...]) -> bool:
 def register(name: str, schema: str, twin: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register an operator; the decorated function launches the compiled kernel.
 
-    It receives the arguments of the schema, whether the tensors are on a CUDA device, and the stream (CUDA) or the
-    number of threads (CPU). What the decorator returns takes the arguments of the schema alone and goes through torch's
-    dispatcher only where someone observes the call: for a kernel of microseconds the dispatcher is the larger part.
+    It receives the arguments of the schema and the ``Target``; the twin receives them by name. What the decorator returns
+    takes the arguments of the schema alone and goes through torch's dispatcher only where someone observes the call: for
+    a kernel of microseconds the dispatcher is the larger part.
     """
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"crop::{name}", fake, lib=library)
+    dispatch = getattr(torch.ops.crop, name).default
+    names = [argument.name for argument in dispatch._schema.arguments]
 
     def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
         def cpu(*args: Any) -> Any:
             backend = _backend.get()
             if backend == "twin" or (native is None and backend == "auto"):
-                return twin(*args)
+                return twin(**dict(zip(names, args, strict=True)))
             if native is None:
                 raise RuntimeError(
                     f'{name}: use_backend must be "auto" or "twin" without compiled kernels, {_REINSTALL}'
                 )
-            return launch(*args, False, get_num_threads())
+            return launch(*args, (False, get_num_threads()))
 
         def cuda(*args: Any) -> Any:
             if _backend.get() == "twin":
-                return twin(*args)
+                return twin(**dict(zip(names, args, strict=True)))
             if native is None or not native.has_cuda:
                 raise RuntimeError(
                     f"{name}: the tensors are on a GPU but crop was built without CUDA kernels, {_REINSTALL}"
                 )
             first = args[0] if isinstance(args[0], Tensor) else args[0][0]
             with torch.cuda.device(first.device):
-                return launch(*args, True, torch.cuda.current_stream().cuda_stream)
+                return launch(*args, (True, torch.cuda.current_stream().cuda_stream))
 
         library.impl(name, cpu, "CPU")
         library.impl(name, cuda, "CUDA")
-        dispatch = getattr(torch.ops.crop, name).default
 
         def call(*args: Any) -> Any:
             first = args[0][0] if type(args[0]) is list else args[0]
@@ -129,5 +131,10 @@ def as_int64(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.int64).contiguous()
 
 
+def dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def pointer(tensor: Tensor | None) -> int:
+    """The address of the memory, 0 for None and for a tensor without elements."""
     return 0 if tensor is None else tensor.data_ptr()

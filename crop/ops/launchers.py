@@ -2,7 +2,8 @@
 
 One order for every operator: allocate with torch -> launcher of `crop._C` with raw pointers and the current stream ->
 an exception on an error code. The kernels know nothing of torch, so one build serves every torch version. The public
-functions in `crop.ops` check the arguments; the launchers repeat what protects memory.
+functions in `crop.ops` check the arguments; the launchers repeat what protects memory. Types of arguments stand in the
+schemas.
 """
 
 from __future__ import annotations
@@ -14,11 +15,9 @@ import torch
 from torch import Tensor
 
 from crop.ops import dispatch, reference
-from crop.ops.dispatch import as_int64, pointer, raise_error, register
+from crop.ops.dispatch import Target, as_int64, dense, pointer, raise_error, register
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
 MODES = {"mean": 0, "weighted": 1, "max": 2}
 
 
@@ -65,52 +64,21 @@ _known_layout = functools.lru_cache(maxsize=1024)(row_layout)  # sizes repeat fr
     "attention_mass",
     "(Tensor query, Tensor key, Tensor vision_index, Tensor? sample, Tensor? lse, float scale, Tensor? visible_start,"
     " Tensor? visible_len) -> Tensor",
-    twin=lambda query, key, index, sample, lse, scale, start, length: reference.attention_mass(
-        query, key, index, sample=sample, lse=lse, scale=scale, visible_start=start, visible_len=length
-    ),
+    twin=reference.attention_mass,
     fake=lambda query, key, index, *_: index.new_empty(index.shape, dtype=torch.float32),
 )
-def attention_mass(
-    query: Tensor,
-    key: Tensor,
-    vision_index: Tensor,
-    sample: Tensor | None,
-    lse: Tensor | None,
-    scale: float,
-    visible_start: Tensor | None,
-    visible_len: Tensor | None,
-    cuda: bool,
-    target: int,
-) -> Tensor:
+def attention_mass(query, key, vision_index, sample, lse, scale, visible_start, visible_len, target: Target) -> Tensor:
     mass = vision_index.new_empty(*vision_index.shape, dtype=torch.float32)
     if mass.numel() == 0:
         return mass
     index, sample, start, length = (as_int64(t) for t in (vision_index, sample, visible_start, visible_len))
-    lse = None if lse is None else lse.contiguous()
     sizes = (*query.shape[:2], key.shape[1], query.shape[2], key.shape[2], query.shape[3], *vision_index.shape)
-    num_bytes = dispatch.native.attention_mass_scratch(cuda, sizes, lse is None)
+    num_bytes = dispatch.native.attention_mass_scratch(target[0], sizes, lse is None)
     scratch = mass.new_empty(num_bytes, dtype=torch.uint8)
-    raise_error(
-        dispatch.native.attention_mass(
-            cuda,
-            target,
-            query.data_ptr(),
-            key.data_ptr(),
-            pointer(index),
-            pointer(sample),
-            pointer(lse),
-            pointer(start),
-            pointer(length),
-            mass.data_ptr(),
-            scratch.data_ptr(),
-            num_bytes,
-            sizes,
-            query.stride()[:3],
-            key.stride()[:3],
-            scale,
-            DTYPES[query.dtype],
-        )
-    )
+    lse = dense(lse)
+    pointers = [pointer(t) for t in (query, key, index, sample, lse, start, length, mass, scratch)]
+    layout = (sizes, query.stride()[:3], key.stride()[:3])
+    raise_error(dispatch.native.attention_mass(*target, *pointers, num_bytes, *layout, scale, DTYPES[query.dtype]))
     return mass
 
 
@@ -124,41 +92,17 @@ def _select_fake(score: Tensor, num_keep: list[Any], *_: Any) -> Tensor:
 @register(
     "select",
     "(Tensor score, SymInt[] num_keep, Tensor? weight, Tensor? priority, Tensor? index) -> Tensor",
-    twin=lambda score, num_keep, weight, priority, index: reference.select(
-        score, num_keep, weight=weight, priority=priority, index=index
-    ),
+    twin=lambda **given: reference.select(**given),  # looked up at the call, so that a test can stand in for it
     fake=_select_fake,
 )
-def select(
-    score: Tensor,
-    num_keep: list[int],
-    weight: Tensor | None,
-    priority: Tensor | None,
-    index: Tensor | None,
-    cuda: bool,
-    target: int,
-) -> Tensor:
+def select(score, num_keep, weight, priority, index, target: Target) -> Tensor:
     width = max(num_keep, default=0)
     kept = score.new_empty(score.shape[0], width, dtype=torch.int64)
     if kept.numel() == 0:
         return kept
-    score, index = score.contiguous(), as_int64(index)
-    weight = None if weight is None else weight.contiguous()
-    priority = None if priority is None else priority.contiguous()
-    raise_error(
-        dispatch.native.select(
-            cuda,
-            target,
-            score.data_ptr(),
-            pointer(weight),
-            pointer(priority),
-            pointer(index),
-            num_keep,
-            kept.data_ptr(),
-            *score.shape,
-            width,
-        )
-    )
+    score, weight, priority, index = dense(score), dense(weight), dense(priority), as_int64(index)
+    pointers = [pointer(t) for t in (score, weight, priority, index)]
+    raise_error(dispatch.native.select(*target, *pointers, num_keep, kept.data_ptr(), *score.shape, width))
     return kept
 
 
@@ -181,7 +125,7 @@ def _compact_twin(tensors: list[Tensor], index: Tensor, token_dim: list[int]) ->
     twin=_compact_twin,
     fake=_compact_fake,
 )
-def compact(tensors: list[Tensor], index: Tensor, token_dim: list[int], cuda: bool, target: int) -> list[Tensor]:
+def compact(tensors: list[Tensor], index: Tensor, token_dim: list[int], target: Target) -> list[Tensor]:
     index = as_int64(index)
     batch, num_kept = index.shape
     outs, table = [], []
@@ -192,7 +136,7 @@ def compact(tensors: list[Tensor], index: Tensor, token_dim: list[int], cuda: bo
         out = tensor.new_empty(*shape)
         outs.append(out)
         table.append((tensor.data_ptr(), out.data_ptr(), *layout))
-    raise_error(dispatch.native.compact(cuda, target, table, index.data_ptr(), batch, num_kept))
+    raise_error(dispatch.native.compact(*target, table, index.data_ptr(), batch, num_kept))
     return outs
 
 
@@ -202,30 +146,23 @@ def compact(tensors: list[Tensor], index: Tensor, token_dim: list[int], cuda: bo
     twin=reference.invert_index,
     fake=lambda index, num_tokens: index.new_empty((index.shape[0], num_tokens), dtype=torch.int64),
 )
-def invert_index(index: Tensor, num_tokens: int, cuda: bool, target: int) -> Tensor:
+def invert_index(index: Tensor, num_tokens: int, target: Target) -> Tensor:
     index = as_int64(index)
     inverse = index.new_empty(index.shape[0], num_tokens)
-    raise_error(
-        dispatch.native.invert_index(cuda, target, index.data_ptr(), inverse.data_ptr(), *index.shape, num_tokens)
-    )
+    raise_error(dispatch.native.invert_index(*target, pointer(index), pointer(inverse), *index.shape, num_tokens))
     return inverse
 
 
-def _pool_fake(
-    tokens: Tensor, members: Tensor, offsets: Tensor, inverse: Tensor | None, weight: Tensor | None, mode: str
-) -> tuple[Tensor, Tensor]:
+def _pool_fake(tokens, members, offsets, inverse, weight, mode) -> tuple[Tensor, Tensor]:
     num_out = offsets.shape[0] - 1
     out = tokens.new_empty((num_out, tokens.shape[1]))
-    if inverse is None or mode == "mean":
-        return out, tokens.new_empty(0, dtype=torch.float32)
-    if mode == "weighted":
-        return out, tokens.new_empty(num_out, dtype=torch.float32)
-    return out, tokens.new_empty((num_out, tokens.shape[1]), dtype=torch.int32)
+    if inverse is not None and mode == "max":
+        return out, tokens.new_empty((num_out, tokens.shape[1]), dtype=torch.int32)
+    kept = num_out if inverse is not None and mode == "weighted" else 0
+    return out, tokens.new_empty(kept, dtype=torch.float32)
 
 
-def _pool_twin(
-    tokens: Tensor, members: Tensor, offsets: Tensor, inverse: Tensor | None, weight: Tensor | None, mode: str
-) -> tuple[Tensor, Tensor]:
+def _pool_twin(tokens, members, offsets, inverse, weight, mode) -> tuple[Tensor, Tensor]:
     out, saved = reference.pool(tokens, members, offsets, weight, mode)
     return out, tokens.new_empty(0, dtype=torch.float32) if inverse is None else saved
 
@@ -237,43 +174,17 @@ def _pool_twin(
     twin=_pool_twin,
     fake=_pool_fake,
 )
-def adaptive_pool(
-    tokens: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    inverse: Tensor | None,
-    weight: Tensor | None,
-    mode: str,
-    cuda: bool,
-    target: int,
-) -> tuple[Tensor, Tensor]:
+def adaptive_pool(tokens, members, offsets, inverse, weight, mode, target: Target) -> tuple[Tensor, Tensor]:
     out, saved = _pool_fake(tokens, members, offsets, inverse, weight, mode)
     if out.numel():
-        weight = None if weight is None else weight.contiguous()
-        raise_error(
-            dispatch.native.adaptive_pool(
-                cuda,
-                target,
-                tokens.data_ptr(),
-                members.data_ptr(),
-                offsets.data_ptr(),
-                pointer(weight),
-                out.data_ptr(),
-                saved.data_ptr() if saved.numel() else 0,
-                *tokens.shape,
-                members.shape[0],
-                out.shape[0],
-                tokens.stride(0),
-                DTYPES[tokens.dtype],
-                MODES[mode],
-            )
-        )
+        weight = dense(weight)
+        pointers = [pointer(t) for t in (tokens, members, offsets, weight, out, saved)]
+        sizes = (*tokens.shape, members.shape[0], out.shape[0], tokens.stride(0))
+        raise_error(dispatch.native.adaptive_pool(*target, *pointers, *sizes, DTYPES[tokens.dtype], MODES[mode]))
     return out, saved
 
 
-def _pool_backward_fake(
-    grad: Tensor, tokens: Any, out: Any, saved: Tensor, offsets: Tensor, inverse: Tensor, weight: Any, mode: str
-) -> tuple[Tensor, Tensor]:
+def _pool_backward_fake(grad, tokens, out, saved, offsets, inverse, weight, mode) -> tuple[Tensor, Tensor]:
     num_tokens = inverse.shape[0]
     grad_weight = grad.new_empty(num_tokens if mode == "weighted" else 0, dtype=torch.float32)
     return grad.new_empty((num_tokens, grad.shape[1])), grad_weight
@@ -287,43 +198,16 @@ def _pool_backward_fake(
     fake=_pool_backward_fake,
 )
 def adaptive_pool_backward(
-    grad: Tensor,
-    tokens: Tensor | None,
-    out: Tensor | None,
-    saved: Tensor,
-    offsets: Tensor,
-    inverse: Tensor,
-    weight: Tensor | None,
-    mode: str,
-    cuda: bool,
-    target: int,
+    grad, tokens, out, saved, offsets, inverse, weight, mode, target: Target
 ) -> tuple[Tensor, Tensor]:
     grad_tokens, grad_weight = _pool_backward_fake(grad, tokens, out, saved, offsets, inverse, weight, mode)
-    if grad_tokens.numel():
-        grad = grad.contiguous()
-        weight = None if weight is None else weight.contiguous()
-        raise_error(
-            dispatch.native.adaptive_pool_backward(
-                cuda,
-                target,
-                grad.data_ptr(),
-                pointer(tokens),
-                pointer(out),
-                saved.data_ptr() if saved.numel() else 0,
-                offsets.data_ptr(),
-                inverse.data_ptr(),
-                pointer(weight),
-                grad_tokens.data_ptr(),
-                grad_weight.data_ptr() if grad_weight.numel() else 0,
-                *grad_tokens.shape,
-                grad.shape[0],
-                0 if tokens is None else tokens.stride(0),
-                DTYPES[grad.dtype],
-                MODES[mode],
-            )
-        )
-    else:
-        grad_weight.zero_()
+    if not grad_tokens.numel():
+        return grad_tokens, grad_weight.zero_()
+    grad, weight = dense(grad), dense(weight)
+    given = (grad, tokens, out, saved, offsets, inverse, weight, grad_tokens, grad_weight)
+    sizes = (*grad_tokens.shape, grad.shape[0], 0 if tokens is None else tokens.stride(0))
+    modes = (DTYPES[grad.dtype], MODES[mode])
+    raise_error(dispatch.native.adaptive_pool_backward(*target, *map(pointer, given), *sizes, *modes))
     return grad_tokens, grad_weight
 
 
@@ -335,19 +219,12 @@ def _compact_save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
 
 def _compact_grad(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, None, None]:
     # The gradient of a gather of unique rows is a gather by the inverse map: dropped rows read -1, hence zero.
-    # One inverse and one launch for all tensors that have the same number of tokens: in practice, all.
     (index,) = ctx.saved_tensors
-    result: list[Tensor | None] = [None] * len(grads)
-    left = [i for i, grad in enumerate(grads) if grad is not None]
-    while left:
-        size = ctx.num_tokens[left[0]]
-        places = [i for i in left if ctx.num_tokens[i] == size]
-        left = [i for i in left if i not in places]
-        moved = [grads[i].contiguous() for i in places]  # type: ignore[union-attr]
-        out = compact(moved, invert_index(index, size), [ctx.token_dim[i] for i in places])
-        for i, tensor in zip(places, out, strict=True):
-            result[i] = tensor
-    return result, None, None
+    moved = [
+        None if grad is None else compact([grad.contiguous()], invert_index(index, num_tokens), [dim])[0]
+        for grad, num_tokens, dim in zip(grads, ctx.num_tokens, ctx.token_dim, strict=True)
+    ]
+    return moved, None, None
 
 
 def _pool_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -9,7 +9,7 @@ kept, C pooled tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -152,12 +152,8 @@ def region_topk(
     *,
     weight: Tensor | None = None,  # (I, N)
     priority: Tensor | None = None,  # (I, N)
-    sample: Tensor | None = None,  # (I,)
-    lse: Tensor | None = None,  # (B, num_heads, M)
-    scale: float | None = None,
-    visible_start: Tensor | None = None,  # (B,)
-    visible_len: Tensor | None = None,  # (B, M)
     return_scores: bool = False,
+    **scoring: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:  # (I, K) [, (I, N)]
     """Sequence positions of the vision tokens to keep: :func:`attention_mass`, then :func:`select`.
 
@@ -165,9 +161,9 @@ def region_topk(
     index=vision_index)``
 
     Args:
-        query, key, vision_index, sample, lse, scale, visible_start, visible_len: see :func:`attention_mass`.
-        num_keep, weight, priority: see :func:`select`.
+        query, key, vision_index: see :func:`attention_mass`. num_keep, weight, priority: see :func:`select`.
         return_scores: also return the mass.
+        scoring: sample, lse, scale, visible_start, visible_len of :func:`attention_mass`.
     Returns:
         (I, K) int64 positions, ascending where ``vision_index`` is, -1 tail; with ``return_scores`` also the (I, N)
         mass.
@@ -175,16 +171,7 @@ def region_topk(
         ValueError, TypeError: as the two halves.
     Source: Inner-LLM Pruning (the cut), with our budget rule.
     """
-    mass = attention_mass(
-        query,
-        key,
-        vision_index,
-        sample=sample,
-        lse=lse,
-        scale=scale,
-        visible_start=visible_start,
-        visible_len=visible_len,
-    )
+    mass = attention_mass(query, key, vision_index, **scoring)
     kept = select(mass, num_keep, weight=weight, priority=priority, index=vision_index)
     return (kept, mass) if return_scores else kept
 
@@ -286,8 +273,7 @@ def pool(
 
     Returns:
         The pooled tokens, and what the backward pass needs: the sums of weights (C,) for "weighted", the winning token
-            of
-        each channel (C, D) int32 for "max" (-1 in a cell without members), empty for "mean".
+        of each channel (C, D) int32 for "max" (-1 in a cell without members), empty for "mean".
     """
     real = torch.promote_types(tokens.dtype, torch.float32)
     count = offsets.diff().long()
@@ -316,10 +302,8 @@ def pool(
     single = (count == 1)[:, None]
     mean = total / count.clamp(min=1)[:, None]
     plain = (weights == 0) | single
-    out = {"mean": mean, "max": best, "weighted": torch.where(plain, mean, weighted / torch.where(plain, 1, weights))}[
-        mode
-    ]
-    out = out.to(tokens.dtype)
+    average = torch.where(plain, mean, weighted / torch.where(plain, 1, weights))
+    out = {"mean": mean, "max": best, "weighted": average}[mode].to(tokens.dtype)
     if bool(single.any()):  # the very bits: conversions may change those of a NaN
         out = torch.where(single, tokens[members[offsets[:-1].long().clamp(max=len(members) - 1)].long()], out)
     return out, {"mean": zeros.new_empty(0), "max": winner, "weighted": weights[:, 0]}[mode]

@@ -227,7 +227,8 @@ def plan_batch(
         selections = _selections(method, layout if later else after, region, len(after))
         found.append(ImagePlan(sample, layout, plan, after, selections, later))
     text = _text_after(found, valid) if any(later is not None for later in by_features) else None
-    steps = {cut.layer: _prune_step(cut, found, filled) for cut in method.cuts}
+    ends = _ends(found, valid, filled)
+    steps = {cut.layer: _prune_step(cut, found, filled, ends) for cut in method.cuts}
     prunes = {layer: step for layer, step in steps.items() if step is not None}
     return BatchPlan(found, valid, pool, prunes, [image.pooled.position for image in found], text).packed()
 
@@ -301,15 +302,25 @@ def pool_step(leader_of: Tensor, width: int, num_out: int) -> PoolStep:
     return PoolStep(PoolPlan.from_cells(cell, leader), kept_index, slot_of.view(batch, seq_len), filled)
 
 
-def _prune_step(cut: Method, images: Sequence[ImagePlan], filled: Tensor) -> PruneStep | None:
+def _ends(images: Sequence[ImagePlan], valid: Tensor, filled: Tensor) -> list[int]:
+    """Pooled position behind the last image, per sample."""
+    ends = [0] * len(filled)
+    for image in images:
+        end = int(image.pooled.position[-1]) + 1
+        if image.by_features is not None:  # a stand-in's last token may stand before text among the image's tokens
+            end = filled.shape[1] - int(valid[image.sample, int(image.layout.position[-1]) + 1 :].sum())
+        ends[image.sample] = max(ends[image.sample], end)
+    return ends
+
+
+def _prune_step(cut: Method, images: Sequence[ImagePlan], filled: Tensor, after: Sequence[int]) -> PruneStep | None:
     layer = cut.layer
     pruned = [number for number, image in enumerate(images) if layer in image.selections]
     if not pruned:
         return None
-    stays, kept, after = filled.clone(), filled.sum(1), [0] * len(filled)
+    stays, kept = filled.clone(), filled.sum(1)
     for image in images:
         kept[image.sample] += image.tokens_at(layer) - len(image.pooled)
-        after[image.sample] = max(after[image.sample], int(image.pooled.position[-1]) + 1)
     for image in (images[number] for number in pruned):
         if not filled[image.sample, after[image.sample] :].any():
             # Nothing would ask, and the token that predicts the answer could itself be dropped.

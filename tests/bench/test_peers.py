@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.kernels import peers
+from bench.kernels import peers, torch_forms
 from crop.ops import reference
-from crop.selftest import torch_forms
 from tests.support.operators import mass_inputs
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench.training import embedded_data, embedded_model
+from bench.training import embedded_data, embedded_model, grounding
 from crop import embedded
-from crop.embedded import drawing, scenes
+from crop.embedded import drawing, scenes, things
 
 HELD_OUT = 10_000_000  # bench.training.embedded trains on smaller seeds
 FLOOR = 0.95  # exact answers over all local kinds, held out (measured: 0.986)
@@ -32,7 +32,7 @@ def words(text: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
-@pytest.mark.parametrize("picture", scenes.PICTURES)
+@pytest.mark.parametrize("picture", things.PICTURES)
 def test_scene_is_a_function_of_its_seed(picture):
     one, two, other = (
         scenes.scene(7, picture=picture),
@@ -41,8 +41,8 @@ def test_scene_is_a_function_of_its_seed(picture):
     )
     assert one.image.tobytes() == two.image.tobytes() and one.questions == two.questions and one.picture == picture
     assert one.image.tobytes() != other.image.tobytes() and one.image.size == (
-        scenes.SIZE,
-        scenes.SIZE,
+        things.SIZE,
+        things.SIZE,
     )
 
 
@@ -52,7 +52,7 @@ def test_unknown_picture_raises():
 
 
 def test_questions_are_well_formed_and_every_kind_occurs():
-    kinds, vocabulary = set(), set(scenes.vocabulary())
+    kinds, vocabulary = set(), set(embedded_model.spoken_words())
     for seed in range(60):
         for question in scenes.scene(seed).questions:
             kinds.add(question.kind)
@@ -81,21 +81,21 @@ def test_things_are_drawn_where_their_boxes_say():
             drawing.draw(things, "shapes", random.Random(3), 0.0) for things in (drawn.things, drawn.things[1:])
         )
         change = (np.asarray(full, int) != np.asarray(less, int)).any(2)
-        x0, y0, x1, y1 = (round(scenes.SIZE * c) for c in drawn.things[0].box)
+        x0, y0, x1, y1 = (round(things.SIZE * c) for c in drawn.things[0].box)
         inside = change[y0:y1, x0:x1]
         # The outermost letter of a word may put its dark rim a few pixels beyond the box.
         assert inside.mean() > 0.3 and change.sum() - inside.sum() < 0.1 * inside.sum()
 
 
 def test_grounding_questions_name_the_blocks_of_their_things():
-    vocabulary, texts = set(scenes.vocabulary()), collections.defaultdict(set)
+    vocabulary, texts = set(embedded_model.spoken_words()), collections.defaultdict(set)
     for seed in range(30):
         scene = scenes.scene(seed)
-        assert len(scene.grounding) == len(scene.things)
-        for question, thing in zip(scene.grounding, scene.things, strict=True):
-            region = scenes.box_region(question.answer)
+        assert len(grounding.box_questions(scene)) == len(scene.things)
+        for question, thing in zip(grounding.box_questions(scene), scene.things, strict=True):
+            region = grounding.box_region(question.answer)
             (x0, y0, x1, y1), (a, b, c, d) = region.boxes[0], thing.cells
-            side = scenes.GRID
+            side = things.GRID
             # Outward to whole blocks of two patches, and no farther.
             assert x0 * side <= a < x0 * side + 2 and y0 * side <= b < y0 * side + 2
             assert x1 * side >= c > x1 * side - 2 and y1 * side >= d > y1 * side - 2
@@ -106,7 +106,7 @@ def test_grounding_questions_name_the_blocks_of_their_things():
 
 @pytest.mark.parametrize("answer", ["", "123", "12345", "a123", "5123", "0804", "1589"])
 def test_answers_without_a_box(answer):
-    assert scenes.box_region(answer) is None
+    assert grounding.box_region(answer) is None
 
 
 def test_a_question_gives_a_region():
@@ -136,7 +136,7 @@ def test_load_without_weights_raises(tmp_path):
 def test_tokenizer_knows_every_word(carried):
     tokenizer = carried[1].tokenizer
     assert tokenizer("12 May?")["input_ids"][1:] == tokenizer.convert_tokens_to_ids(["1", "2", "may", "?"])
-    assert tokenizer.unk_token_id not in tokenizer.convert_tokens_to_ids(list(scenes.vocabulary()))
+    assert tokenizer.unk_token_id not in tokenizer.convert_tokens_to_ids(list(embedded_model.spoken_words()))
     assert tokenizer("submarine")["input_ids"][-1] == tokenizer.unk_token_id
 
 
@@ -179,9 +179,9 @@ def exact(
     batch = processor(images=[scene.image] * len(texts), text=texts, padding=True, return_tensors="pt")
     ids, mask = batch["input_ids"], batch["attention_mask"]
     batch["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
-    centre = (torch.arange(scenes.GRID) + 0.5) / scenes.GRID
+    centre = (torch.arange(things.GRID) + 0.5) / things.GRID
     for i, question in enumerate(questions):
-        inside = torch.zeros(scenes.GRID, scenes.GRID, dtype=torch.bool)
+        inside = torch.zeros(things.GRID, things.GRID, dtype=torch.bool)
         for x0, y0, x1, y1 in question.boxes:
             inside |= ((centre >= y0) & (centre < y1))[:, None] & ((centre >= x0) & (centre < x1))
         seen = keep(inside.flatten())

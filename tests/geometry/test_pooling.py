@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.geometry.strides import build_plan, count_cells, count_groups
+from crop.geometry.strides import build_plan, count_groups
+from tests.support.closed_form import count_cells
 from tests.support.layouts import (
     QUESTION_REGIONS,
     cells_of,

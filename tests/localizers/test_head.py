@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.training import head as train_head
 from crop import embedded
 from crop.cli.ask import EMBEDDED, Asker, load
-from crop.embedded import scenes
+from crop.embedded import scenes, things
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.localizers import Head, HeadLocalizer, get_localizer
@@ -51,7 +51,9 @@ def test_multiply_adds_are_counted():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         film, _ = head.read(torch.randn(1, words, 24))
         head.match(head.see(torch.randn(1, tokens, 24), waves(torch.rand(tokens, 2))), film.unsqueeze(1))
-    assert counter.get_total_flops() / 2 == head.multiply_adds(tokens, words) - tokens * 16  # scaling is no product
+    assert (
+        counter.get_total_flops() / 2 == train_head.multiply_adds(head, tokens, words) - tokens * 16
+    )  # scaling is no product
 
 
 def test_file_round_trip(tmp_path):
@@ -151,7 +153,7 @@ def carried() -> Asker:
 
 def test_the_carried_head_holds_its_promises_on_unseen_pictures(carried):
     """Measured by `python -m bench.localizers` on more pictures; here with some slack for few."""
-    find, grid = carried.localizer("head"), VisionLayout.grid(scenes.GRID, scenes.GRID)
+    find, grid = carried.localizer("head"), VisionLayout.grid(things.GRID, things.GRID)
     held, area, true, whole, trust = [], [], [], [], []
     for seed in range(10_900_000, 10_900_020):
         scene, rng = scenes.scene(seed), random.Random(seed)
@@ -178,7 +180,7 @@ def test_the_carried_head_costs_next_to_nothing(carried):
     tower = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
     prefill = (tokens + words) * layer * text.num_hidden_layers + tokens * tower * vision.num_hidden_layers
     head = Head.load(embedded.HEAD)
-    assert head.multiply_adds(tokens, words) < 0.01 * prefill
+    assert train_head.multiply_adds(head, tokens, words) < 0.01 * prefill
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -105,7 +105,7 @@ def test_compose_takes_each_stage_from_its_method():
 @quick
 def test_both_stages_end_with_keep_of_the_original_tokens(layout, region, keep):
     method = by_name("crop", keep)
-    assert method.layer == 2
+    assert method.layer == "auto" and method.with_layer(3).layer == 3
     plan = method.plan(layout, region)
     if plan is not None:
         assert plan.num_out == max(1, round(keep**POOL_SHARE * len(layout)))
@@ -125,8 +125,11 @@ def test_by_name():
     for name in ("crop", "plc", "ilp"):
         assert by_name(name, 1.0).plan(layout, region) is None
         assert by_name(name, 1.0).select(layout, region) is None
-    with pytest.raises(ValueError, match=r"name must be one of .* got 'fastv'"):
-        by_name("fastv", 0.5)
+    assert by_name("fastv", 0.5) == InnerLLMPruning(0.5, rows="last", ring=0)
+    with pytest.raises(ValueError, match=r"name must be one of .* got 'slowv'"):
+        by_name("slowv", 0.5)
+    with pytest.raises(ValueError, match="num_layers must be given for 'pyramiddrop'"):
+        by_name("pyramiddrop", 0.5)
     with pytest.raises(ValueError, match="keep as a fraction"):
         by_name("none", 1.5)
     with pytest.raises(TypeError, match="by_name: keep must be a float"):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from crop.geometry.layout import NEWLINE, PATCH, VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.geometry.strides import build_plan, count_cells, fit_strides
+from crop.geometry.strides import build_plan, fit_strides
 from crop.methods import PreLLMCompression
+from tests.support.closed_form import count_cells
 from tests.support.layouts import (
     boxes,
     cells_of,

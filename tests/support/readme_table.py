@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from pathlib import Path
 
-from tests.support.tiny_families import FAMILIES
+from crop.models import families
+from tests.support.tiny_families import FAMILIES, get_config
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 FENCES = "<!-- families: written by `python -m tests.support.readme_table` -->\n", "<!-- families: end -->\n"
 
 
 def table() -> str:
-    """What the contract runs over, as README shows it."""
-    lines = ["| family | class | attention | `patch` needs, with a region |", "|---|---|---|---|"]
-    for family in FAMILIES.values():
-        needs = "" if family.processor is None else "`processor`, `image_size`"
-        lines.append(f"| {family.title} | `{family.classes}` | {', '.join(family.attentions)} | {needs} |")
+    """What the contract runs over, as README shows it: families that need and refuse the same share a row."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for name, family in FAMILIES.items():
+        model_type = get_config(name).model_type
+        title = re.split("[:,(]", family.title)[0].strip()
+        needs = "-" if family.processor is None else "`processor`, `image_size`"
+        rows.setdefault((needs, refused(family.attentions, model_type)), {})[title] = model_type
+    lines = ["| family and `model_type` | with a region `patch` needs | refused |", "|---|---|---|"]
+    for (needs, without), members in sorted(rows.items(), key=lambda row: len(row[0][1])):
+        named = ", ".join(f"{title} `{model_type}`" for title, model_type in members.items())
+        lines.append(f"| {named} | {needs} | {without} |")
     return "\n".join(lines) + "\n"
+
+
+def refused(attentions: Collection[str], model_type: str) -> str:
+    """What a family cannot do that others can."""
+    family, found = families()[model_type], []
+    if not family.videos:
+        found.append("video")
+    if "flash_attention_2" not in attentions:
+        found.append("flash attention")
+    if family.traits.mask != "causal":
+        found += ["static caches", '`positions="compact"`']
+    return ", ".join(found) or "-"
 
 
 def now() -> tuple[str, str, str]:

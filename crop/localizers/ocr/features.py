@@ -86,11 +86,7 @@ def _letters(text: str) -> float:
 
 def amounts_of(text: str) -> list[float]:
     """Numbers with two decimals in a text."""
-    found = []
-    for match in _AMOUNT.findall(text):
-        digits = re.sub(r"\D", "", match)
-        found.append(int(digits) / 100)
-    return found
+    return [int(re.sub(r"\D", "", match)) / 100 for match in _AMOUNT.findall(text)]
 
 
 def outline(boxes: np.ndarray) -> np.ndarray:

@@ -133,12 +133,7 @@ class OCRLocalizer:
         return self.select(self.rank(page, question), page.size)
 
     def select(self, ranked: Ranked, size: tuple[int, int]) -> Region:
-        """From ranked lines to boxes.
-
-        Args:
-            ranked: the lines.
-            size: (width, height) of the image in pixels.
-        """
+        """From ranked lines to boxes, on an image of ``size`` (width, height) pixels."""
         if not any(words_of(text) for text in ranked.texts):
             return Region.whole(0.0, "no text could be read in the image")
         boxes = self.padded(ranked.boxes, size)
@@ -154,12 +149,7 @@ class OCRLocalizer:
         return Region(_blocks(boxes, lines, ranked.beside), confidence, f"text: {reason}")
 
     def padded(self, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """The boxes of lines with the margin around them.
-
-        Args:
-            boxes: (num_lines, 4) in sides of the image.
-            size: (width, height) of the image in pixels.
-        """
+        """(num_lines, 4) boxes of lines with the margin around them, in sides of the image; its size in pixels."""
         width, height = size
         tall = (boxes[:, 3] - boxes[:, 1])[:, None]
         pad = tall * np.array([self.margin[0] * height / width, self.margin[1]])
@@ -170,15 +160,12 @@ class OCRLocalizer:
         asked = Question.of(question)
         texts = [page.texts.get(line, "") for line in range(len(page))]
         boxes = page.boxes.astype(np.float64)
-        if page.notes.get("meanings of") != texts:
-            known = dict(zip(page.notes.get("meanings of", ()), page.notes.get("meanings", ()), strict=True))
-            new = [text for text in dict.fromkeys(texts) if text not in known]
-            known.update(zip(new, self.encode(new), strict=True))
-            page.notes["meanings of"], page.notes["meanings"] = texts, np.stack([known[text] for text in texts])
-            page.notes["neighbours"] = neighbours(boxes, texts)
-        beside = page.notes["neighbours"]
+        known = page.notes.setdefault("meanings", {})
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        known.update(zip(new, self.encode(new), strict=True))
+        meanings, beside = np.stack([known[text] for text in texts]), neighbours(boxes, texts)
         vectors = self.encode([question, *asked.kind.examples])
-        table = features(asked, boxes, texts, beside, vectors[0], page.notes["meanings"], vectors[1:])
+        table = features(asked, boxes, texts, beside, vectors[0], meanings, vectors[1:])
         said = np.array([bool(text) for text in texts], dtype=bool)
         return Ranked(boxes, texts, np.where(said, self.weights.rank(asked, table, beside), 0.0), beside)
 

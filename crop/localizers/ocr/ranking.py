@@ -43,31 +43,12 @@ class Weights:
             raise ValueError(f"Weights: weights.json must be fitted for {OUTLINE + FEATURES}, got {stored['features']}")
         return Weights(*({kind: np.array(row) for kind, row in stored[name].items()} for name in STAGES))
 
-    def save(self, path: Path = WEIGHTS) -> None:
-        """Write what ``shipped`` reads."""
-        stored: dict = {"features": OUTLINE + FEATURES}
-        for name in STAGES:
-            stored[name] = {kind: row.round(3).tolist() for kind, row in sorted(getattr(self, name).items())}
-        lines = json.dumps(stored, indent=1).replace("\n   ", " ").replace("\n  ]", "]")
-        path.write_text(lines + "\n", encoding="utf-8")
-
     def expect(self, question: Question, boxes: np.ndarray) -> np.ndarray:
-        """(num_lines,) float64 probability of every line to answer, by its place alone.
-
-        Args:
-            question: read.
-            boxes: (num_lines, 4) any unit.
-        """
+        """(num_lines,) float64 probability of every line to answer, by its place alone; boxes: (num_lines, 4), any unit."""
         return logistic(outline(boxes), self.place.get(question.kind.name, self.place[OTHER]))
 
     def rank(self, question: Question, table: np.ndarray, beside: Neighbours) -> np.ndarray:
-        """(num_lines,) float64 probability of every line to hold the answer or a part of it.
-
-        Args:
-            question: read.
-            table: (num_lines, len(FEATURES)) of ``features``.
-            beside: ``neighbours`` of the page.
-        """
+        """(num_lines,) float64 probability of every line to hold the answer or a part of it, from its ``features``."""
         kind = question.kind.name
         found = logistic(table, self.first.get(kind, self.first[OTHER]))
         return logistic(with_support(table, found, beside), self.second.get(kind, self.second[OTHER]))
