@@ -204,22 +204,22 @@ FAMILIES = {
         tower="visual",
     ),
     "qwen3_vl_moe": Family(
-        "Qwen3-VL (mixture of experts), images, DeepStack", "Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe,
+        "Qwen3-VL MoE, images, DeepStack", "Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe,
         patches_image, types=vision_types, tower="visual",
     ),
     "qwen3_vl_moe_video": Family(
-        "Qwen3-VL (mixture of experts), video, DeepStack", "Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe,
+        "Qwen3-VL MoE, video, DeepStack", "Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe,
         film(True), types=vision_types, tower="visual",
     ),
     "glm4v": Family(
         "GLM-4V, images", "Glm4vForConditionalGeneration", glm4v, patches_image, types=vision_types, tower="visual"
     ),
     "glm46v": Family(
-        "GLM-4.6V Flash, images", "Glm46VForConditionalGeneration", glm46v, patches_image, types=vision_types,
+        "GLM-4.6V-Flash, images", "Glm46VForConditionalGeneration", glm46v, patches_image, types=vision_types,
         tower="visual",
     ),
     "glm4v_moe": Family(
-        "GLM-4.5V and 4.6V (mixture of experts), images", "Glm4vMoeForConditionalGeneration", glm4v_moe, patches_image,
+        "GLM-4.5V and GLM-4.6V, images", "Glm4vMoeForConditionalGeneration", glm4v_moe, patches_image,
         types=vision_types, tower="visual",
     ),
     "glm_ocr": Family(

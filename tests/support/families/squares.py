@@ -45,6 +45,27 @@ def llava_processor() -> Any:
     )
 
 
+def vipllava() -> Any:
+    return transformers.VipLlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER, image_size=LLAVA_SIDE),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layer=[-2, 1],
+    )
+
+
+def fast_vlm() -> Any:
+    """A convolutional tower of transformers in the place of timm's, which may be missing."""
+    vision = transformers.ConvNextConfig(patch_size=PATCH, num_stages=1, hidden_sizes=[16], depths=[1])
+    vision.hidden_size = 16
+    return transformers.FastVlmConfig(
+        vision_config=vision,
+        text_config=transformers.Qwen2Config(**TEXT, tie_word_embeddings=False),
+        image_token_index=IMAGE,
+        image_seq_length=LLAVA_GRID[0] * LLAVA_GRID[1],
+    )
+
+
 def gemma3() -> Any:
     """Sliding and full layers in turn, on either side of a cut; the window is shorter than the prompts."""
     text = TEXT | dict(head_dim=8, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=20,
@@ -91,6 +112,20 @@ FAMILIES = {
         tower_attention=True,
         thorough=True,
         fast=True,
+    ),
+    "vipllava": Family(
+        "ViP-LLaVA",
+        "VipLlavaForConditionalGeneration",
+        vipllava,
+        square_image(8, False),
+        processor=llava_processor,
+    ),
+    "fast_vlm": Family(
+        "FastVLM",
+        "FastVlmForConditionalGeneration",
+        fast_vlm,
+        square_image(8, False),
+        processor=llava_processor,
     ),
     "gemma3": Family(
         "Gemma 3: sliding windows, images see themselves",

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.models.llava_next import modeling_llava_next as llava_next_code
 
 from tests.support.families.entry import (
+    HIDDEN,
     IMAGE,
     MARK,
     PATCH,
@@ -21,6 +22,7 @@ from tests.support.families.entry import (
     VIDEO,
     VISION_END,
     VISION_START,
+    VOCAB,
     Family,
     Image,
     pixels,
@@ -111,6 +113,57 @@ def internvl_image(size: tuple[int, int], seed: int, alone: bool = True) -> Imag
     return Image(ids, {"pixel_values": pixels(tiles, 3, 32, 32, seed=seed)}, size)
 
 
+def ovis2() -> Any:
+    vision = {key: value for key, value in TOWER.items() if key != "initializer_range"}
+    return transformers.Ovis2Config(
+        vision_config=transformers.Ovis2VisionConfig(**vision, image_size=32, hidden_stride=2, vocab_size=40),
+        text_config=transformers.Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        visual_indicator_token_ids=OVIS2_MARKERS,
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        tie_word_embeddings=False,
+    )
+
+
+OVIS2_MARKERS = [VISION_START, MARK, 82, 83, VISION_END]  # start, behind the whole, column, row, end
+
+
+def ovis2_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    """The whole, then two tiles beside each other or one above the other; a marker between any two."""
+    start, whole, column, row, end = OVIS2_MARKERS
+    tile = [IMAGE] * 16
+    ids = [start, *tile, whole, *tile, column if size[0] > size[1] else row, *tile, end]
+    return Image(tuple(ids), {"pixel_values": pixels(3, 3, 32, 32, seed=seed)}, size)
+
+
+def perception_lm() -> Any:
+    """A CLIP tower in the place of timm's, which may be missing."""
+    vision = transformers.CLIPVisionConfig(**TOWER, image_size=32)
+    vision.model_args = {"embed_dim": vision.hidden_size}
+    return transformers.PerceptionLMConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**TEXT),
+        projector_pooling_ratio=2,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+
+
+def perception_processor() -> Any:
+    """What the family reads of its processor, which needs torchvision: a tile beside or above another."""
+
+    def resize(image: Tensor, tile_size: int, max_num_tiles: int) -> tuple[Tensor, tuple[int, int]]:
+        return image, (2, 1) if image.shape[-1] > image.shape[-2] else (1, 2)
+
+    return SimpleNamespace(do_resize=True, tile_size=32, max_num_tiles=2, resize=resize)
+
+
+def perception_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    """The whole, then two tiles."""
+    return Image((IMAGE,) * 48, {"pixel_values": pixels(1, 3, 3, 32, 32, seed=seed)}, size)
+
+
 def idefics3() -> Any:
     vision = transformers.Idefics3VisionConfig(**TOWER, image_size=32)
     return transformers.Idefics3Config(vision_config=vision, text_config=transformers.LlamaConfig(**TEXT),
@@ -163,6 +216,14 @@ FAMILIES = {
     "internvl": Family(
         "InternVL 2.5 and 3: tiles", "InternVLForConditionalGeneration", internvl, internvl_image,
         sizes=((70, 30), (20, 30)), processor=internvl_processor, unable={"repeat": repeats_tiles}, fast=True,
+    ),
+    "ovis2": Family(
+        "Ovis2: tiles", "Ovis2ForConditionalGeneration", ovis2, ovis2_image, sizes=((48, 24), (20, 40)),
+        unable={"repeat": repeats_tiles},
+    ),
+    "perception_lm": Family(
+        "Perception LM, images: tiles", "PerceptionLMForConditionalGeneration", perception_lm, perception_image,
+        sizes=((48, 24), (20, 40)), processor=perception_processor,
     ),
     "idefics3": Family(
         "Idefics3: tiles", "Idefics3ForConditionalGeneration", idefics3, idefics3_image, sizes=((48, 24), (20, 40)),
