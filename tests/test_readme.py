@@ -88,7 +88,7 @@ def test_figures_of_the_introduction_are_the_tables():
     assert len(table.strip().splitlines()) == 2 + 6
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "bench/README.md", "crop/localizers/README.md", "csrc/README.md"])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", text_of(page)):
         if target.startswith("https://"):
@@ -144,6 +144,26 @@ def test_public_names():
         assert callable(getattr(crop.reference, name)) and callable(getattr(crop.ops, name))
     rows = text_of(README).split("| `crop.baselines` |")[1].split("|")[0]
     assert set(re.findall(r"`([a-z]+)`", rows)) == set(crop.baselines.BASELINES)
+
+
+GONE = {
+    "readmit=True": (lambda model: crop.patch(model, None, readmit=True).__enter__(), "crop.cache_vision"),
+    "auto=True": (lambda model: crop.patch(model, None, auto=True).__enter__(), "crop.estimate"),
+    'positions="centroid"': (lambda model: crop.patch(model, None, positions="centroid").__enter__(), "compact"),
+    "plan=False": (lambda model: crop.estimate(model, {}, crop.Method(), plan=False), "leave region out"),
+    'mode="soft"': (lambda model: crop.InnerLLMPruning(mode="soft"), "budget"),
+    "region_weight=": (lambda model: crop.InnerLLMPruning(region_weight=2.0), "come first"),
+    "floor=": (lambda model: crop.InnerLLMPruning(floor=4), "leave it out"),
+    'rows="raters"': (lambda model: crop.InnerLLMPruning(rows="raters"), "crop.baselines.SparseVLM"),
+}
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_what_is_gone_says_what_to_write_instead(name, loaded):
+    use, advice = GONE[name]
+    assert name in text_of(CONTRIBUTING).split("### 0.2.0")[1]
+    with pytest.raises((TypeError, ValueError), match=re.escape(advice)):
+        use(loaded[0])
 
 
 # -------------------------------------------------------------------------------------------------------------- what runs

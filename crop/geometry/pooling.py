@@ -186,7 +186,7 @@ class PoolPlan:
     def from_cells(cell: Tensor, leader: Tensor) -> PoolPlan:
         """The plan from the cell of each token, level 0, on any device and without reading it back.
 
-        Tokens in no cell stand at the end of ``members``, beyond the last offset.
+        On other devices than the CPU, tokens in no cell stand at the end of ``members``, beyond the last offset.
 
         Args:
             cell: (N,) int64 in [-1, num_out), -1 = in no cell.
@@ -197,8 +197,9 @@ class PoolPlan:
         count = torch.zeros(num_out + 1, dtype=torch.int64, device=cell.device)
         count.scatter_add_(0, place, torch.ones_like(place))
         offsets = torch.nn.functional.pad(count[:-1].cumsum(0), (1, 0))
+        members = place.argsort(stable=True)
         return PoolPlan(
-            members=place.argsort(stable=True).int(),
+            members=(members[: int(offsets[-1])] if cell.is_cpu else members).int(),
             offsets=offsets.int(),
             leader=leader.int(),
             level=torch.zeros(num_out, dtype=torch.uint8, device=cell.device),

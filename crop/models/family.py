@@ -157,6 +157,10 @@ class ModelFamily:
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         return [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
 
+    def position_axes(self, config: Any) -> int:
+        """Axes of a language model's rotary embedding: 3 where its frequencies are shared out, else 1."""
+        return 3 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1
+
     def windows(self, config: Any) -> list[int | None]:
         """Sliding window of every decoder layer, None where it sees everything."""
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers

@@ -129,11 +129,6 @@ class BatchPlan:
     text: list[Tensor] | None = None
 
     @property
-    def prunes_nothing(self) -> bool:
-        """Whether every token stays."""
-        return self.pool is None and not self.prunes
-
-    @property
     def device(self) -> torch.device:
         """Where its tensors are."""
         return self.valid.device

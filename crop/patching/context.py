@@ -66,10 +66,6 @@ class ModelHook:
         """Of the decoder."""
         return list(self.language_model.layers)
 
-    def install(self, undo: ExitStack) -> None:
-        """Register the hooks, and their removal with ``undo``."""
-        raise NotImplementedError
-
 
 def hook(undo: ExitStack, register: Callable[..., Any], method: MethodType, *first: Any, **options: Any) -> None:
     """Register a method, called with ``first`` and what hooks get, as a forward hook, and its removal with ``undo``.

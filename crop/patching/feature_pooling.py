@@ -38,10 +38,13 @@ def settle(plan: BatchPlan, embeds: Tensor, observed: list[Tensor] | None) -> tu
         where = place[number] = image.layout.position.to(device, non_blocking=True) + image.sample * seq_len
         tokens, text = embeds.flatten(0, 1)[where], embeds[image.sample, plan.text[image.sample]]
         found = image.by_features.decide(Features(tokens, text, None if observed is None else observed[number]))
-        if not isinstance(found, Assignment) or len(found.leader) != image.by_features.num_out:
-            got = f"{len(found.leader)} cells" if isinstance(found, Assignment) else type(found).__name__
+        got, count = (
+            len(found.leader) if isinstance(found, Assignment) else type(found).__name__,
+            image.by_features.num_out,
+        )
+        if got != count:
             raise TypeError(
-                f"patch: decide() of a FeaturePooling must return an Assignment of {image.by_features.num_out} cells, got {got}"
+                f"patch: decide() of a FeaturePooling must return an Assignment of {count} cells, got {got}"
             )
         leader_of[where] = torch.where(found.cell >= 0, where[found.leader][found.cell.clamp(min=0)], -1)
         decisions[number] = found

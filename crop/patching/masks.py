@@ -108,7 +108,7 @@ def gather(
 
 
 def pad_columns(mask: Tensor | None, capacity: int | None) -> Tensor | None:
-    """A 4-D mask with as many columns as the cache has room for, where that is fixed (None: it is not)."""
+    """A 4-D mask with as many columns as the cache has room for; None: it grows."""
     if mask is None or mask.ndim == 2 or capacity is None:
         return mask
     unseen = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min

@@ -1,7 +1,6 @@
 """Apply a pruning method to an unmodified Hugging Face model for the length of a ``with`` block.
 
-The planner decides from the token ids of every call what is pruned; the hooks carry it out. Tokens keep their original
-position ids. Outputs come back at the unpruned length.
+The planner decides from the token ids of every call what is pruned; the hooks carry it out.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from crop.patching.stats import PruneStats
 _patched: set[nn.Module] = set()
 
 GONE = {
-    "auto": "ask first: `if crop.estimate(model, inputs, method, region).prune:`",
-    "readmit": "give the whole conversation to a fresh cache inside crop.cache_vision(model)",
+    "auto": "gone since 0.2; ask first: `if crop.estimate(model, inputs, method, region).prune:`",
+    "readmit": "gone since 0.2; give the whole conversation to a fresh cache inside crop.cache_vision(model)",
 }
 
 
@@ -66,8 +65,7 @@ def patch(
         RuntimeError: the model is patched already; transformers is too old.
     """
     for name in gone:
-        advice = f" is gone since 0.2; {GONE[name]}" if name in GONE else " is no argument of patch"
-        raise TypeError(f"patch: {name}{advice}")
+        raise TypeError(f"patch: {name} is {GONE.get(name, 'no argument of patch')}")
     planner = Planner(model, method, region, processor, image_size, positions=positions, cache=cache)
     refuse_patched(planner.language_model)
     context = PatchContext(planner)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
-from crop.methods.base import Method, check_method, prunes
+from crop.methods.base import Method, check_choice, check_method, prunes
 from crop.models import ModelFamily, Prompt, family_of
 from crop.patching import hf
 from crop.patching.batch_plan import BatchPlan, plan_batch
 from crop.patching.positions import POLICIES
-from crop.patching.validation import as_regions, as_sizes, one_of, one_per_image
+from crop.patching.validation import as_regions, as_sizes, one_per_image
 
 
 class Planner:
@@ -43,8 +43,9 @@ class Planner:
         self.regions = as_regions(region)
         self.image_processor = getattr(processor, "image_processor", processor)
         self.image_sizes = as_sizes(image_size)
-        self.positions = one_of("positions", positions, POLICIES)
-        self.uniform = one_of("cache", cache, ("ragged", "uniform")) == "uniform"
+        check_choice("patch", "positions", positions, POLICIES)
+        check_choice("patch", "cache", cache, ("ragged", "uniform"))
+        self.positions, self.uniform = positions, cache == "uniform"
         self.language_model = self.family.language_model(model)
         config = self.language_model.config
         self.makes_masks = self.family.traits.mask != "causal"

@@ -7,18 +7,13 @@ width), so that no family needs code of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Policy = Literal["original", "compact"]
 POLICIES = get_args(Policy)
-
-
-def num_axes(config: Any) -> int:
-    """Axes of a language model's rotary embedding: 3 where its frequencies are shared out, else 1."""
-    return 3 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1
 
 
 def own_ids(position_ids: Tensor | None, axes: int, batch: int, added: int, past: int, device: torch.device) -> Tensor:

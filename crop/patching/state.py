@@ -37,9 +37,7 @@ class GenerationState:
     """One ``generate()``.
 
     Args:
-        owner: the block whose model generates.
-        arguments: what the caller gave.
-        outer: the generation around it.
+        owner: the block whose model generates. arguments: what its caller gave. outer: the generation around it.
         copies: how often every sample is repeated, for beams and return sequences.
         input_ids: of the call of the model that comes next; None once that has begun.
     """
@@ -92,8 +90,7 @@ class ForwardState:
     """One call of the multimodal model.
 
     Args:
-        owner: the block whose model is called.
-        outer: the call around it.
+        owner: the block whose model is called. outer: the call around it.
         plan: what is pruned, on the device of the embeddings once these exist; None: nothing.
         stats: None for a call without images.
         vision: of the tower.
@@ -144,11 +141,6 @@ class ForwardState:
         """Pooled tokens after this call."""
         return self.pooled_past + self.pooled_length
 
-    @property
-    def pruned(self) -> bool:
-        """Whether any layer holds less than all input tokens."""
-        return self.pooled is not None or any(state.tokens is not None for state in self.layers.values())
-
     def at(self, layer: int) -> LayerState:
         """What decoder layer ``layer`` holds."""
         return self.layers[max(first for first in self.layers if first <= layer)]
@@ -168,16 +160,11 @@ class ForwardState:
         shift = CacheState.at(self.before.shifts, layer)
         here.shift = shift
         if here.kept_index is not None and close:
-            ids, by = close_gaps(ids, here.slot_of >= 0, self.image_positions)
+            images = [(image.sample, place) for image, place in zip(self.plan.images, self.plan.positions, strict=True)]
+            ids, by = close_gaps(ids, here.slot_of >= 0, images)
             here.shift = by if shift is None else by + shift
         ids = ids if here.kept_index is None else gather_positions(ids, here.kept_index, 0)
         here.position_ids = ids if shift is None else ids - shift.unsqueeze(1)
-
-    @property
-    def image_positions(self) -> list[tuple[int, Tensor]]:
-        """(sample, pooled positions) of every image of this call."""
-        samples = [image.sample for image in self.plan.images]
-        return list(zip(samples, self.plan.positions, strict=True))
 
     def left_at_the_end(self, num_layers: int) -> list[Tensor | None]:
         """Per layer, which of its entries of this call the last layer holds too; None: all of them."""

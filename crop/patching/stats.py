@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -90,7 +89,9 @@ class PrefillStats:
     def plans(self) -> list[PoolPlan | None]:
         """Pooling plan per image, None where it was left whole."""
         return [
-            _decided(self.decisions[number]) if number in self.decisions else image.plan
+            image.plan
+            if number not in self.decisions
+            else PoolPlan.from_cells(self.decisions[number].cell.cpu(), self.decisions[number].leader.cpu())
             for number, image in enumerate(self.images)
         ]
 
@@ -131,12 +132,6 @@ class PrefillStats:
         return total
 
 
-def _decided(found: Assignment) -> PoolPlan:
-    """What was decided, on the CPU (waits for the device)."""
-    plan = PoolPlan.from_cells(found.cell.cpu(), found.leader.cpu())
-    return replace(plan, members=plan.members[: int(plan.offsets[-1])])
-
-
 class PruneStats:
     """What a ``patch`` block did.
 
@@ -153,7 +148,7 @@ class PruneStats:
         self._running = running
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "prefills":  # not made yet, when copied
-            raise AttributeError(name)
+        if name.startswith("_") or name in ("prefills", "estimate"):  # not made yet, when copied; gone
+            raise AttributeError(f"PruneStats has no {name}" + "; call crop.estimate before" * (name == "estimate"))
         last = self._running() or (self.prefills[-1] if self.prefills else PrefillStats())
         return getattr(last, name)

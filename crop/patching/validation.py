@@ -43,13 +43,6 @@ def as_sizes(image_size: tuple[int, int] | Sequence[tuple[int, int]] | None) -> 
     return [(int(width), int(height)) for width, height in pairs]
 
 
-def one_of(name: str, value: str, choices: Sequence[str]) -> str:
-    """The value, which must be one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"patch: {name} must be one of {', '.join(choices)}, got {value!r}")
-    return value
-
-
 def one_per_image(name: str, given: list, owners: list[int], copies: int) -> list:
     """Match what the caller gave per image to the images of a call.
 

@@ -57,14 +57,14 @@ def refused(model: Any, message: str, inputs: dict | None = None, method: Any = 
 def test_old_transformers(version, monkeypatch):
     model = build_model("llava_next")
     before = snapshot(model)
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr("transformers.__version__", version)
     refuse_transformers.cache_clear()
     with pytest.raises(RuntimeError, match=rf"transformers must be >= 5.17, got {version}; pip install"):
         patch(model, ILP).__enter__()
     monkeypatch.undo()
     assert_unchanged(before, model)
     for newer in ("5.17.0", "5.17.0.dev0", "6.0"):
-        monkeypatch.setattr(transformers, "__version__", newer)
+        monkeypatch.setattr("transformers.__version__", newer)
         refuse_transformers.cache_clear()
         with patch(model, ILP):
             pass

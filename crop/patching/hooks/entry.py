@@ -94,11 +94,11 @@ class EntryHook(ModelHook):
 
     def _enter_tower(self, module: nn.Module, args: tuple) -> None:
         if self.context.vision is not None:
-            self.context.vision.marks = [mark(_device_of(module))]
+            self.context.vision.marks = [mark(next(module.parameters()).device)]
 
     def _leave_tower(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self.context.vision is not None:
-            self.context.vision.marks.append(mark(_device_of(module)))
+            self.context.vision.marks.append(mark(next(module.parameters()).device))
 
     # The multimodal model
 
@@ -112,7 +112,7 @@ class EntryHook(ModelHook):
             state.input_valid = hf.caller_mask(arguments)
             state.prefix = self.family.traits.mask == "prefix" and hf.sees_whole_prompt(arguments)
         plan = self._plan(state, arguments, generation)
-        if plan is not None and not plan.prunes_nothing:
+        if plan is not None and (plan.pool is not None or plan.prunes):
             state.plan = plan
 
     def _plan(
@@ -137,7 +137,3 @@ class EntryHook(ModelHook):
         if state.stats is not None and output is not None:  # None: it failed
             self.context.stats.prefills.append(state.stats)
         self.context.end()
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

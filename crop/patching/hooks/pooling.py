@@ -20,7 +20,7 @@ from crop.patching.cache import make_uniform, store_state
 from crop.patching.context import ModelHook, hook
 from crop.patching.feature_pooling import settle
 from crop.patching.masks import pooled_valid
-from crop.patching.positions import close_gaps, given_ids, num_axes, own_ids
+from crop.patching.positions import close_gaps, given_ids, own_ids
 from crop.patching.state import ForwardState, LayerState, gather_positions
 from crop.patching.stats import mark
 from crop.patching.token_map import TokenMap
@@ -72,7 +72,7 @@ class PoolingHook(ModelHook):
         shifts = state.before.shifts
         if (state.plan is None or self.planner.positions == "original") and not shifts:
             return
-        axes, (batch, added) = num_axes(self.language_model.config), call.embeds.shape[:2]
+        axes, (batch, added) = self.family.position_axes(self.language_model.config), call.embeds.shape[:2]
         ids = own_ids(call.position_ids, axes, batch, added, state.past, call.embeds.device)
         if 0 in shifts:
             ids = ids - shifts[0].unsqueeze(1)

@@ -91,7 +91,9 @@ class PruningHook(ModelHook):
         if index and index in state.layers and state.layers[0].position_ids is not None:
             state.renumber(index, close=state.plan is not None and self.planner.positions == "compact")
         here = state.at(index)
-        if state.pruned if self.planner.makes_masks else here.tokens is not None:
+        # Masks over input tokens do not fit a cache that was pruned anywhere: a sliding layer holds the last tokens only.
+        pruned = state.pooled is not None or any(one.tokens is not None for one in state.layers.values())
+        if pruned if self.planner.makes_masks else here.tokens is not None:
             call.mask = here.fitted(
                 call.mask,
                 ("mask", self.windows[index]),
