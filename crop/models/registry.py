@@ -10,9 +10,18 @@ from crop.models.anyres import next_images, onevision_images
 from crop.models.family import DecoderTraits, ModelFamily
 from crop.models.fixed import fast_vlm_images, gemma3_images, llava_check, llava_images, paligemma_images
 from crop.models.grids import merged_images, pixtral_images
-from crop.models.tiles import idefics3_images, internvl_images, ovis2_images, perception_images, tiled_check
+from crop.models.tiles import (
+    downsampled_images,
+    idefics3_images,
+    internvl_images,
+    ovis2_images,
+    perception_images,
+    tiled_check,
+)
 
 _DEEPSTACK = DecoderTraits(deepstack_method="_deepstack_process")
+
+_COHERE = DecoderTraits(unrotated=("full_attention",))
 
 _families: dict[str, ModelFamily] = {}
 
@@ -30,6 +39,8 @@ def families() -> dict[str, ModelFamily]:
 ADAPTERS = _families
 
 for _family in (
+    ModelFamily("aya_vision", downsampled_images, tiled_check, traits=_COHERE),
+    ModelFamily("cohere2_vision", downsampled_images, tiled_check, traits=_COHERE),
     ModelFamily("fast_vlm", fast_vlm_images, llava_check),
     ModelFamily("gemma3", gemma3_images, traits=DecoderTraits(mask="image")),
     ModelFamily("glm4v", merged_images, tower="visual"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,8 +56,6 @@ def _tiles(rows: int, columns: int, side: int) -> VisionLayout:
 
 def internvl_images(prompt: Prompt) -> Placed:
     """InternVL: the arrangement of tiles whose aspect ratio is nearest to the image's."""
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
-
     config, processor = prompt.config, prompt.processor
     size, patch = (np.ravel(value)[0] for value in (config.vision_config.image_size, config.vision_config.patch_size))
     side = round(size // patch * config.downsample_ratio)
@@ -66,13 +65,29 @@ def internvl_images(prompt: Prompt) -> Placed:
         rows = columns = 1
         if count != side * side:
             _need(config, processor, image_size)
-            width, height = image_size
-            tile = (processor.size["height"], processor.size["width"])
-            columns, rows = get_optimal_tiled_canvas(
-                (height, width), tile, processor.min_patches, processor.max_patches
-            )
+            rows, columns = _canvas(processor, image_size)
         layouts.append(tiled_layout(rows, columns, side))
     return prompt.place(layouts)
+
+
+def _canvas(processor: Any, image_size: Size) -> tuple[int, int]:
+    """Rows and columns of tiles, by the function of that name in the processor's own file."""
+    if not processor.crop_to_patches:
+        return 1, 1
+    size, (width, height) = dict(processor.size), image_size
+    choose = sys.modules[type(processor).__module__].get_optimal_tiled_canvas
+    columns, rows = choose(
+        (height, width), (size["height"], size["width"]), processor.min_patches, processor.max_patches
+    )
+    return rows, columns
+
+
+def downsampled_images(prompt: Prompt) -> Placed:
+    """Command A Vision and Aya Vision: text markers stand between the tiles, and between these and the whole."""
+    config, sizes = prompt.config, prompt.image_sizes
+    _need(config, prompt.processor, sizes)
+    side = config.vision_config.image_size // config.vision_config.patch_size // config.downsample_factor
+    return prompt.place([tiled_layout(*_canvas(prompt.processor, size), side) for size in sizes])
 
 
 def _runs(is_image: Tensor) -> list[int]:

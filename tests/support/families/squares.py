@@ -11,6 +11,7 @@ import transformers
 from tests.support.families.entry import (
     HIDDEN,
     IMAGE,
+    MASKS,
     PATCH,
     TEXT,
     TOWER,
@@ -21,10 +22,6 @@ from tests.support.families.entry import (
     pixels,
 )
 
-MASKS = {
-    "uniform": "whose masks are more than causal, needs .* cache='ragged', got cache='uniform'",
-    "compact": "whose masks are more than causal, needs positions='original' .*, got positions='compact'",
-}
 LLAVA_GRID = (8, 8)
 LLAVA_SIDE = LLAVA_GRID[0] * PATCH
 

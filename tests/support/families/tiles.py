@@ -16,6 +16,7 @@ from tests.support.families.entry import (
     HIDDEN,
     IMAGE,
     MARK,
+    MASKS,
     PATCH,
     TEXT,
     TOWER,
@@ -111,6 +112,42 @@ def internvl_image(size: tuple[int, int], seed: int, alone: bool = True) -> Imag
     tiles = internvl_processor().get_number_of_image_patches(size[1], size[0])
     ids = (VISION_START, *[IMAGE] * (16 * tiles), VISION_END)
     return Image(ids, {"pixel_values": pixels(tiles, 3, 32, 32, seed=seed)}, size)
+
+
+def cohere2_text() -> Any:
+    """Sliding and full layers in turn, the full ones without a rotary embedding; the window is shorter than the prompts."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    return transformers.Cohere2Config(**TEXT, layer_types=kinds, sliding_window=20, tie_word_embeddings=False)
+
+
+def cohere2_vision() -> Any:
+    return transformers.Cohere2VisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=32, vision_use_head=False),
+        text_config=cohere2_text(),
+        image_token_id=IMAGE,
+        alignment_intermediate_size=48,
+        tie_word_embeddings=False,
+    )
+
+
+def aya_vision() -> Any:
+    return transformers.AyaVisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=32, vision_use_head=False),
+        text_config=cohere2_text(),
+        image_token_index=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
+def marked_image(before: tuple[int, ...], behind: tuple[int, ...]) -> Callable[[tuple[int, int], int, bool], Image]:
+    """Tiles, each with markers around it, then the whole."""
+
+    def image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+        tiles = internvl_processor().get_number_of_image_patches(size[1], size[0])
+        ids = (VISION_START, *(*before, *[IMAGE] * 16, *behind) * tiles, VISION_END)
+        return Image(ids, {"pixel_values": pixels(tiles, 3, 32, 32, seed=seed)}, size)
+
+    return image
 
 
 def ovis2() -> Any:
@@ -216,6 +253,18 @@ FAMILIES = {
     "internvl": Family(
         "InternVL 2.5 and 3: tiles", "InternVLForConditionalGeneration", internvl, internvl_image,
         sizes=((70, 30), (20, 30)), processor=internvl_processor, unable={"repeat": repeats_tiles}, fast=True,
+    ),
+    "cohere2_vision": Family(
+        "Command A Vision: tiles, sliding windows", "Cohere2VisionForConditionalGeneration", cohere2_vision,
+        marked_image((), (MARK,)), sizes=((70, 30), (20, 30)), processor=internvl_processor, cuts=(2,),
+        refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'cohere2_vision'"},
+        unable={"repeat": repeats_tiles},
+    ),
+    "aya_vision": Family(
+        "Aya Vision: tiles, sliding windows", "AyaVisionForConditionalGeneration", aya_vision,
+        marked_image((MARK, 82), ()), sizes=((70, 30), (20, 30)), processor=internvl_processor, cuts=(2,),
+        refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'aya_vision'"},
+        unable={"repeat": repeats_tiles},
     ),
     "ovis2": Family(
         "Ovis2: tiles", "Ovis2ForConditionalGeneration", ovis2, ovis2_image, sizes=((48, 24), (20, 40)),
