@@ -26,6 +26,7 @@ from tests.support.cases import (
     get_model,
     get_oracle,
     greedy,
+    one_per_decoder,
     patched,
     regions_for,
     regions_of,
@@ -167,7 +168,7 @@ def test_two_devices(family):
     assert out.logits.is_meta and out.logits.shape[:2] == batch.inputs["input_ids"].shape
 
 
-@families()
+@one_per_decoder()
 @torch._dynamo.config.patch(recompile_limit=64)  # layers share their code, and every one guards on its own cache
 def test_compiled_layers(family):
     """Right, and not compiled again for other regions of as many tokens."""

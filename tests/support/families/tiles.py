@@ -102,6 +102,12 @@ def internvl() -> Any:
     )
 
 
+def internvl3_5() -> Any:
+    config = internvl()
+    config.text_config = transformers.Qwen3Config(**TEXT, head_dim=8)
+    return config
+
+
 def internvl_processor() -> Any:
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
@@ -253,6 +259,10 @@ FAMILIES = {
     "internvl": Family(
         "InternVL 2.5 and 3: tiles", "InternVLForConditionalGeneration", internvl, internvl_image,
         sizes=((70, 30), (20, 30)), processor=internvl_processor, unable={"repeat": repeats_tiles}, fast=True,
+    ),
+    "internvl3_5": Family(
+        "InternVL 3.5: tiles", "InternVLForConditionalGeneration", internvl3_5, internvl_image,
+        sizes=((70, 30), (20, 30)), processor=internvl_processor, unable={"repeat": repeats_tiles},
     ),
     "cohere2_vision": Family(
         "Command A Vision: tiles, sliding windows", "Cohere2VisionForConditionalGeneration", cohere2_vision,
