@@ -124,8 +124,12 @@ class AttentionLocalizer:
                 raising ``Stop``.
             where: ``processor`` and ``image_size``, as for ``patch``.
         """
-        layers = family_of(self.model).language_model(self.model).layers
-        layer = min(max(1, len(layers) // 16), len(layers) - 1) if self.layer is None else self.layer
+        family = family_of(self.model)
+        decoder = family.language_model(self.model)
+        layers, layer = decoder.layers, self.layer
+        if layer is None:
+            seeing = family.scoring_layers(decoder.config)
+            layer = next((one for one in seeing if one >= max(1, len(layers) // 16)), seeing[-1])
         scoring = layers[layer].self_attn
         pooling = PreLLMCompression(inside=self.stride, context=self.stride, outside=self.stride, mode="mean")
         with patch(self.model, pooling, **where) as stats, ExitStack() as undo:

@@ -88,10 +88,12 @@ class DecoderTraits:
             "prefix": all of its prompt. Beyond "causal" the multimodal model makes the masks, over the input.
         deepstack_method: method of the language model, (hidden_states, vision mask, features), that adds vision features
             of further levels after its first layers; None: there is none.
+        unrotated: kinds of layers (``layer_types``) whose queries and keys have no rotary embedding.
     """
 
     mask: Literal["causal", "image", "prefix"] = "causal"
     deepstack_method: str | None = None
+    unrotated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,14 +138,17 @@ class ModelFamily:
         """The decoder: has ``layers``, ``norm`` and ``config``."""
         return getattr(self.base(model), self.decoder)
 
-    def scoring_layers(self, config: Any) -> list[int]:
-        """Decoder layers whose attention sees the whole prompt, so that it can score for a cut behind them.
+    def layer_kinds(self, config: Any) -> list[str]:
+        """What every decoder layer is, in transformers' words.
 
         Args:
             config: of the language model.
         """
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        return [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+        return list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
+
+    def scoring_layers(self, config: Any) -> list[int]:
+        """Decoder layers whose attention sees the whole prompt, so that it can score for a cut behind them."""
+        return [layer for layer, kind in enumerate(self.layer_kinds(config)) if kind == "full_attention"]
 
     def position_axes(self, config: Any) -> int:
         """Axes of a language model's rotary embedding: 3 where its frequencies are shared out, else 1."""
@@ -151,22 +156,36 @@ class ModelFamily:
 
     def windows(self, config: Any) -> list[int | None]:
         """Sliding window of every decoder layer, None where it sees everything."""
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        kinds = self.layer_kinds(config)
         return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
-    def check_decoder(self, config: Any) -> None:
+    def masks_input(self, config: Any) -> bool:
+        """Whether masks are made over all input tokens, because what a layer sees depends on where these stood."""
+        return self.traits.mask != "causal" or any(window is not None for window in self.windows(config))
+
+    def check_decoder(self, decoder: nn.Module) -> None:
         """Refuse layers that the masks of this family do not speak of, and scores that would not be the model's: ValueError."""
+        config = decoder.config
         cap = getattr(config, "attn_logit_softcapping", None)
         if cap is not None:
             raise ValueError(
                 f"patch: attn_logit_softcapping must be None, got {cap} (Gemma 2 text model): the scores would not be the "
                 "model's attention; use a family without"
             )
+        if any(hasattr(getattr(layer, "self_attn", None), "sinks") for layer in decoder.layers):
+            raise ValueError(
+                f"patch: attention must be without sinks, got those of {type(decoder).__name__}: the scores would not be "
+                "the model's attention; use a checkpoint with another text model"
+            )
         if self.traits.mask == "causal":
             kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-            other = sorted(set(kinds) - {"full_attention"}) if kinds else f"sliding_window={window}" if window else None
+            known = {"full_attention", "sliding_attention"}
+            other = sorted(set(kinds) - known) if kinds else f"sliding_window={window}" if window else None
             if other:
-                raise ValueError(f"patch: every decoder layer must use full attention, got {other}")
+                raise ValueError(
+                    "patch: every decoder layer must be of full attention, or of a sliding window that layer_types tells, "
+                    f"got {other}"
+                )
 
     def check_scoring(self, config: Any, layers: Sequence[int], total: int) -> None:
         """Refuse cuts behind a sliding layer that does not see the whole prompt, which it would have to score: ValueError.

@@ -30,18 +30,23 @@ def square_images(prompt: Prompt, side: int, processor_view: bool = False) -> Pl
 
 
 def llava_images(prompt: Prompt) -> Placed:
-    """LLaVA-1.5 with a CLIP or SigLIP tower; Pixtral where the tower is Pixtral's."""
+    """LLaVA-1.5 and ViP-LLaVA with a CLIP or SigLIP tower; Pixtral where the tower is Pixtral's."""
     config = prompt.config
     vision = config.vision_config
     if vision.model_type == "pixtral":
         return pixtral_images(prompt)
     if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
         raise ValueError(
-            "patch: the vision tower of llava must be one of clip_vision_model, siglip_vision_model (a fixed square "
+            f"patch: the vision tower of {config.model_type} must be one of clip_vision_model, siglip_vision_model (a fixed square "
             f"grid) or pixtral, got {vision.model_type!r}"
         )
     refuse_class_token(config)
     return square_images(prompt, vision.image_size // vision.patch_size, processor_view=True)
+
+
+def fast_vlm_images(prompt: Prompt) -> Placed:
+    """FastVLM: a convolutional tower over a square of fixed size."""
+    return square_images(prompt, math.isqrt(prompt.config.image_seq_length), processor_view=True)
 
 
 def gemma3_images(prompt: Prompt) -> Placed:
@@ -66,7 +71,8 @@ def paligemma_images(prompt: Prompt) -> Placed:
 
 def refuse_class_token(config: Any) -> None:
     """A class token among the vision features lies nowhere in the image. ValueError: the configuration keeps it."""
-    if config.vision_config.model_type == "clip_vision_model" and config.vision_feature_select_strategy == "full":
+    strategy = getattr(config, "vision_feature_select_strategy", "default")  # ViP-LLaVA knows no other
+    if config.vision_config.model_type == "clip_vision_model" and strategy == "full":
         raise ValueError(
             "patch: vision_feature_select_strategy must be 'default' with a CLIP tower, got 'full': it keeps the class "
             "token among the vision features"
@@ -79,8 +85,8 @@ def llava_check(config: Any, processor: Any, sizes: Sequence[Size] | None, whole
         return
     if processor is None and not whole:
         raise ValueError(
-            "patch: processor must be given for 'llava' with a region, because it decides which part of the image the "
-            "tokens show, got None"
+            f"patch: processor must be given for {config.model_type!r} with a region, because it decides which part of the "
+            "image the tokens show, got None"
         )
     if processor is not None and sizes is None:
         resize_crop_pad_view(processor, None)  # refuses now if it needs the size

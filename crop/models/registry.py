@@ -8,11 +8,20 @@ from torch import nn
 
 from crop.models.anyres import next_images, onevision_images
 from crop.models.family import DecoderTraits, ModelFamily
-from crop.models.fixed import gemma3_images, llava_check, llava_images, paligemma_images
+from crop.models.fixed import fast_vlm_images, gemma3_images, llava_check, llava_images, paligemma_images
 from crop.models.grids import merged_images, pixtral_images
-from crop.models.tiles import idefics3_images, internvl_images, tiled_check
+from crop.models.tiles import (
+    downsampled_images,
+    idefics3_images,
+    internvl_images,
+    ovis2_images,
+    perception_images,
+    tiled_check,
+)
 
 _DEEPSTACK = DecoderTraits(deepstack_method="_deepstack_process")
+
+_COHERE = DecoderTraits(unrotated=("full_attention",))
 
 _families: dict[str, ModelFamily] = {}
 
@@ -30,19 +39,30 @@ def families() -> dict[str, ModelFamily]:
 ADAPTERS = _families
 
 for _family in (
+    ModelFamily("aya_vision", downsampled_images, tiled_check, traits=_COHERE),
+    ModelFamily("cohere2_vision", downsampled_images, tiled_check, traits=_COHERE),
+    ModelFamily("fast_vlm", fast_vlm_images, llava_check),
     ModelFamily("gemma3", gemma3_images, traits=DecoderTraits(mask="image")),
     ModelFamily("glm4v", merged_images, tower="visual"),
+    ModelFamily("glm46v", merged_images, tower="visual"),
+    ModelFamily("glm4v_moe", merged_images, tower="visual"),
+    ModelFamily("glm_ocr", merged_images, tower="visual"),
     ModelFamily("idefics3", idefics3_images, tiled_check, tower="vision_model", decoder="text_model"),
     ModelFamily("internvl", internvl_images, tiled_check),
     ModelFamily("llava", llava_images, llava_check),
     ModelFamily("llava_next", next_images),
     ModelFamily("llava_onevision", onevision_images),
     ModelFamily("mistral3", pixtral_images),
+    ModelFamily("ovis2", ovis2_images),
+    ModelFamily("paddleocr_vl", merged_images, tower="visual"),
     ModelFamily("paligemma", paligemma_images, traits=DecoderTraits(mask="prefix")),
+    ModelFamily("perception_lm", perception_images, tiled_check),
     ModelFamily("qwen2_vl", merged_images, tower="visual", videos=True),
     ModelFamily("qwen2_5_vl", merged_images, tower="visual", videos=True),
     ModelFamily("qwen3_vl", merged_images, tower="visual", videos=True, traits=_DEEPSTACK),
+    ModelFamily("qwen3_vl_moe", merged_images, tower="visual", videos=True, traits=_DEEPSTACK),
     ModelFamily("smolvlm", idefics3_images, tiled_check, tower="vision_model", decoder="text_model"),
+    ModelFamily("vipllava", llava_images, llava_check),
 ):
     register_family(_family)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,16 +34,16 @@ def _need(config: Any, processor: Any, sizes: Any) -> None:
 
 
 def tiled_layout(rows: int, columns: int, side: int) -> VisionLayout:
-    """Tiles of ``side`` x ``side`` tokens in reading order, then the whole image; one tile alone is the whole image.
-
-    The tiles cover the image without overlap, so they form one grid: a cell may reach over their borders.
-    """
+    """Tiles of ``side`` x ``side`` tokens in reading order, then the whole image; one tile alone is the whole image."""
     whole = VisionLayout.grid(side, side)
-    if rows * columns <= 1:
-        return whole
+    return whole if rows * columns <= 1 else stack_views([_tiles(rows, columns, side), whole])
+
+
+def _tiles(rows: int, columns: int, side: int) -> VisionLayout:
+    """The tiles cover the image without overlap, so they form one grid: a cell may reach over their borders."""
     grid = VisionLayout.grid(rows * side, columns * side)
     order = torch.arange(rows * columns * side * side).view(rows, side, columns, side).transpose(1, 2).flatten()
-    tiles = VisionLayout(
+    return VisionLayout(
         position=grid.position,
         center=grid.center[order],
         row=grid.row[order],
@@ -50,13 +52,10 @@ def tiled_layout(rows: int, columns: int, side: int) -> VisionLayout:
         kind=grid.kind[order],
         num_original=len(order),
     )
-    return stack_views([tiles, whole])
 
 
 def internvl_images(prompt: Prompt) -> Placed:
     """InternVL: the arrangement of tiles whose aspect ratio is nearest to the image's."""
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
-
     config, processor = prompt.config, prompt.processor
     size, patch = (np.ravel(value)[0] for value in (config.vision_config.image_size, config.vision_config.patch_size))
     side = round(size // patch * config.downsample_ratio)
@@ -66,19 +65,81 @@ def internvl_images(prompt: Prompt) -> Placed:
         rows = columns = 1
         if count != side * side:
             _need(config, processor, image_size)
-            width, height = image_size
-            tile = (processor.size["height"], processor.size["width"])
-            columns, rows = get_optimal_tiled_canvas(
-                (height, width), tile, processor.min_patches, processor.max_patches
-            )
+            rows, columns = _canvas(processor, image_size)
         layouts.append(tiled_layout(rows, columns, side))
     return prompt.place(layouts)
+
+
+def _canvas(processor: Any, image_size: Size) -> tuple[int, int]:
+    """Rows and columns of tiles, by the function of that name in the processor's own file."""
+    if not processor.crop_to_patches:
+        return 1, 1
+    size, (width, height) = dict(processor.size), image_size
+    choose = sys.modules[type(processor).__module__].get_optimal_tiled_canvas
+    columns, rows = choose(
+        (height, width), (size["height"], size["width"]), processor.min_patches, processor.max_patches
+    )
+    return rows, columns
+
+
+def downsampled_images(prompt: Prompt) -> Placed:
+    """Command A Vision and Aya Vision: text markers stand between the tiles, and between these and the whole."""
+    config, sizes = prompt.config, prompt.image_sizes
+    _need(config, prompt.processor, sizes)
+    side = config.vision_config.image_size // config.vision_config.patch_size // config.downsample_factor
+    return prompt.place([tiled_layout(*_canvas(prompt.processor, size), side) for size in sizes])
 
 
 def _runs(is_image: Tensor) -> list[int]:
     """Lengths of the runs of True along the rows, in reading order."""
     edges = torch.nn.functional.pad(is_image.int(), (1, 1)).diff().flatten()
     return (torch.nonzero(edges < 0) - torch.nonzero(edges > 0)).flatten().tolist()
+
+
+def ovis2_images(prompt: Prompt) -> Placed:
+    """Ovis2: the whole image, then its tiles; the markers between them tell how they are arranged."""
+    config, vision = prompt.config, prompt.config.vision_config
+    size, patch = (int(np.ravel(value)[0]) for value in (vision.image_size, vision.patch_size))
+    if size // patch % vision.hidden_stride:
+        raise ValueError(
+            f"patch: the patches of a tile's side must be a multiple of hidden_stride={vision.hidden_stride}, got "
+            f"{size // patch}: its last tokens would lie outside of the image"
+        )
+    side = size // patch // vision.hidden_stride
+    start, whole, column, row, end = config.visual_indicator_token_ids
+    layouts, seen = [], []
+    for token in prompt.ids.flatten().tolist():
+        if token == start:
+            seen = []
+        elif token in (whole, column, row):
+            seen.append(token)
+        elif token == end:
+            rows = 1 + seen.count(row)
+            layouts.append(_whole_first(rows, 1 + seen.count(column) // rows, side))
+    return prompt.place(layouts)
+
+
+def _whole_first(rows: int, columns: int, side: int) -> VisionLayout:
+    """The whole image, then its tiles where there are several."""
+    whole = VisionLayout.grid(side, side)
+    return whole if rows * columns == 1 else stack_views([whole, _tiles(rows, columns, side)])
+
+
+def perception_images(prompt: Prompt) -> Placed:
+    """Perception LM: the whole image, then the tiles of the canvas that fits it best."""
+    images, views = prompt.argument("pixel_values").shape[:2]
+    side = math.isqrt(int((prompt.ids == prompt.config.image_token_id).sum()) // (images * views))
+    layouts, whole = [], VisionLayout.grid(side, side)
+    for size in prompt.sizes(images):
+        if views == 1:
+            layouts.append(whole)
+            continue
+        _need(prompt.config, prompt.processor, size)
+        processor, (width, height) = prompt.processor, size
+        nothing = torch.empty(1, 1, height, width, device="meta")  # its size decides
+        _, (columns, rows) = processor.resize(nothing, processor.tile_size, processor.max_num_tiles)
+        layouts.append(stack_views([whole, _tiles(rows, columns, side)]))
+    return prompt.place(layouts)
 
 
 def idefics3_images(prompt: Prompt) -> Placed:

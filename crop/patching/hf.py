@@ -139,6 +139,18 @@ class DecoderCall:
         """None: there is none."""
         return cache_of(self.kwargs)
 
+    def make_masks(self) -> None:
+        """What the language model would make of its mask, of this call and its cache, now."""
+        from transformers.masking_utils import create_masks_for_generate
+
+        given = {self._cache_name: self.cache, "position_ids": self.position_ids}
+        self.mask = create_masks_for_generate(self.module.config, self.embeds, self.mask, **given)
+
+    @property
+    def _cache_name(self) -> str:
+        """transformers 5.24 renamed the argument."""
+        return "cache" if "cache" in inspect.signature(self.module.forward).parameters else "past_key_values"
+
     def make_cache(self) -> Any:
         """The cache that the model would make inside, where no maps could be attached; None where it wants none."""
         wanted = self.kwargs.get("use_cache")
@@ -148,9 +160,7 @@ class DecoderCall:
             return None
         from transformers import DynamicCache
 
-        # transformers 5.24 renamed the argument.
-        name = "cache" if "cache" in inspect.signature(self.module.forward).parameters else "past_key_values"
-        cache = self.kwargs[name] = DynamicCache(config=self.module.config)
+        cache = self.kwargs[self._cache_name] = DynamicCache(config=self.module.config)
         return cache
 
 
@@ -276,12 +286,12 @@ def refuse_decoder(family: ModelFamily, config: Any, positions: str, uniform: bo
     name = attention_of(config)
     if name not in ("eager", "sdpa") and not is_flash(config):
         raise ValueError(f"patch: the attention implementation must be eager, sdpa or flash_attention_*, got {name!r}")
-    if family.traits.mask == "causal":
+    if not family.masks_input(config):
         return
     if is_flash(config):
         raise ValueError(
             f"patch: the attention implementation must be eager or sdpa for {family.model_type!r}, got {name!r}: flash "
-            "attention cannot express its masks, with or without pruning"
+            "attention cannot express its masks over the tokens that are left"
         )
     if positions != "original" or uniform:
         got = f"positions={positions!r}" if positions != "original" else "cache='uniform'"

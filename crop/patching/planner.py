@@ -48,11 +48,12 @@ class Planner:
         self.positions, self.uniform = positions, cache == "uniform"
         self.language_model = self.family.language_model(model)
         config = self.language_model.config
-        self.makes_masks = self.family.traits.mask != "causal"
+        self.makes_masks = self.family.masks_input(config)
+        self.slides = self.makes_masks and self.family.traits.mask == "causal"  # the language model makes them
         self.method = method or Method()
         self.prunes = prunes(self.method)
         if self.prunes:  # else nothing can be wrong
-            self.family.check_decoder(config)
+            self.family.check_decoder(self.language_model)
             hf.refuse_decoder(self.family, config, self.positions, self.uniform)
         if any(cut.layer == "auto" for cut in self.method.cuts):
             self.method = self.method.with_layer(self.family.default_layer(config))

@@ -7,6 +7,8 @@ token is where the token looks.
 
 from __future__ import annotations
 
+import importlib
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +18,12 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
+from transformers.models.aya_vision import modeling_aya_vision
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.cohere2_vision import modeling_cohere2_vision
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3 import modeling_idefics3
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -27,6 +33,11 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_onevision import modeling_llava_onevision
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.mistral3 import modeling_mistral3
+from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
+from transformers.models.ovis2.processing_ovis2 import Ovis2Processor
+from transformers.models.paddleocr_vl import modeling_paddleocr_vl
+from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
+from transformers.models.perception_lm import modeling_perception_lm
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -68,6 +79,17 @@ def merged(processor: Any, config: Any, patch: int) -> Any:
         return config, processor, out, rows.mean((1, 3, 4, 5)) * std + mean, 0
 
     return see
+
+
+def see_paddleocr(size: tuple[int, int]) -> tuple:
+    config, processor = transformers.PaddleOCRVLConfig(), PaddleOCRVLImageProcessorPil()
+    out = processor(coordinates(*size), return_tensors="pt")
+    mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+    colours = out["pixel_values"].mean((-2, -1)) * std + mean
+    same = torch.nn.Identity()
+    merger = SimpleNamespace(merge_kernel_size=(2, 2), pre_norm=same, linear_1=same, act=same, linear_2=same)
+    merge = modeling_paddleocr_vl.PaddleOCRProjector.forward
+    return config, processor, out, merge(merger, colours, out["image_grid_thw"]).view(-1, 4, 3).mean(1), 0
 
 
 def anyres(code: Any, kind: str, processor: Any, config: Any, more: dict) -> Any:
@@ -122,6 +144,53 @@ def see_internvl(size: tuple[int, int]) -> tuple:
     return config, processor, out, shuffled.reshape(-1, 4, 3).mean(1), 0
 
 
+def see_downsampled(code: Any, kind: str, processor: Any) -> Any:
+    """`processor`: () -> it; the colours of 2 x 2 patches are what the model's own reordering makes one token of."""
+    config = getattr(transformers, f"{kind}Config")(vision_config=tower("SiglipVisionConfig", 56, 7))
+    projector = getattr(code, f"{kind}MultiModalProjector")
+
+    def see(size: tuple[int, int]) -> tuple:
+        made = processor()
+        out = made(coordinates(*size), return_tensors="pt")
+        tiles = patch_colours(out["pixel_values"], made, 7).flatten(1, 2)
+        shuffled = projector.pixel_shuffle(SimpleNamespace(downsample_factor=2), tiles)
+        return config, made, out, shuffled.reshape(-1, 4, 3).mean(1), 0
+
+    return see
+
+
+def needs_torchvision(family: str, name: str, **settings: Any) -> Any:
+    pytest.importorskip("torchvision", reason=f"transformers has no other image processor for {family}")
+    module = importlib.import_module(f"transformers.models.{family}.image_processing_{family}")
+    return getattr(module, name)(**settings)
+
+
+def see_perception(size: tuple[int, int]) -> tuple:
+    processor = needs_torchvision("perception_lm", "PerceptionLMImageProcessor", tile_size=56, max_num_tiles=6)
+    out = processor(coordinates(*size), return_tensors="pt")
+    tiles = patch_colours(out["pixel_values"][0], processor, 7).flatten(1, 2)
+    pooled = modeling_perception_lm.PerceptionLMAdaptiveAvgPooling(2)(tiles)
+    return transformers.PerceptionLMConfig(), processor, out, pooled.flatten(0, 1), 0
+
+
+def see_ovis2(size: tuple[int, int]) -> tuple:
+    """The model joins 2 x 2 patches as a mean over a larger one does."""
+    config = transformers.Ovis2Config(vision_config=dict(image_size=56, patch_size=7, hidden_stride=2))
+    processor = Ovis2ImageProcessorPil(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=6)
+    out = processor(coordinates(*size), return_tensors="pt")
+    return config, processor, out, patch_colours(out["pixel_values"], processor, 14).flatten(0, 2), 0
+
+
+def ovis2_markers(out: Any, config: Any) -> list[int]:
+    """The tokens of one image, as Ovis2's processor writes them around its grid."""
+    rows, columns = out["grids"][0].tolist()
+    texts = Ovis2Processor.replace_image_token(SimpleNamespace(image_seq_length=16), {"grids": out["grids"]}, 0)
+    ids = [config.image_token_id, *config.visual_indicator_token_ids]
+    names = dict(zip(("ATOM", "START", "GRID", "COL", "ROW", "END"), ids, strict=True))
+    assert texts.count("ATOM") == 16 * (1 + rows * columns * (rows * columns > 1))
+    return [names[name] for name in re.findall("<IMG_([A-Z]+)>", texts)]
+
+
 def see_idefics3(kind: str, processor: Any) -> Any:
     config = getattr(transformers, f"{kind}Config")(vision_config=dict(image_size=56, patch_size=7), scale_factor=2)
 
@@ -165,7 +234,26 @@ def see_square(config: Any, processor: Any, patch: int) -> Any:
     return see
 
 
+CLIP_SIDE = dict(size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112})
 CASES = {
+    "aya_vision": see_downsampled(
+        modeling_aya_vision,
+        "AyaVision",
+        lambda: GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=12),
+    ),
+    "cohere2_vision": see_downsampled(
+        modeling_cohere2_vision,
+        "Cohere2Vision",
+        lambda: needs_torchvision("cohere2_vision", "Cohere2VisionImageProcessor", size={"height": 56, "width": 56}),
+    ),
+    "fast_vlm": see_square(transformers.FastVlmConfig(image_seq_length=64), CLIPImageProcessorPil(**CLIP_SIDE), 14),
+    "ovis2": see_ovis2,
+    "perception_lm": see_perception,
+    "vipllava": see_square(
+        transformers.VipLlavaConfig(vision_config=dict(image_size=112, patch_size=14, model_type="clip_vision_model")),
+        CLIPImageProcessorPil(**CLIP_SIDE),
+        14,
+    ),
     "gemma3": see_square(
         transformers.Gemma3Config(vision_config=dict(image_size=112, patch_size=7), mm_tokens_per_image=64),
         Gemma3ImageProcessorPil(size={"height": 112, "width": 112}),
@@ -180,7 +268,12 @@ CASES = {
     ),
     "qwen2_5_vl": merged(Qwen2VLImageProcessorPil(), transformers.Qwen2_5_VLConfig(), 14),
     "qwen3_vl": merged(Qwen2VLImageProcessorPil(patch_size=16), transformers.Qwen3VLConfig(), 16),
+    "qwen3_vl_moe": merged(Qwen2VLImageProcessorPil(patch_size=16), transformers.Qwen3VLMoeConfig(), 16),
     "glm4v": merged(Glm4vImageProcessorPil(), transformers.Glm4vConfig(), 14),
+    "glm4v_moe": merged(Glm4vImageProcessorPil(), transformers.Glm4vMoeConfig(), 14),
+    "glm46v": merged(Glm46VImageProcessorPil(), transformers.Glm46VConfig(), 14),
+    "glm_ocr": merged(Glm46VImageProcessorPil(), transformers.GlmOcrConfig(), 14),
+    "paddleocr_vl": see_paddleocr,
     "idefics3": see_idefics3(
         "Idefics3", Idefics3ImageProcessorPil(size={"longest_edge": 224}, max_image_size={"longest_edge": 56})
     ),
@@ -200,6 +293,8 @@ CASES = {
 def layouts(config: Any, processor: Any, out: Any, count: int, breaks: int, sizes: list) -> list[VisionLayout]:
     """What the adapter says of a prompt with these image tokens, a break behind every ``breaks`` of them."""
     ids = [config.image_token_id] * count
+    if config.model_type == "ovis2":
+        ids = ovis2_markers(out, config)
     if breaks:
         ids = [t for n in range(count) for t in ([config.image_token_id] + [BREAK] * ((n + 1) % breaks == 0))][:-1]
     found = ADAPTERS[config.model_type].images(Prompt(config, torch.tensor([ids]), out, processor, sizes))

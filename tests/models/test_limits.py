@@ -126,6 +126,17 @@ def test_sight_is_judged_by_the_prompt():
     assert stats.tokens_after_ilp == [11, 11]
 
 
+def test_text_models_that_attend_otherwise():
+    """Attention sinks take a share that scores would not know of; windows are known where `layer_types` tells them."""
+    config = FAMILIES["internvl"].config()
+    config.text_config = transformers.GptOssConfig(**TEXT, head_dim=8, num_local_experts=2)
+    refused(transformers.InternVLForConditionalGeneration(config).eval(), "must be without sinks, got .* GptOssModel")
+    config = FAMILIES["pixtral"].config()
+    config.text_config = transformers.MistralConfig(**TEXT, sliding_window=20)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    refused(model, "a sliding window that layer_types tells, got sliding_window=20")
+
+
 def test_a_video_elsewhere():
     inputs = dict(standard_batch("glm4v", "left", 1).inputs, pixel_values_videos=torch.zeros(1))
     refused(build_model("glm4v"), "must hold images only, got video; give the frames as images", inputs)

@@ -80,6 +80,16 @@ def test_every_cut_may_score_without_positions(family):
         assert set(twice.tolist()) < set(once.tolist())
 
 
+@families(["cohere2_vision"])
+def test_nothing_to_turn_back(family):
+    """Full layers of Command A have no rotary embedding: scores with and without positions are the same."""
+    model, batch, found = get_model(family, "sdpa"), standard_batch(family, "left", 1), []
+    for rope in (True, False):
+        with patched(model, InnerLLMPruning(keep=0.3, layer=2, rope=rope), batch, regions_of(batch)) as stats:
+            found.append(model(**batch.inputs).logits)
+    assert torch.equal(*found) and sum(stats.tokens_after_ilp) < sum(stats.tokens_before)
+
+
 @pytest.mark.parametrize("module,rotary", [(modeling_llama, 16), (modeling_glm4v, 8)])
 @pytest.mark.parametrize("scale", [1.0, 1.3])
 def test_turned_back(module, rotary, scale):

@@ -18,7 +18,7 @@ from tests.support.decision import Decision, Steps
 from tests.support.families.entry import NUM_LAYERS
 from tests.support.flash import flash_on_cpu
 from tests.support.oracle import Oracle
-from tests.support.tiny_families import FAMILIES, build_model
+from tests.support.tiny_families import FAMILIES, build_model, get_config
 
 ATOL = 1e-5  # patched against oracle; the pruning itself moves the logits by tenths
 STEPS = 4
@@ -40,6 +40,14 @@ def families(names: Sequence[str] = tuple(FAMILIES), fast: bool = False) -> Any:
     """A test per family; `fast`: those of the families that say so belong to `pytest -m fast`."""
     chosen = [pytest.param(name, marks=pytest.mark.fast) if fast and FAMILIES[name].fast else name for name in names]
     return pytest.mark.parametrize("family", chosen)
+
+
+def one_per_decoder() -> Any:
+    """A test per kind of text model, on the first family that has it."""
+    chosen: dict[str, str] = {}
+    for name in FAMILIES:
+        chosen.setdefault(get_config(name).get_text_config().model_type, name)
+    return families(list(chosen.values()))
 
 
 def skip_what_transformers_cannot(family: str, way: str, model: Any) -> None:

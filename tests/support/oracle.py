@@ -41,6 +41,7 @@ class Oracle:
         layers = [layer for layer in family.cuts if layer >= 2]
         self.default_layer = layers[0] if layers else family.cuts[-1]
         self._features: dict[Sample, tuple[Tensor, list[Tensor]]] = {}
+        self._markers: dict[Sample, list[tuple[int, Tensor]]] = {}
         self._forwards: dict[tuple, tuple[Tensor, list[int]]] = {}
 
     # ------------------------------------------------------------------------------ full sequence
@@ -55,6 +56,9 @@ class Oracle:
                 encode = getattr(base, f"get_{name}_features")
                 wanted = [*inspect.signature(encode).parameters, "image_sizes"]
                 out = encode(**{key: value for key, value in inputs.items() if key in wanted}, return_dict=True)
+                marks = getattr(out, "visual_indicator_features", None)  # what markers between tiles are to Ovis2
+                if marks is not None:
+                    self._markers[prompt] = list(zip(self.model.config.visual_indicator_token_ids, marks, strict=True))
                 levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
                 token = getattr(self.model.config, f"{name}_token_id")
                 streams.append((inputs["input_ids"][0] == token, [_rows(level) for level in levels]))
@@ -73,6 +77,8 @@ class Oracle:
         is_vision = torch.cat([is_vision, is_vision.new_zeros(len(sample.ids) - len(is_vision))])
         if levels:
             rows = rows.index_put((is_vision,), levels[0])
+        for token, mark in self._markers.get(sample.prompt(), []):
+            rows = torch.where((torch.tensor(sample.ids) == token)[:, None], mark, rows)
         return rows, [torch.zeros_like(rows).index_put((is_vision,), level) for level in levels[1:]]
 
     def positions(self, sample: Sample) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from pathlib import Path
 
 from crop.models import families
+from tests.support.families.entry import Family
 from tests.support.tiny_families import FAMILIES, get_config
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -20,7 +20,7 @@ def table() -> str:
         model_type = get_config(name).model_type
         title = re.split("[:,(]", family.title)[0].strip()
         needs = "-" if family.processor is None else "`processor`, `image_size`"
-        rows.setdefault((needs, refused(family.attentions, model_type)), {})[title] = model_type
+        rows.setdefault((needs, refused(family, model_type)), {})[title] = model_type
     lines = ["| family and `model_type` | with a region `patch` needs | refused |", "|---|---|---|"]
     for (needs, without), members in sorted(rows.items(), key=lambda row: len(row[0][1])):
         named = ", ".join(f"{title} `{model_type}`" for title, model_type in members.items())
@@ -28,16 +28,11 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def refused(attentions: Collection[str], model_type: str) -> str:
+def refused(family: Family, model_type: str) -> str:
     """What a family cannot do that others can."""
-    family, found = families()[model_type], []
-    if not family.videos:
-        found.append("video")
-    if "flash_attention_2" not in attentions:
-        found.append("flash attention")
-    if family.traits.mask != "causal":
-        found += ["static caches", '`positions="compact"`']
-    return ", ".join(found) or "-"
+    named = {"flash_attention_2": "flash attention", "uniform": "static caches", "compact": '`positions="compact"`'}
+    found = [] if families()[model_type].videos else ["video"]
+    return ", ".join(found + [what for name, what in named.items() if name in family.refuses]) or "-"
 
 
 def now() -> tuple[str, str, str]:

@@ -61,6 +61,8 @@ class PoolingHook(ModelHook):
             if state.cache is None:
                 state.cache = call.make_cache()
         valid = state.input_valid if self.planner.makes_masks else call.mask
+        if self.planner.slides and (state.plan is not None or state.before.whole_masks):
+            call.make_masks()
         state.added = call.embeds.shape[1]
         state.past = hf.past_length(state.cache, valid, state.added)
         before = state.before

@@ -33,7 +33,9 @@ class PruningHook(ModelHook):
         super().__init__(context)
         config = self.language_model.config
         self.windows = self.family.windows(config)
-        self.unrotated = {one.layer - 1 for one in self.method.cuts if not one.rope}
+        kinds = self.family.layer_kinds(config)
+        asked = {one.layer - 1 for one in self.method.cuts if not one.rope}
+        self.unrotated = {layer for layer in asked if kinds[layer] not in self.family.traits.unrotated}
 
     def install(self, undo: ExitStack) -> None:
         """Register the hooks, and their removal with ``undo``."""
@@ -57,7 +59,7 @@ class PruningHook(ModelHook):
             state, step = self.context.call, self._step(layer)
             here, start = state.at(layer - 1), mark(query.device)
             with torch.no_grad():
-                if not step.method.rope:
+                if layer - 1 in self.unrotated:
                     tables = tuple(table.to(query.device) for table in here.rotary)
                     # A static cache has more keys than tokens; there are no earlier ones.
                     query, key = undo_rope(attention, query, key[:, :, : query.shape[2]], tables)
@@ -71,7 +73,7 @@ class PruningHook(ModelHook):
 
         attention = self.layers[layer - 1].self_attn
         # The attention's own log-sum-exp is of the same rows and keys.
-        return attention_hook(attention, read, when=needed, with_lse=lambda: self._step(layer).method.rope)
+        return attention_hook(attention, read, when=needed, with_lse=lambda: layer - 1 not in self.unrotated)
 
     def _cut(self, state: ForwardState, layer: int, step: PruneStep, scores: Tensor) -> None:
         state.stats.selected[layer], state.layers[layer] = cut(state, layer, step, scores)

@@ -49,6 +49,11 @@ QWEN_TOWER = dict(depth=2, num_heads=2, patch_size=PATCH, temporal_patch_size=2,
 MARKERS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=VISION_START,
                vision_end_token_id=VISION_END)  # fmt: skip
 
+MASKS = {  # what families refuse whose masks are more than causal
+    "uniform": "whose masks are more than causal, needs .* cache='ragged', got cache='uniform'",
+    "compact": "whose masks are more than causal, needs positions='original' .*, got positions='compact'",
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Image:

@@ -84,11 +84,49 @@ def qwen3_vl() -> Any:
     return transformers.Qwen3VLConfig(text_config=dict(MROPE, head_dim=8), vision_config=vision, **MARKERS)
 
 
+def qwen3_vl_moe() -> Any:
+    vision = dict(QWEN_TOWER, depth=3, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN,
+                  num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2])  # fmt: skip
+    text = dict(MROPE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+    return transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **MARKERS)
+
+
+GLM_TOWER = dict(QWEN_TOWER, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN, image_size=32)
+GLM_MARKERS = dict(image_token_id=IMAGE, video_token_id=VIDEO, image_start_token_id=VISION_START,
+                   image_end_token_id=VISION_END, video_start_token_id=95, video_end_token_id=MARK)  # fmt: skip
+
+
 def glm4v() -> Any:
-    vision = dict(QWEN_TOWER, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN, image_size=32)
-    ids = dict(image_token_id=IMAGE, video_token_id=VIDEO, image_start_token_id=VISION_START,
-               image_end_token_id=VISION_END, video_start_token_id=95, video_end_token_id=MARK)  # fmt: skip
-    return transformers.Glm4vConfig(text_config=MROPE, vision_config=vision, **ids)
+    return transformers.Glm4vConfig(text_config=MROPE, vision_config=GLM_TOWER, **GLM_MARKERS)
+
+
+def glm46v() -> Any:
+    text, vision = transformers.Glm4vTextConfig(**MROPE), transformers.Glm4vVisionConfig(**GLM_TOWER)
+    return transformers.Glm46VConfig(text_config=text, vision_config=vision, **GLM_MARKERS)
+
+
+def glm4v_moe() -> Any:
+    """One dense layer, then experts of which every token takes two, and one that all share."""
+    rope = dict(MROPE["rope_parameters"], partial_rotary_factor=0.5, mrope_section=[1, 1, 0])
+    text = dict(MROPE, rope_parameters=rope, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+    return transformers.Glm4vMoeConfig(text_config=text, vision_config=GLM_TOWER, **GLM_MARKERS)
+
+
+def glm_ocr() -> Any:
+    return transformers.GlmOcrConfig(text_config=dict(MROPE, head_dim=8), vision_config=GLM_TOWER, **GLM_MARKERS)
+
+
+def paddleocr_vl() -> Any:
+    vision = dict(TOWER, image_size=32, spatial_merge_size=2)
+    text = dict(MROPE, head_dim=8, tie_word_embeddings=False)
+    return transformers.PaddleOCRVLConfig(text_config=text, vision_config=vision, **MARKERS, tie_word_embeddings=False)
+
+
+def paddle_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    """Its patches are single pictures, (channels, height, width) each."""
+    image = patches_image(size, seed)
+    patches = image.arguments["pixel_values"][:, : 3 * PATCH * PATCH].reshape(-1, 3, PATCH, PATCH)
+    return Image(image.ids, image.arguments | {"pixel_values": patches}, size)
 
 
 def pixtral_tower() -> Any:
@@ -165,8 +203,31 @@ FAMILIES = {
         "Qwen3-VL, video, DeepStack", "Qwen3VLForConditionalGeneration", qwen3_vl, film(True), types=vision_types,
         tower="visual",
     ),
+    "qwen3_vl_moe": Family(
+        "Qwen3-VL MoE, images, DeepStack", "Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe,
+        patches_image, types=vision_types, tower="visual",
+    ),
+    "qwen3_vl_moe_video": Family(
+        "Qwen3-VL MoE, video, DeepStack", "Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe,
+        film(True), types=vision_types, tower="visual",
+    ),
     "glm4v": Family(
         "GLM-4V, images", "Glm4vForConditionalGeneration", glm4v, patches_image, types=vision_types, tower="visual"
+    ),
+    "glm46v": Family(
+        "GLM-4.6V-Flash, images", "Glm46VForConditionalGeneration", glm46v, patches_image, types=vision_types,
+        tower="visual",
+    ),
+    "glm4v_moe": Family(
+        "GLM-4.5V and GLM-4.6V, images", "Glm4vMoeForConditionalGeneration", glm4v_moe, patches_image,
+        types=vision_types, tower="visual",
+    ),
+    "glm_ocr": Family(
+        "GLM-OCR, images", "GlmOcrForConditionalGeneration", glm_ocr, patches_image, types=vision_types, tower="visual"
+    ),
+    "paddleocr_vl": Family(
+        "PaddleOCR-VL", "PaddleOCRVLForConditionalGeneration", paddleocr_vl, paddle_image, types=vision_types,
+        tower="visual",
     ),
     "mistral3": Family(
         "Mistral 3", "Mistral3ForConditionalGeneration", mistral3, rows_image(2 * PATCH), join=padded

@@ -11,6 +11,7 @@ import transformers
 from tests.support.families.entry import (
     HIDDEN,
     IMAGE,
+    MASKS,
     PATCH,
     TEXT,
     TOWER,
@@ -21,10 +22,6 @@ from tests.support.families.entry import (
     pixels,
 )
 
-MASKS = {
-    "uniform": "whose masks are more than causal, needs .* cache='ragged', got cache='uniform'",
-    "compact": "whose masks are more than causal, needs positions='original' .*, got positions='compact'",
-}
 LLAVA_GRID = (8, 8)
 LLAVA_SIDE = LLAVA_GRID[0] * PATCH
 
@@ -42,6 +39,27 @@ def llava_processor() -> Any:
 
     return CLIPImageProcessorPil(
         size={"shortest_edge": LLAVA_SIDE}, crop_size={"height": LLAVA_SIDE, "width": LLAVA_SIDE}
+    )
+
+
+def vipllava() -> Any:
+    return transformers.VipLlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER, image_size=LLAVA_SIDE),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layer=[-2, 1],
+    )
+
+
+def fast_vlm() -> Any:
+    """A convolutional tower of transformers in the place of timm's, which may be missing."""
+    vision = transformers.ConvNextConfig(patch_size=PATCH, num_stages=1, hidden_sizes=[16], depths=[1])
+    vision.hidden_size = 16
+    return transformers.FastVlmConfig(
+        vision_config=vision,
+        text_config=transformers.Qwen2Config(**TEXT, tie_word_embeddings=False),
+        image_token_index=IMAGE,
+        image_seq_length=LLAVA_GRID[0] * LLAVA_GRID[1],
     )
 
 
@@ -91,6 +109,20 @@ FAMILIES = {
         tower_attention=True,
         thorough=True,
         fast=True,
+    ),
+    "vipllava": Family(
+        "ViP-LLaVA",
+        "VipLlavaForConditionalGeneration",
+        vipllava,
+        square_image(8, False),
+        processor=llava_processor,
+    ),
+    "fast_vlm": Family(
+        "FastVLM",
+        "FastVlmForConditionalGeneration",
+        fast_vlm,
+        square_image(8, False),
+        processor=llava_processor,
     ),
     "gemma3": Family(
         "Gemma 3: sliding windows, images see themselves",

@@ -13,14 +13,17 @@ from torch import Tensor
 from transformers.models.llava_next import modeling_llava_next as llava_next_code
 
 from tests.support.families.entry import (
+    HIDDEN,
     IMAGE,
     MARK,
+    MASKS,
     PATCH,
     TEXT,
     TOWER,
     VIDEO,
     VISION_END,
     VISION_START,
+    VOCAB,
     Family,
     Image,
     pixels,
@@ -99,6 +102,12 @@ def internvl() -> Any:
     )
 
 
+def internvl3_5() -> Any:
+    config = internvl()
+    config.text_config = transformers.Qwen3Config(**TEXT, head_dim=8)
+    return config
+
+
 def internvl_processor() -> Any:
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
@@ -109,6 +118,93 @@ def internvl_image(size: tuple[int, int], seed: int, alone: bool = True) -> Imag
     tiles = internvl_processor().get_number_of_image_patches(size[1], size[0])
     ids = (VISION_START, *[IMAGE] * (16 * tiles), VISION_END)
     return Image(ids, {"pixel_values": pixels(tiles, 3, 32, 32, seed=seed)}, size)
+
+
+def cohere2_text() -> Any:
+    """Sliding and full layers in turn, the full ones without a rotary embedding; the window is shorter than the prompts."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    return transformers.Cohere2Config(**TEXT, layer_types=kinds, sliding_window=20, tie_word_embeddings=False)
+
+
+def cohere2_vision() -> Any:
+    return transformers.Cohere2VisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=32, vision_use_head=False),
+        text_config=cohere2_text(),
+        image_token_id=IMAGE,
+        alignment_intermediate_size=48,
+        tie_word_embeddings=False,
+    )
+
+
+def aya_vision() -> Any:
+    return transformers.AyaVisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=32, vision_use_head=False),
+        text_config=cohere2_text(),
+        image_token_index=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
+def marked_image(before: tuple[int, ...], behind: tuple[int, ...]) -> Callable[[tuple[int, int], int, bool], Image]:
+    """Tiles, each with markers around it, then the whole."""
+
+    def image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+        tiles = internvl_processor().get_number_of_image_patches(size[1], size[0])
+        ids = (VISION_START, *(*before, *[IMAGE] * 16, *behind) * tiles, VISION_END)
+        return Image(ids, {"pixel_values": pixels(tiles, 3, 32, 32, seed=seed)}, size)
+
+    return image
+
+
+def ovis2() -> Any:
+    vision = {key: value for key, value in TOWER.items() if key != "initializer_range"}
+    return transformers.Ovis2Config(
+        vision_config=transformers.Ovis2VisionConfig(**vision, image_size=32, hidden_stride=2, vocab_size=40),
+        text_config=transformers.Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        visual_indicator_token_ids=OVIS2_MARKERS,
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        tie_word_embeddings=False,
+    )
+
+
+OVIS2_MARKERS = [VISION_START, MARK, 82, 83, VISION_END]  # start, behind the whole, column, row, end
+
+
+def ovis2_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    """The whole, then two tiles beside each other or one above the other; a marker between any two."""
+    start, whole, column, row, end = OVIS2_MARKERS
+    tile = [IMAGE] * 16
+    ids = [start, *tile, whole, *tile, column if size[0] > size[1] else row, *tile, end]
+    return Image(tuple(ids), {"pixel_values": pixels(3, 3, 32, 32, seed=seed)}, size)
+
+
+def perception_lm() -> Any:
+    """A CLIP tower in the place of timm's, which may be missing."""
+    vision = transformers.CLIPVisionConfig(**TOWER, image_size=32)
+    vision.model_args = {"embed_dim": vision.hidden_size}
+    return transformers.PerceptionLMConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**TEXT),
+        projector_pooling_ratio=2,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+
+
+def perception_processor() -> Any:
+    """What the family reads of its processor, which needs torchvision: a tile beside or above another."""
+
+    def resize(image: Tensor, tile_size: int, max_num_tiles: int) -> tuple[Tensor, tuple[int, int]]:
+        return image, (2, 1) if image.shape[-1] > image.shape[-2] else (1, 2)
+
+    return SimpleNamespace(do_resize=True, tile_size=32, max_num_tiles=2, resize=resize)
+
+
+def perception_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    """The whole, then two tiles."""
+    return Image((IMAGE,) * 48, {"pixel_values": pixels(1, 3, 3, 32, 32, seed=seed)}, size)
 
 
 def idefics3() -> Any:
@@ -163,6 +259,30 @@ FAMILIES = {
     "internvl": Family(
         "InternVL 2.5 and 3: tiles", "InternVLForConditionalGeneration", internvl, internvl_image,
         sizes=((70, 30), (20, 30)), processor=internvl_processor, unable={"repeat": repeats_tiles}, fast=True,
+    ),
+    "internvl3_5": Family(
+        "InternVL 3.5: tiles", "InternVLForConditionalGeneration", internvl3_5, internvl_image,
+        sizes=((70, 30), (20, 30)), processor=internvl_processor, unable={"repeat": repeats_tiles},
+    ),
+    "cohere2_vision": Family(
+        "Command A Vision: tiles, sliding windows", "Cohere2VisionForConditionalGeneration", cohere2_vision,
+        marked_image((), (MARK,)), sizes=((70, 30), (20, 30)), processor=internvl_processor, cuts=(2,),
+        refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'cohere2_vision'"},
+        unable={"repeat": repeats_tiles},
+    ),
+    "aya_vision": Family(
+        "Aya Vision: tiles, sliding windows", "AyaVisionForConditionalGeneration", aya_vision,
+        marked_image((MARK, 82), ()), sizes=((70, 30), (20, 30)), processor=internvl_processor, cuts=(2,),
+        refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'aya_vision'"},
+        unable={"repeat": repeats_tiles},
+    ),
+    "ovis2": Family(
+        "Ovis2: tiles", "Ovis2ForConditionalGeneration", ovis2, ovis2_image, sizes=((48, 24), (20, 40)),
+        unable={"repeat": repeats_tiles},
+    ),
+    "perception_lm": Family(
+        "Perception LM, images: tiles", "PerceptionLMForConditionalGeneration", perception_lm, perception_image,
+        sizes=((48, 24), (20, 40)), processor=perception_processor,
     ),
     "idefics3": Family(
         "Idefics3: tiles", "Idefics3ForConditionalGeneration", idefics3, idefics3_image, sizes=((48, 24), (20, 40)),
