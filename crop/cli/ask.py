@@ -18,10 +18,11 @@ from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.localizers.base import Localizer, chat, encode
+from crop.localizers.pretrained import damage, explain, model_source
 from crop.localizers.registry import get_localizer
 from crop.localizers.vision_cache import cache_vision
 from crop.methods.base import Method
-from crop.models import family_of
+from crop.models import families, family_of
 from crop.patching.patch import patch
 
 EMBEDDED = "embedded"
@@ -177,20 +178,21 @@ class Asker:
 
 
 def load(name: str, device: str, dtype: str, **how: Any) -> Asker:
-    """A model by name.
+    """A model of a supported family by name.
 
     Args:
-        name: "embedded", or as in ``load_model``.
-        device: e.g. "cpu", "cuda".
+        name: "embedded", a folder, or the name of a model on the Hugging Face hub (downloaded by transformers if it is
+            not in its cache).
+        device: e.g. "cpu", "cuda"; not read with ``device_map``.
         dtype: "auto" (float32 for the embedded model, else as stored), "float32", "bfloat16" or "float16".
-        how: further arguments of ``load_model``; the embedded model takes none.
+        how: further arguments of ``from_pretrained``; the embedded model takes none. ``device_map``, e.g. "auto", lets
+            accelerate place the parts; ``attn_implementation``, e.g. "sdpa", "eager", "flash_attention_2";
+            ``trust_remote_code``, run code that comes with the model, without which nothing of that kind runs or asks.
     Raises:
-        UsageError: nothing to load there, or an unknown family.
+        UsageError: nothing to load there, damaged files, an unknown family.
     """
     if name != EMBEDDED:
-        from crop.cli.loading import load_model
-
-        return Asker(*load_model(name, device, dtype, **how))
+        return Asker(*_pretrained(name, device, dtype, **how))
     if how:
         raise UsageError(f"model 'embedded' must be loaded without {', '.join(how)}: these are for other models")
     from crop import embedded
@@ -201,3 +203,41 @@ def load(name: str, device: str, dtype: str, **how: Any) -> Asker:
     except FileNotFoundError as error:
         raise UsageError(f"the embedded model is not installed: {error}") from error
     return Asker(model, processor, embedded.prompt, embedded.tidy, embedded.HEAD)
+
+
+def _pretrained(
+    name: str, device: str, dtype: str, *, trust_remote_code: bool = False, **how: Any
+) -> tuple[nn.Module, Any]:
+    """Model and processor, see ``load``."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        model_source("load", name)
+        trust = {"trust_remote_code": trust_remote_code}
+        family = AutoConfig.from_pretrained(name, **trust).model_type
+        if family not in families():
+            known = ", ".join(sorted(families()))
+            raise UsageError(f"model {name!r} must be of a family among {known}, got {family!r}")
+        processor = AutoProcessor.from_pretrained(name, **trust)  # quick: first what may be missing
+        how |= {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            name, **how, **trust, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        if report["mismatched_keys"]:
+            key, stored, wanted = sorted(report["mismatched_keys"])[0]
+            raise UsageError(
+                f"model {name!r} cannot be loaded: {key} must have shape {tuple(wanted)} by its configuration, "
+                f"got {tuple(stored)}"
+            )
+    except FileNotFoundError as error:
+        raise UsageError(f"model {str(error).removeprefix('load: path ')}") from error
+    except UsageError:
+        raise
+    except Exception as error:  # readers of damaged files raise anything
+        text = damage(name) or explain(error)
+        if "trust_remote_code" in text:
+            text += " On the command line that is --trust-remote-code."
+        raise UsageError(f"model {name!r} cannot be loaded: {text}") from error
+    if not getattr(processor, "chat_template", None):
+        raise UsageError(f"model {name!r} must come with a chat template, got a processor without")
+    return (model if "device_map" in how else model.to(device)).eval(), processor
