@@ -11,7 +11,7 @@ from tests.support.cases import METHODS, get_model, patched, regions_of
 from tests.support.tiny_families import THOROUGH
 
 ALL = METHODS | {"pyramid": Pyramid.steps((1, 3), keep=0.5)}
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.fast]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -33,17 +33,10 @@ def test_every_state_has_the_input_length(family, name):
     layers = [layer for layer in stats.tokens_from if layer]
     for before in range(layers[0] + 1):
         torch.testing.assert_close(out.hidden_states[before][real], plain[before][real], atol=1e-5, rtol=0)
-    position = torch.arange(length) - batch.offsets[0]
-    gone = torch.tensor([int(p) not in _kept(stats, batch) for p in position]) & real[0]
-    gone &= batch.inputs["input_ids"][0] == model.config.image_token_id
-    assert gone.any()
-    for behind in range(layers[-1] + 1, len(plain) - 1):
-        assert torch.equal(
-            out.hidden_states[behind][0, gone], out.hidden_states[behind + 1][0, gone]
-        ) or behind + 2 == len(plain)
-
-
-def _kept(stats, batch) -> set[int]:
-    """Prompt positions of the first sample's image tokens that reach the last layer."""
-    position = stats.layouts[0].position - batch.offsets[0]
-    return {int(position[token]) for token in stats.kept[0]}
+    # What leaves at the first cut keeps, behind every later layer, what it had there.
+    position = stats.layouts[0].position
+    gone = torch.tensor(sorted(set(range(len(position))) - set(stats.kept_at(layers[0])[0].tolist())))
+    assert len(gone)
+    for behind in range(layers[0] + 1, len(plain) - 1):
+        found, wanted = (out.hidden_states[index][0, position[gone]] for index in (behind, layers[0]))
+        assert torch.equal(found, wanted)
