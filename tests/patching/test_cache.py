@@ -221,7 +221,7 @@ def test_copied_cache(family, padding, name):
 
 
 @methods_
-@families(THOROUGH)
+@families(THOROUGH, fast=True)
 def test_repeated_cache(family, name):
     """One prefix answers several questions at once: the cache's own batch operations carry the pruning along."""
     model, oracle = get_model(family, "sdpa"), get_oracle(family)
@@ -231,7 +231,8 @@ def test_repeated_cache(family, name):
     with patched(model, METHODS[name], batch, regions_of(batch)):
         cache = model(**batch.inputs).past_key_values
         cache.batch_repeat_interleave(2)
-        cache.batch_select_indices(torch.tensor([3, 0, 1]))  # second sample, first, first
+        cache.batch_select_indices(torch.tensor([0, 3, 1]))  # first sample, second, first
+        cache.reorder_cache(torch.tensor([1, 0, 2]))
         order = [1, 0, 0]
         samples = [batch.samples[row].extended(question) for row in order]
         mask = torch.cat([batch.inputs["attention_mask"][order], torch.ones(3, 5).long()], 1)
