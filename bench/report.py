@@ -19,8 +19,8 @@ from bench.accuracy import data
 from bench.accuracy.contenders import Job, jobs
 from bench.accuracy.data import Item
 from bench.accuracy.run import read
+from bench.page import Card, Reply, write_report
 from crop.cli.ask import EMBEDDED, Asker, load
-from crop.cli.report import Card, Reply, write_report
 from crop.cli.visualize import outlined, overlay
 from crop.geometry.region import Region
 from crop.localizers import BoxLocalizer, Localizer, WholeLocalizer

@@ -11,6 +11,8 @@ import torch
 from tests.support.flash import FlashCalls, flash_on_cpu
 from tests.support.operators import BACKENDS, Backend
 
+FAST = ("twin", "avx2")  # of the operators' implementations, for `pytest -m fast`
+
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
@@ -28,7 +30,7 @@ def flash() -> Iterator[FlashCalls]:
         yield record
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.fast) if name in FAST else name for name in BACKENDS])
 def backend(request: Any) -> Backend:
     """Every implementation of the operators that can run here."""
     return _available(BACKENDS[request.param])

@@ -84,11 +84,7 @@ def own_work(axis: str, size: int) -> Iterator[Case]:
     embeds, pooling = tokens.view(samples, length, -1), made.pool.plan
 
     def weigh() -> Tensor:
-        weight = torch.ones(samples, length)
-        for image in made.images:
-            place = slice(int(image.layout.position[0]), int(image.layout.position[-1]) + 1)
-            weight[image.sample, place] = saliency_weights(embeds[image.sample, place])
-        return weight.flatten()
+        return saliency_weights(pooling, [(image.sample, image.layout) for image in made.images], embeds)
 
     weight = weigh()
     yield axis, "distinct weights", size, weigh

@@ -18,10 +18,11 @@ from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.localizers.base import Localizer, chat, encode
+from crop.localizers.pretrained import damage, explain, model_source
 from crop.localizers.registry import get_localizer
 from crop.localizers.vision_cache import cache_vision
 from crop.methods.base import Method
-from crop.models import family_of
+from crop.models import families, family_of
 from crop.patching.patch import patch
 
 EMBEDDED = "embedded"
@@ -30,11 +31,7 @@ STAGES = ("preprocess", "localizer", "plan", "vision", "prefill", "decode", "tot
 
 @dataclass(frozen=True)
 class Tokens:
-    """Vision tokens of an image, or of several.
-
-    Args:
-        before, after_plc, after_ilp, layer_average: see ``PruneStats``.
-    """
+    """Vision tokens of an image, or of several; see ``PruneStats``."""
 
     before: int
     after_plc: int
@@ -46,22 +43,12 @@ class Tokens:
 class Seen:
     """What the model got to see of one image.
 
-    Args:
-        region: given, or what the localizer returned.
-        tokens: counts.
-        layout, plan, kept: as in ``PruneStats``.
+    ``drawing``: what ``overlay`` draws on the image: layout, plan and kept tokens as in ``PruneStats``, the region.
     """
 
-    region: Region
+    region: Region  # given, or what the localizer returned
     tokens: Tokens
-    layout: VisionLayout
-    plan: PoolPlan | None
-    kept: torch.Tensor
-
-    @property
-    def drawing(self) -> tuple[VisionLayout, PoolPlan | None, torch.Tensor, Region]:
-        """What ``overlay`` draws on the image."""
-        return self.layout, self.plan, self.kept, self.region
+    drawing: tuple[VisionLayout, PoolPlan | None, torch.Tensor, Region]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,21 +81,13 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Asker:
-    """A model that is ready to be asked.
+    """A model that is ready to be asked."""
 
-    Args:
-        model: in evaluation mode, on its device.
-        processor: its processor.
-        prompt: question -> full text; None: the processor's chat template.
-        tidy: decoded text -> answer.
-        head: file of the weights for the "head" localizer, where there are some for this model.
-    """
-
-    model: nn.Module
-    processor: Any
-    prompt: Callable[[str], str] | None = None
-    tidy: Callable[[str], str] = str.strip
-    head: Path | None = None
+    model: nn.Module  # in evaluation mode, on its device
+    processor: Any  # its processor
+    prompt: Callable[[str], str] | None = None  # question -> full text; None: the processor's chat template
+    tidy: Callable[[str], str] = str.strip  # decoded text -> answer
+    head: Path | None = None  # file of the weights for the "head" localizer, where there are some for this model
 
     @property
     def num_layers(self) -> int:
@@ -116,33 +95,17 @@ class Asker:
         return len(family_of(self.model).language_model(self.model).layers)
 
     def localizer(
-        self,
-        name: str,
-        region: Region | None = None,
-        *,
-        layer: int | None = None,
-        path: str | Path | None = None,
-        min_confidence: float | None = None,
+        self, name: str, region: Region | None = None, *, path: str | Path | None = None, **more: Any
     ) -> Localizer:
-        """A localizer by name, see ``get_localizer``."""
-        return get_localizer(
-            name,
-            region=region,
-            model=self.model,
-            processor=self.processor,
-            prompt=self.prompt,
-            layer=layer,
-            path=self.head if path is None and name in ("head", "cascade", "union") else path,
-            min_confidence=min_confidence,
-        )
+        """A localizer by name; ``path`` and ``more`` (``layer``, ``min_confidence``) as for ``get_localizer``."""
+        if path is None and name in ("head", "cascade", "union"):
+            path = self.head
+        own = {"model": self.model, "processor": self.processor, "prompt": self.prompt}
+        return get_localizer(name, region=region, path=path, **own, **more)
 
     def encode_batch(self, images: Sequence[Sequence[Image]], questions: Sequence[str]) -> Any:
-        """Model inputs of several questions, padded on the left.
+        """Model inputs of several questions, each with its RGB images, on the CPU, padded on the left.
 
-        Args:
-            images: RGB, those of each question. questions: plain text.
-        Returns:
-            What the processor makes of it, on the CPU.
         Raises:
             ValueError: no prompt, and the processor has no chat template.
         """
@@ -174,8 +137,6 @@ class Asker:
             method: what to prune; None prunes nothing.
             localizer: asked about every image by itself, or one per image; its time is part of the total.
             max_new_tokens: length of the answer at most.
-        Returns:
-            Answer.
         Raises:
             ValueError: several images and a prompt that takes one.
         """
@@ -200,7 +161,7 @@ class Asker:
             new = output[0, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
             times.append(time.perf_counter())
         encoded, localized, generated = (stop - start for start, stop in pairwise(times))
-        spent = stats.seconds
+        spent, total = stats.seconds, localized + encoded + generated
         seconds = {
             "localizer": localized - seen,
             "preprocess": encoded,
@@ -208,33 +169,30 @@ class Asker:
             "vision": seen + spent["vision"],
             "prefill": spent["language_model"],
         }
-        seconds["decode"] = localized + encoded + generated - sum(seconds.values())
-        seconds["total"] = localized + encoded + generated
-        counts = zip(
-            stats.tokens_before, stats.tokens_after_plc, stats.tokens_after_ilp, stats.layer_average, strict=True
-        )
-        images = zip(regions, counts, stats.layouts, stats.plans, stats.kept, strict=True)
+        seconds |= {"decode": total - sum(seconds.values()), "total": total}
+        counts = stats.tokens_before, stats.tokens_after_plc, stats.tokens_after_ilp, stats.layer_average
+        tokens = map(Tokens, *counts)
+        drawings = zip(stats.layouts, stats.plans, stats.kept, regions, strict=True)
         text = self.tidy(self.processor.decode(new, skip_special_tokens=True))
-        return Answer(text, [Seen(region, Tokens(*count), *rest) for region, count, *rest in images], seconds)
+        return Answer(text, list(map(Seen, regions, tokens, drawings)), seconds)
 
 
 def load(name: str, device: str, dtype: str, **how: Any) -> Asker:
-    """A model by name.
+    """A model of a supported family by name.
 
     Args:
-        name: "embedded", or as in ``load_model``.
-        device: e.g. "cpu", "cuda".
+        name: "embedded", a folder, or the name of a model on the Hugging Face hub (downloaded by transformers if it is
+            not in its cache).
+        device: e.g. "cpu", "cuda"; not read with ``device_map``.
         dtype: "auto" (float32 for the embedded model, else as stored), "float32", "bfloat16" or "float16".
-        how: further arguments of ``load_model``; the embedded model takes none.
-    Returns:
-        Asker.
+        how: further arguments of ``from_pretrained``; the embedded model takes none. ``device_map``, e.g. "auto", lets
+            accelerate place the parts; ``attn_implementation``, e.g. "sdpa", "eager", "flash_attention_2";
+            ``trust_remote_code``, run code that comes with the model, without which nothing of that kind runs or asks.
     Raises:
-        UsageError: nothing to load there, or an unknown family.
+        UsageError: nothing to load there, damaged files, an unknown family.
     """
     if name != EMBEDDED:
-        from crop.cli.loading import load_model
-
-        return Asker(*load_model(name, device, dtype, **how))
+        return Asker(*_pretrained(name, device, dtype, **how))
     if how:
         raise UsageError(f"model 'embedded' must be loaded without {', '.join(how)}: these are for other models")
     from crop import embedded
@@ -245,3 +203,41 @@ def load(name: str, device: str, dtype: str, **how: Any) -> Asker:
     except FileNotFoundError as error:
         raise UsageError(f"the embedded model is not installed: {error}") from error
     return Asker(model, processor, embedded.prompt, embedded.tidy, embedded.HEAD)
+
+
+def _pretrained(
+    name: str, device: str, dtype: str, *, trust_remote_code: bool = False, **how: Any
+) -> tuple[nn.Module, Any]:
+    """Model and processor, see ``load``."""
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        model_source("load", name)
+        trust = {"trust_remote_code": trust_remote_code}
+        family = AutoConfig.from_pretrained(name, **trust).model_type
+        if family not in families():
+            known = ", ".join(sorted(families()))
+            raise UsageError(f"model {name!r} must be of a family among {known}, got {family!r}")
+        processor = AutoProcessor.from_pretrained(name, **trust)  # quick: first what may be missing
+        how |= {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            name, **how, **trust, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        if report["mismatched_keys"]:
+            key, stored, wanted = sorted(report["mismatched_keys"])[0]
+            raise UsageError(
+                f"model {name!r} cannot be loaded: {key} must have shape {tuple(wanted)} by its configuration, "
+                f"got {tuple(stored)}"
+            )
+    except FileNotFoundError as error:
+        raise UsageError(f"model {str(error).removeprefix('load: path ')}") from error
+    except UsageError:
+        raise
+    except Exception as error:  # readers of damaged files raise anything
+        text = damage(name) or explain(error)
+        if "trust_remote_code" in text:
+            text += " On the command line that is --trust-remote-code."
+        raise UsageError(f"model {name!r} cannot be loaded: {text}") from error
+    if not getattr(processor, "chat_template", None):
+        raise UsageError(f"model {name!r} must come with a chat template, got a processor without")
+    return (model if "device_map" in how else model.to(device)).eval(), processor

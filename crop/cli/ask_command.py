@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from crop.cli.options import (
     DTYPES,
     UsageError,
-    check_localizer,
-    check_names,
+    check_options,
     choose_device,
     count,
     fraction,
@@ -98,16 +97,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask, and print the answer.
-
-    Raises:
-        UsageError and what the package refuses: ValueError, OSError, ImportError.
-    """
+    """Ask, and print the answer. UsageError and what the package refuses: ValueError, OSError, ImportError."""
     need_packages("ask")
     for name in options.plugin:
         load_plugin(name)
-    check_names(options.method, options.localizer)
-    check_localizer(options)
+    check_options(options)
     _check_question(options.question)
     if options.overlay:
         check_writable(Path(options.overlay))

@@ -38,10 +38,7 @@ def demo(out: Path, *, count: int = 6, seed: int = 0) -> None:
         find = asker.localizer("head")
         method, whole = by_name("crop", KEEP), WholeLocalizer()
         first, question = next(_examples(seed, 1))
-        for each, localizer in (
-            (method, find),
-            (None, whole),
-        ):  # warm up, so that the times are fair
+        for each, localizer in ((method, find), (None, whole)):  # warm up, so that the times are fair
             asker.ask(first.image, question.text, method=each, localizer=localizer, max_new_tokens=LONGEST)
     rows, sheet = [], []
     examples = track(_examples(seed, count), "asking", total=count, console=console, transient=True)
@@ -56,11 +53,8 @@ def demo(out: Path, *, count: int = 6, seed: int = 0) -> None:
         sheet.append(((outlined(scene.image, pruned.region), seen), f"{question.text}?", line))
     contact_sheet(sheet).save(out / "contact_sheet.png")
     _print(console, rows)
-    console.print(
-        f"Pictures: {out / 'contact_sheet.png'}, and beside it each picture and what was seen of it.",
-        soft_wrap=True,
-        markup=False,
-    )
+    written = f"Pictures: {out / 'contact_sheet.png'}, and beside it each picture and what was seen of it."
+    console.print(written, soft_wrap=True, markup=False)
 
 
 def _examples(seed: int, count: int) -> Iterator[tuple[scenes.Scene, scenes.Question]]:

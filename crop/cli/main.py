@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from crop.cli import ask_command
@@ -21,10 +21,8 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run the command: words after ``crop``, None for those of the process.
 
-    Args:
-        arguments: words after ``crop``; None: those of the process.
     Returns:
         Exit status: 0; 130 after Ctrl-C. Wrong use ends in SystemExit(2) with one line on stderr.
     """
@@ -44,16 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """Options may stand between the images of a command: a plain parser would take what follows for something else."""
-    parser, commands = _parser()
-    if words and words[0] in commands:
-        command = commands[words[0]]
-        return command.parse_intermixed_args(words[1:])
-    return parser.parse_args(words)
-
-
-def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
-    """The whole, and its commands by name."""
     import crop
 
     style = argparse.RawDescriptionHelpFormatter
@@ -81,19 +69,18 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         help="rendered pictures, pruned against unpruned",
         description="Render pictures, ask the embedded model with and without pruning, write what it saw.",
     )
-    demo.add_argument(
-        "--out",
-        default="crop-demo",
-        metavar="DIR",
-        help="folder for the pictures (default crop-demo)",
-    )
+    demo.add_argument("--out", default="crop-demo", metavar="DIR", help="folder for the pictures (default crop-demo)")
     demo.add_argument("--count", type=count, default=6, metavar="N", help="pictures (default 6)")
     demo.add_argument("--seed", type=natural, default=0, metavar="N", help="other pictures (default 0)")
     demo.set_defaults(run=_demo, parser=demo)
 
     info = commands.add_parser("info", help="what was built", description="Print what was built, and versions.")
     info.set_defaults(run=_info, parser=info)
-    return parser, commands.choices
+
+    # Options may stand between the images of a command: a plain parser would take what follows for something else.
+    if words and words[0] in commands.choices:
+        return commands.choices[words[0]].parse_intermixed_args(words[1:])
+    return parser.parse_args(words)
 
 
 def _info(options: argparse.Namespace) -> int:

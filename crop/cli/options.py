@@ -46,22 +46,14 @@ natural = number(int, 0, sys.maxsize, "a whole number of at least 0")
 
 
 def need_packages(command: str) -> None:
-    """Refuse a command whose packages are missing.
-
-    Raises:
-        UsageError: names them and the extra that brings them.
-    """
+    """Refuse a command whose packages are missing. UsageError: names them and the extra that brings them."""
     missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UsageError(f'crop {command} needs {", ".join(missing)}: pip install "crop-vlm[demo]"')
 
 
 def load_plugin(name: str) -> None:
-    """Import a module, or run a file, that registers localizers or methods.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """Import a module, or run a file, that registers localizers or methods. UsageError: there is none."""
     try:
         if name.endswith(".py"):
             runpy.run_path(name)
@@ -71,26 +63,17 @@ def load_plugin(name: str) -> None:
         raise UsageError(f"--plugin {name} cannot be loaded: {error}") from error
 
 
-def check_names(method: str, localizer: str | None) -> None:
-    """Refuse unknown methods and localizers, after plug-ins had their turn.
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse unknown methods and localizers (plug-ins had their turn), and options that the localizer would not read.
 
     Raises:
-        UsageError: names those that are known.
-    """
-    for option, known, name in (("--method", method_names(), method), ("--localizer", localizer_names(), localizer)):
-        if name is not None and name not in known:
-            raise UsageError(f"{option} must be one of {', '.join(known)}, got {name!r}")
-
-
-def check_localizer(options: argparse.Namespace) -> None:
-    """Refuse options that the localizer would not read.
-
-    Args:
-        options: with ``localizer``, ``localizer_model``, ``layer``, ``min_confidence``, ``region``.
-    Raises:
-        UsageError: says what goes with what.
+        UsageError: names those that are known, says what goes with what.
     """
     name, path = options.localizer, options.localizer_model
+    names = {"--method": (options.method, method_names()), "--localizer": (name, localizer_names())}
+    for option, (given, known) in names.items():
+        if given is not None and given not in known:
+            raise UsageError(f"{option} must be one of {', '.join(known)}, got {given!r}")
     if options.layer is not None and (options.region or name in NO_LAYER):
         raise UsageError("--layer must come with --localizer attention")
     if options.min_confidence is not None and (options.region or name in ("box", "whole")):
@@ -154,11 +137,7 @@ def page_numbers(text: str) -> tuple[int, ...]:
 
 
 def choose_device(name: str | None) -> str:
-    """The device asked for; None: a GPU where there is one.
-
-    Raises:
-        UsageError: it cannot be used.
-    """
+    """The device asked for; None: a GPU where there is one. UsageError: it cannot be used."""
     import torch
 
     if name is None:

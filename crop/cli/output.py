@@ -13,12 +13,9 @@ from crop.geometry.region import Region
 def as_json(
     options: argparse.Namespace, asker: Asker, localizer: str, pruned: Answer, plain: Answer | None
 ) -> dict[str, Any]:
-    """The answer as one object.
+    """The answer, and that without pruning where asked for, as one object.
 
-    Args:
-        options: of the command. localizer: its name. pruned, plain: the answer, and that without pruning where asked for.
-    Returns:
-        ``region`` is that of a single image, ``images`` tells of each, ``tokens`` of all together.
+    ``region`` is that of a single image, ``images`` tells of each, ``tokens`` of all together.
     """
     compare = None
     if plain is not None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from crop.geometry.layout import PADDING, VisionLayout
 from crop.geometry.region import Region
@@ -25,15 +24,10 @@ NOTHING, DROPPED, POOLED, WHOLE = range(4)
 
 @dataclass(frozen=True)
 class Cells:
-    """Fate of every vision token of one image.
+    """Fate of every vision token of one image."""
 
-    Args:
-        state: (N,) int NOTHING (padding), DROPPED, POOLED or WHOLE.
-        cell: (N,) int number of the pooling cell, -1 where the token is in none.
-    """
-
-    state: np.ndarray
-    cell: np.ndarray
+    state: np.ndarray  # (N,) int NOTHING (padding), DROPPED, POOLED or WHOLE
+    cell: np.ndarray  # (N,) int number of the pooling cell, -1 where the token is in none
 
     @property
     def counts(self) -> dict[str, int]:
@@ -53,8 +47,7 @@ def fit(image: Image.Image) -> Image.Image:
     size = tuple(max(1, round(side * min(max(longer, SHORTEST), LONGEST) / longer)) for side in image.size)
     if longer >= 2 * LONGEST and image.mode == "RGB":
         image = image.reduce(longer // LONGEST)  # quick; the rest is for the filter
-    image = image.convert("RGB")
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def owners(layout: VisionLayout, size: tuple[int, int], view: int) -> np.ndarray:
@@ -69,7 +62,7 @@ def owners(layout: VisionLayout, size: tuple[int, int], view: int) -> np.ndarray
 
 
 def lookup(values: np.ndarray, owner: np.ndarray, fill: int | bool) -> np.ndarray:
-    """Value of the token under each pixel."""
+    """Value of the token under each pixel, ``fill`` where there is none."""
     return np.append(values, fill)[owner]
 
 
@@ -81,15 +74,12 @@ def edges(label: np.ndarray) -> np.ndarray:
     return edge
 
 
-def thicken(mask: np.ndarray, by: int) -> np.ndarray:
-    """True pixels grown by some pixels on each side."""
-    for _ in range(2):
-        grown = mask.copy()
-        for step in range(1, by + 1):
-            grown[step:] |= mask[:-step]
-            grown[:-step] |= mask[step:]
-        mask = grown.T
-    return mask
+def dash(pixels: np.ndarray, inside: np.ndarray, unit: int) -> None:
+    """Dashed outline of some pixels: (height, width, 3) uint8 to draw on, (height, width) bool, width of the line."""
+    window = ImageFilter.MaxFilter(unit // 2 * 2 + 1)
+    edge = np.asarray(Image.fromarray(edges(inside).astype(np.uint8)).filter(window)) > 0
+    y, x = np.indices(edge.shape)
+    pixels[edge & ((x + y) // (4 * unit) % 2 == 0)] = RING
 
 
 def paint(pixels: np.ndarray, owner: np.ndarray, fate: Cells) -> np.ndarray:
@@ -122,9 +112,14 @@ def paint(pixels: np.ndarray, owner: np.ndarray, fate: Cells) -> np.ndarray:
     return out.clip(0, 255).astype(np.uint8)
 
 
-def frame(picture: Image.Image, region: Region, unit: int) -> None:
+def line_width(picture: Image.Image) -> int:
+    """Pixels of a line that can be seen."""
+    return max(2, round(max(picture.size) / 300))
+
+
+def frame(picture: Image.Image, region: Region) -> None:
     """Outline of the boxes: orange in a dark casing, so that it reads on any ground."""
-    draw = ImageDraw.Draw(picture)
+    draw, unit = ImageDraw.Draw(picture), line_width(picture)
     width, height = picture.size
     for x0, y0, x1, y1 in region.boxes:
         left, top = min(round(x0 * width), width - 1), min(round(y0 * height), height - 1)
@@ -137,6 +132,7 @@ def frame(picture: Image.Image, region: Region, unit: int) -> None:
 
 
 def with_legend(picture: Image.Image, fate: Cells, region: Region | None, ring: int) -> Image.Image:
+    """The picture above a strip that explains the colours and counts the tokens."""
     counts = fate.counts
     entries = [("whole", f"{counts['whole']} tokens kept whole")]
     if counts["pooled"]:
@@ -149,24 +145,18 @@ def with_legend(picture: Image.Image, fate: Cells, region: Region | None, ring: 
             entries.append(("ring", "ring"))
     size = max(13, round(max(picture.size) / 32))
     font, swatch, gap = ImageFont.load_default(size), size, size // 2
-    lines: list[list[tuple[str, str, int]]] = [[]]
-    x = gap
+    places, x, line = [], gap, 0
     for kind, text in entries:
         length = swatch + gap + round(font.getlength(text)) + 2 * gap
-        if lines[-1] and x + length > picture.width:
-            lines.append([])
-            x = gap
-        lines[-1].append((kind, text, x))
+        if x > gap and x + length > picture.width:
+            x, line = gap, line + 1
+        places.append((kind, text, x, picture.height + gap + gap // 2 + line * (size + gap)))
         x += length
-    height = len(lines) * (size + gap) + 2 * gap
-    out = Image.new("RGB", (picture.width, picture.height + height), PAPER)
-    out.paste(picture)
+    out = ImageOps.expand(picture, (0, 0, 0, (line + 1) * (size + gap) + 2 * gap), PAPER)
     draw = ImageDraw.Draw(out)
-    for number, line in enumerate(lines):
-        y = picture.height + gap + gap // 2 + number * (size + gap)
-        for kind, text, x in line:
-            draw_swatch(out, kind, (x, y, x + swatch, y + swatch))
-            draw.text((x + swatch + gap, y + swatch / 2), text, INK, font, "lm")
+    for kind, text, x, y in places:
+        draw_swatch(out, kind, (x, y, x + swatch, y + swatch))
+        draw.text((x + swatch + gap, y + swatch / 2), text, INK, font, "lm")
     return out
 
 
@@ -178,8 +168,7 @@ def draw_swatch(picture: Image.Image, kind: str, box: tuple[int, int, int, int])
             left = x0 + part * (x1 - x0) // 3
             draw.rectangle((left, y0, x0 + (part + 1) * (x1 - x0) // 3, y1), color)
     elif kind == "pooled":
-        draw.rectangle(box, (168, 160, 150), (255, 255, 255))
-        draw.rectangle(box, None, FAINT)
+        draw.rectangle(box, (168, 160, 150), FAINT)
     elif kind == "dropped":
         tile = np.full((y1 - y0 + 1, x1 - x0 + 1, 3), 34, np.uint8)
         y, x = np.indices(tile.shape[:2])
@@ -192,18 +181,3 @@ def draw_swatch(picture: Image.Image, kind: str, box: tuple[int, int, int, int])
         for left in range(x0, x1, 6):
             draw.line((left, y0, min(left + 3, x1), y0), RING, 2)
             draw.line((left, y1, min(left + 3, x1), y1), RING, 2)
-
-
-def example_block(pictures: Sequence[Image.Image], headline: str, line: str) -> Image.Image:
-    gap, big, small = 10, 22, 17
-    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
-    height = max(picture.height for picture in pictures) + 2 * gap + big + small + 8
-    block = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(block)
-    draw.text((0, 0), headline, INK, ImageFont.load_default(big))
-    draw.text((0, big + 8), line, FAINT, ImageFont.load_default(small))
-    x = 0
-    for picture in pictures:
-        block.paste(picture, (x, big + small + 8 + 2 * gap))
-        x += picture.width + gap
-    return block

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from crop.cli.painting import (
     DROPPED,
+    FAINT,
+    INK,
     NOTHING,
     PAPER,
     POOLED,
-    REGION,
-    RING,
     WHOLE,
     Cells,
-    edges,
-    example_block,
+    dash,
     fit,
     frame,
+    line_width,
     lookup,
     owners,
     paint,
-    thicken,
     with_legend,
 )
 from crop.geometry.layout import PADDING, VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def trace(layout: VisionLayout, plan: PoolPlan | None, kept: Tensor | None) -> Cells:
@@ -44,8 +39,6 @@ def trace(layout: VisionLayout, plan: PoolPlan | None, kept: Tensor | None) -> C
         plan: its pooling, None where there was none.
         kept: (K,) int64 tokens that reach the last layer (of pooled cells the leaders), as in ``PruneStats.kept``;
             None: all.
-    Returns:
-        Cells.
     Raises:
         ValueError: the plan is for another number of tokens, or an index is out of range.
     """
@@ -99,140 +92,50 @@ def overlay(
     canvas = fit(image)
     owner = owners(layout, canvas.size, layout.extent[0] - 1 if view is None else view)
     pixels = paint(np.asarray(canvas), owner, fate)
-    unit = max(2, round(max(canvas.size) / 300))
-    if region is not None:
-        level = layout.levels(region, ring).numpy()
-        if ring and not region.is_whole:
-            edge = thicken(edges(lookup(level < 2, owner, False)), unit // 2)
-            y, x = np.indices(edge.shape)
-            pixels[edge & ((x + y) // (4 * unit) % 2 == 0)] = RING
+    if region is not None and ring and not region.is_whole:
+        near = layout.levels(region, ring).numpy() < 2
+        dash(pixels, lookup(near, owner, False), line_width(canvas))
     picture = Image.fromarray(pixels)
     if region is not None:
-        frame(picture, region, unit)
+        frame(picture, region)
     return with_legend(picture, fate, region, ring) if legend else picture
 
 
 def outlined(image: Image.Image, region: Region) -> Image.Image:
-    """The original with the region drawn on it, at the size of ``overlay``.
-
-    Args:
-        image: the original.
-        region: boxes to draw.
-    Returns:
-        RGB picture.
-    """
+    """The original with the region drawn on it, RGB, at the size of ``overlay``."""
     picture = fit(image)
-    frame(picture, region, max(2, round(max(picture.size) / 300)))
+    frame(picture, region)
     return picture
 
 
-def layer_figure(
-    image: Image.Image,
-    layout: VisionLayout,
-    plan: PoolPlan | None = None,
-    kept: Mapping[int, Tensor | None] | None = None,
-    region: Region | None = None,
-    *,
-    num_layers: int | None = None,
-    ring: int = 1,
-    title: str = "",
-) -> Figure:
-    """What the decoder sees, layer by layer: the image with its region, then one panel per run of layers.
-
-    Args:
-        image, layout, plan, region, ring: as in ``overlay``; several views make as many rows.
-        kept: first layer of the run -> (K,) int64 tokens that it sees, as ``PruneStats.kept_at`` gives them; None: all
-            that pooling left. Default: one run, everything.
-        num_layers: of the decoder, for the panels' headings.
-        title: above the figure.
-    Returns:
-        matplotlib Figure; ``savefig`` writes it as PDF, SVG (text stays text) or PNG.
-    Raises:
-        ValueError: see ``trace``; runs that do not begin at layer 0.
-        ImportError: matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    kept = {0: None} if kept is None else dict(sorted(kept.items()))
-    if 0 not in kept:
-        raise ValueError(f"layer_figure: kept must begin at layer 0, got layers {list(kept)}")
-    views, starts = layout.extent[0], list(kept)
-    width, height = image.size
-    side = 2.7
-    figure = Figure(
-        figsize=(side * (1 + len(starts)), side * views * height / width + 1.1), layout="constrained", dpi=200
-    )
-    axes = figure.subplots(views, 1 + len(starts), squeeze=False)
-    shown = outlined(image, region) if region is not None else fit(image)
-    states = set()
-    for row in range(views):
-        panels = [("image" if views == 1 else f"image, view {row + 1} of {views}", shown, f"{len(layout)} tokens")]
-        for start, stop in zip(starts, [*starts[1:], num_layers], strict=True):
-            fate = trace(layout, plan, kept[start])
-            states |= set(fate.state.tolist())
-            here = Cells(fate.state[layout.view.numpy() == row], fate.cell[layout.view.numpy() == row])
-            counts = here.counts if views > 1 else fate.counts
-            picture = overlay(image, layout, plan, kept[start], region, ring=ring, legend=False, view=row)
-            panels.append((_layers(start, stop), picture, _counted(counts)))
-        for place, (heading, picture, below) in zip(axes[row], panels, strict=True):
-            place.imshow(np.asarray(picture))
-            place.set_title(heading, fontsize=9)
-            place.set_xlabel(below, fontsize=8)
-            place.set_xticks([])
-            place.set_yticks([])
-            for spine in place.spines.values():
-                spine.set_linewidth(0.5)
-    handles = [Patch(facecolor="white", edgecolor="black", label="kept whole (shown as it is)")]
-    if POOLED in states:
-        handles.append(Patch(facecolor="#b9b0a4", edgecolor="white", label="pooled (mean colour of a cell)"))
-    if DROPPED in states:
-        handles.append(Patch(facecolor="#222222", edgecolor="#777777", hatch="///", label="dropped"))
-    if region is not None and not region.is_whole:
-        handles.append(Patch(facecolor="none", edgecolor=np.divide(REGION, 255), linewidth=2, label="region"))
-        if ring:
-            handles.append(Patch(facecolor="none", edgecolor=np.divide(RING, 255), linestyle="--", label="ring"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return figure
-
-
-def _layers(start: int, stop: int | None) -> str:
-    if stop is None:
-        return f"from layer {start}"
-    return f"layer {start}" if stop == start + 1 else f"layers {start} to {stop - 1}"
-
-
-def _counted(counts: dict[str, int]) -> str:
-    parts = [f"{counts['whole']} whole"] if counts["whole"] or not counts["pooled"] else []
-    if counts["pooled"]:
-        parts.append(f"{counts['pooled']} pooled of {counts['members']}")
-    if counts["dropped"]:
-        parts.append(f"{counts['dropped']} dropped")
-    return f"{counts['whole'] + counts['pooled']} tokens\n" + ", ".join(parts)
-
-
-def beside(pictures: Sequence[Image.Image]) -> Image.Image:
+def beside(pictures: Sequence[Image.Image], gap: int = 0) -> Image.Image:
     """Pictures side by side, as wide as all together and as high as the highest."""
-    if len(pictures) == 1:
-        return pictures[0]
-    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), PAPER)
-    x = 0
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    sheet, x = Image.new("RGB", (width, max(picture.height for picture in pictures)), PAPER), 0
     for picture in pictures:
         sheet.paste(picture, (x, 0))
-        x += picture.width
+        x += picture.width + gap
     return sheet
 
 
+def example_block(pictures: Sequence[Image.Image], headline: str, line: str) -> Image.Image:
+    """Two lines of text, and pictures side by side below them."""
+    gap, big, small = 10, 22, 17
+    row, top = beside(pictures, gap), big + small + 8 + 2 * gap
+    block = Image.new("RGB", (row.width, top + row.height), PAPER)
+    draw = ImageDraw.Draw(block)
+    draw.text((0, 0), headline, INK, ImageFont.load_default(big))
+    draw.text((0, big + 8), line, FAINT, ImageFont.load_default(small))
+    block.paste(row, (0, top))
+    return block
+
+
 def contact_sheet(rows: Sequence[tuple[Sequence[Image.Image], str, str]], *, columns: int = 2) -> Image.Image:
-    """Several examples on one sheet.
+    """Several examples on one RGB sheet.
 
     Args:
         rows: (pictures side by side, headline, line below it) per example.
         columns: examples per line of the sheet.
-    Returns:
-        RGB picture.
     Raises:
         ValueError: no rows.
     """

@@ -20,35 +20,22 @@ MARGIN = 0.02  # a saving below this share of the prefill is within what such an
 
 @dataclass(frozen=True)
 class Cost:
-    """One prefill of the decoder.
+    """One prefill of the decoder."""
 
-    Args:
-        tokens: vision tokens per image, averaged over the decoder layers.
-        flops: multiply-adds of all samples, times two.
-        kv_bytes: keys and values of all samples after it.
-        seconds: predicted, the patch's own work included.
-    """
-
-    tokens: list[float]
-    flops: float
-    kv_bytes: int
-    seconds: float
+    tokens: list[float]  # vision tokens per image, averaged over the decoder layers
+    flops: float  # multiply-adds of all samples, times two
+    kv_bytes: int  # keys and values of all samples after it
+    seconds: float  # predicted, the patch's own work included
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Prediction for one prompt.
+    """Prediction for one prompt."""
 
-    Args:
-        before: the model as it is. after: under the method.
-        prune: whether the predicted saving, less ``localizer_seconds``, is worth it.
-        advice: the same in words.
-    """
-
-    before: Cost
-    after: Cost
-    prune: bool
-    advice: str
+    before: Cost  # the model as it is
+    after: Cost  # under the method
+    prune: bool  # whether the predicted saving, less ``localizer_seconds``, is worth it
+    advice: str  # the same in words
 
 
 def estimate(
@@ -88,20 +75,13 @@ def estimate(
     geometry = DecoderGeometry.of(decoder)
     device = next(decoder.layers[0].parameters()).device
     speed = measure_speed(geometry, device, decoder.dtype)
-    return _compare(found, geometry, speed, decoder.dtype.itemsize, localizer_seconds)
-
-
-def _compare(
-    plan: BatchPlan, geometry: DecoderGeometry, speed: Speed, element_size: int, localizer_seconds: float
-) -> Estimate:
-    """Price a prefill with and without its plan."""
-    count = len(geometry.layers)
-    real = plan.valid.sum(1).tolist()
-    unpruned, pruned = [real] * count, [_lengths(plan, real, layer) for layer in range(count)]
-    averages = [sum(image.tokens_at(layer) for layer in range(count)) / count for image in plan.images]
-    before = _cost(geometry, speed, unpruned, element_size, [float(len(image.layout)) for image in plan.images])
-    after = _cost(geometry, speed, pruned, element_size, averages)
-    own = _own_seconds(plan, geometry, speed, pruned)
+    count, size = len(geometry.layers), decoder.dtype.itemsize
+    real = found.valid.sum(1).tolist()
+    unpruned, pruned = [real] * count, [_lengths(found, real, layer) for layer in range(count)]
+    averages = [sum(image.tokens_at(layer) for layer in range(count)) / count for image in found.images]
+    before = _cost(geometry, speed, unpruned, size, [float(len(image.layout)) for image in found.images])
+    after = _cost(geometry, speed, pruned, size, averages)
+    own = _own_seconds(found, geometry, speed, pruned)
     after = replace(after, seconds=after.seconds + own)
     # The patch's work counts twice: measured alone it is quicker than among the layers, and it is surely paid.
     prune = before.seconds - after.seconds - localizer_seconds > MARGIN * before.seconds + own

@@ -12,36 +12,27 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a mixture, of which every token passes a few.
+    """The experts of a mixture, of which every token passes a few."""
 
-    Args:
-        count: experts of the layer. per_token: those that a token passes.
-        weights: elements of the matrices of one expert.
-    """
-
-    count: int
-    per_token: int
-    weights: int
+    count: int  # experts of the layer
+    per_token: int  # those that a token passes
+    weights: int  # elements of the matrices of one expert
 
 
 @dataclass(frozen=True)
 class LayerGeometry:
     """One decoder layer.
 
-    Args:
-        weights: elements of the matrices that every token passes: projections, a dense feed-forward part, a router, shared
-            experts.
-        num_heads, num_kv_heads, head_dim: of its attention.
-        window: tokens that a query sees at most, itself included; None: all before it.
-        experts: of a mixture; None in a dense layer.
+    ``weights``: elements of the matrices that every token passes: projections, a dense feed-forward part, a router,
+    shared experts.
     """
 
     weights: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    window: int | None = None
-    experts: Experts | None = None
+    window: int | None = None  # tokens that a query sees at most, itself included; None: all before it
+    experts: Experts | None = None  # of a mixture; None in a dense layer
 
     @property
     def active_weights(self) -> int:
@@ -68,36 +59,29 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class DecoderGeometry:
-    """A decoder.
+    """A decoder."""
 
-    Args:
-        hidden: width of its tokens.
-        layers: from first to last; equal layers are one object.
-    """
-
-    hidden: int
-    layers: tuple[LayerGeometry, ...]
+    hidden: int  # width of its tokens
+    layers: tuple[LayerGeometry, ...]  # from first to last; equal layers are one object
 
     @staticmethod
     def of(language_model: nn.Module) -> DecoderGeometry:
-        """Read off the modules and the configuration; no weight is read.
+        """Read off the modules and the configuration of a Hugging Face decoder; no weight is read.
 
-        Args:
-            language_model: decoder of a Hugging Face model.
         Raises:
             ValueError: a mixture of experts whose configuration does not tell how many a token passes.
         """
         config = language_model.config
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kinds: Sequence[str] = getattr(config, "layer_types", None) or ()
-        windows = [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        kinds: Sequence[str] = getattr(config, "layer_types", None) or [""] * len(language_model.layers)
         shared = cache(LayerGeometry)
         layers = []
         for number, layer in enumerate(language_model.layers):
             dense, experts = _matrices(layer, config)
-            kv_heads = getattr(config, "num_key_value_heads", None) or heads
-            layers.append(shared(dense, heads, kv_heads, head_dim, windows[number] if windows else None, experts))
+            window = config.sliding_window if kinds[number] == "sliding_attention" else None
+            layers.append(shared(dense, heads, kv_heads, head_dim, window, experts))
         return DecoderGeometry(config.hidden_size, tuple(layers))
 
 
@@ -108,9 +92,8 @@ def _matrices(layer: nn.Module, config: Any) -> tuple[int, Experts | None]:
     if not found:
         return total, None
     held = found[0]
-    count = (
-        len(held) if isinstance(held, nn.ModuleList) else next(p for p in held.parameters() if p.dim() == 3).shape[0]
-    )
+    rows = held if isinstance(held, nn.ModuleList) else next(p for p in held.parameters() if p.dim() == 3)
+    count = len(rows)
     per_token = getattr(config, "num_experts_per_tok", None)
     if per_token is None:
         raise ValueError(

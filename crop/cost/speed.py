@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,21 +26,13 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured on one device for one decoder and dtype.
+    """Measured on one device for one decoder and dtype; seconds."""
 
-    Args:
-        matrices: seconds per element of a matrix that a number of tokens pass, at each of ``SIZES`` tokens.
-        attention: seconds per FLOP of causal attention.
-        hook: seconds per hook: registered, called once, removed.
-        image: seconds of planning one image.
-        step: seconds of the operators of one cut or pooling on few tokens, which is what their calls cost.
-    """
-
-    matrices: tuple[float, ...]
-    attention: float
-    hook: float
-    image: float
-    step: float
+    matrices: tuple[float, ...]  # per element of a matrix that a number of tokens pass, at each of SIZES tokens
+    attention: float  # per FLOP of causal attention
+    hook: float  # per hook: registered, called once, removed
+    image: float  # of planning one image
+    step: float  # of the operators of one cut or pooling on few tokens, which is what their calls cost
 
     def matrix_seconds(self, layer: LayerGeometry, tokens: int) -> float:
         """One layer's matrices on ``tokens`` tokens, which its experts share evenly."""
@@ -52,22 +45,13 @@ class Speed:
 
     def _per_element(self, tokens: int) -> float:
         """Between the measured sizes on a line, beyond them in proportion."""
-        if tokens <= SIZES[0]:
-            return self.matrices[0]
-        for low, high, a, b in zip(SIZES, SIZES[1:], self.matrices, self.matrices[1:], strict=False):
-            if tokens <= high:
-                return a + (b - a) * (tokens - low) / (high - low)
-        return self.matrices[-1] * tokens / SIZES[-1]
+        return float(np.interp(tokens, SIZES, self.matrices)) * max(1.0, tokens / SIZES[-1])
 
 
 @lru_cache(maxsize=16)
 def measure_speed(geometry: DecoderGeometry, device: torch.device, dtype: torch.dtype) -> Speed:
-    """Time a layer's worth of work: a few matrix products, one attention call, empty hooks.
+    """Time a layer's worth of work: a few matrix products, one attention call, empty hooks; remembered per arguments.
 
-    Args:
-        geometry, device, dtype: of the decoder.
-    Returns:
-        Speed; remembered per geometry, device and dtype.
     Source: own choice.
     """
     layer = geometry.layers[0]

@@ -7,6 +7,7 @@ rendered pictures of ``crop.embedded.scenes``: 256 vision tokens on a 16 x 16 gr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +28,7 @@ __all__ = ["HEAD", "WEIGHTS", "Question", "Scene", "answer", "load", "prompt", "
 
 
 def load(
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    *,
-    directory: str | Path = WEIGHTS,
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, directory: str | Path = WEIGHTS
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The model in evaluation mode and its processor, from files on disk alone.
 
@@ -55,28 +53,18 @@ def prompt(question: str) -> str:
 
 def tidy(text: str) -> str:
     """Decoded text as an answer: digits are tokens of their own, so those that follow each other are joined."""
-    words: list[str] = []
-    for word in text.split():
-        if word.isdigit() and words and words[-1].isdigit():
-            words[-1] += word
-        else:
-            words.append(word)
-    return " ".join(words)
+    return re.sub(r"\b(\d+) (?=\d+\b)", r"\1", " ".join(text.split()))
 
 
 @torch.no_grad()
 def answer(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    images: Sequence[Image],
-    questions: Sequence[str],
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: Sequence[Image], questions: Sequence[str]
 ) -> list[str]:
     """Greedy answers, one per (image, question) pair; the batch is padded on the left.
 
     Args:
-        model, processor: as returned by ``load``.
         images: one per question, RGB, any size (resized to 256 x 256).
-        questions: plain questions, see ``scenes`` for the kinds the model knows.
+        questions: see ``scenes`` for the kinds the model knows.
     Raises:
         ValueError: as many images as questions are needed.
     """

@@ -18,15 +18,8 @@ def _glyph(character: str, size: int, bold: bool) -> Image.Image:
     font = ImageFont.load_default(size)
     mask = Image.new("L", (PATCH + 4, PATCH + 4))
     _, top, _, bottom = font.getbbox("H", anchor="ls")
-    draw = ImageDraw.Draw(mask)
-    draw.text(
-        ((PATCH + 4) / 2, (PATCH + 4 - (bottom - top)) / 2 - top),
-        character,
-        255,
-        font,
-        "ms",
-        stroke_width=0.4 if bold else 0,
-    )
+    place = ((PATCH + 4) / 2, (PATCH + 4 - (bottom - top)) / 2 - top)
+    ImageDraw.Draw(mask).text(place, character, 255, font, "ms", stroke_width=0.4 if bold else 0)
     return mask
 
 
@@ -67,10 +60,7 @@ def _draw_paper(draw: ImageDraw.ImageDraw, things: tuple[Thing, ...], rng: rando
     (x0, y0, x1, _), (dx, dy) = things[0].cells, things[0].offset
     y1 = things[-1].cells[3]
     paper = rng.randint(238, 255)
-    draw.rectangle(
-        (PATCH * x0 + dx, PATCH * y0 + dy - 3, PATCH * x1 + dx - 1, PATCH * y1 + dy + 2),
-        (paper,) * 3,
-    )
+    draw.rectangle((PATCH * x0 + dx, PATCH * y0 + dy - 3, PATCH * x1 + dx - 1, PATCH * y1 + dy + 2), (paper,) * 3)
     for row in (y0 + 2, y1 - 2):
         for x in range(PATCH * x0 + dx + 12, PATCH * x1 + dx - 12, 8):
             draw.line((x, PATCH * row + dy + 8, x + 4, PATCH * row + dy + 8), (120,) * 3)

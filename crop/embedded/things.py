@@ -138,17 +138,14 @@ def build_receipt(rng: random.Random, hardness: float) -> tuple[Thing, ...]:
     width, x, y = 11, rng.randint(0, GRID - 11), rng.randint(0, GRID - rows - 5)
     offset = _jitter(rng, hardness)
 
-    def line(kind: str, row: int, word: str, value: str | None, text: str, start: int) -> Thing:
+    def line(kind: str, row: int, word: str, value: str | None, text: str) -> Thing:
         cells = (x, y + row, x + width, y + row + 1)
-        return Thing(kind, cells, offset, _letters(text, x + start, y + row), word=word, value=value)
+        return Thing(kind, cells, offset, _letters(text, x + 1, y + row), word=word, value=value)
 
     shop, month, day = rng.choice(SHOPS), rng.choice(MONTHS), str(rng.randint(1, 28))
-    things = [
-        line("shop", 0, shop, None, shop, 1),
-        line("date", 1, month, day, f"{day:>2} {month}", 1),
-    ]
+    things = [line("shop", 0, shop, None, shop), line("date", 1, month, day, f"{day:>2} {month}")]
     body = [("item", word, str(price)) for word, price in zip(rng.sample(ITEMS, rows), prices, strict=True)]
     for i, (kind, word, price) in enumerate([*body, ("total", "total", str(sum(prices)))]):
         # Row 2 and the row above the total stay blank: dashed rules are drawn there.
-        things.append(line(kind, 3 + i + (kind == "total"), word, price, f"{word:<7}{price:>2}", 1))
+        things.append(line(kind, 3 + i + (kind == "total"), word, price, f"{word:<7}{price:>2}"))
     return tuple(things)

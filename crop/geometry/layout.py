@@ -210,15 +210,8 @@ class VisionLayout:
         if plan.num_out:
             mean = np.add.reduceat(center, plan.offsets[:-1].numpy()) / plan.counts[:, None].numpy()
         leader = plan.leader.long()
-        return VisionLayout(
-            position=position,
-            center=torch.from_numpy(mean.astype(np.float32)),
-            row=self.row[leader],
-            col=self.col[leader],
-            view=self.view[leader],
-            kind=self.kind[leader],
-            num_original=self.num_original,
-        )
+        led = {name: getattr(self, name)[leader] for name in ("row", "col", "view", "kind")}
+        return replace(self, position=position, center=torch.from_numpy(mean.astype(np.float32)), **led)
 
 
 @lru_cache(maxsize=32)  # every call of a model lays out its pictures again

@@ -173,14 +173,8 @@ class PoolPlan:
         members = np.empty(len(token), dtype=np.int32)
         members[begin[cell] + np.arange(len(token)) - first[cell]] = token
         leader = leader[order]
-        return PoolPlan(
-            members=torch.from_numpy(members),
-            offsets=torch.from_numpy(offsets),
-            leader=torch.from_numpy(leader.astype(np.int32)),
-            level=torch.from_numpy(level.numpy()[leader]),
-            num_tokens=len(label),
-            check=False,
-        )
+        arrays = (members, offsets, leader.astype(np.int32), level.numpy()[leader])
+        return PoolPlan(*map(torch.from_numpy, arrays), num_tokens=len(label), check=False)
 
     @staticmethod
     def from_cells(cell: Tensor, leader: Tensor) -> PoolPlan:

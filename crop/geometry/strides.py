@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from crop.geometry.layout import VisionLayout
+from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 
 MAX_STRIDE = 16
@@ -57,7 +55,7 @@ def build_plan(layout: VisionLayout, level: Tensor, strides: tuple[int, int, int
 def count_groups(layout: VisionLayout, level: Tensor, stride: int) -> list[int]:
     """Cells inside, in the ring, outside, of newlines and of padding, with every patch pooled at ``stride``.
 
-    Groups never share cells, so the count for any strides is the sum of one entry per group; arguments as ``build_plan``.
+    Groups never share cells: the count for any strides is the sum of one entry per group. Arguments as ``build_plan``.
     """
     group, block = layout.group(level).numpy(), layout.block(stride).numpy()
     used = np.zeros((NUM_GROUPS, prod(layout.extent)), dtype=bool)

@@ -31,10 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Attention that the vision tokens of one image receive, one row per head.
+    """Attention that the N vision tokens of one image receive, one row per head.
 
     Args:
-        layout: where the N tokens are.
         question: (num_heads, N) float32, mean over the scoring rows.
         prior: (num_heads, N) float32, of the first text row after the image, which cannot know the
             question yet: habits of the model, such as sinks and a liking for late positions.
@@ -53,8 +52,7 @@ class AttentionLocalizer:
     ``find_region`` for what becomes of the attention.
 
     Args:
-        model: Hugging Face vision-language model of a supported family.
-        processor: its processor.
+        model: Hugging Face vision-language model of a supported family. processor: its processor.
         layer: decoder layer whose attention is read, 0 = first. None: a sixteenth of the depth, at least 1, which keeps the
             pass below 5 % of the prefill (see bench/README.md).
         prompt: as in ``encode``.
@@ -62,10 +60,7 @@ class AttentionLocalizer:
         skip_mlp: the feed-forward parts of the layers before run on the text alone, which saves most of the pass.
         rope: False scores by queries and keys without position; the layers before are as always.
         rows: the last text rows whose attention is averaged; they have read the whole question.
-        threshold: fraction of the peak from which tokens belong to the region, in (0, 1).
-        gap: boxes that share rows are joined over this many tokens, as words in a line.
-        max_boxes: boxes kept, the heaviest first.
-        dilate: tokens that every box grows on each side.
+        threshold, gap, max_boxes, dilate: as ``find_region``.
         min_confidence: below it the whole image is returned. Nearly all right regions of the embedded model reach the
             default, few of its wrong ones; other models may look at images in another way, and need another.
     Raises:

@@ -30,8 +30,7 @@ class Raster:
 
     @staticmethod
     def of(layout: VisionLayout, score: Tensor) -> Raster:
-        """The token grid of a layout of one view; of several views, the mean over those that see a place, at the finest
-        pitch among them.
+        """The token grid of a layout of one view; of several, the mean of those that see a place, at the finest pitch.
 
         Args:
             layout: N tokens, not pooled. score: (N,), not read where there is no patch; NaN counts as 0.
@@ -60,7 +59,11 @@ class Raster:
             dilate: places that every box grows on each side first.
         """
         height, width = self.values.shape
-        boxes = _merge([_grow(box, dilate, height, width) for box in _touching(chosen)], gap)
+        grown = [
+            (max(left - dilate, 0), max(top - dilate, 0), min(right + dilate, width), min(bottom + dilate, height))
+            for left, top, right, bottom in _touching(chosen)
+        ]
+        boxes = _merge(grown, gap)
         boxes.sort(key=lambda box: -self.values[box[1] : box[3], box[0] : box[2]].sum())
         return boxes[:max_boxes]
 
@@ -102,11 +105,7 @@ def box_settings(localizer: Any) -> dict[str, Any]:
 
 
 def check_ranges(op: str, settings: Any) -> None:
-    """Refuse box settings out of their ranges: what localizers that make boxes from scores check first.
-
-    Raises:
-        ValueError: ``threshold`` or ``min_confidence`` not in (0, 1); ``gap`` or ``dilate`` < 0; ``max_boxes`` < 1.
-    """
+    """ValueError unless threshold and min_confidence are in (0, 1), gap and dilate >= 0 and max_boxes >= 1."""
     for name in ("threshold", "min_confidence"):
         if not 0 < getattr(settings, name) < 1:
             raise ValueError(f"{op}: {name} must be in (0, 1), got {getattr(settings, name)}")
@@ -133,7 +132,9 @@ def find_region(
     Args:
         layout: N tokens, not pooled.
         score: (N,) float32 >= 0.
-        threshold, gap, max_boxes, dilate, min_confidence: see ``AttentionLocalizer``.
+        threshold: fraction of the peak from which tokens belong to the region, in (0, 1).
+        gap: boxes that share rows are joined over this many tokens, as words in a line.
+        max_boxes: boxes kept, the heaviest first. dilate: tokens that every box grows on each side.
     Returns:
         Region; its confidence is the share of the score in the boxes, corrected for chance:
         ``(share - area) / (1 - area)``. The whole image where that is below ``min_confidence``.
@@ -185,11 +186,6 @@ def _touching(mask: np.ndarray) -> list[TokenBox]:
 
 def _around(a: TokenBox, b: TokenBox) -> TokenBox:
     return (*map(min, a[:2], b[:2]), *map(max, a[2:], b[2:]))
-
-
-def _grow(box: TokenBox, by: int, height: int, width: int) -> TokenBox:
-    left, top, right, bottom = box
-    return max(left - by, 0), max(top - by, 0), min(right + by, width), min(bottom + by, height)
 
 
 def _merge(boxes: list[TokenBox], gap: int) -> list[TokenBox]:

@@ -28,12 +28,10 @@ class ClipLocalizer:
     less that to ``neutral``, exceeds the image's mean.
 
     Args:
-        model: ``CLIPModel`` or ``SiglipModel`` (or one of the same parts), in evaluation mode.
-        processor: its processor.
+        model: ``CLIPModel``, ``SiglipModel`` or one of the same parts, in evaluation mode. processor: its processor.
         neutral: text that fits every image; what is like it says nothing about the question.
         deviations: standard deviations above the mean from which a patch scores at all.
-        threshold: fraction of the smoothed peak from which patches belong to the region, in (0, 1).
-        gap, max_boxes, dilate, min_confidence: see ``find_region``.
+        threshold, gap, max_boxes, dilate, min_confidence: as ``find_region``.
     Raises:
         TypeError: a model without these parts. ValueError: a setting out of its range.
     Source: value path as in MaskCLIP (arXiv 2112.01071); the rest is own choice.
@@ -55,9 +53,9 @@ class ClipLocalizer:
         if vision is None or not hasattr(self.model, "get_text_features"):
             raise TypeError(f"ClipLocalizer: model must be a CLIP or SigLIP model, got {type(self.model).__name__}")
         if not (hasattr(vision, "head") or hasattr(self.model, "visual_projection")):
+            got = type(self.model).__name__
             raise TypeError(
-                "ClipLocalizer: model must have an attention-pooling head or a visual projection, "
-                f"got {type(self.model).__name__}"
+                f"ClipLocalizer: model must have an attention-pooling head or a visual projection, got {got}"
             )
 
     @staticmethod
@@ -86,13 +84,9 @@ class ClipLocalizer:
         model, processor = self.model, self.processor
         pixels = processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
         patches = self._patches(pixels.to(model.device, model.dtype))[0].float()
-        words = processor.tokenizer(
-            texts,
-            padding="max_length",  # as SigLIP was trained; CLIP masks it
-            truncation=True,
-            max_length=model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        )
+        length = model.config.text_config.max_position_embeddings  # padded to as SigLIP was trained; CLIP masks it
+        shape = {"padding": "max_length", "truncation": True, "max_length": length}
+        words = processor.tokenizer(texts, return_tensors="pt", **shape)
         found = model.get_text_features(**words.to(model.device))
         text = (found if isinstance(found, Tensor) else found.pooler_output).float()
         cosine = nn.functional.normalize(text, dim=-1) @ nn.functional.normalize(patches, dim=-1).mT

@@ -40,10 +40,9 @@ MAX_WORDS = 4
 def noun_phrases(question: str) -> list[str]:
     """What the question names: runs of words that are neither function words nor attributes asked for.
 
-    Args:
-        question: plain English; other languages come out as one phrase.
-    Returns:
-        Phrases in lower case, in order, each once, each at most ``MAX_WORDS`` words (the last ones).
+    Phrases in lower case, in order, each once and at most ``MAX_WORDS`` words (the last ones). Questions that are not
+    English come out as one phrase.
+
     Source: own choice; a stop list instead of a tagger, so that nothing need be downloaded.
     """
     phrases: list[str] = []

@@ -58,7 +58,7 @@ class Head(nn.Module):
         self.register_buffer("calibration", torch.tensor([0.0, 1.0, 0.0, 0.0]))
 
     def see(self, vision: Tensor, place: Tensor) -> Tensor:
-        """The part that knows no question: (..., N, dim) image features and (N, 4 * OCTAVES) ``waves`` -> (..., N, width)."""
+        """The part that knows no question: (..., N, dim) features, (N, 4 * OCTAVES) ``waves`` -> (..., N, width)."""
         return self.vision(self.vision_norm(vision)) + self.place(place.to(vision.dtype))
 
     def read(self, text: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ class Head(nn.Module):
         return F.linear(around, self.order.weight.flatten(1), self.order.bias)
 
     def match(self, seen: Tensor, film: Tensor) -> Tensor:
-        """Logits of the tokens for Q questions about each image: ``see`` (B, N, width), ``read`` (B, Q, 2 * width) -> (B, Q, N)."""
+        """Logits (B, Q, N) of Q questions about each image, from ``see`` (B, N, width), ``read`` (B, Q, 2 * width)."""
         scale, shift = film.unsqueeze(2).chunk(2, -1)
         mixed = F.relu(torch.addcmul(shift, seen.unsqueeze(1), 1 + scale))
         return self.token(F.relu(self.hidden(mixed))).squeeze(-1)
@@ -135,16 +135,12 @@ class HeadLocalizer:
     The model runs up to the entrance of its decoder; with ``cache_vision`` the answer reuses that vision pass.
 
     Args:
-        model: vision-language model of a supported family.
-        processor: its processor.
+        model: vision-language model of a supported family. processor: its processor.
         head: trained for this model, e.g. by ``bench.training.head``; float32, moved to the model's device by the
             caller.
         prompt: as in ``encode``; the one the head was trained with.
         threshold: probability from which a token belongs to the region, in (0, 1).
-        gap: boxes that share rows are joined over this many tokens.
-        max_boxes: boxes kept, the heaviest first.
-        dilate: tokens that every box grows on each side.
-        min_confidence: below it the whole image is returned.
+        gap, max_boxes, dilate, min_confidence: as ``find_region``.
     Raises:
         ValueError, TypeError: an argument out of its range; a head of another width than the model; a family without
             an adapter.

@@ -25,10 +25,8 @@ class Stop(Exception):
 
 @torch.no_grad()
 def run_until_stop(base: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """One prefill that ends where a hook raises ``Stop``; the model is left as it was.
+    """One prefill of the model below the language-model head up to a hook that raises ``Stop``.
 
-    Args:
-        base: the multimodal model below the language-model head. inputs: what it is called with.
     Raises:
         RuntimeError: nothing raised ``Stop``.
     """
@@ -100,9 +98,6 @@ def embeddings(
 ) -> Embeddings:
     """The projected image features and the embedded text of one image and one question.
 
-    Args:
-        model: of a supported family. processor: its processor.
-        image, question, prompt: as in ``encode``.
     Raises:
         ValueError: the prompt holds more or fewer images than one, or no text after it. RuntimeError: as ``entering``.
     """

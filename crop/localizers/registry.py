@@ -97,9 +97,8 @@ def register_localizer(name: str, build: Build) -> None:
     if not name or name in _BUILT_IN:
         raise ValueError(f"register_localizer: name must be none of {', '.join(_BUILT_IN)}, got {name!r}")
     if not callable(build):
-        raise TypeError(
-            f"register_localizer: build must be a function of LocalizerArguments, got {type(build).__name__}"
-        )
+        got = type(build).__name__
+        raise TypeError(f"register_localizer: build must be a function of LocalizerArguments, got {got}")
     _registered[name] = build
 
 

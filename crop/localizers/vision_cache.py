@@ -20,11 +20,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class VisionCache:
-    """What ``cache_vision`` yields.
-
-    Args:
-        spans: start and stop of every run of tower and projector so far.
-    """
+    """What ``cache_vision`` yields: start and stop of every run of tower and projector so far."""
 
     spans: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
 
@@ -52,8 +48,6 @@ def cache_vision(model: nn.Module) -> Iterator[VisionCache]:
 
     Args:
         model: unmodified Hugging Face vision-language model of a supported family.
-    Yields:
-        VisionCache, with the time that the vision passes took.
     Raises:
         TypeError, ValueError: as ``patch`` for an unknown model. RuntimeError: the block is nested for one model.
     """

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from operator import attrgetter
+from typing import Any
 
 from torch import nn
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.methods.base import FeaturePooling, Method, PoolMode, Selection
+from crop.methods.base import FeaturePooling, Method, Selection
 from crop.methods.ilp import InnerLLMPruning
 
 
@@ -76,25 +77,11 @@ class Compose(Method):
             if not isinstance(getattr(self, name), Method):
                 raise TypeError(f"Compose: {name} must be a Method, got {getattr(self, name)!r}")
 
-    @property
-    def cuts(self) -> tuple[Method, ...]:
-        return self.ilp.cuts
-
-    @property
-    def layer(self) -> int | Literal["auto"] | None:
-        return self.ilp.layer
-
-    @property
-    def rows(self) -> Literal["text", "last"]:
-        return self.ilp.rows
-
-    @property
-    def rope(self) -> bool:
-        return self.ilp.rope
-
-    @property
-    def pool_mode(self) -> PoolMode:
-        return self.plc.pool_mode
+    cuts = property(attrgetter("ilp.cuts"))
+    layer = property(attrgetter("ilp.layer"))
+    rows = property(attrgetter("ilp.rows"))
+    rope = property(attrgetter("ilp.rope"))
+    pool_mode = property(attrgetter("plc.pool_mode"))
 
     def with_layer(self, default: int) -> Compose:
         """``ilp`` with ``default`` in the place of ``layer="auto"``."""

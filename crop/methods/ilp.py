@@ -20,12 +20,12 @@ class InnerLLMPruning(Method):
     ``budget`` keeps exactly ``keep`` tokens: those of the region, then of the ring, then the rest, by score within each
     tier; processor padding comes last. ``strict`` keeps exactly the tokens of the region, without scores.
 
-    FastV (arXiv 2403.06764) is ``InnerLLMPruning(keep, layer=2, rows="last")`` with the whole image
-    as region: one tier, ranked by the attention of the last row.
+    FastV (arXiv 2403.06764) is ``InnerLLMPruning(keep, layer=2, rows="last")`` with the whole image as region: one
+    tier, ranked by the attention of the last row.
 
     Args:
-        keep: float in (0, 1] = fraction of the image's original tokens, int >= 1 = token count;
-            tokens already pooled away count as pruned. Not used by "strict".
+        keep: float in (0, 1] = fraction of the image's original tokens, int >= 1 = token count; tokens already pooled
+            away count as pruned. Not used by "strict".
         mode: "budget" or "strict".
         layer: decoder layer at whose input tokens leave, >= 1; "auto": the family's default, 2 where that can score.
         rows: scoring queries, "text" (all after the image) or "last", see ``Method``.
@@ -74,14 +74,11 @@ class InnerLLMPruning(Method):
             raise TypeError(f"{op}: rope must be True or False, got {self.rope!r}")
 
     def select(self, layout: VisionLayout, region: Region) -> Selection | None:
-        """Tiers of the tokens of one image.
+        """Tiers of the tokens of one image as they reach ``layer``; None if every token stays.
 
-        Args:
-            layout: its tokens as they reach ``layer``.
-            region: what the question needs.
-        Returns:
-            Selection, or None if every token stays. Priorities in "budget" mode: 2 region, 1 ring, 0 rest, -1 padding;
-            all one higher where even padding is needed to fill the budget. In "strict" mode: 1 region, -1 all others.
+        Priorities in "budget" mode: 2 region, 1 ring, 0 rest, -1 padding; all one higher where even padding is needed
+        to fill the budget. In "strict" mode: 1 region, -1 all others.
+
         Raises:
             ValueError: ``keep`` is a token count larger than the image had.
         """

@@ -12,49 +12,27 @@ from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.geometry.strides import MAX_STRIDE, build_plan, check_strides, fit_strides
-from crop.methods.base import (
-    POOL_MODES,
-    Method,
-    PoolMode,
-    budget_of,
-    check_choice,
-    check_count,
-    check_keep,
-)
+from crop.methods.base import POOL_MODES, Method, PoolMode, budget_of, check_choice, check_count, check_keep
 
 
 @lru_cache(maxsize=64)
 def plan_by_strides(layout: VisionLayout, region: Region, ring: int, strides: tuple[int, int, int]) -> PoolPlan:
-    """``build_plan`` for the levels of a region; cached by value, hence shared: do not modify.
+    """``build_plan`` for a region and a ring of some tokens around it, at strides (inside, context, outside).
 
-    Args:
-        layout: the tokens of one image.
-        region: what the question needs.
-        ring: width of the ring in tokens.
-        strides: (inside, context, outside).
-    Returns:
-        PoolPlan over all tokens of ``layout``.
+    Cached by value, hence shared: do not modify.
     """
     return build_plan(layout, layout.levels(region, ring), strides)
 
 
 @lru_cache(maxsize=64)
 def plan_by_budget(layout: VisionLayout, region: Region, ring: int, budget: int) -> PoolPlan:
-    """Plan with exactly ``budget`` cells; cached by value, hence shared: do not modify.
+    """Plan with exactly ``budget`` cells, in [1, len(layout)]; cached by value, hence shared: do not modify.
 
-    The mildest strides that fit (``fit_strides``; 16 everywhere if none do) make a first plan. Its
-    cells are ranked by group (inside, ring, outside, newline, padding), then by the signed distance
-    of the leader to the region, then by reading order. Spare tokens split the first cells into
-    single tokens; the last cell touched gives up only as many members as are paid for, the nearest
-    first. If even stride 16 gives too many cells, the last ones are dropped.
+    The mildest strides that fit (``fit_strides``; 16 everywhere if none do) make a first plan. Its cells are ranked by
+    group (inside, ring, outside, newline, padding), then by the signed distance of the leader to the region, then by
+    reading order. Spare tokens split the first cells into single tokens; the last cell touched gives up only as many
+    members as are paid for, the nearest first. If even stride 16 gives too many cells, the last ones are dropped.
 
-    Args:
-        layout: the tokens of one image.
-        region: what the question needs.
-        ring: width of the ring in tokens.
-        budget: cells to end with, in [1, len(layout)].
-    Returns:
-        PoolPlan with ``budget`` cells.
     Source: own choice; splitting to single tokens widens the part seen at full resolution.
     """
     level = layout.levels(region, ring)
@@ -89,20 +67,18 @@ def plan_by_budget(layout: VisionLayout, region: Region, ring: int, budget: int)
 class PreLLMCompression(Method):
     """PLC: variable-ratio adaptive pooling before the language model, training-free.
 
-    The region is pooled at stride ``inside``, a ring around it at ``context``, the rest at
-    ``outside``. With ``keep`` the strides are picked instead, and the number of tokens is met
-    exactly (``plan_by_budget``).
+    The region is pooled at stride ``inside``, a ring around it at ``context``, the rest at ``outside``. With ``keep``
+    the strides are picked instead, and the number of tokens is met exactly (``plan_by_budget``).
 
     Args:
-        inside, context, outside: tokens per side of a cell, ascending in 1..16; to be left alone
-            when ``keep`` is given.
+        inside, context, outside: tokens per side of a cell, ascending in 1..16; left alone when ``keep`` is given.
         ring: width of the ring in tokens.
         mode: "distinct", "mean" or "max" of the members, see ``Method``.
         keep: None, a float in (0, 1] (fraction of the image's tokens) or an int >= 1 (tokens).
     Raises:
         ValueError, TypeError: an argument out of its range, or strides together with ``keep``.
-    Source: own choice; it stands where CROP (arXiv 2505.21233) has *learned* queries and must not
-        be credited with that paper's PLC figures.
+    Source: own choice; it stands where CROP (arXiv 2505.21233) has *learned* queries and must not be credited with that
+        paper's PLC figures.
     """
 
     inside: int = 1
@@ -133,13 +109,8 @@ class PreLLMCompression(Method):
         return self.mode
 
     def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
-        """Cells of one image.
+        """Cells of one image, none of whose tokens is pruned yet; None if every token would stay as it is.
 
-        Args:
-            layout: its tokens, none pruned yet.
-            region: what the question needs.
-        Returns:
-            PoolPlan, or None if every token would stay as it is.
         Raises:
             ValueError: ``keep`` is a token count larger than the image has.
         """

@@ -16,10 +16,8 @@ FLAT = 1e-3  # spread of cosine distances below which an image has nothing that 
 
 
 def distinctness(tokens: Tensor) -> Tensor:
-    """How unlike the mean of its image each token is.
+    """How unlike the mean of its image each of the tokens (N, D) is, N >= 1.
 
-    Args:
-        tokens: (N, D) of one image, N >= 1.
     Returns:
         (N,) float32 cosine distance to the mean, in standard deviations from the average distance.
     Source: own choice.

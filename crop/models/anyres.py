@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,24 +83,14 @@ def tiled_layout(config: Any, size: Sequence[int], most: int | None = None) -> V
             smaller = [int(center.shape[1] // ratio), int(center.shape[2] // ratio)]
             center = nn.functional.interpolate(center[None], smaller, mode="bilinear")[0]
     rows, columns = center.shape[1:]
-    if rows * columns == 0:  # too thin for a token: the rows' newlines are left
-        return stack_views([VisionLayout.grid(side, side), _newlines(rows)])
-    center = center.flip(0).permute(1, 2, 0).reshape(-1, 2)
-    return stack_views([VisionLayout.grid(side, side), _with_newlines(center, rows, columns, range(rows))])
-
-
-def _newlines(rows: int) -> VisionLayout:
-    """The newlines of rows without patches."""
-    column = VisionLayout.grid(max(rows, 1), 1)
-    return VisionLayout(
-        position=column.position[:rows],
-        center=column.center[:rows],
-        row=column.row[:rows],
-        col=column.col[:rows],
-        view=column.view[:rows],
-        kind=torch.full_like(column.kind[:rows], NEWLINE),
-        num_original=rows,
-    )
+    views = [VisionLayout.grid(side, side)]
+    if rows and columns:
+        center = center.flip(0).permute(1, 2, 0).reshape(-1, 2)
+        views.append(_with_newlines(center, rows, columns, range(rows)))
+    elif rows:  # too thin for a token: the rows' newlines are left
+        newlines = VisionLayout.grid(rows, 1)
+        views.append(replace(newlines, kind=torch.full_like(newlines.kind, NEWLINE)))
+    return stack_views(views)
 
 
 def _with_newlines(center: Tensor, rows: int, columns: int, ending: Sequence[int]) -> VisionLayout:

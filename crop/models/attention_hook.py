@@ -125,8 +125,10 @@ def call_with_lse(function: Callable[..., Any], query: Tensor, call: Callable[..
         What it returned; (batch, num_heads, rows) float32 natural log of the softmax denominators, None where the backend
         gives none.
     """
+    from transformers.integrations.flash_attention import flash_attention_forward
+
     lse: Tensor | None = None
-    if _is_flash(function):
+    if function is flash_attention_forward:
         found: list[Tensor] = []
         out = call(_asking(function, found))
         lse = found[-1] if found else None
@@ -151,12 +153,6 @@ class _Watch(TorchDispatchMode):
         if func in WATCHED:
             self.lse = out[1]
         return out
-
-
-def _is_flash(function: Callable[..., Any]) -> bool:
-    from transformers.integrations.flash_attention import flash_attention_forward
-
-    return function is flash_attention_forward
 
 
 def _asking(function: Any, found: list[Tensor]) -> Callable[..., Any]:

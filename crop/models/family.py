@@ -17,28 +17,16 @@ Placed = list[tuple[int, VisionLayout]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an adapter sees of one call that brings images.
+    """What a family sees of one call that brings images."""
 
-    Args:
-        config: configuration of the model.
-        ids: (samples, seq_len) token ids on the CPU, each sample once (before generate() repeats it for beams).
-        arguments: the call's arguments as the model's processor made them (pixel values, grids, sizes).
-        processor: the model's image processor, None where the caller gave none.
-        image_sizes: (width, height) of each original image, pixels; None where the caller gave none.
-    """
-
-    config: Any
-    ids: Tensor
-    arguments: Mapping[str, Any]
-    processor: Any = None
-    image_sizes: Sequence[Size] | None = None
+    config: Any  # configuration of the model
+    ids: Tensor  # (samples, seq_len) token ids on the CPU, each sample once (before generate() repeats it for beams)
+    arguments: Mapping[str, Any]  # the call's arguments as the model's processor made them (pixel values, grids, sizes)
+    processor: Any = None  # the model's image processor; None: the caller gave none
+    image_sizes: Sequence[Size] | None = None  # (width, height) of each original image, pixels; None: not given
 
     def argument(self, name: str) -> Any:
-        """An argument that this family cannot do without.
-
-        Raises:
-            ValueError: it is missing.
-        """
+        """An argument that this family cannot do without. ValueError: it is missing."""
         value = self.arguments.get(name)
         if value is None:
             raise ValueError(f"patch: {name} must be given with image tokens, got None")

@@ -70,11 +70,7 @@ def paligemma_images(prompt: Prompt) -> Placed:
 
 
 def refuse_class_token(config: Any) -> None:
-    """A class token among the vision features lies nowhere in the image.
-
-    Raises:
-        ValueError: the configuration keeps it.
-    """
+    """A class token among the vision features lies nowhere in the image. ValueError: the configuration keeps it."""
     strategy = getattr(config, "vision_feature_select_strategy", "default")  # ViP-LLaVA knows no other
     if config.vision_config.model_type == "clip_vision_model" and strategy == "full":
         raise ValueError(
@@ -87,14 +83,12 @@ def llava_check(config: Any, processor: Any, sizes: Sequence[Size] | None, whole
     """The processor decides which part of the image the tokens show."""
     if config.vision_config.model_type == "pixtral":
         return
-    if processor is None:
-        if not whole:
-            raise ValueError(
-                f"patch: processor must be given for {config.model_type!r} with a region, because it decides which part "
-                "of the image the tokens show, got None"
-            )
-        return
-    if sizes is None:
+    if processor is None and not whole:
+        raise ValueError(
+            f"patch: processor must be given for {config.model_type!r} with a region, because it decides which part of the "
+            "image the tokens show, got None"
+        )
+    if processor is not None and sizes is None:
         resize_crop_pad_view(processor, None)  # refuses now if it needs the size
 
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from crop.geometry.pooling import PoolPlan
 from crop.ops import launchers, reference
 from crop.ops.dispatch import use_backend
 from crop.ops.launchers import DTYPES, MODES
-
-if TYPE_CHECKING:
-    from crop.geometry.pooling import PoolPlan
 
 __all__ = ["adaptive_pool", "attention_mass", "compact", "region_topk", "select", "use_backend"]
 
@@ -76,14 +74,14 @@ def attention_mass(
     images = vision_index.shape[0]
     if sample is None and images != batch:
         raise ValueError(f"{op}: sample must be given unless images={images} equals batch={batch}, got None")
-    for name, tensor, dtypes, shape in (
-        ("sample", sample, _INTS, (images,)),
-        ("lse", lse, _FLOAT, (batch, heads, rows)),
-        ("visible_start", visible_start, _INTS, (batch,)),
-        ("visible_len", visible_len, _INTS, (batch, rows)),
-    ):
-        if tensor is not None:
-            _check(op, name, tensor, dtypes, shape, device)
+    if sample is not None:
+        _check(op, "sample", sample, _INTS, (images,), device)
+    if lse is not None:
+        _check(op, "lse", lse, _FLOAT, (batch, heads, rows), device)
+    if visible_start is not None:
+        _check(op, "visible_start", visible_start, _INTS, (batch,), device)
+    if visible_len is not None:
+        _check(op, "visible_len", visible_len, _INTS, (batch, rows), device)
     scale = dim**-0.5 if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale must be finite, got {scale}")

@@ -15,18 +15,10 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         ``native``: whether kernels were compiled at all; ``cuda``, ``cuda_archs``, ``nvcc``: the GPU part;
-        ``cpu_isas``,
-        ``cpu_isa``: instruction sets compiled and the one in use; ``compiler``; ``torch``, ``python``: versions.
+        ``cpu_isas``, ``cpu_isa``: instruction sets compiled and the one in use; versions of the others.
     """
-    info: dict[str, Any] = {
-        "native": dispatch.native is not None,
-        "cuda": False,
-        "cuda_archs": "",
-        "nvcc": "",
-        "cpu_isas": [],
-        "cpu_isa": "",
-        "compiler": "",
-    }
+    info: dict[str, Any] = {"native": dispatch.native is not None, "cuda": False, "cuda_archs": "", "nvcc": ""}
+    info |= {"cpu_isas": [], "cpu_isa": "", "compiler": ""}
     if dispatch.native is not None:
         info |= dispatch.native.build_info()
     return info | {"torch": torch.__version__, "python": platform.python_version()}

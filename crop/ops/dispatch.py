@@ -68,9 +68,9 @@ def _observed(args: tuple[Any, ...]) -> bool:
 def register(name: str, schema: str, twin: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register an operator; the decorated function launches the compiled kernel.
 
-    It receives the arguments of the schema and the ``Target``; the twin receives them by name. What the decorator returns
-    takes the arguments of the schema alone and goes through torch's dispatcher only where someone observes the call: for
-    a kernel of microseconds the dispatcher is the larger part.
+    It receives the arguments of the schema and the ``Target``; the twin receives the former by name. What the decorator
+    returns takes the arguments of the schema alone and goes through torch's dispatcher only where someone observes the
+    call: for a kernel of microseconds the dispatcher is the larger part.
     """
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"crop::{name}", fake, lib=library)

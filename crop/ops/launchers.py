@@ -76,7 +76,7 @@ def attention_mass(query, key, vision_index, sample, lse, scale, visible_start, 
     num_bytes = dispatch.native.attention_mass_scratch(target[0], sizes, lse is None)
     scratch = mass.new_empty(num_bytes, dtype=torch.uint8)
     lse = dense(lse)
-    pointers = [pointer(t) for t in (query, key, index, sample, lse, start, length, mass, scratch)]
+    pointers = map(pointer, (query, key, index, sample, lse, start, length, mass, scratch))
     layout = (sizes, query.stride()[:3], key.stride()[:3])
     raise_error(dispatch.native.attention_mass(*target, *pointers, num_bytes, *layout, scale, DTYPES[query.dtype]))
     return mass
@@ -101,7 +101,7 @@ def select(score, num_keep, weight, priority, index, target: Target) -> Tensor:
     if kept.numel() == 0:
         return kept
     score, weight, priority, index = dense(score), dense(weight), dense(priority), as_int64(index)
-    pointers = [pointer(t) for t in (score, weight, priority, index)]
+    pointers = map(pointer, (score, weight, priority, index))
     raise_error(dispatch.native.select(*target, *pointers, num_keep, kept.data_ptr(), *score.shape, width))
     return kept
 
@@ -178,7 +178,7 @@ def adaptive_pool(tokens, members, offsets, inverse, weight, mode, target: Targe
     out, saved = _pool_fake(tokens, members, offsets, inverse, weight, mode)
     if out.numel():
         weight = dense(weight)
-        pointers = [pointer(t) for t in (tokens, members, offsets, weight, out, saved)]
+        pointers = map(pointer, (tokens, members, offsets, weight, out, saved))
         sizes = (*tokens.shape, members.shape[0], out.shape[0], tokens.stride(0))
         raise_error(dispatch.native.adaptive_pool(*target, *pointers, *sizes, DTYPES[tokens.dtype], MODES[mode]))
     return out, saved

@@ -9,13 +9,12 @@ kept, C pooled tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from crop.geometry.pooling import PoolPlan
+from crop.geometry.pooling import PoolPlan
 
 __all__ = ["adaptive_pool", "attention_mass", "compact", "region_topk", "select"]
 
@@ -250,8 +249,7 @@ def adaptive_pool(
 
     Args:
         tokens: (num_tokens, D) float32, bfloat16 or float16; unit last stride, any row stride.
-        plan: the groups; ``plan.num_tokens`` must equal num_tokens.
-        mode: "mean", "weighted" or "max".
+        plan: the groups of num_tokens tokens. mode: "mean", "weighted" or "max".
         weight: (num_tokens,) float32, for "weighted" only. Not validated: IEEE arithmetic decides.
     Returns:
         (plan.num_out, D), dtype of ``tokens``, contiguous.

@@ -301,9 +301,11 @@ def _ends(images: Sequence[ImagePlan], valid: Tensor, filled: Tensor) -> list[in
     """Pooled position behind the last image, per sample."""
     ends = [0] * len(filled)
     for image in images:
-        end = int(image.pooled.position[-1]) + 1
-        if image.by_features is not None:  # a stand-in's last token may stand before text among the image's tokens
-            end = filled.shape[1] - int(valid[image.sample, int(image.layout.position[-1]) + 1 :].sum())
+        end = int(image.layout.position[-1]) + 1
+        if (
+            filled is not valid
+        ):  # pooled: packed to the right; text may stand between the last token that is left and the end
+            end = filled.shape[1] - int(valid[image.sample, end:].sum())
         ends[image.sample] = max(ends[image.sample], end)
     return ends
 

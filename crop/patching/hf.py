@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -202,11 +202,15 @@ def capacity_of(cache: Any) -> int | None:
     return getattr(cache.layers[0], "max_cache_len", None) if getattr(cache, "layers", None) else None
 
 
-def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """The language model's output with other hidden states."""
+def with_hidden(output: Any, change: Callable[[Tensor, int | None], Tensor]) -> Any:
+    """The language model's output with other hidden states: ``change(hidden, layer behind which they are)``, None: the norm."""
     if isinstance(output, tuple):
-        return (hidden, *output[1:])
-    output.last_hidden_state = hidden
+        return (change(output[0], None), *output[1:])
+    states = getattr(output, "hidden_states", None)
+    if states is not None:
+        layers = [*range(-1, len(states) - 2), None]
+        output.hidden_states = tuple(change(hidden, layer) for hidden, layer in zip(states, layers, strict=True))
+    output.last_hidden_state = change(output.last_hidden_state, None)
     return output
 
 

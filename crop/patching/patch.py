@@ -49,7 +49,7 @@ def patch(
         region: where the question looks: one Region per image or video, in prompt order over the whole batch, None for a
             whole one; one alone serves a single image. None: every image whole.
         processor: the model's processor (or image processor). Needed by families whose token geometry it decides
-            unless every region is whole.
+            unless every region is whole, and always where text stands between tiles (Idefics3, SmolVLM).
         image_size: (width, height) of the original image, pixels, or one per image. Needed where the processor crops,
             pads or cuts into tiles.
         positions: "original": every token keeps its position ids, a pooled one takes those of its cell's leader;

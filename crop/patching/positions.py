@@ -1,8 +1,4 @@
-"""Position ids of tokens that stay: their own, or renumbered without gaps.
-
-Both are arithmetic on the ids that the model made, one axis (rotary embeddings of a line) or three (time, height,
-width), so that no family needs code of its own.
-"""
+"""Position ids of tokens that stay: their own, or renumbered without gaps; one axis or three, no family needs code of its own."""
 
 from __future__ import annotations
 

@@ -104,3 +104,13 @@ def cut(state: ForwardState, layer: int, step: PruneStep, scores: Tensor) -> tup
     restore = slot_of if here.kept_index is None else look_up(slot_of, here.kept_index)
     merges = type(step.method).merge is not Method.merge
     return kept, LayerState(tokens, kept_index, slot_of, restore_index=restore, merge=merge if merges else None)
+
+
+def restore(state: ForwardState, hidden: Tensor, layer: int) -> Tensor:
+    """Hidden states behind ``layer`` at the pooled length: dropped tokens as they went into their cut."""
+    for first, here in sorted(state.layers.items(), reverse=True):
+        if first <= layer and here.hidden_before is not None:
+            index = here.restore_index.to(hidden.device)
+            kept = ops.compact([hidden], index)[0]
+            hidden = torch.where((index >= 0).unsqueeze(-1), kept, here.hidden_before.to(hidden.device))
+    return hidden

@@ -1,4 +1,4 @@
-"""Every operator on named shapes: the call, the check of a result against the definition, and the least work it takes."""
+"""Every operator on named shapes: the call, the check of its result by the definition, the least work it takes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Cut:
         return 0.0 if error < 2e-6 * (4 + float(self.lse.abs().max())) else error
 
     def moved_error(self, result: tuple[Tensor, Tensor]) -> float:
-        """1 for wrong rows or order, else the share of tokens that differ from the exact choice away from its threshold."""
+        """1 for wrong rows or order, else the share of tokens chosen wrongly, those at the threshold aside."""
         kept, moved = result
         chosen = torch.zeros_like(self.mass, dtype=torch.bool).scatter_(1, kept, True)
         threshold = self.mass.topk(self.keep, 1).values[:, -1:]

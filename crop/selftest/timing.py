@@ -37,7 +37,6 @@ def interleave(
     """Time every contender once per round, in turn, so that a busy machine slows all of them alike.
 
     Args:
-        contenders: name -> call without arguments.
         rounds: timed rounds. warmup: untimed ones. repeat: calls per timing, for work of microseconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}

@@ -24,6 +24,7 @@ def case(peer: torch.Tensor, pause: float = 0.0):
     return cpu.Case("op", "shape", "float32", lambda: torch.ones(3), {"peer": call}, torch.equal, 1.0)
 
 
+@pytest.mark.fast
 def test_a_wrong_contender_is_not_timed() -> None:
     with pytest.raises(SystemExit, match="op shape float32: peer disagrees with crop"):
         cpu.measure(case(torch.zeros(3)), 2, 1.0, time.perf_counter)
@@ -35,6 +36,7 @@ def test_rounds_end_after_some_seconds_but_not_before_the_fifth(limit: float, ro
     assert row["rounds"] == rounds and row["met"] == "yes" and row["ratio"] > 1
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", CASES)
 def test_cases_hold_what_crop_and_torch_compute(name: str) -> None:
     """Every case on small tensors: crop exactly, plain torch up to its rounding, and a wrong result noticed."""

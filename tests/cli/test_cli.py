@@ -96,6 +96,7 @@ def test_a_tower_that_the_localizer_ran_counts_as_vision(capsys, image):
     assert seconds["vision"] >= 0.2 and seconds["total"] == pytest.approx(sum(seconds[stage] for stage in STAGES[:-1]))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("method, after_plc, after_ilp", [("plc", 64, 64), ("ilp", 256, 64), ("none", 256, 256)])
 def test_methods(capsys, image, method, after_plc, after_ilp):
     words = ["ask", image, QUESTION.text, "--json", "--method", method, "--keep", "0.25"]
@@ -104,6 +105,7 @@ def test_methods(capsys, image, method, after_plc, after_ilp):
     assert found["localizer"] == "box" and found["overlay"] is None and found["compare"] is None
 
 
+@pytest.mark.fast
 def test_given_regions(capsys, image):
     two = ["--region", "0.1,0.2,0.3,0.4", "--region", "0.5,0.5,1.2,0.9"]
     found = json.loads(run(capsys, "ask", image, QUESTION.text, "--json", *two)[0])
@@ -275,11 +277,13 @@ def test_demo_writes_its_pictures_and_prints_a_table(capsys, tmp_path):
         assert part in " ".join(out.split())
 
 
+@pytest.mark.fast
 def test_info_prints_what_was_built(capsys):
     out, _ = run(capsys, "info")
     assert "torch" in out and "native" in out
 
 
+@pytest.mark.fast
 def test_version_and_help_teach(capsys):
     for words in (["--version"], ["--help"], ["ask", "--help"], ["demo", "--help"]):
         with pytest.raises(SystemExit) as ended:

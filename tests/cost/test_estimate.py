@@ -45,6 +45,7 @@ METHODS = [
 ]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("method", METHODS, ids=["ilp", "plc", "both"])
 def test_counts_are_those_of_the_run(prompt: tuple[Any, dict[str, Any]], method: crop.Method) -> None:
     model = prompt[0]
@@ -62,6 +63,7 @@ def test_counts_are_those_of_the_run(prompt: tuple[Any, dict[str, Any]], method:
     assert predicted.after.flops < predicted.before.flops
 
 
+@pytest.mark.fast
 def test_flops_by_hand(prompt: tuple[Any, dict[str, Any]]) -> None:
     model, inputs = prompt
     config = model.config.text_config
@@ -74,6 +76,7 @@ def test_flops_by_hand(prompt: tuple[Any, dict[str, Any]]) -> None:
     assert predicted.before.flops == per_layer * config.num_hidden_layers
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("speed", "prunes"), [(SLOW_MATRICES, True), (SLOW_HOOKS, False), (SLOW_STEPS, False)])
 def test_advice_follows_the_speed(
     prompt: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, speed: Speed, prunes: bool
@@ -113,6 +116,7 @@ def test_localizer_must_be_earned_back(prompt: tuple[Any, dict[str, Any]], monke
     assert free.prune and not dear.prune and "localizer" in dear.advice
 
 
+@pytest.mark.fast
 def test_speed_is_interpolated() -> None:
     speed = Speed(**FREE | dict(matrices=(1.0, 2.0, 4.0, 16.0)))
     layer = LayerGeometry(weights=3, num_heads=1, num_kv_heads=1, head_dim=1)

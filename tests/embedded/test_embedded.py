@@ -32,6 +32,7 @@ def words(text: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
+@pytest.mark.fast
 @pytest.mark.parametrize("picture", things.PICTURES)
 def test_scene_is_a_function_of_its_seed(picture):
     one, two, other = (
@@ -51,6 +52,7 @@ def test_unknown_picture_raises():
         scenes.scene(1, picture="map")
 
 
+@pytest.mark.fast
 def test_questions_are_well_formed_and_every_kind_occurs():
     kinds, vocabulary = set(), set(embedded_model.spoken_words())
     for seed in range(60):
@@ -148,6 +150,7 @@ def test_training_reads_words_as_the_tokenizer_does(carried):
                 assert encoder(text) == tokenizer(text)["input_ids"][1:], text
 
 
+@pytest.mark.fast
 def test_prompt_and_tidy():
     assert embedded.prompt("Where is the RED circle?") == "<image> where is the red circle ?"
     assert embedded.tidy("1 2 may") == "12 may" and embedded.tidy(" top  left ") == "top left"
@@ -243,6 +246,7 @@ def test_answers_live_in_their_regions(carried, sample):
     assert rates["region alone"] > rates["all"] - 0.1, rates
 
 
+@pytest.mark.fast
 def test_generate_answers_through_the_public_path(carried):
     scene = scenes.scene(HELD_OUT, picture="receipt")
     questions = [q for q in scene.questions if q.local][:4]

@@ -71,6 +71,7 @@ def test_requests_come_back_in_order(lmms, method, localizer, size):
         assert answers == embedded.answer(model.asker.model, model.asker.processor, images, texts)
 
 
+@pytest.mark.fast
 def test_what_is_not_supported_is_refused(lmms):
     with pytest.raises(ValueError, match="by_name: name must be one of crop, .*got 'magic'"):
         lmms.CropModel("embedded", "magic", 0.1, "whole", "cpu")

@@ -123,6 +123,7 @@ def test_later_layers_and_the_head_never_run(family):
     assert ran == [0, 1]
 
 
+@pytest.mark.fast
 @families(THOROUGH)
 @attentions
 def test_the_model_is_left_as_it_was(family, attention):

@@ -18,7 +18,7 @@ from crop.localizers import (
 from crop.localizers.boxes import Raster
 from tests.support.families.entry import ATTENTIONS
 
-pytestmark = pytest.mark.usefixtures("one_thread", "flash")
+pytestmark = pytest.mark.fast
 attentions = pytest.mark.parametrize("attention", ATTENTIONS)
 
 

@@ -8,6 +8,8 @@ from PIL import Image
 from crop.geometry.region import Region
 from crop.localizers import BoxLocalizer, CascadeLocalizer, UnionLocalizer
 
+pytestmark = pytest.mark.fast
+
 PICTURE = Image.new("RGB", (8, 8))
 SURE, UNSURE = Region.box(0, 0, 0.5, 0.5, 0.9), Region.box(0.5, 0.5, 1, 1, 0.3)
 WHOLE = Region.whole(0.4, "nothing found")

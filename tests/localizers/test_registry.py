@@ -26,12 +26,14 @@ pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 attentions = pytest.mark.parametrize("attention", ATTENTIONS)
 
 
+@pytest.mark.fast
 def test_given_and_whole():
     region = Region.box(0.1, 0.2, 0.3, 0.4, confidence=0.7)
     assert BoxLocalizer(region)(PICTURE, "?") is region
     assert WholeLocalizer()(PICTURE, "?").is_whole
 
 
+@pytest.mark.fast
 def test_get_localizer():
     region = Region.box(0, 0, 0.5, 0.5)
     assert get_localizer("box", region=region)(PICTURE, "?") == region

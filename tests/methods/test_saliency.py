@@ -15,6 +15,8 @@ from crop.methods import PreLLMCompression
 from crop.methods.saliency import FARTHEST, distinctness, saliency_weights
 from crop.patching.batch_plan import BatchPlan, plan_batch
 
+pytestmark = pytest.mark.fast
+
 
 def planned(layouts: list[tuple[int, VisionLayout]], real: torch.Tensor, region: Region, **strides):
     return plan_batch(PreLLMCompression(**strides), layouts, [region] * len(layouts), real)

@@ -27,12 +27,14 @@ BOX = Region.box(0.1, 0.1, 0.5, 0.6)
 ILP = InnerLLMPruning(keep=0.3, layer=2)
 
 
+@pytest.mark.fast
 def test_readme_lists_what_the_contract_runs_over():
     assert readme_table.now()[1] == readme_table.table(), (
         "README.md is behind: run `python -m tests.support.readme_table`"
     )
 
 
+@pytest.mark.fast
 def test_every_adapter_is_in_the_contract():
     assert {get_config(name).model_type for name in FAMILIES} == set(ADAPTERS)
 
@@ -70,6 +72,7 @@ def test_old_transformers(version, monkeypatch):
             pass
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["internvl", "idefics3"])
 def test_tiles_need_processor_and_size(name):
     model, make = build_model(name), FAMILIES[name].processor
@@ -90,6 +93,7 @@ def test_one_tile_is_the_whole_image():
     assert stats.tokens_before == [16] and stats.tokens_after_ilp == [8]
 
 
+@pytest.mark.fast
 def test_masks_beyond_causal():
     gemma, pali = build_model("gemma3"), build_model("paligemma")
     for model in (gemma, pali):

@@ -13,6 +13,8 @@ from tests.support.families.entry import PATCH
 from tests.support.families.squares import LLAVA_GRID
 from tests.support.processors import image_processor
 
+pytestmark = pytest.mark.fast
+
 SIZES = [(320, 320), (500, 300), (300, 500), (403, 267)]
 
 

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crop import ops
 from crop.geometry.pooling import PoolPlan
 
+pytestmark = pytest.mark.fast
+
 X = torch.arange(24.0).view(1, 6, 4)
 INDEX = torch.tensor([[0, 2, 5]])
 PLAN = PoolPlan.identity(6)

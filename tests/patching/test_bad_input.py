@@ -114,7 +114,7 @@ def test_other_families():
     unknown.config.model_type = "kosmos-2"
     with pytest.raises(
         ValueError,
-        match=r"patch: model_type must be one of .*llava.*qwen2_5_vl.*got 'kosmos-2'.*one ModelFamily in crop/models",
+        match=r"patch: model_type must be one of .*llava.*qwen2_5_vl.*got 'kosmos-2'.*one ModelFamily .crop/models/README.md",
     ):
         patch(unknown, ILP).__enter__()
     for thing in (None, "llava", torch.nn.Linear(2, 2)):

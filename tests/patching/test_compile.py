@@ -1,4 +1,4 @@
-"""Compiled layers inside a block: right, whole outside of the tap, and not compiled again for another region."""
+"""Compiled layers inside a block: right, whole outside of the attention hook, and not compiled again for another region."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REGIONS = (Region.box(0.1, 0.1, 0.5, 0.5), Region.box(0.4, 0.4, 0.9, 0.9), Regio
 
 @families(THOROUGH)
 def test_compiled_layers(family):
-    """Compiled before the block, as servers do it; the only breaks are those at the tap of the scoring layer."""
+    """Compiled before the block, as servers do it; the only breaks are those at the attention hook of the scoring layer."""
     model, batch = build_model(family), standard_batch(family, "single", 1)
     wanted = []
     for region in REGIONS:
@@ -38,6 +38,8 @@ def test_compiled_layers(family):
             torch.testing.assert_close(got, logits, atol=ATOL, rtol=0)
             broken |= set(counters["graph_break"])
             compiled.append(counters["frames"]["total"])
-    assert broken and all("torch.compiler.disable" in reason and "tap.<locals>" in reason for reason in broken)
+    assert broken and all(
+        "torch.compiler.disable" in reason and "attention_hook.<locals>" in reason for reason in broken
+    )
     assert compiled[0] > 0 and compiled[-1] == 0  # the second run adds what the first left to be interpreted
     torch._dynamo.reset()

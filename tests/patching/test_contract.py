@@ -244,6 +244,7 @@ def test_flash_stays_dense(family, images, name, flash):
     assert sum(stats.tokens_after_ilp) < sum(stats.tokens_before)
 
 
+@pytest.mark.fast
 @matrix("name", list(METHODS))
 @families(THOROUGH)
 def test_outputs_keep_their_shape(family, name):

@@ -111,6 +111,7 @@ def test_beams_contain_the_oracles_scores(family, padding, name):
         assert abs(total / len(tokens) - score) < ATOL  # length penalty 1
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["budget", "compose"])
 @families(THOROUGH)
 def test_several_draws(family, name):

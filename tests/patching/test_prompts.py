@@ -39,6 +39,7 @@ attentions = matrix("attention", ATTENTIONS)
 methods_ = matrix("name", list(METHODS))
 
 
+@pytest.mark.fast
 @matrix("kind", ["resize", "crop", "pad"])
 @matrix("size", [(50, 40), (40, 60)])
 def test_llava_processors(kind, size):

@@ -128,9 +128,10 @@ def test_second_image_is_cut_elsewhere(layers):
 
 
 WRONG = {
+    "auto": (ValueError, "stages must name their layers, got layer='auto'", (InnerLLMPruning(0.5),)),
     "no stage": (ValueError, "stages must have one or more layers that ascend, got \\[\\]", ()),
-    "order": (ValueError, r"ascend, got \[3, 2\]", (InnerLLMPruning(0.5, layer=3), InnerLLMPruning(0.2))),
-    "twice": (ValueError, r"ascend, got \[2, 2\]", (InnerLLMPruning(0.5), InnerLLMPruning(0.2))),
+    "order": (ValueError, r"ascend, got \[3, 2\]", (InnerLLMPruning(0.5, layer=3), InnerLLMPruning(0.2, layer=2))),
+    "twice": (ValueError, r"ascend, got \[2, 2\]", (InnerLLMPruning(0.5, layer=2), InnerLLMPruning(0.2, layer=2))),
     "no method": (TypeError, "methods of one cut each, got 0.5", (0.5,)),
     "pooling": (TypeError, "methods of one cut each, got PreLLM", (PreLLMCompression(),)),
 }  # fmt: skip

@@ -137,28 +137,6 @@ def test_two_models_in_two_threads():
         assert_unchanged(before[family], get_model(family, "sdpa"))
 
 
-def test_one_model_in_two_threads():
-    """A second call while the first one runs would get its regions: refused."""
-    model, batch = get_model("llava", "sdpa"), standard_batch("llava", "single", 1)
-    inside, done = threading.Event(), threading.Event()
-
-    def wait(*_):
-        inside.set()
-        done.wait(30)
-
-    with patched(model, METHODS["plc"], batch, regions_of(batch)):
-        handle = model.model.language_model.layers[1].register_forward_pre_hook(wait)
-        thread = threading.Thread(target=model, kwargs=batch.inputs)
-        thread.start()
-        inside.wait(30)
-        handle.remove()
-        with pytest.raises(RuntimeError, match="one call at a time must run on a patched model"):
-            model(**batch.inputs)
-        done.set()
-        thread.join()
-        model(**batch.inputs)
-
-
 @pytest.mark.parametrize("place", ["q_proj", "o_proj"])
 @families(THOROUGH)
 def test_interrupted_and_used_again(family, place):

@@ -41,12 +41,7 @@ class Neighbours:
 
 
 def neighbours(boxes: np.ndarray, texts: list[str]) -> Neighbours:
-    """Labels and blocks of a page.
-
-    Args:
-        boxes: (num_lines, 4) x0, y0, x1, y1, any unit.
-        texts: what the lines say.
-    """
+    """Labels and blocks of a page, from boxes (num_lines, 4) x0, y0, x1, y1 of its lines, any unit, and their texts."""
     count = len(boxes)
     x0, y0, x1, y1 = boxes.T
     height = y1 - y0
@@ -92,9 +87,7 @@ def amounts_of(text: str) -> list[float]:
 def outline(boxes: np.ndarray) -> np.ndarray:
     """(num_lines, len(OUTLINE)) float64: what is known of lines that nobody has read yet, their place and size.
 
-    Args:
-        boxes: (num_lines, 4) x0, y0, x1, y1, any unit. All figures are relative to what the lines cover together.
-    Source: own choice.
+    All figures are relative to what the lines, (num_lines, 4) in any unit, cover together. Source: own choice.
     """
     if not len(boxes):
         return np.zeros((0, len(OUTLINE)))
@@ -119,10 +112,7 @@ def features(
     """(num_lines, len(FEATURES)) float64, each of the order of 1.
 
     Args:
-        question: read.
-        boxes: (num_lines, 4) in sides of the image.
-        texts: what the lines say.
-        beside: ``neighbours`` of the page.
+        boxes: (num_lines, 4) in sides of the image. texts: what the lines say. beside: their ``neighbours``.
         asked: (width,) embedding of the question.
         meanings: (num_lines, width) embeddings of the lines.
         examples: (num_examples, width) embeddings of ``question.kind.examples``.
@@ -141,9 +131,8 @@ def features(
         above = np.where(beside.above >= 0, values[beside.above], 0)
         return np.maximum(left, 0.8 * above)
 
-    meaning = meanings @ asked
-    found["meaning"] = meaning
-    found["label meaning"] = of_label(meaning)
+    found["meaning"] = meanings @ asked
+    found["label meaning"] = of_label(found["meaning"])
     lines = [words_of(text) for text in texts]
     recall, precision = _overlap(question.words, lines)
     found["words"] = recall
@@ -159,9 +148,7 @@ def features(
     wordy = np.array([sum(map(str.isalpha, text)) >= 4 for text in texts])
     rank = np.array([(wordy & (order < place)).sum() for place in order])
     found["first"] = wordy / (1 + rank)
-    top, bottom = y0.min(), y1.max()
-    middle = (y0 + y1) / 2
-    found["top"] = np.exp(-4 * (middle - top) / (bottom - top))
+    found["top"] = np.exp(-4 * ((y0 + y1) / 2 - y0.min()) / (y1.max() - y0.min()))
     found["height"] = np.clip(height / np.median(height), 0, 3) - 1
     sums = [amounts_of(text) for text in texts]
     largest = np.array([max(values, default=0.0) for values in sums])

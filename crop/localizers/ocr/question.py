@@ -75,13 +75,7 @@ _WORD = re.compile(r"[^\W\d_]+|\d+", re.U)
 
 @dataclass(frozen=True)
 class Question:
-    """A question as the ranking sees it.
-
-    Args:
-        text: as asked.
-        kind: of the answer.
-        words: content words in lower case; the words a question always has are left out.
-    """
+    """A question as the ranking sees it: kind of its answer, content words in lower case."""
 
     text: str
     kind: Kind
@@ -89,7 +83,7 @@ class Question:
 
     @staticmethod
     def of(text: str) -> Question:
-        """Read a question."""
+        """Read a question; the words a question always has are left out."""
         kind = next((kind for kind in KINDS if kind.cue.search(text)), OTHER)
         every = words_of(text)
         content = [word for word in every if word not in _STOP] or every

@@ -44,7 +44,7 @@ class Weights:
         return Weights(*({kind: np.array(row) for kind, row in stored[name].items()} for name in STAGES))
 
     def expect(self, question: Question, boxes: np.ndarray) -> np.ndarray:
-        """(num_lines,) float64 probability of every line to answer, by its place alone; boxes: (num_lines, 4), any unit."""
+        """(num_lines,) float64 probability of every line to answer, by place alone; boxes: (num_lines, 4), any unit."""
         return logistic(outline(boxes), self.place.get(question.kind.name, self.place[OTHER]))
 
     def rank(self, question: Question, table: np.ndarray, beside: Neighbours) -> np.ndarray:
@@ -62,9 +62,7 @@ def logistic(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def with_support(table: np.ndarray, found: np.ndarray, beside: Neighbours) -> np.ndarray:
     """The features, and the ``SUPPORT`` that each line gets from the probabilities of those directly above and below.
 
-    Returns:
-        (num_lines, len(FEATURES) + len(SUPPORT)): the better of both sides; the worse, high inside a block; the best of
-        those that the text runs on to or from.
+    It is the better of both; the worse, high inside a block; the best of those that the text runs on to or from.
     """
     over, on = beside.over, beside.over & beside.unfinished[:, None]
     above, below, joined = (np.where(side, found, 0).max(1, initial=0) for side in (over.T, over, on | on.T))

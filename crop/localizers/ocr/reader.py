@@ -92,13 +92,7 @@ class Reader:
         self._engine = _engine(threads)
 
     def detect(self, image: Image) -> Page:
-        """The page of an image, its lines perhaps not read yet.
-
-        Args:
-            image: RGB.
-        Returns:
-            Page, the same object for the same pixels.
-        """
+        """The page of an RGB image, its lines perhaps not read yet; the same object for the same pixels."""
         key = hashlib.sha256(repr((image.size, self.side, self.max_lines)).encode() + image.tobytes()).hexdigest()
         page = self._pages.pop(key, None) or self._load(key) or Page(image.size, self._quads(image))
         page.notes["key"] = key

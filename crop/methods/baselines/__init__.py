@@ -1,6 +1,7 @@
 """Peers to compare with: plain controls and published methods, as methods of this package.
 
-Each was written from its paper; what departs from it stands in the class. None looks at the region.
+Each was written from its paper; what departs from it stands in the class. None looks at the region. ``keep`` is a
+fraction in (0, 1] or a token count (of ``pyramid_drop`` a fraction).
 
     controls                      before the decoder           inside it
     random    RandomTokens        visionzip    VisionZip       fastv         InnerLLMPruning(rows="last")

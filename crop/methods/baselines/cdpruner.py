@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from crop.methods.base import Assignment, Features
-from crop.methods.baselines.features import ByFeatures, unit
+from crop.methods.baselines.budget import ByFeatures, unit
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,6 @@ class CDPruner(ByFeatures):
 
     The kernel is ``diag(r) S diag(r)`` with cosine similarity S and relevance r; greedy MAP.
 
-    Args:
-        keep: fraction in (0, 1] or count.
     Source: CDPruner (arXiv 2506.10967); greedy MAP by incremental Cholesky (arXiv 1709.05135). Departure: relevance is
         the cosine between a token and the mean embedding of the text after the image, scaled to [0, 1], where the paper
         has a CLIP text encoder.

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from crop.geometry.layout import PADDING, VisionLayout
 from crop.geometry.pooling import PoolPlan
-from crop.geometry.region import Region
-from crop.methods.base import Method, budget_of, check_keep
+from crop.methods.baselines.budget import Budgeted
 
 
 def even_cells(layout: VisionLayout, count: int) -> Tensor:
@@ -20,10 +19,8 @@ def even_cells(layout: VisionLayout, count: int) -> Tensor:
 
     Every view gets its share by size; in it, bands of rows are cut into equally wide pieces.
 
-    Args:
-        layout: N tokens. count: in [1, N].
     Returns:
-        (N,) int64 cell of each token, each of [0, count) used.
+        (N,) int64 cell of each token, each of [0, count) used; count must be in [1, N].
     Source: own choice.
     """
     label = np.empty(len(layout), dtype=np.int64)
@@ -47,65 +44,38 @@ def even_cells(layout: VisionLayout, count: int) -> Tensor:
     return torch.from_numpy(label)
 
 
-@dataclass(frozen=True)
-class _Control(Method):
-    keep: float | int = 0.11
+def pooled(layout: VisionLayout, label: Tensor) -> PoolPlan:
+    """Tokens of one label share a cell, those of a negative one leave."""
+    return PoolPlan.from_labels(label, layout.row, layout.col, torch.zeros(len(layout), dtype=torch.uint8))
 
-    def __post_init__(self) -> None:
-        check_keep(type(self).__name__, self.keep)
 
-    def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
-        """Cells of one image; None if all tokens stay. Raises ValueError for a count beyond the image's."""
-        count = budget_of(type(self).__name__, self.keep, layout)
-        if count == len(layout):
-            return None
-        level = torch.zeros(len(layout), dtype=torch.uint8)
-        return PoolPlan.from_labels(self._label(layout, count), layout.row, layout.col, level)
-
-    def _label(self, layout: VisionLayout, count: int) -> Tensor:
-        raise NotImplementedError
+def kept_alone(layout: VisionLayout, kept: Tensor) -> PoolPlan:
+    """Tokens ``kept`` (n,) stay as they are, the others leave."""
+    return pooled(layout, torch.full((len(layout),), -1).scatter_(0, kept, kept))
 
 
 @dataclass(frozen=True)
-class RandomTokens(_Control):
-    """Keep random tokens, the same ones for equal seeds and sizes; padding only where nothing else is left.
+class RandomTokens(Budgeted):
+    """Keep random tokens, the same for equal seeds and sizes; padding where nothing else is left. Source: control."""
 
-    Args:
-        keep: fraction in (0, 1] or count. seed: of the choice.
-    Source: control.
-    """
+    seed: int = 0  # of the choice
 
-    seed: int = 0
-
-    def _label(self, layout: VisionLayout, count: int) -> Tensor:
+    def pool(self, layout: VisionLayout, count: int) -> PoolPlan:
         noise = torch.rand(len(layout), generator=torch.Generator().manual_seed(self.seed))
-        kept = (noise + (layout.kind == PADDING)).argsort()[:count]
-        return torch.full((len(layout),), -1).scatter_(0, kept, kept)
+        return kept_alone(layout, (noise + (layout.kind == PADDING)).argsort()[:count])
 
 
 @dataclass(frozen=True)
-class AveragePooling(_Control):
-    """Average cells of nearly equal size and shape over the whole image.
+class AveragePooling(Budgeted):
+    """Average cells of nearly equal size and shape over the whole image. Source: control."""
 
-    Args:
-        keep: fraction in (0, 1] or count.
-    Source: control.
-    """
-
-    def _label(self, layout: VisionLayout, count: int) -> Tensor:
-        return even_cells(layout, count)
+    def pool(self, layout: VisionLayout, count: int) -> PoolPlan:
+        return pooled(layout, even_cells(layout, count))
 
 
 @dataclass(frozen=True)
-class UniformGrid(_Control):
-    """Keep the middle token of each cell that ``AveragePooling`` would average.
+class UniformGrid(Budgeted):
+    """Keep the middle token of each cell that ``AveragePooling`` would average. Source: control."""
 
-    Args:
-        keep: fraction in (0, 1] or count.
-    Source: control.
-    """
-
-    def _label(self, layout: VisionLayout, count: int) -> Tensor:
-        level = torch.zeros(len(layout), dtype=torch.uint8)
-        kept = PoolPlan.from_labels(even_cells(layout, count), layout.row, layout.col, level).leader.long()
-        return torch.full((len(layout),), -1).scatter_(0, kept, kept)
+    def pool(self, layout: VisionLayout, count: int) -> PoolPlan:
+        return kept_alone(layout, pooled(layout, even_cells(layout, count)).leader.long())

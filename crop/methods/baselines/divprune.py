@@ -7,15 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from crop.methods.base import Assignment, Features
-from crop.methods.baselines.features import ByFeatures, unit
+from crop.methods.baselines.budget import ByFeatures, unit
 
 
 @dataclass(frozen=True)
 class DivPrune(ByFeatures):
     """Keep the most diverse tokens: each next one is the farthest from those chosen.
 
-    Args:
-        keep: fraction in (0, 1] or count.
     Source: DivPrune (arXiv 2503.02175), greedy max-min of cosine distance; the first is the token farthest from its
         nearest neighbour.
     """

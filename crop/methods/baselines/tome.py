@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from crop.methods.base import Assignment, Features
-from crop.methods.baselines.features import ByFeatures, unit
+from crop.methods.baselines.budget import ByFeatures, unit
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,6 @@ class TokenMerging(ByFeatures):
 
     In a round every other token proposes to the most similar token of the other half; the best proposals merge.
 
-    Args:
-        keep: fraction in (0, 1] or count.
     Source: ToMe (arXiv 2210.09461), bipartite soft matching with averages weighted by size. Departures: all rounds take
         place once, after the projector, on projected features, and a round merges as many as it can.
     """

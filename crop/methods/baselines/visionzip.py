@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from crop import ops
 from crop.methods.base import Assignment, Features
-from crop.methods.baselines.features import ByFeatures, unit
+from crop.methods.baselines.budget import ByFeatures, unit
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 
@@ -22,14 +22,12 @@ class VisionZip(ByFeatures):
 
     Contextual tokens are spread evenly over the rest in reading order; every other token joins the most similar one.
 
-    Args:
-        keep: fraction in (0, 1] or count. contextual: share of the kept tokens that are contextual, in [0, 1).
     Source: VisionZip (arXiv 2412.04467), training-free. Departures: similarity of projected features, not of the
         tower's keys; the share is 10 of 64 at every budget; a tower without a class token ranks by the mean attention
         over all its tokens.
     """
 
-    contextual: float = 10 / 64
+    contextual: float = 10 / 64  # share of the kept tokens that are contextual, in [0, 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

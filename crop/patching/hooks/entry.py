@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from crop.models.attention_hook import attention_hook
 from crop.patching import hf
-from crop.patching.batch_plan import BatchPlan
 from crop.patching.context import ModelHook, PatchContext, hook, replace_method
 from crop.patching.current import CALL, GENERATION
 from crop.patching.state import ForwardState, GenerationState
 from crop.patching.stats import PrefillStats, mark
+
+HOST = torch.device("cpu")  # planning waits for nothing
 
 
 class EntryHook(ModelHook):
@@ -111,24 +112,15 @@ class EntryHook(ModelHook):
         if self.planner.makes_masks:
             state.input_valid = hf.caller_mask(arguments)
             state.prefix = self.family.traits.mask == "prefix" and hf.sees_whole_prompt(arguments)
-        plan = self._plan(state, arguments, generation)
-        if plan is not None and (plan.pool is not None or plan.prunes):
+        given, copies = (None, 1) if generation is None else (generation.arguments, generation.copies)
+        start = mark(HOST)
+        plan = self.planner.plan(arguments, given, copies)
+        if plan is None:  # no image
+            return
+        state.stats = PrefillStats(plan, len(self.layers))
+        state.stats.add_span("plan", start, mark(HOST))
+        if plan.pool is not None or plan.prunes:
             state.plan = plan
-
-    def _plan(
-        self, state: ForwardState, arguments: Mapping[str, Any], generation: GenerationState | None
-    ) -> BatchPlan | None:
-        """The plan of a call, noted; None: it holds no image."""
-        ids = hf.token_ids(arguments)
-        start = None if ids is None else mark(ids.device)
-        if generation is None:
-            plan = self.planner.plan(arguments)
-        else:
-            plan = self.planner.plan(arguments, generation.arguments, generation.copies)
-        if plan is not None:
-            state.stats = PrefillStats(plan, len(self.layers))
-            state.stats.add_span("plan", start, mark(ids.device))
-        return plan
 
     def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         state = self.context.call

@@ -21,6 +21,7 @@ from crop.patching.context import ModelHook, hook
 from crop.patching.feature_pooling import settle
 from crop.patching.masks import pooled_valid
 from crop.patching.positions import close_gaps, given_ids, own_ids
+from crop.patching.scoring import restore
 from crop.patching.state import ForwardState, LayerState, gather_positions
 from crop.patching.stats import mark
 from crop.patching.token_map import TokenMap
@@ -157,12 +158,16 @@ class PoolingHook(ModelHook):
         if state.cache is not None:
             self._store(state)
         pool = state.plan.pool
-        if pool is None:
-            return None
 
-        # Members of a cell share its output; padding takes whatever stands first (masked everywhere).
-        slot = pool.slot_of.to(output[0].device).clamp(min=0).unsqueeze(-1)
-        return hf.with_hidden(output, output[0].gather(1, slot.expand(-1, -1, output[0].shape[-1])))
+        def at_input_length(hidden: Tensor, behind: int | None) -> Tensor:
+            hidden = hidden if behind is None else restore(state, hidden, behind)
+            if pool is None:
+                return hidden
+            # Members of a cell share its output; padding takes whatever stands first (masked everywhere).
+            slot = pool.slot_of.to(hidden.device).clamp(min=0).unsqueeze(-1)
+            return hidden.gather(1, slot.expand(-1, -1, hidden.shape[-1]))
+
+        return hf.with_hidden(output, at_input_length)
 
     def _store(self, state: ForwardState) -> None:
         """Attach to the cache what was pruned."""

@@ -20,7 +20,7 @@ from crop.patching.context import ModelHook, PatchContext, hook, replace_method
 from crop.patching.hooks.pooling import spread
 from crop.patching.masks import gather, key_positions, pad_columns
 from crop.patching.positions import given_ids
-from crop.patching.scoring import cut, score
+from crop.patching.scoring import cut, restore, score
 from crop.patching.state import ForwardState, LayerState
 from crop.patching.stats import mark
 from crop.patching.token_map import look_up
@@ -163,14 +163,7 @@ class PruningHook(ModelHook):
         state = self.context.call
         if state is None:
             return None
-        # Dropped tokens come out as they went into their cut; callers see the length they put in.
-        hidden = args[0]
-        for _, here in sorted(state.layers.items(), reverse=True):
-            if here.hidden_before is not None:
-                restore = here.restore_index.to(hidden.device)
-                kept = ops.compact([hidden], restore)[0]
-                hidden = torch.where((restore >= 0).unsqueeze(-1), kept, here.hidden_before.to(hidden.device))
-        return (hidden, *args[1:])
+        return (restore(state, args[0], len(self.layers) - 1), *args[1:])
 
 
 def _fit_recurrent(here: LayerState, mask: Tensor | None) -> Tensor | None:
