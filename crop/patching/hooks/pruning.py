@@ -102,11 +102,7 @@ class PruningHook(ModelHook):
             call.mask = here.fitted(
                 call.mask,
                 ("mask", index in self.recurrent, self.windows[index]),
-                lambda mask: (
-                    _fit_recurrent(here, mask)
-                    if index in self.recurrent
-                    else self._fit_mask(state, here, index, call.hidden, mask)
-                ),
+                lambda mask: self._fit_mask(state, here, index, call.hidden, mask),
             )
         if here.kept_index is not None or here.position_ids is not None and index:
             call.rotary = here.fitted(call.rotary, "rotary", lambda old: self._fit_rotary(here, call.hidden, old))
@@ -143,6 +139,8 @@ class PruningHook(ModelHook):
         self, state: ForwardState, here: LayerState, index: int, hidden: Tensor, mask: Tensor | None
     ) -> Tensor | None:
         """A mask for what a layer holds: made over input tokens by the multimodal model, else over pooled ones."""
+        if index in self.recurrent:
+            return _fit_recurrent(here, mask)
         batch, queries = hidden.shape[:2]
         maps = [state.pooled, here.tokens] if self.planner.makes_masks else [here.tokens]
         past, added = (
