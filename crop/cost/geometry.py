@@ -20,6 +20,14 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class State:
+    """What a recurrent layer (gated delta rule) carries on in the place of keys and values."""
+
+    size: int  # elements of the matrices of all heads, float32
+    inputs: int  # elements of the inputs that its convolution still sees
+
+
+@dataclass(frozen=True)
 class LayerGeometry:
     """One decoder layer.
 
@@ -33,6 +41,7 @@ class LayerGeometry:
     head_dim: int
     window: int | None = None  # tokens that a query sees at most, itself included; None: all before it
     experts: Experts | None = None  # of a mixture; None in a dense layer
+    state: State | None = None  # of a recurrent layer; None where there is attention
 
     @property
     def active_weights(self) -> int:
@@ -46,13 +55,18 @@ class LayerGeometry:
     def attention_flops(self, length: int) -> float:
         """Of both products of causal attention: half of the square, less what lies outside the window.
 
-        Windows follow original positions, so that after a cut this is what they let through at most.
+        Windows follow original positions, so that after a cut this is what they let through at most. Of a recurrent layer,
+        what every token does to each element: decay (1), read, write and query (2 each); kernels that work in chunks do more.
         """
+        if self.state is not None:
+            return 7.0 * self.state.size * length
         outside = 0 if self.window is None else max(length - self.window, 0)
         return 2.0 * self.num_heads * self.head_dim * (length * length - outside * outside)
 
     def kv_bytes(self, length: int, element_size: int) -> int:
         """Of the keys and values that the cache keeps; a sliding layer's keeps what the next token will see."""
+        if self.state is not None:
+            return 4 * self.state.size + element_size * self.state.inputs
         held = length if self.window is None else min(length, self.window - 1)
         return 2 * self.num_kv_heads * self.head_dim * element_size * held
 
@@ -81,8 +95,15 @@ class DecoderGeometry:
         for number, layer in enumerate(language_model.layers):
             dense, experts = _matrices(layer, config)
             window = config.sliding_window if kinds[number] == "sliding_attention" else None
-            layers.append(shared(dense, heads, kv_heads, head_dim, window, experts))
+            state = _state(config) if kinds[number] == "linear_attention" else None
+            layers.append(shared(dense, heads, kv_heads, head_dim, window, experts, state))
         return DecoderGeometry(config.hidden_size, tuple(layers))
+
+
+def _state(config: Any) -> State:
+    keys, values = config.linear_key_head_dim, config.linear_value_head_dim
+    width = 2 * config.linear_num_key_heads * keys + config.linear_num_value_heads * values
+    return State(config.linear_num_value_heads * keys * values, width * config.linear_conv_kernel_dim)
 
 
 def _matrices(layer: nn.Module, config: Any) -> tuple[int, Experts | None]:

@@ -89,11 +89,13 @@ class DecoderTraits:
         deepstack_method: method of the language model, (hidden_states, vision mask, features), that adds vision features
             of further levels after its first layers; None: there is none.
         unrotated: kinds of layers (``layer_types``) whose queries and keys have no rotary embedding.
+        recurrent: kinds of layers that carry a state on in the place of keys: they cannot score, and what came in stays.
     """
 
     mask: Literal["causal", "image", "prefix"] = "causal"
     deepstack_method: str | None = None
     unrotated: tuple[str, ...] = ()
+    recurrent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,10 @@ class ModelFamily:
         kinds = self.layer_kinds(config)
         return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
+    def recurrent_layers(self, config: Any) -> list[int]:
+        """Decoder layers that carry a state on."""
+        return [layer for layer, kind in enumerate(self.layer_kinds(config)) if kind in self.traits.recurrent]
+
     def masks_input(self, config: Any) -> bool:
         """Whether masks are made over all input tokens, because what a layer sees depends on where these stood."""
         return self.traits.mask != "causal" or any(window is not None for window in self.windows(config))
@@ -179,7 +185,7 @@ class ModelFamily:
             )
         if self.traits.mask == "causal":
             kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-            known = {"full_attention", "sliding_attention"}
+            known = {"full_attention", "sliding_attention", *self.traits.recurrent}
             other = sorted(set(kinds) - known) if kinds else f"sliding_window={window}" if window else None
             if other:
                 raise ValueError(
@@ -193,8 +199,14 @@ class ModelFamily:
         Args:
             config: of the language model. layers: where cuts by score are. total: tokens, those of the cache included.
         """
-        seen = self.windows(config)
+        seen, states = self.windows(config), self.recurrent_layers(config)
         for layer in layers:
+            if layer - 1 in states:
+                full = [number + 1 for number in self.scoring_layers(config) if number + 1 < len(seen)]
+                raise ValueError(
+                    f"patch: layer must follow a layer with attention, i.e. be one of {full}, got {layer}: layer "
+                    f"{layer - 1} is recurrent and cannot score"
+                )
             window = seen[layer - 1]
             if window is not None and total > window:
                 full = [number + 1 for number, width in enumerate(seen[:-1]) if width is None]

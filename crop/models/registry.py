@@ -23,6 +23,8 @@ _DEEPSTACK = DecoderTraits(deepstack_method="_deepstack_process")
 
 _COHERE = DecoderTraits(unrotated=("full_attention",))
 
+_GATED_DELTA = DecoderTraits(recurrent=("linear_attention",))
+
 _families: dict[str, ModelFamily] = {}
 
 
@@ -61,6 +63,8 @@ for _family in (
     ModelFamily("qwen2_5_vl", merged_images, tower="visual", videos=True),
     ModelFamily("qwen3_vl", merged_images, tower="visual", videos=True, traits=_DEEPSTACK),
     ModelFamily("qwen3_vl_moe", merged_images, tower="visual", videos=True, traits=_DEEPSTACK),
+    ModelFamily("qwen3_5", merged_images, tower="visual", videos=True, traits=_GATED_DELTA),
+    ModelFamily("qwen3_5_moe", merged_images, tower="visual", videos=True, traits=_GATED_DELTA),
     ModelFamily("smolvlm", idefics3_images, tiled_check, tower="vision_model", decoder="text_model"),
     ModelFamily("vipllava", llava_images, llava_check),
 ):

@@ -49,16 +49,31 @@ class Planner:
         self.language_model = self.family.language_model(model)
         config = self.language_model.config
         self.makes_masks = self.family.masks_input(config)
+        self._carries_states = bool(self.family.recurrent_layers(config))
         self.slides = self.makes_masks and self.family.traits.mask == "causal"  # the language model makes them
         self.method = method or Method()
         self.prunes = prunes(self.method)
         if self.prunes:  # else nothing can be wrong
             self.family.check_decoder(self.language_model)
             hf.refuse_decoder(self.family, config, self.positions, self.uniform)
+            self._check_recurrent(config)
         if any(cut.layer == "auto" for cut in self.method.cuts):
             self.method = self.method.with_layer(self.family.default_layer(config))
         check_method(self.method, len(self.language_model.layers))
         self._check_processor()
+
+    def _check_recurrent(self, config: Any) -> None:
+        """A state cannot give back what went into it, and the first attention layer tells how much that was."""
+        states, first = self.family.recurrent_layers(config), next(iter(self.family.scoring_layers(config)), 0)
+        early = [cut.layer for cut in self.method.cuts if cut.layer != "auto" and cut.layer <= first]
+        if states and self.uniform:
+            raise ValueError(
+                f"patch: {self.family.model_type!r}, whose layers carry states, needs cache='ragged', got cache='uniform'"
+            )
+        if states and early:
+            raise ValueError(
+                f"patch: layer must be > {first}, the first with attention, for {self.family.model_type!r}, got {early[0]}"
+            )
 
     def _check_processor(self) -> None:
         if self.family.check is None:
@@ -113,6 +128,13 @@ class Planner:
                 "tokens; score with positions, or process the whole conversation without a cache"
             )
         plan = plan_batch(self.method, images, regions, hf.valid_tokens(arguments, ids))
+        filled = plan.pool is None or plan.pool.filled is None
+        if past and not (filled and all(step.full for step in plan.prunes.values())) and self._carries_states:
+            # Fillers stand before the new tokens, where a state that is not empty decays.
+            raise ValueError(
+                "patch: images that follow a cache must leave equally many tokens in every sample where layers carry "
+                f"states ({self.family.model_type!r}), got a ragged batch; process the samples one by one"
+            )
         scored = [layer for layer, step in plan.prunes.items() if step.rows is not None]
         self.family.check_scoring(self.language_model.config, scored, past + ids.shape[1])
         return plan

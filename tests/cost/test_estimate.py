@@ -190,6 +190,24 @@ def test_windows_bound_attention_and_cache() -> None:
         assert layer.kv_bytes(length, 4) == sum(t.numel() * t.element_size() for t in (held.keys, held.values))
 
 
+def test_a_state_does_not_grow() -> None:
+    model, batch = build_model("qwen3_5"), standard_batch("qwen3_5", "single", 1)
+    layers = DecoderGeometry.of(model.model.language_model).layers
+    assert [layer.state is not None for layer in layers] == [True, False, True, False]
+    assert layers[0].attention_flops(20) == 2 * layers[0].attention_flops(10) == 7 * 4 * 8 * 8 * 20
+    assert layers[0].kv_bytes(10, 4) == layers[0].kv_bytes(20, 4)
+    cache = model(**batch.inputs, use_cache=True).past_key_values.layers[0]
+    held = [*_tensors(cache.conv_states), *_tensors(cache.recurrent_states)]
+    assert layers[0].kv_bytes(10, 4) == sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def _tensors(states: Any) -> list[torch.Tensor]:
+    """transformers 5.24 keeps several states of a layer by number."""
+    return (
+        [states] if isinstance(states, torch.Tensor) else list(states.values() if isinstance(states, dict) else states)
+    )
+
+
 def test_nothing_runs_and_text_alone_is_refused(
     prompt: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,6 +268,7 @@ CASES = {
     ),
     "qwen2_5_vl": merged(Qwen2VLImageProcessorPil(), transformers.Qwen2_5_VLConfig(), 14),
     "qwen3_vl": merged(Qwen2VLImageProcessorPil(patch_size=16), transformers.Qwen3VLConfig(), 16),
+    "qwen3_5": merged(Qwen2VLImageProcessorPil(patch_size=16), transformers.Qwen3_5Config(), 16),
     "qwen3_vl_moe": merged(Qwen2VLImageProcessorPil(patch_size=16), transformers.Qwen3VLMoeConfig(), 16),
     "glm4v": merged(Glm4vImageProcessorPil(), transformers.Glm4vConfig(), 14),
     "glm4v_moe": merged(Glm4vImageProcessorPil(), transformers.Glm4vMoeConfig(), 14),

@@ -217,8 +217,8 @@ def assert_stats(stats: Any, decisions: Sequence[Decision]) -> None:
 
 
 def cache_lengths(cache: Any) -> list[int]:
-    """Physical number of keys per layer."""
-    return [layer.keys.shape[-2] for layer in cache.layers]
+    """Physical number of keys per layer that holds any."""
+    return [layer.keys.shape[-2] for layer in cache.layers if hasattr(layer, "keys")]
 
 
 def expected_lengths(batch: Batch, decisions: Sequence[Decision], appended: int) -> list[int]:
@@ -226,6 +226,8 @@ def expected_lengths(batch: Batch, decisions: Sequence[Decision], appended: int)
     where nothing has left, and in a layer with a window no more than the next token may see."""
     oracle, lengths = get_oracle(batch.family), []
     for layer, kind in enumerate(oracle.kinds):
+        if kind not in ("full_attention", "sliding_attention"):
+            continue
         kept = [sum(map(len, decision.kept_at(layer))) for decision in decisions]
         held = [len(text_positions(s)) + count for s, count in zip(batch.samples, kept, strict=True)]
         whole = kept == [sum(map(len, sample.spans())) for sample in batch.samples]

@@ -337,8 +337,10 @@ class Oracle:
         return replace(decision.cut(cut.layer, kept), scores=scores, near_tie=near)
 
     def masses(self, sample: Sample, decision: Decision, cut: Any, fresh: Sequence[int]) -> list[tuple[float, ...]]:
-        """Attention mass of every cell of the images `fresh`, 0 where an earlier cut dropped it."""
+        """Attention mass of every cell of the images `fresh`, 0 where an earlier cut dropped it or nothing is attended."""
         weights, places = self.attention(sample, decision, cut)
+        if weights is None:
+            return [(0.0,) * len(decision.cells[number]) for number in fresh]
         weights, places = weights.double(), places.tolist()
         spans = [sample.spans()[number] for number in fresh]
         scoring = [row for row, place in enumerate(places) if place > max(span[-1] for span in spans)]

@@ -33,6 +33,7 @@ class PruningHook(ModelHook):
         super().__init__(context)
         config = self.language_model.config
         self.windows = self.family.windows(config)
+        self.recurrent = set(self.family.recurrent_layers(config))
         kinds = self.family.layer_kinds(config)
         asked = {one.layer - 1 for one in self.method.cuts if not one.rope}
         self.unrotated = {layer for layer in asked if kinds[layer] not in self.family.traits.unrotated}
@@ -45,6 +46,8 @@ class PruningHook(ModelHook):
         if self.family.traits.deepstack_method is not None:
             replace_method(self.language_model, self.family.traits.deepstack_method, self._add_level, undo)
         for one in self.method.cuts:
+            if one.layer - 1 in self.recurrent:
+                continue  # cannot score; refused where it would have to
             undo.enter_context(self._scoring(one.layer))
 
     def _step(self, layer: int) -> PruneStep | None:
@@ -98,7 +101,7 @@ class PruningHook(ModelHook):
         if pruned if self.planner.makes_masks else here.tokens is not None:
             call.mask = here.fitted(
                 call.mask,
-                ("mask", self.windows[index]),
+                ("mask", index in self.recurrent, self.windows[index]),
                 lambda mask: self._fit_mask(state, here, index, call.hidden, mask),
             )
         if here.kept_index is not None or here.position_ids is not None and index:
@@ -136,6 +139,8 @@ class PruningHook(ModelHook):
         self, state: ForwardState, here: LayerState, index: int, hidden: Tensor, mask: Tensor | None
     ) -> Tensor | None:
         """A mask for what a layer holds: made over input tokens by the multimodal model, else over pooled ones."""
+        if index in self.recurrent:
+            return _fit_recurrent(here, mask)
         batch, queries = hidden.shape[:2]
         maps = [state.pooled, here.tokens] if self.planner.makes_masks else [here.tokens]
         past, added = (
@@ -157,3 +162,11 @@ class PruningHook(ModelHook):
         if state is None:
             return None
         return (restore(state, args[0], len(self.layers) - 1), *args[1:])
+
+
+def _fit_recurrent(here: LayerState, mask: Tensor | None) -> Tensor | None:
+    """A layer that carries a state masks the tokens of its call alone; fillers before the first leave the state empty."""
+    if here.kept_index is None or (mask is None and here.tokens.full):
+        return mask
+    real = here.kept_index >= 0
+    return real if mask is None else real & mask.bool().gather(1, here.kept_index.clamp(min=0).to(mask.device))

@@ -91,6 +91,25 @@ def qwen3_vl_moe() -> Any:
     return transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **MARKERS)
 
 
+def hybrid_text() -> dict[str, Any]:
+    """Gated DeltaNet and full attention in turn, as every fourth layer of the real ones; a quarter of the head rotates."""
+    rope = dict(MROPE["rope_parameters"], partial_rotary_factor=0.25, mrope_section=[2, 1, 1])
+    return dict(MROPE, rope_parameters=rope, head_dim=32, layer_types=["linear_attention", "full_attention"] * 2,
+                linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+                linear_num_value_heads=4)  # fmt: skip
+
+
+def qwen3_5() -> Any:
+    vision = dict(QWEN_TOWER, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN, num_position_embeddings=64)
+    return transformers.Qwen3_5Config(text_config=hybrid_text(), vision_config=vision, **MARKERS)
+
+
+def qwen3_5_moe() -> Any:
+    vision = dict(QWEN_TOWER, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN, num_position_embeddings=64)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24)
+    return transformers.Qwen3_5MoeConfig(text_config=hybrid_text() | experts, vision_config=vision, **MARKERS)
+
+
 GLM_TOWER = dict(QWEN_TOWER, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN, image_size=32)
 GLM_MARKERS = dict(image_token_id=IMAGE, video_token_id=VIDEO, image_start_token_id=VISION_START,
                    image_end_token_id=VISION_END, video_start_token_id=95, video_end_token_id=MARK)  # fmt: skip
@@ -179,6 +198,7 @@ def padded(images: list[list[Image]]) -> dict[str, Tensor]:
     return {"pixel_values": full, "image_sizes": torch.cat([image.arguments["image_sizes"] for image in flat])}
 
 
+STATES = {"uniform": "whose layers carry states, needs cache='ragged', got cache='uniform'"}
 FAMILIES = {
     "pixtral": Family(
         "Pixtral", "LlavaForConditionalGeneration", pixtral, rows_image(PATCH), sizes=((24, 16), (16, 20)), join=padded
@@ -210,6 +230,18 @@ FAMILIES = {
     "qwen3_vl_moe_video": Family(
         "Qwen3-VL MoE, video, DeepStack", "Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe,
         film(True), types=vision_types, tower="visual",
+    ),
+    "qwen3_5": Family(
+        "Qwen3.5, images", "Qwen3_5ForConditionalGeneration", qwen3_5, patches_image, types=vision_types,
+        tower="visual", cuts=(2,), refuses=STATES,
+    ),
+    "qwen3_5_video": Family(
+        "Qwen3.5, video", "Qwen3_5ForConditionalGeneration", qwen3_5, film(True), types=vision_types,
+        tower="visual", cuts=(2,), refuses=STATES,
+    ),
+    "qwen3_5_moe": Family(
+        "Qwen3.5 MoE, images", "Qwen3_5MoeForConditionalGeneration", qwen3_5_moe, patches_image, types=vision_types,
+        tower="visual", cuts=(2,), refuses=STATES,
     ),
     "glm4v": Family(
         "GLM-4V, images", "Glm4vForConditionalGeneration", glm4v, patches_image, types=vision_types, tower="visual"

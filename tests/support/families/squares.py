@@ -47,7 +47,7 @@ def vipllava() -> Any:
         vision_config=transformers.CLIPVisionConfig(**TOWER, image_size=LLAVA_SIDE),
         text_config=transformers.LlamaConfig(**TEXT),
         image_token_index=IMAGE,
-        vision_feature_layer=[-2, 1],
+        vision_feature_layers=[-2, 1],
     )
 
 
