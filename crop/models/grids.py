@@ -30,11 +30,20 @@ def merged_images(prompt: Prompt) -> Placed:
 
 
 def pixtral_images(prompt: Prompt) -> Placed:
-    """Pixtral and Mistral 3: ``image_sizes`` holds the resized images; a break token stands between two rows."""
+    """Pixtral, Mistral 3, LightOnOCR: ``image_sizes`` holds the resized images, of which whole tokens are seen.
+
+    A break token stands between two rows, but in LightOnOCR.
+    """
     config = prompt.config
     side = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
     sizes = torch.as_tensor(prompt.argument("image_sizes")).tolist()
-    found = prompt.place([VisionLayout.grid(height // side, width // side) for height, width in sizes])
+    grids = [(height // side, width // side, height, width) for height, width in sizes]
+    found = prompt.place(
+        [
+            VisionLayout.grid(rows, columns, box=(0.0, 0.0, columns * side / width, rows * side / height))
+            for rows, columns, height, width in grids
+        ]
+    )
     return [(sample, _with_breaks(layout)) for sample, layout in found]
 
 

@@ -51,6 +51,7 @@ for _family in (
     ModelFamily("glm_ocr", merged_images, tower="visual"),
     ModelFamily("idefics3", idefics3_images, tiled_check, tower="vision_model", decoder="text_model"),
     ModelFamily("internvl", internvl_images, tiled_check),
+    ModelFamily("lighton_ocr", pixtral_images, tower="vision_encoder"),
     ModelFamily("llava", llava_images, llava_check),
     ModelFamily("llava_next", next_images),
     ModelFamily("llava_onevision", onevision_images),

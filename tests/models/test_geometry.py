@@ -28,6 +28,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3 import modeling_idefics3
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.internvl import modeling_internvl
+from transformers.models.lighton_ocr import modeling_lighton_ocr
 from transformers.models.llava_next import modeling_llava_next
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision import modeling_llava_onevision
@@ -224,6 +225,18 @@ def see_mistral3(size: tuple[int, int]) -> tuple:
     return see_pixtral(size, merge=2)
 
 
+def see_lighton_ocr(size: tuple[int, int]) -> tuple:
+    """Its processor resizes to whole patches, not to whole tokens, and writes no breaks."""
+    config = transformers.LightOnOcrConfig(vision_config=tower("PixtralVisionConfig", 224, 7))
+    processor = PixtralImageProcessorPil(size={"longest_edge": 217}, patch_size={"height": 7, "width": 7})
+    out = processor(coordinates(*size), return_tensors="pt")
+    height, width = out["image_sizes"][0].tolist()
+    colours = patch_colours(out["pixel_values"][0][:, :height, :width], processor, 7).flatten(0, 1)
+    merger = SimpleNamespace(spatial_merge_size=2, patch_size=7, merging_layer=torch.nn.Identity())
+    seen = modeling_lighton_ocr.LightOnOcrPatchMerger.forward(merger, colours, out["image_sizes"])
+    return config, processor, out, seen.view(-1, 3, 4).mean(-1), 0
+
+
 def see_square(config: Any, processor: Any, patch: int) -> Any:
     """Gemma 3 averages patches, which is what a mean over a larger patch does."""
 
@@ -279,6 +292,7 @@ CASES = {
         "Idefics3", Idefics3ImageProcessorPil(size={"longest_edge": 224}, max_image_size={"longest_edge": 56})
     ),
     "internvl": see_internvl,
+    "lighton_ocr": see_lighton_ocr,
     "llava_next": see_next,
     "llava_onevision": see_onevision,
     "llava_onevision, two images": lambda size: see_onevision(size, count=2),

@@ -172,6 +172,15 @@ def mistral3() -> Any:
     )
 
 
+def lighton_ocr() -> Any:
+    return transformers.LightOnOcrConfig(
+        vision_config=pixtral_tower(),
+        text_config=transformers.Qwen3Config(**TEXT, head_dim=8),
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
 def rows_image(side: int) -> Callable[[tuple[int, int], int, bool], Image]:
     """Rows of image tokens with a break between two and an end behind the last."""
 
@@ -186,6 +195,12 @@ def rows_image(side: int) -> Callable[[tuple[int, int], int, bool], Image]:
         return Image(tuple(ids), arguments, size)
 
     return image
+
+
+def unbroken_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    """Image tokens alone, of 2 x 2 patches each; an odd patch at the right or the bottom goes into none of them."""
+    image = rows_image(2 * PATCH)(size, seed, alone)
+    return Image(tuple(token for token in image.ids if token == IMAGE), image.arguments, size)
 
 
 def padded(images: list[list[Image]]) -> dict[str, Tensor]:
@@ -263,5 +278,9 @@ FAMILIES = {
     ),
     "mistral3": Family(
         "Mistral 3", "Mistral3ForConditionalGeneration", mistral3, rows_image(2 * PATCH), join=padded
+    ),
+    "lighton_ocr": Family(
+        "LightOnOCR", "LightOnOcrForConditionalGeneration", lighton_ocr, unbroken_image, sizes=((52, 32), (24, 44)),
+        join=padded, tower="vision_encoder",
     ),
 }  # fmt: skip
