@@ -52,42 +52,47 @@ def cache_vision(model: nn.Module) -> Iterator[VisionCache]:
         TypeError, ValueError: as ``patch`` for an unknown model. RuntimeError: the block is nested for one model.
     """
     family = family_of(model)
-    base = family.base(model)
-    shared = [family.vision_tower(base)]
-    if hasattr(base, "multi_modal_projector"):
-        shared.append(base.multi_modal_projector)
-    if any("forward" in vars(module) for module in shared):
-        raise RuntimeError("cache_vision: the vision tower's forward must not be replaced already, got a nested block")
+    shared = family.vision_modules(family.base(model))
+    if any(isinstance(module.forward, _Cached) for module in shared):
+        raise RuntimeError(
+            "cache_vision: a model must be in one block at a time, got a nested block; use the outer one"
+        )
     vision = VisionCache()
+    # What is placed on devices by accelerate has a forward of its own among its attributes already.
+    own = [vars(module).get("forward") for module in shared]
     try:
         for module in shared:
-            module.forward = _cached(module.forward, vision.spans)
+            module.forward = _Cached(module.forward, vision.spans)
         with shared_encoding():
             yield vision
     finally:
-        for module in shared:
+        for module, forward in zip(shared, own, strict=True):
             vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
 
-def _cached(forward: Callable[..., Any], spans: list[tuple[Any, Any]]) -> Callable[..., Any]:
-    """The function with a memory of its last call; ``spans`` takes start and stop of the calls that it makes."""
-    last: list[tuple[tuple[tuple, dict], Any]] = []
+@dataclass
+class _Cached:
+    """A function with a memory of its last call; ``spans`` takes start and stop of the calls that it makes."""
 
-    def cached(*args: Any, **kwargs: Any) -> Any:
+    forward: Callable[..., Any]
+    spans: list[tuple[Any, Any]]
+    last: list[tuple[tuple[tuple, dict], Any]] = field(default_factory=list)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+            return self.forward(*args, **kwargs)
         # Some families hand every keyword on to the tower, also the one that only the language model reads.
         seen = (args, {name: value for name, value in kwargs.items() if name != "use_cache"})
-        if not last or not _same(last[0][0], seen):
+        if not self.last or not _same(self.last[0][0], seen):
             device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), _CPU)
             start = mark(device)
-            last[:] = [(seen, forward(*args, **kwargs))]
-            spans.append((start, mark(device)))
-        output = last[0][1]
+            self.last[:] = [(seen, self.forward(*args, **kwargs))]
+            self.spans.append((start, mark(device)))
+        output = self.last[0][1]
         # Models write into the output object they get; the tensors in it stay as they are.
         return output if isinstance(output, Tensor) else copy.copy(output)
-
-    return cached
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -109,6 +109,8 @@ class ModelFamily:
             once what ``images`` could not do later. None: the family needs neither.
         tower: attribute of the multimodal model that holds the vision encoder.
         decoder: attribute of the multimodal model that holds the language model.
+        projector: attribute of the multimodal model that maps the tower's features to tokens, called once per forward;
+            None: the tower does it itself.
         videos: ``images`` places videos too; otherwise they are refused.
         traits: of the decoder.
     """
@@ -118,6 +120,7 @@ class ModelFamily:
     check: Callable[[Any, Any, Sequence[Size] | None, bool], None] | None = None
     tower: str = "vision_tower"
     decoder: str = "language_model"
+    projector: str | None = "multi_modal_projector"
     videos: bool = False
     traits: DecoderTraits = DecoderTraits()
 
@@ -133,12 +136,30 @@ class ModelFamily:
         return model.model if hasattr(model, "lm_head") else model
 
     def vision_tower(self, base: nn.Module) -> nn.Module:
-        """The image encoder."""
-        return getattr(base, self.tower)
+        """The image encoder. ValueError: the model has no such attribute."""
+        return self._part(base, "tower", self.tower)
+
+    def vision_modules(self, base: nn.Module) -> list[nn.Module]:
+        """What makes image features: the encoder and, where it is a module of its own, the projector behind it.
+
+        Raises:
+            ValueError: the model has no such attribute.
+        """
+        found = [self.vision_tower(base)]
+        return found if self.projector is None else [*found, self._part(base, "projector", self.projector)]
 
     def language_model(self, model: nn.Module) -> nn.Module:
-        """The decoder: has ``layers``, ``norm`` and ``config``."""
-        return getattr(self.base(model), self.decoder)
+        """The decoder: has ``layers``, ``norm`` and ``config``. ValueError: the model has no such attribute."""
+        return self._part(self.base(model), "decoder", self.decoder)
+
+    def _part(self, base: nn.Module, what: str, name: str) -> nn.Module:
+        found = getattr(base, name, None)
+        if found is None:
+            raise ValueError(
+                f"patch: {what} of family {self.model_type!r} must be an attribute of {type(base).__name__}, "
+                f"got {name!r}; it has {', '.join(dict(base.named_children()))}"
+            )
+        return found
 
     def layer_kinds(self, config: Any) -> list[str]:
         """What every decoder layer is, in transformers' words.

@@ -19,6 +19,10 @@ from crop.models.tiles import (
     tiled_check,
 )
 
+_VISUAL: dict[str, Any] = dict(tower="visual", projector=None)
+
+_IDEFICS: dict[str, Any] = dict(tower="vision_model", decoder="text_model", projector="connector")
+
 _DEEPSTACK = DecoderTraits(deepstack_method="_deepstack_process")
 
 _COHERE = DecoderTraits(unrotated=("full_attention",))
@@ -38,35 +42,34 @@ def families() -> dict[str, ModelFamily]:
     return dict(_families)
 
 
-ADAPTERS = _families
-
 for _family in (
     ModelFamily("aya_vision", downsampled_images, tiled_check, traits=_COHERE),
     ModelFamily("cohere2_vision", downsampled_images, tiled_check, traits=_COHERE),
     ModelFamily("fast_vlm", fast_vlm_images, llava_check),
     ModelFamily("gemma3", gemma3_images, traits=DecoderTraits(mask="image")),
-    ModelFamily("glm4v", merged_images, tower="visual"),
-    ModelFamily("glm46v", merged_images, tower="visual"),
-    ModelFamily("glm4v_moe", merged_images, tower="visual"),
-    ModelFamily("glm_ocr", merged_images, tower="visual"),
-    ModelFamily("idefics3", idefics3_images, tiled_check, tower="vision_model", decoder="text_model"),
+    ModelFamily("glm4v", merged_images, **_VISUAL),
+    ModelFamily("glm46v", merged_images, **_VISUAL),
+    ModelFamily("glm4v_moe", merged_images, **_VISUAL),
+    ModelFamily("glm_ocr", merged_images, **_VISUAL),
+    ModelFamily("idefics3", idefics3_images, tiled_check, **_IDEFICS),
     ModelFamily("internvl", internvl_images, tiled_check),
-    ModelFamily("lighton_ocr", pixtral_images, tower="vision_encoder"),
+    ModelFamily("lighton_ocr", pixtral_images, tower="vision_encoder", projector="vision_projection"),
     ModelFamily("llava", llava_images, llava_check),
     ModelFamily("llava_next", next_images),
     ModelFamily("llava_onevision", onevision_images),
     ModelFamily("mistral3", pixtral_images),
-    ModelFamily("ovis2", ovis2_images),
-    ModelFamily("paddleocr_vl", merged_images, tower="visual"),
+    # Its table is looked up twice in a forward, for images and for markers: one memory would serve neither.
+    ModelFamily("ovis2", ovis2_images, projector=None),
+    ModelFamily("paddleocr_vl", merged_images, tower="visual", projector="projector"),
     ModelFamily("paligemma", paligemma_images, traits=DecoderTraits(mask="prefix")),
     ModelFamily("perception_lm", perception_images, tiled_check),
-    ModelFamily("qwen2_vl", merged_images, tower="visual", videos=True),
-    ModelFamily("qwen2_5_vl", merged_images, tower="visual", videos=True),
-    ModelFamily("qwen3_vl", merged_images, tower="visual", videos=True, traits=_DEEPSTACK),
-    ModelFamily("qwen3_vl_moe", merged_images, tower="visual", videos=True, traits=_DEEPSTACK),
-    ModelFamily("qwen3_5", merged_images, tower="visual", videos=True, traits=_GATED_DELTA),
-    ModelFamily("qwen3_5_moe", merged_images, tower="visual", videos=True, traits=_GATED_DELTA),
-    ModelFamily("smolvlm", idefics3_images, tiled_check, tower="vision_model", decoder="text_model"),
+    ModelFamily("qwen2_vl", merged_images, **_VISUAL, videos=True),
+    ModelFamily("qwen2_5_vl", merged_images, **_VISUAL, videos=True),
+    ModelFamily("qwen3_vl", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
+    ModelFamily("qwen3_vl_moe", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
+    ModelFamily("qwen3_5", merged_images, **_VISUAL, videos=True, traits=_GATED_DELTA),
+    ModelFamily("qwen3_5_moe", merged_images, **_VISUAL, videos=True, traits=_GATED_DELTA),
+    ModelFamily("smolvlm", idefics3_images, tiled_check, **_IDEFICS),
     ModelFamily("vipllava", llava_images, llava_check),
 ):
     register_family(_family)

@@ -9,6 +9,7 @@ import crop
 from crop.cli.ask import load
 from crop.embedded import scenes
 from crop.localizers import CascadeLocalizer, UnionLocalizer
+from crop.models import family_of
 from tests.support.batches import standard_batch
 from tests.support.cases import count_vision_calls, families
 from tests.support.tiny_families import THOROUGH, build_model
@@ -37,16 +38,46 @@ def test_equal_images_run_once_and_answers_stay(family):
     assert len(again) == 2
 
 
-def test_the_projector_runs_once_too():
-    model = build_model("llava")
-    inputs, calls = standard_batch("llava", "single", 1).inputs, []
-    handle = model.model.multi_modal_projector.linear_1.register_forward_hook(lambda *_: calls.append(1))
+@families()
+def test_the_projector_runs_once_too(family):
+    model = build_model(family)
+    inputs, known, calls = standard_batch(family, "single", 1).inputs, family_of(model), []
+    beside = {name for name, _ in model.model.named_children()} - {known.tower, known.decoder, known.projector}
+    assert beside == ({"visual_embeddings_table"} if family == "ovis2" else set())
+    if known.projector is None:
+        pytest.skip("its tower projects itself, or what stands behind it is called more than once")
+    *_, projector = known.vision_modules(model.model)
+    below = next(part for part in projector.modules() if not list(part.children()) and list(part.parameters()))
+    handle = below.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         want = model(**inputs).logits
+        once = len(calls)
         with crop.cache_vision(model):
             assert torch.equal(model(**inputs).logits, want) and torch.equal(model(**inputs).logits, want)
     handle.remove()
-    assert len(calls) == 2  # once outside, once inside
+    assert once >= 1 and len(calls) == 2 * once  # outside, and once inside
+
+
+@pytest.mark.parametrize("place", ["on", "offload"])
+def test_models_placed_by_accelerate(place, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = build_model("llava")
+    inputs = standard_batch("llava", "single", 1).inputs
+    want = model(**inputs).logits
+    if place == "offload":
+        accelerate.disk_offload(model, str(tmp_path), torch.device("cpu"))
+    else:
+        for module in (model.model.vision_tower, model.model.multi_modal_projector):
+            accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook("cpu"))
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    before = [dict(vars(module)) for module in (tower, projector)]
+    assert place == "offload" or all("forward" in names for names in before)
+    with torch.no_grad(), count_vision_calls("llava", model) as calls:
+        with crop.cache_vision(model):
+            assert torch.equal(model(**inputs).logits, want) and torch.equal(model(**inputs).logits, want)
+        assert len(calls) == 1
+        model(**inputs)
+    assert len(calls) == 2 and before == [dict(vars(module)) for module in (tower, projector)]
 
 
 @families(THOROUGH)

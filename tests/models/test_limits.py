@@ -12,7 +12,7 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 
 from crop.geometry.region import Region
 from crop.methods import InnerLLMPruning
-from crop.models import ADAPTERS
+from crop.models import families
 from crop.patching.hf import refuse_transformers
 from crop.patching.patch import patch
 from tests.support import readme_table
@@ -36,7 +36,7 @@ def test_readme_lists_what_the_contract_runs_over():
 
 @pytest.mark.fast
 def test_every_adapter_is_in_the_contract():
-    assert {get_config(name).model_type for name in FAMILIES} == set(ADAPTERS)
+    assert {get_config(name).model_type for name in FAMILIES} == set(families())
 
 
 def refused(model: Any, message: str, inputs: dict | None = None, method: Any = ILP, region: Any = None, **more: Any):
@@ -46,7 +46,7 @@ def refused(model: Any, message: str, inputs: dict | None = None, method: Any = 
         with pytest.raises(ValueError, match=message):
             patch(model, method, region, **more).__enter__()
     else:
-        tower = ADAPTERS[model.config.model_type].vision_tower(model.model)
+        tower = families()[model.config.model_type].vision_tower(model.model)
         handle = tower.register_forward_pre_hook(lambda *_: entered.append(1))
         with patch(model, method, region, **more), pytest.raises(ValueError, match=message):
             model(**inputs)

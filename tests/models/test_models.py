@@ -1,5 +1,8 @@
 """Token geometry through the processors' own arithmetic: pictures whose pixels encode their own coordinates."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +10,12 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlavaConfig, Qwen2_5_VLConfig, Siglip2VisionConfig
 
 from crop.geometry.layout import PADDING, VisionLayout
-from crop.models import ADAPTERS, Prompt, family_of
+from crop.models import Prompt, families, family_of
 from crop.models.fixed import resize_crop_pad_view
 from tests.support.families.entry import PATCH
 from tests.support.families.squares import LLAVA_GRID
 from tests.support.processors import image_processor
+from tests.support.tiny_families import build_model
 
 pytestmark = pytest.mark.fast
 
@@ -72,7 +76,7 @@ def test_qwen_tokens_look_where_the_layout_says(size):
     out = processor(coordinates(*size), return_tensors="pt")
     config = Qwen2_5_VLConfig()
     ids = torch.full((1, int(out["image_grid_thw"].prod()) // 4), config.image_token_id)
-    ((sample, layout),) = ADAPTERS["qwen2_5_vl"].images(Prompt(config, ids, out))
+    ((sample, layout),) = families()["qwen2_5_vl"].images(Prompt(config, ids, out))
     # Rows of pixel_values are 14 x 14 patches, two frames deep, four to a token.
     patches = out["pixel_values"].view(len(layout), 4, 3, 2, 14, 14)
     mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
@@ -101,7 +105,7 @@ def test_place():
 
 
 def test_adapters_refuse_what_they_would_get_wrong():
-    qwen, llava = ADAPTERS["qwen2_5_vl"].images, ADAPTERS["llava"].images
+    qwen, llava = families()["qwen2_5_vl"].images, families()["llava"].images
     config = Qwen2_5_VLConfig()
     with pytest.raises(ValueError, match="image_grid_thw must be given"):
         qwen(Prompt(config, torch.full((1, 4), config.image_token_id), {}))
@@ -121,3 +125,17 @@ def test_adapters_refuse_what_they_would_get_wrong():
         resize_crop_pad_view(image_processor("crop"), None)
     with pytest.raises(TypeError, match="got Linear"):
         family_of(torch.nn.Linear(1, 1))
+
+
+def test_a_wrong_attribute_is_named():
+    family, model = families()["llava"], build_model("llava")
+    base = model.model
+    names = ", ".join(name for name, _ in base.named_children())
+    for part, use in {
+        "tower": lambda wrong: wrong.vision_tower(base),
+        "decoder": lambda wrong: wrong.language_model(model),
+        "projector": lambda wrong: wrong.vision_modules(base),
+    }.items():
+        message = f"{part} of family 'llava' must be an attribute of LlavaModel, got 'sight'; it has {names}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            use(replace(family, **{part: "sight"}))
