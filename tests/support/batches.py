@@ -63,6 +63,10 @@ def _layouts(prompt: Sample) -> tuple[VisionLayout, ...]:
         return ()
     family, config = FAMILIES[prompt.family], get_config(prompt.family)
     processor, inputs = None if family.processor is None else family.processor(), prompt.inputs()
+    if config.model_type not in families():
+        raise ValueError(
+            f"{prompt.family}: model_type must be registered in crop/models/registry.py, got {config.model_type!r}"
+        )
     call = Prompt(config, inputs["input_ids"], inputs, processor, [image.size for image in prompt.images])
     return tuple(layout for _, layout in families()[config.model_type].images(call))
 
@@ -122,7 +126,16 @@ def concatenated(images: list[list[Image]]) -> dict[str, Tensor]:
     """The arguments of all images, one after the other."""
     flat = [image for row in images for image in row]
     keys = dict.fromkeys(key for image in flat for key in image.arguments)
-    return {key: torch.cat([image.arguments[key] for image in flat if key in image.arguments]) for key in keys}
+    found = {}
+    for key in keys:
+        values = [image.arguments[key] for image in flat if key in image.arguments]
+        if len({value.shape[1:] for value in values}) > 1:
+            raise ValueError(
+                f"{key} must have equal shapes behind the first axis, got {[tuple(value.shape) for value in values]}; "
+                "set `join` of the family"
+            )
+        found[key] = torch.cat(values)
+    return found
 
 
 @functools.cache

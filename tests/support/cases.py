@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression
+from crop.patching.hf import cache_of
 from crop.patching.patch import patch
 from tests.support.batches import Batch, Sample, standard_batch
 from tests.support.decision import Decision, Steps
@@ -123,7 +125,13 @@ def next_turn(model: Any, batch: Batch, out: Any, question: Sequence[int], steps
     mask = torch.ones_like(ids)
     mask[:, : batch.inputs["attention_mask"].shape[1]] = batch.inputs["attention_mask"]
     asked = dict(max_new_tokens=steps, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    return model.generate(ids, attention_mask=mask, past_key_values=out.past_key_values, **asked, **more)
+    return model.generate(ids, attention_mask=mask, **as_argument(model, cache_of(out)), **asked, **more)
+
+
+def as_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """A cache as an argument of the model, under the name that this version of transformers has for it."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 # -------------------------------------------------------------------------------------------- what the oracle says
