@@ -45,7 +45,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from crop.geometry.layout import NEWLINE, PATCH, VisionLayout
-from crop.models import ADAPTERS, Prompt
+from crop.models import Prompt, families
 
 SIZES = [(320, 320), (500, 300), (300, 500), (403, 267), (900, 260)]
 MARK = -7.0  # the colour of a newline
@@ -209,7 +209,7 @@ def see_pixtral(size: tuple[int, int], merge: int = 1) -> tuple:
     kind = transformers.Mistral3Config if merge > 1 else transformers.LlavaConfig
     config = kind(vision_config=vision, **(dict(spatial_merge_size=merge) if merge > 1 else {}))
     side = {"height": 7 * merge, "width": 7 * merge}
-    processor = PixtralImageProcessorPil(size={"longest_edge": 224}, patch_size=side)
+    processor = PixtralImageProcessorPil(size={"longest_edge": 210 if merge > 1 else 217}, patch_size=side)
     out = processor(coordinates(*size), return_tensors="pt")
     height, width = out["image_sizes"][0].tolist()
     colours = patch_colours(out["pixel_values"][0][:, :height, :width], processor, 7)
@@ -247,6 +247,8 @@ def see_square(config: Any, processor: Any, patch: int) -> Any:
     return see
 
 
+# Limits such that the tokens are odd in number somewhere, and where the processor allows it a patch goes into no token:
+# only LightOnOCR's does, all others resize to whole tokens.
 CLIP_SIDE = dict(size={"shortest_edge": 112}, crop_size={"height": 112, "width": 112})
 CASES = {
     "aya_vision": see_downsampled(
@@ -282,6 +284,7 @@ CASES = {
     "qwen2_5_vl": merged(Qwen2VLImageProcessorPil(), transformers.Qwen2_5_VLConfig(), 14),
     "qwen3_vl": merged(Qwen2VLImageProcessorPil(patch_size=16), transformers.Qwen3VLConfig(), 16),
     "qwen3_5": merged(Qwen2VLImageProcessorPil(patch_size=16), transformers.Qwen3_5Config(), 16),
+    "qwen3_5_moe": merged(Qwen2VLImageProcessorPil(patch_size=16), transformers.Qwen3_5MoeConfig(), 16),
     "qwen3_vl_moe": merged(Qwen2VLImageProcessorPil(patch_size=16), transformers.Qwen3VLMoeConfig(), 16),
     "glm4v": merged(Glm4vImageProcessorPil(), transformers.Glm4vConfig(), 14),
     "glm4v_moe": merged(Glm4vImageProcessorPil(), transformers.Glm4vMoeConfig(), 14),
@@ -293,6 +296,14 @@ CASES = {
     ),
     "internvl": see_internvl,
     "lighton_ocr": see_lighton_ocr,
+    "llava": see_square(
+        transformers.LlavaConfig(
+            vision_config=dict(image_size=112, patch_size=14, model_type="clip_vision_model"),
+            image_seq_length=64,
+        ),
+        CLIPImageProcessorPil(**CLIP_SIDE),
+        14,
+    ),
     "llava_next": see_next,
     "llava_onevision": see_onevision,
     "llava_onevision, two images": lambda size: see_onevision(size, count=2),
@@ -304,15 +315,28 @@ CASES = {
     ),
 }
 
+UNTESTED: dict[str, str] = {}  # a family without a case -> the reason
+
+
+def test_every_family_has_a_case():
+    assert set(CASES) & set(UNTESTED) == set()
+    missing = set(families()) - {family_of_case(name) for name in CASES} - set(UNTESTED)
+    assert not missing, f"families without a case in CASES: {sorted(missing)}"
+
+
+def family_of_case(name: str) -> str:
+    """The model type that a case is about."""
+    return {"pixtral": "llava"}.get(name, name.split(",")[0])
+
 
 def layouts(config: Any, processor: Any, out: Any, count: int, breaks: int, sizes: list) -> list[VisionLayout]:
-    """What the adapter says of a prompt with these image tokens, a break behind every ``breaks`` of them."""
+    """What the family says of a prompt with these image tokens, a break behind every ``breaks`` of them."""
     ids = [config.image_token_id] * count
     if config.model_type == "ovis2":
         ids = ovis2_markers(out, config)
     if breaks:
         ids = [t for n in range(count) for t in ([config.image_token_id] + [BREAK] * ((n + 1) % breaks == 0))][:-1]
-    found = ADAPTERS[config.model_type].images(Prompt(config, torch.tensor([ids]), out, processor, sizes))
+    found = families()[config.model_type].images(Prompt(config, torch.tensor([ids]), out, processor, sizes))
     return [layout for _, layout in found]
 
 
@@ -320,6 +344,7 @@ def layouts(config: Any, processor: Any, out: Any, count: int, breaks: int, size
 @pytest.mark.parametrize("name", list(CASES))
 def test_tokens_look_where_the_layout_says(name, size):
     config, processor, out, seen, breaks = CASES[name](size)
+    assert config.model_type == family_of_case(name)
     count = 2 if "two images" in name else 1
     found = layouts(config, processor, out, len(seen), breaks, [size] * count)
     assert len(found) == count
@@ -337,6 +362,32 @@ def test_tokens_look_where_the_layout_says(name, size):
     # Half a pixel of the processed picture is what resampling may shift, and colours are rounded.
     error = (seen[whole, :2] - center[whole]).abs().max()
     assert error < 0.015, error
+
+
+MERGING = [name for name in CASES if name.split("_")[0] in {"qwen2", "qwen3", "glm4v", "glm46v", "glm", "paddleocr"}]
+
+
+@pytest.mark.parametrize("name", [*MERGING, "pixtral", "mistral3", "lighton_ocr"])
+def test_pictures_have_odd_numbers_of_rows_and_columns(name):
+    grids = set()
+    for size in SIZES:
+        config, processor, out, seen, breaks = CASES[name](size)
+        (layout,) = layouts(config, processor, out, len(seen), breaks, [size])
+        rows, columns = int(layout.row.max()) + 1, int(layout.col[layout.kind == PATCH].max()) + 1
+        grids.add((rows % 2, columns % 2, rows == columns))
+    assert any(rows for rows, _, _ in grids) and any(columns for _, columns, _ in grids)
+    assert any(not square for _, _, square in grids)
+
+
+def test_a_patch_that_goes_into_no_token_is_noticed():
+    """A layout that spreads LightOnOCR's tokens over the whole picture is wrong by a patch at its far side."""
+    odd = 0
+    for size in SIZES:
+        *_, out, seen, _ = CASES["lighton_ocr"](size)
+        height, width = (int(side) for side in out["image_sizes"][0])
+        whole = VisionLayout.grid(height // 14, width // 14).center
+        odd += width % 14 > 0 and bool((seen[:, 0] - whole[:, 0]).abs().max() > 0.015)
+    assert odd == len(SIZES)
 
 
 @pytest.mark.parametrize("name", ["llava_next", "internvl", "idefics3"])
