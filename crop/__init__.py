@@ -1,5 +1,6 @@
 """crop: region-guided pruning of vision tokens for Hugging Face vision-language models, training-free."""
 
+from crop import baselines, embedded, reference
 from crop.cost.estimate import Estimate, estimate
 from crop.geometry import PoolPlan, Region, VisionLayout
 from crop.localizers.attention import AttentionLocalizer
