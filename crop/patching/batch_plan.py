@@ -222,7 +222,7 @@ def plan_batch(
         selections = _selections(method, layout if later else after, region, len(after))
         found.append(ImagePlan(sample, layout, plan, after, selections, later))
     text = _text_after(found, valid) if any(later is not None for later in by_features) else None
-    ends = _ends(found, valid, real)
+    ends = _ends(found, valid, real, pool is not None)
     steps = {cut.layer: _prune_step(cut, found, real, ends) for cut in method.cuts}
     prunes = {layer: step for layer, step in steps.items() if step is not None}
     return BatchPlan(found, valid, pool, prunes, [image.pooled.position for image in found], text).packed()
@@ -298,14 +298,12 @@ def pool_step(leader_of: Tensor, width: int, num_out: int) -> PoolStep:
     return PoolStep(PoolPlan.from_cells(cell, leader), kept_index, slot_of.view(batch, seq_len), filled)
 
 
-def _ends(images: Sequence[ImagePlan], valid: Tensor, real: Tensor) -> list[int]:
+def _ends(images: Sequence[ImagePlan], valid: Tensor, real: Tensor, pooled: bool) -> list[int]:
     """Pooled position behind the last image, per sample."""
     ends = [0] * len(real)
     for image in images:
         end = int(image.layout.position[-1]) + 1
-        if (
-            real is not valid
-        ):  # pooled: packed to the right; text may stand between the last token that is left and the end
+        if pooled:  # packed to the right; text may stand behind the last token that is left
             end = real.shape[1] - int(valid[image.sample, end:].sum())
         ends[image.sample] = max(ends[image.sample], end)
     return ends
