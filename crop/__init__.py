@@ -1,5 +1,9 @@
 """crop: region-guided pruning of vision tokens for Hugging Face vision-language models, training-free."""
 
+import importlib
+from typing import Any
+
+from crop import baselines, reference
 from crop.cost.estimate import Estimate, estimate
 from crop.geometry import PoolPlan, Region, VisionLayout
 from crop.localizers.attention import AttentionLocalizer
@@ -31,6 +35,13 @@ __version__ = "0.2.0"
 
 share_vision = cache_vision  # its name until 0.2
 
+
+def __getattr__(name: str) -> Any:
+    if name == "embedded":  # needs Pillow, which `import crop` does not
+        return importlib.import_module("crop.embedded")
+    raise AttributeError(f"module 'crop' has no attribute {name!r}")
+
+
 __all__ = [
     "Assignment",
     "AttentionLocalizer",
@@ -57,6 +68,7 @@ __all__ = [
     "WholeLocalizer",
     "adaptive_pool",
     "attention_mass",
+    "baselines",
     "build_info",
     "by_name",
     "cache_vision",
@@ -65,6 +77,7 @@ __all__ = [
     "estimate",
     "get_localizer",
     "patch",
+    "reference",
     "region_topk",
     "register_family",
     "register_localizer",

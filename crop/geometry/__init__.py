@@ -1,6 +1,6 @@
 """Where the question looks (Region), where every vision token lies (VisionLayout), which tokens share a cell (PoolPlan).
 
-Pure host code: numpy on the memory of CPU tensors, nothing of models, nothing of devices.
+Host code: numpy on the memory of CPU tensors, nothing of models; plans of cells can be moved to and made on a device.
 """
 
 from crop.geometry.layout import NEWLINE, PADDING, PATCH, VisionLayout

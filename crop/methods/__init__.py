@@ -1,4 +1,4 @@
-"""Methods: how many and which vision tokens stay. Pure policy, on the host."""
+"""Methods: how many and which vision tokens stay. Policy on the host; scores and merging on the device."""
 
 from crop.methods.base import Assignment, FeaturePooling, Features, MergeView, Method, ScoreView, Selection
 from crop.methods.compose import Compose, Pyramid

@@ -37,6 +37,12 @@ class Selection:
                 raise ValueError(
                     f"patch: {name} of a Selection must have shape ({len(layout)},), got {tuple(value.shape)}"
                 )
+        if (
+            self.priority.dtype != torch.int8 or int(self.priority.max()) == 127
+        ):  # which leaves room for those dropped earlier
+            raise ValueError(
+                f"patch: priority of a Selection must be int8 and at most 126, got {self.priority.dtype} up to {self.priority.max()}"
+            )
         candidates = int((self.priority >= 0).sum())
         if not 0 <= self.num_keep <= candidates:
             raise ValueError(

@@ -76,6 +76,11 @@ class Compose(Method):
         for name in ("plc", "ilp"):
             if not isinstance(getattr(self, name), Method):
                 raise TypeError(f"Compose: {name} must be a Method, got {getattr(self, name)!r}")
+        if not self.ilp.cuts or type(self.plc).plan is Method.plan:
+            raise TypeError(
+                "Compose: plc must pool before the language model (override plan) and ilp prune inside it (have a layer), "
+                f"got {self.plc!r} and {self.ilp!r}"
+            )
 
     cuts = property(attrgetter("ilp.cuts"))
     layer = property(attrgetter("ilp.layer"))

@@ -25,7 +25,9 @@ def square_images(prompt: Prompt, side: int, processor_view: bool = False) -> Pl
         raise ValueError(f"patch: image tokens must be a multiple of {side} x {side} = {side * side}, got {count}")
     views = [WHOLE] * (count // (side * side))
     if processor_view and prompt.processor is not None:
-        views = [resize_crop_pad_view(prompt.processor, size) for size in prompt.sizes(len(views))]
+        views = [  # without a size every region is whole
+            WHOLE if size is None else resize_crop_pad_view(prompt.processor, size) for size in prompt.sizes(len(views))
+        ]
     return prompt.place([VisionLayout.grid(side, side, box=view) for view in views])
 
 
@@ -88,7 +90,7 @@ def llava_check(config: Any, processor: Any, sizes: Sequence[Size] | None, whole
             f"patch: processor must be given for {config.model_type!r} with a region, because it decides which part of the "
             "image the tokens show, got None"
         )
-    if processor is not None and sizes is None:
+    if processor is not None and sizes is None and not whole:
         resize_crop_pad_view(processor, None)  # refuses now if it needs the size
 
 

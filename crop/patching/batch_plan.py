@@ -17,7 +17,7 @@ from crop.geometry.layout import PATCH, VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods.base import FeaturePooling, Method, Selection
-from crop.patching.token_map import left_pack
+from crop.patching.token_map import pack_right
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def plan_batch(
     ]
     by_features = [plan if isinstance(plan, FeaturePooling) else None for plan in made]
     plans = [plan if later is None else later.stand_in() for plan, later in zip(made, by_features, strict=True)]
-    pool, filled, pooled = None, valid, [layout for _, layout in images]
+    pool, real, pooled = None, valid, [layout for _, layout in images]
     if any(plan is not None for plan in plans):
         batch, seq_len = valid.shape
         leader_of = torch.arange(batch * seq_len).view(batch, seq_len).masked_fill(~valid, -1)
@@ -210,7 +210,7 @@ def plan_batch(
                 leader_of[sample, layout.position] = torch.where(cell >= 0, sample * seq_len + leader, -1)
         counts = (leader_of.flatten() == torch.arange(batch * seq_len)).view(batch, seq_len).sum(1)
         pool = pool_step(leader_of, int(counts.max()), int(counts.sum()))
-        filled = pool.kept_index >= 0
+        real = pool.kept_index >= 0
         pooled = [
             layout.pool(plan or PoolPlan.identity(len(layout)), pool.slot_of[sample, _leaders(layout, plan)])
             for (sample, layout), plan in zip(images, plans, strict=True)
@@ -222,8 +222,8 @@ def plan_batch(
         selections = _selections(method, layout if later else after, region, len(after))
         found.append(ImagePlan(sample, layout, plan, after, selections, later))
     text = _text_after(found, valid) if any(later is not None for later in by_features) else None
-    ends = _ends(found, valid, filled)
-    steps = {cut.layer: _prune_step(cut, found, filled, ends) for cut in method.cuts}
+    ends = _ends(found, valid, real, pool is not None)
+    steps = {cut.layer: _prune_step(cut, found, real, ends) for cut in method.cuts}
     prunes = {layer: step for layer, step in steps.items() if step is not None}
     return BatchPlan(found, valid, pool, prunes, [image.pooled.position for image in found], text).packed()
 
@@ -247,9 +247,10 @@ def _selections(method: Method, layout: VisionLayout, region: Region, count: int
                     "patch: a cut behind pooling by features must go by scores, got a Selection without (mode='strict'), "
                     "whose number of tokens nobody knows beforehand; use mode='budget'"
                 )
-            selection = replace(selection, priority=selection.priority - selection.priority.min().clamp(max=0))
+            priority = selection.priority.clamp(min=-1)
+            selection = replace(selection, priority=priority - priority.min().clamp(max=0))
         left = [count, *(earlier.num_keep for earlier in found.values())][-1]
-        if selection is not None and (selection.num_keep < left or (count == len(layout) and not found)):
+        if selection is not None and selection.num_keep < left:
             # What an earlier cut left is known on the device only, so that priorities alone may not decide.
             found[cut.layer] = replace(selection, needs_scores=selection.needs_scores or bool(found))
     return found
@@ -291,35 +292,33 @@ def pool_step(leader_of: Tensor, width: int, num_out: int) -> PoolStep:
     rank = leads.cumsum(0) - 1
     # One spare entry at the end swallows what does not lead.
     leader = position.new_zeros(num_out + 1).scatter(0, torch.where(leads, rank, num_out), position)[:-1]
-    kept_index, slot = left_pack(leads.view(batch, seq_len), width)
+    kept_index, slot = pack_right(leads.view(batch, seq_len), width)
     slot_of, cell = (torch.where(flat >= 0, table[flat.clamp(min=0)], -1) for table in (slot.flatten(), rank))
     filled = None if num_out == batch * width else leader // seq_len * width + slot_of[leader]
     return PoolStep(PoolPlan.from_cells(cell, leader), kept_index, slot_of.view(batch, seq_len), filled)
 
 
-def _ends(images: Sequence[ImagePlan], valid: Tensor, filled: Tensor) -> list[int]:
+def _ends(images: Sequence[ImagePlan], valid: Tensor, real: Tensor, pooled: bool) -> list[int]:
     """Pooled position behind the last image, per sample."""
-    ends = [0] * len(filled)
+    ends = [0] * len(real)
     for image in images:
         end = int(image.layout.position[-1]) + 1
-        if (
-            filled is not valid
-        ):  # pooled: packed to the right; text may stand between the last token that is left and the end
-            end = filled.shape[1] - int(valid[image.sample, end:].sum())
+        if pooled:  # packed to the right; text may stand behind the last token that is left
+            end = real.shape[1] - int(valid[image.sample, end:].sum())
         ends[image.sample] = max(ends[image.sample], end)
     return ends
 
 
-def _prune_step(cut: Method, images: Sequence[ImagePlan], filled: Tensor, after: Sequence[int]) -> PruneStep | None:
+def _prune_step(cut: Method, images: Sequence[ImagePlan], real: Tensor, after: Sequence[int]) -> PruneStep | None:
     layer = cut.layer
     pruned = [number for number, image in enumerate(images) if layer in image.selections]
     if not pruned:
         return None
-    stays, kept = filled.clone(), filled.sum(1)
+    stays, kept = real.clone(), real.sum(1)
     for image in images:
         kept[image.sample] += image.tokens_at(layer) - len(image.pooled)
     for image in (images[number] for number in pruned):
-        if not filled[image.sample, after[image.sample] :].any():
+        if not real[image.sample, after[image.sample] :].any():
             # Nothing would ask, and the token that predicts the answer could itself be dropped.
             raise ValueError(
                 f"patch: text must follow the last image of a prompt to prune inside the decoder, "
@@ -351,8 +350,8 @@ def _prune_step(cut: Method, images: Sequence[ImagePlan], filled: Tensor, after:
         num_keep=[one.num_keep for _, one in chosen],
         num_candidates=[int((one.priority >= 0).sum()) for _, one in chosen],
         by_features=by_features,
-        rows=_scoring_rows(cut.rows, after, filled) if any(one.needs_scores for _, one in chosen) else None,
-        first=_first_if_contiguous(filled),
+        rows=_scoring_rows(cut.rows, after, real) if any(one.needs_scores for _, one in chosen) else None,
+        first=_first_if_contiguous(real),
     )
 
 
@@ -371,7 +370,7 @@ def _stack(rows: Sequence[Tensor], fill: float) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill)
 
 
-def _scoring_rows(kind: str, after: Sequence[int], filled: Tensor) -> Tensor:
+def _scoring_rows(kind: str, after: Sequence[int], real: Tensor) -> Tensor:
     """Rows whose attention decides: the text after a sample's last image, or its last token alone."""
-    rows = [torch.nonzero(row[begin:]).flatten() + begin for row, begin in zip(filled, after, strict=True)]
+    rows = [torch.nonzero(row[begin:]).flatten() + begin for row, begin in zip(real, after, strict=True)]
     return _stack([row[-1:] if kind == "last" else row for row in rows], -1)

@@ -28,7 +28,8 @@ class CacheState:
     Args:
         pooled: input to pooled coordinates, None: nothing was pooled.
         cuts: by first decoder layer, pooled coordinates to those of that layer and the following ones.
-        shifts: by first decoder layer, (batch,) int64 how far renumbered position ids lie below the caller's.
+        shifts: by first decoder layer, (batch,) int64 how far renumbered position ids lie below: at 0 the caller's, later
+            those at 0.
         whole_masks: masks are to be made for all of the caller's tokens, whatever the layers hold.
     """
 

@@ -1,6 +1,6 @@
-"""What transformers calls things: arguments of its models, caches and generation options. No other file of patching knows.
+"""What transformers calls things: arguments of its models and of generate(); no other file of patching knows these names.
 
-Everything here reads; what is refused says why, before the model runs.
+What is refused says why, before the model runs.
 """
 
 from __future__ import annotations

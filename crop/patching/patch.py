@@ -14,6 +14,7 @@ from torch import nn
 from crop.geometry.region import Region
 from crop.methods.base import Method
 from crop.patching.context import PatchContext
+from crop.patching.current import CALL, GENERATION
 from crop.patching.hooks import EntryHook, PoolingHook, PruningHook
 from crop.patching.planner import Planner
 from crop.patching.stats import PruneStats
@@ -70,6 +71,8 @@ def patch(
     refuse_patched(planner.language_model)
     context = PatchContext(planner)
     with ExitStack() as undo:
+        for innermost in (CALL, GENERATION):  # an interrupt may leave an inner one
+            undo.callback(innermost.set, innermost.get())
         _patched.add(planner.language_model)
         undo.callback(_patched.discard, planner.language_model)
         for kind in (EntryHook, PoolingHook, PruningHook):

@@ -11,7 +11,7 @@ from crop.patching.batch_plan import PruneStep
 from crop.patching.cache import CacheState
 from crop.patching.masks import layer_valid
 from crop.patching.state import ForwardState, LayerState
-from crop.patching.token_map import TokenMap, left_pack, look_up
+from crop.patching.token_map import TokenMap, look_up, pack_right
 
 
 def score(
@@ -49,7 +49,7 @@ def score(
             start = step.first.to(device) if here.kept_index is None else (~real).sum(1)
         else:
             # Real keys with holes between them: close the holes, so that each row sees one span.
-            keys, slot = left_pack(real, real.shape[1])
+            keys, slot = pack_right(real, real.shape[1])
             key = ops.compact([key], keys, token_dim=2)[0]
             start = real.shape[1] - real.sum(1)
             row_key, candidates = look_up(slot, row_key), look_up(slot[sample], candidates)
@@ -98,7 +98,7 @@ def cut(state: ForwardState, layer: int, step: PruneStep, scores: Tensor) -> tup
     flags = torch.cat([stays.flatten(), stays.new_zeros(1)])
     flat = torch.where(kept >= 0, kept + step.sample.unsqueeze(1) * stays.shape[1], -1)
     flags[flat.flatten()] = True
-    kept_index, slot_of = left_pack(flags[:-1].view_as(stays), step.width)
+    kept_index, slot_of = pack_right(flags[:-1].view_as(stays), step.width)
     earlier = CacheState.at(state.before.cuts, layer)
     tokens = TokenMap.extended(earlier, state.pooled_past, kept_index, state.pooled_length, step.full)
     restore = slot_of if here.kept_index is None else look_up(slot_of, here.kept_index)

@@ -24,11 +24,12 @@ class VisionRun:
     """What is noted while the vision tower runs, be it in ``generate()`` or in the model's own forward.
 
     Args:
-        marks: at the tower's last begin and end.
+        marks: at the tower's last begin and end. decoder_start: at the language model's begin.
         observed: what the method's ``observe`` read last, one row per image of the tower; None: nothing.
     """
 
     marks: list[Any] = field(default_factory=list)
+    decoder_start: Any = None
     observed: Tensor | None = None
 
 
@@ -61,7 +62,7 @@ class LayerState:
         hidden_before: hidden states that came to the cut, of which these layers take a part.
         restore_index: (batch, hidden_before.shape[1]) int64 inverse of that, -1 = dropped.
         position_ids: (axes, batch, width), where they are not the model's.
-        shift: (batch,) int64 how far renumbered ids lie below the caller's, None: they are not renumbered.
+        shift: (batch,) int64 how far renumbered ids lie below: in layer 0 the caller's, later layer 0's; None: not renumbered.
         merge: what the method does to the hidden states before tokens leave, None: nothing.
         rotary: (cos, sin) that the layers receive, kept where a cut scores without positions.
     """
@@ -100,7 +101,7 @@ class ForwardState:
         past: input tokens before this call. added: input tokens of it.
         valid: (batch, pooled past + pooled length) bool, None: all real.
         pooled: input to pooled coordinates after this call, None: nothing was ever pooled.
-        layers: by first decoder layer, ascending; 0 is there always.
+        layers: by first decoder layer; 0 is there always.
         layer: decoder layer that was entered last.
     """
 

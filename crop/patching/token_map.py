@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-def left_pack(keep: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def pack_right(keep: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Index that moves the kept tokens of every sample, in order, to the right end of ``length`` entries; no host sync.
 
     Args:

@@ -43,7 +43,7 @@ class PoolingHook(ModelHook):
         if state.stats is not None:
             if len(state.vision.marks) == 2:
                 state.stats.add_span("vision", *state.vision.marks)
-            state.vision.marks = [mark(call.embeds.device)]  # from here on the language model's begin
+            state.vision.decoder_start = mark(call.embeds.device)
         valid = self._begin(state, call)
         self._note_positions(state, call)
         if state.plan is not None and state.plan.pool is not None:
@@ -151,8 +151,8 @@ class PoolingHook(ModelHook):
         state = self.context.call
         if state is None:
             return None
-        if state.stats is not None and state.vision.marks:
-            state.stats.add_span("language_model", state.vision.marks[0], mark(output[0].device))
+        if state.stats is not None:
+            state.stats.add_span("language_model", state.vision.decoder_start, mark(output[0].device))
         if state.plan is None:
             return None
         if state.cache is not None:
