@@ -1,4 +1,4 @@
-// crop._C: one function per launcher, pointers as integers. Repeats the checks that protect memory; crop/ops.py does the rest.
+// crop._C: one function per launcher, pointers as integers. Repeats the checks that protect memory; crop/ops does the rest.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

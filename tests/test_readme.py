@@ -30,8 +30,6 @@ PAGES = {
     CONTRIBUTING: [""],
 }  # page -> what paths start from
 NOT_OURS = {"FILE.py", "center.py"}
-TEMPLATE = """{% for turn in messages %}{% for part in turn["content"] %}{% if part["type"] == "image" %}<image>
-{%- else %} {{ part["text"] }} ?{% endif %}{% endfor %}{% endfor %}"""
 KEPT = 28  # 11 % of the embedded model's 256 vision tokens
 
 pytestmark = pytest.mark.fast
@@ -60,7 +58,6 @@ def loaded() -> Iterator[tuple[Any, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model, processor = embedded.load()
-    processor.chat_template = TEMPLATE
     yield model, processor
     torch.set_num_threads(threads)
 
@@ -68,7 +65,7 @@ def loaded() -> Iterator[tuple[Any, Any]]:
 # -------------------------------------------------------------------------------------------------------------- what stands there
 def test_lengths():
     assert len(text_of(README).splitlines()) < 200 and len(text_of(README).split()) < 2000
-    assert len(text_of(FAMILIES).splitlines()) < 100
+    assert len(text_of(FAMILIES).splitlines()) < 110
     assert len(block_of(README, "register_method").splitlines()) <= 12
     assert sum(map(bool, block_of(README, "register_localizer").splitlines())) <= 6
 
@@ -168,9 +165,7 @@ def test_what_is_gone_says_what_to_write_instead(name, loaded):
 
 # -------------------------------------------------------------------------------------------------------------- what runs
 def test_your_model(loaded, capsys):
-    model, processor = loaded
-    scene = embedded.scene(10_000_003)
-    space = dict(model=model, processor=processor, image=scene.image, question=scene.questions[0].text)
+    space: dict[str, Any] = {}
     exec(block_of(README, "crop.cache_vision"), space)
     stats = space["stats"]
     assert stats.tokens_before == [256] and stats.tokens_after_ilp == [KEPT] and len(stats.kept[0]) == KEPT

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: 16-byte pieces of rows of any element type, and sums over a block.
+// What the CUDA kernels share: 16-byte pieces of rows of any element type, and sums over a warp.
 #pragma once
 #include "ops.h"
 #include "portable.cuh"

@@ -1,4 +1,4 @@
-// Every launcher of the library. Raw pointers, sizes, strides in elements, a dtype code and a stream; no torch anywhere.
+// Every launcher. Raw pointers, sizes, strides (in elements; compact's in bytes), dtype code, stream; no torch anywhere.
 //
 // Each operator has one parameter struct and two launchers with the same meaning: launch_<op>_cpu (threads = how many
 // threads may be used; never changes a bit of the result) and launch_<op> (CUDA, asynchronous on `stream`, never
@@ -67,7 +67,7 @@ struct PoolParams {
     const int32_t* offsets;  // (num_out + 1,)
     const float* weight;     // (num_tokens,), kWeighted only
     void* out;               // (num_out, dim)
-    void* saved;             // for backward: float (num_out,) or int32 (num_out, dim), see PoolMode; or null
+    void* saved;             // for backward, or null; kWeighted: float (num_out,) sums, kMax: int32 (num_out, dim) rows
     int64_t num_tokens, dim, num_members, num_out, token_stride;
     int dtype, mode;
 };
