@@ -1,4 +1,4 @@
-"""LLaVA-NeXT and LLaVA-OneVision: a view of the whole image, then tiles joined to one grid, unpadded, with newlines."""
+"""A view of the whole image, then tiles joined to one grid, unpadded, with newlines."""
 
 from __future__ import annotations
 

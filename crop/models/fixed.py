@@ -1,4 +1,4 @@
-"""Families whose every image becomes one square grid of a fixed size."""
+"""One square grid of a fixed size per image."""
 
 from __future__ import annotations
 

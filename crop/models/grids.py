@@ -1,4 +1,4 @@
-"""Families whose token grid follows the size of the image: one grid per image, no tiles."""
+"""One grid per image, which follows its size; no tiles."""
 
 from __future__ import annotations
 

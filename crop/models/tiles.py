@@ -1,4 +1,4 @@
-"""Families that cut an image into equal tiles, each encoded alone, and add a view of the whole."""
+"""Equal tiles, each encoded alone, and a view of the whole."""
 
 from __future__ import annotations
 

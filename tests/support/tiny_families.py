@@ -3,8 +3,8 @@ them. Nothing is downloaded. All tests run on ``FAMILIES``; README's table is wr
 
 A new family is one entry in `families/squares.py` (a fixed grid), `grids.py` (a grid that follows the picture) or `tiles.py`
 (several grids): a tiny configuration (``TEXT``, ``MROPE``, ``TOWER``: 4 layers of 32 channels), an image as the processor
-writes it, and what sets the family apart (``Family`` in `entry.py` says what each field means). A class that appears in
-one version of transformers only is looked up where it is used, in the entry's own ``config``. The contract, the ways of use
+writes it, and what sets the family apart (``Family`` in `entry.py` says what each field means). A class that the oldest
+supported transformers (5.17) lacks is looked up where it is used, in the entry's own ``config``. The contract, the ways of use
 and the refusals then run over it; a test that needs an exception reads it from the entry.
 
 The weights are drawn wide, so that attention is far from uniform and dropping half of the vision tokens moves the logits by
