@@ -15,8 +15,8 @@ from crop.methods import InnerLLMPruning
 from crop.models import families
 from crop.patching.hf import refuse_transformers
 from crop.patching.patch import patch
-from tests.support import readme_table
-from tests.support.batches import make_batch, make_sample, standard_batch
+from tests.support import batches, readme_table
+from tests.support.batches import concatenated, make_batch, make_sample, standard_batch
 from tests.support.families.entry import TEXT, VIDEO
 from tests.support.snapshot import assert_unchanged, snapshot
 from tests.support.tiny_families import FAMILIES, build_model, get_config
@@ -38,6 +38,16 @@ def test_readme_lists_what_the_contract_runs_over(page):
 @pytest.mark.fast
 def test_every_family_is_in_the_contract():
     assert {get_config(name).model_type for name in FAMILIES} == set(families())
+
+
+@pytest.mark.fast
+def test_the_harness_says_what_is_missing(monkeypatch):
+    sample = make_sample("pixtral", [3, (24, 16), (16, 20), 6], seed=123)
+    with pytest.raises(ValueError, match=r"pixel_values must have equal shapes .*\(1, 3, 16, 24\).* set `join`"):
+        concatenated([list(sample.images)])
+    monkeypatch.setattr(batches, "families", dict)
+    with pytest.raises(ValueError, match="pixtral: model_type must be registered .*registry.py, got 'llava'"):
+        sample.layouts()
 
 
 def refused(model: Any, message: str, inputs: dict | None = None, method: Any = ILP, region: Any = None, **more: Any):
