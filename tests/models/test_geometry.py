@@ -138,9 +138,9 @@ see_onevision = anyres(
 
 
 def see_internvl(size: tuple[int, int]) -> tuple:
-    vision = transformers.InternVLVisionConfig(image_size=[56, 56], patch_size=[7, 7])
+    vision = transformers.InternVLVisionConfig(image_size=[70, 70], patch_size=[7, 7])
     config = transformers.InternVLConfig(vision_config=vision)
-    processor = GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=12)
+    processor = GotOcr2ImageProcessorPil(size={"height": 70, "width": 70}, crop_to_patches=True, max_patches=12)
     out = processor(coordinates(*size), return_tensors="pt")
     tiles = patch_colours(out["pixel_values"], processor, 7)
     shuffled = modeling_internvl.InternVLModel.pixel_shuffle(None, tiles, 0.5)
@@ -149,7 +149,7 @@ def see_internvl(size: tuple[int, int]) -> tuple:
 
 def see_downsampled(code: Any, kind: str, processor: Any) -> Any:
     """`processor`: () -> it; the colours of 2 x 2 patches are what the model's own reordering makes one token of."""
-    config = getattr(transformers, f"{kind}Config")(vision_config=tower("SiglipVisionConfig", 56, 7))
+    config = getattr(transformers, f"{kind}Config")(vision_config=tower("SiglipVisionConfig", 70, 7))
     projector = getattr(code, f"{kind}MultiModalProjector")
 
     def see(size: tuple[int, int]) -> tuple:
@@ -169,7 +169,7 @@ def needs_torchvision(family: str, name: str, **settings: Any) -> Any:
 
 
 def see_perception(size: tuple[int, int]) -> tuple:
-    processor = needs_torchvision("perception_lm", "PerceptionLMImageProcessor", tile_size=56, max_num_tiles=6)
+    processor = needs_torchvision("perception_lm", "PerceptionLMImageProcessor", tile_size=70, max_num_tiles=6)
     out = processor(coordinates(*size), return_tensors="pt")
     tiles = patch_colours(out["pixel_values"][0], processor, 7).flatten(1, 2)
     pooled = modeling_perception_lm.PerceptionLMAdaptiveAvgPooling(2)(tiles)
@@ -178,8 +178,8 @@ def see_perception(size: tuple[int, int]) -> tuple:
 
 def see_ovis2(size: tuple[int, int]) -> tuple:
     """The model joins 2 x 2 patches as a mean over a larger one does."""
-    config = transformers.Ovis2Config(vision_config=dict(image_size=56, patch_size=7, hidden_stride=2))
-    processor = Ovis2ImageProcessorPil(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=6)
+    config = transformers.Ovis2Config(vision_config=dict(image_size=70, patch_size=7, hidden_stride=2))
+    processor = Ovis2ImageProcessorPil(size={"height": 70, "width": 70}, crop_to_patches=True, max_patches=6)
     out = processor(coordinates(*size), return_tensors="pt")
     return config, processor, out, patch_colours(out["pixel_values"], processor, 14).flatten(0, 2), 0
 
@@ -187,15 +187,15 @@ def see_ovis2(size: tuple[int, int]) -> tuple:
 def ovis2_markers(out: Any, config: Any) -> list[int]:
     """The tokens of one image, as Ovis2's processor writes them around its grid."""
     rows, columns = out["grids"][0].tolist()
-    texts = Ovis2Processor.replace_image_token(SimpleNamespace(image_seq_length=16), {"grids": out["grids"]}, 0)
+    texts = Ovis2Processor.replace_image_token(SimpleNamespace(image_seq_length=25), {"grids": out["grids"]}, 0)
     ids = [config.image_token_id, *config.visual_indicator_token_ids]
     names = dict(zip(("ATOM", "START", "GRID", "COL", "ROW", "END"), ids, strict=True))
-    assert texts.count("ATOM") == 16 * (1 + rows * columns * (rows * columns > 1))
+    assert texts.count("ATOM") == 25 * (1 + rows * columns * (rows * columns > 1))
     return [names[name] for name in re.findall("<IMG_([A-Z]+)>", texts)]
 
 
 def see_idefics3(kind: str, processor: Any) -> Any:
-    config = getattr(transformers, f"{kind}Config")(vision_config=dict(image_size=56, patch_size=7), scale_factor=2)
+    config = getattr(transformers, f"{kind}Config")(vision_config=dict(image_size=70, patch_size=7), scale_factor=2)
 
     def see(size: tuple[int, int]) -> tuple:
         out = processor(coordinates(*size), return_tensors="pt")
@@ -262,12 +262,12 @@ CASES = {
     "aya_vision": see_downsampled(
         modeling_aya_vision,
         "AyaVision",
-        lambda: GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=12),
+        lambda: GotOcr2ImageProcessorPil(size={"height": 70, "width": 70}, crop_to_patches=True, max_patches=12),
     ),
     "cohere2_vision": see_downsampled(
         modeling_cohere2_vision,
         "Cohere2Vision",
-        lambda: needs_torchvision("cohere2_vision", "Cohere2VisionImageProcessor", size={"height": 56, "width": 56}),
+        lambda: needs_torchvision("cohere2_vision", "Cohere2VisionImageProcessor", size={"height": 70, "width": 70}),
     ),
     "fast_vlm": see_square(transformers.FastVlmConfig(image_seq_length=64), CLIP, 14),
     "ovis2": see_ovis2,
@@ -290,7 +290,7 @@ CASES = {
     "glm_ocr": merged(Glm46VImageProcessorPil(), transformers.GlmOcrConfig(), 14),
     "paddleocr_vl": see_paddleocr,
     "idefics3": see_idefics3(
-        "Idefics3", Idefics3ImageProcessorPil(size={"longest_edge": 224}, max_image_size={"longest_edge": 56})
+        "Idefics3", Idefics3ImageProcessorPil(size={"longest_edge": 280}, max_image_size={"longest_edge": 70})
     ),
     "internvl": see_internvl,
     "lighton_ocr": see_lighton_ocr,
@@ -302,7 +302,7 @@ CASES = {
     "pixtral": see_pixtral,
     "qwen2_vl": merged(Qwen2VLImageProcessorPil(), transformers.Qwen2VLConfig(), 14),
     "smolvlm": see_idefics3(
-        "SmolVLM", SmolVLMImageProcessorPil(size={"longest_edge": 224}, max_image_size={"longest_edge": 56})
+        "SmolVLM", SmolVLMImageProcessorPil(size={"longest_edge": 280}, max_image_size={"longest_edge": 70})
     ),
 }
 
