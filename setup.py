@@ -159,7 +159,7 @@ setup(
         "crop": [
             "py.typed",
             "localizers/ocr/weights.json",
-            *(f"embedded/**/*.{end}" for end in ("safetensors", "json", "md", "jinja", "txt")),
+            *(f"embedded/**/*{end}" for end in (".safetensors", ".json", ".md", ".jinja", ".txt", ".ttf", "LICENSE")),
         ]
     },
     ext_modules=[] if CHOICE == "python" else [Extension("crop._C", SOURCES)],
