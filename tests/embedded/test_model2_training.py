@@ -107,6 +107,24 @@ def test_run_learns_stops_and_resumes(tmp_path, monkeypatch):
     torch.testing.assert_close(again.model.state_dict(), run.model.state_dict())
 
 
+@torch.no_grad()
+def test_later_layers_begin_as_identities(item, tmp_path):
+    """The first layers alone answer as all do, and files written meanwhile hold all."""
+    small = model.build(dataclasses.replace(TINY, layers=model.EARLY_LAYERS + 2)).eval()
+    every = torch.arange(model.NUM_PATCHES)[None]
+    vision, packed = model.tower_features(small, item.patches[None]), data.pack([item.lines[:2]])
+    hidden = model.text_hidden(small, vision, every, packed.ids, packed.block, packed.place)
+    assert len(model.use_layers(small, model.EARLY_LAYERS)) == 2 * len(
+        list(small.model.language_model.layers[0].parameters())
+    )
+    early = model.text_hidden(small, vision, every, packed.ids, packed.block, packed.place)
+    torch.testing.assert_close(early, hidden)
+    model.export(small, tmp_path / "weights")
+    assert small.model.language_model.config.num_hidden_layers == model.EARLY_LAYERS
+    carried = LlavaForConditionalGeneration.from_pretrained(tmp_path / "weights")
+    assert len(carried.model.language_model.layers) == model.EARLY_LAYERS + 2
+
+
 def test_ways_of_pruning(item):
     line = next(line for line in item.lines if line.kind == "text" and len(line.target) > 0)
     left = scores.ways(line)

@@ -150,10 +150,11 @@ class Reservoir:
 
     Args:
         first_seed: of the pictures. size: pictures held. hardness: of new pictures, see ``pages.scene``.
+        whole: a letter is kept with all patches that it touches; else with the one that holds its centre.
     """
 
-    def __init__(self, first_seed: int, size: int, hardness: float = 1.0) -> None:
-        self.seed, self.size, self.hardness = first_seed, size, hardness
+    def __init__(self, first_seed: int, size: int, hardness: float = 1.0, *, whole: bool = True) -> None:
+        self.seed, self.size, self.hardness, self.whole = first_seed, size, hardness, whole
         self.store: list[Item] = []
         self.cursor, self.rng, self.queue = 0, random.Random(first_seed), []
 
@@ -173,16 +174,20 @@ class Reservoir:
                 self.store[self.cursor] = item
                 self.cursor = (self.cursor + 1) % self.size
 
+    def needed(self, item: Item) -> Tensor:
+        """(576,) bool: patches that are never dropped."""
+        return item.shown if self.whole else (item.labels > 0).any(1)
+
     def draw(self, count: int) -> list[Item]:
-        """A batch of pictures with about as many shown patches each, so that few background patches fill it up."""
+        """A batch of pictures with about as many needed patches each, so that few background patches fill it up."""
         if not self.queue:
-            pool = sorted(self.rng.sample(self.store, 4 * count), key=lambda item: int(item.shown.sum()))
+            pool = sorted(self.rng.sample(self.store, 4 * count), key=lambda item: int(self.needed(item).sum()))
             self.queue = [pool[i : i + count] for i in range(0, len(pool), count)]
             self.rng.shuffle(self.queue)
         return self.queue.pop()
 
 
-def keep_tokens(shown: Tensor, extra: int) -> Tensor:
-    """(B, n) ascending patch ids: all that shows something in the fullest picture and ``extra`` more, background at random."""
-    count = min(NUM_PATCHES, int(shown.sum(1).max()) + extra)
-    return (torch.rand(shown.shape) + 2 * shown).topk(count, 1).indices.sort(1).values
+def keep_tokens(needed: Tensor, extra: int) -> Tensor:
+    """(B, n) ascending patch ids: as many as the fullest picture needs and ``extra`` more, the others at random."""
+    count = min(NUM_PATCHES, int(needed.sum(1).max()) + extra)
+    return (torch.rand(needed.shape) + 2 * needed).topk(count, 1).indices.sort(1).values

@@ -30,6 +30,7 @@ class Geometry:
 
 
 GEOMETRY = Geometry()
+EARLY_LAYERS = 8  # decoder layers that learn first; the others join later as identities
 
 
 def vocabulary() -> dict[str, int]:
@@ -73,6 +74,9 @@ def build(geometry: Geometry = GEOMETRY) -> nn.Module:
         if parameter.ndim >= 2:
             std = 0.07 if "embed_tokens" in name else 0.8 / math.sqrt(parameter[0].numel())
             nn.init.normal_(parameter, std=std)
+    for layer in model.model.language_model.layers[EARLY_LAYERS:]:  # they pass on what they get until they are trained
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
     # Rows and columns in sines: neighbours are then a fixed rotation apart from the first step on.
     place = model.model.vision_tower.embeddings.position_embedding.weight
     periods = torch.logspace(math.log2(3), math.log2(96), g.tower // 4, base=2)
@@ -81,6 +85,13 @@ def build(geometry: Geometry = GEOMETRY) -> nn.Module:
     rows, columns = wave[:, None].expand(-1, pages.GRID, -1), wave[None].expand(pages.GRID, -1, -1)
     place.data.copy_(torch.cat((rows, columns), 2).reshape(NUM_PATCHES, g.tower) * 0.4)
     return model
+
+
+def use_layers(model: nn.Module, count: int | None = None) -> list[nn.Parameter]:
+    """Run only the first decoder layers from now on (None: all); returns the parameters of the others."""
+    language = model.model.language_model
+    language.config.num_hidden_layers = len(language.layers) if count is None else count
+    return [p for layer in language.layers[language.config.num_hidden_layers :] for p in layer.parameters()]
 
 
 class Aids:
@@ -193,10 +204,13 @@ def export(model: nn.Module, directory: Path) -> None:
     part, old = (directory.with_name(directory.name + end) for end in (".part", ".old"))
     for path in (part, old):
         shutil.rmtree(path, ignore_errors=True)
+    used = model.model.language_model.config.num_hidden_layers
+    use_layers(model)  # the files hold every layer, those that still pass on what they get as well
     copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16).save_pretrained(part)
     build_processor().save_pretrained(part)
+    use_layers(model, used)
     if directory.exists():
         directory.rename(old)
     part.rename(directory)

@@ -57,5 +57,5 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         x = x.transpose(1, 2)
     for _ in range(5):
         gram = x @ x.transpose(1, 2)
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.transpose(1, 2) if tall else x

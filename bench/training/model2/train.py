@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from crop.embedded import pages
 
 from .data import Item, Reservoir, choose, keep_tokens, pack
-from .model import AIDS, NUM_PATCHES, build, export, text_hidden, tower_features
+from .model import AIDS, EARLY_LAYERS, NUM_PATCHES, build, export, text_hidden, tower_features, use_layers
 from .optim import Muon
 from .scores import answer_scores, patch_scores, summary
 
@@ -44,7 +44,7 @@ class Stage:
 
 STAGES = (
     Stage("tower", 32, 2.0, 1500, 0.02, 2e-3, 0.75, 0.0),  # the tower alone, dense labels
-    Stage("decoder", 16, 2.0, 1500, 0.02, 2e-3, 0.97, 0.0),  # tower frozen, packed questions
+    Stage("decoder", 16, 3.0, 1500, 0.02, 2e-3, 0.97, 0.0),  # tower frozen, packed questions, the first layers
     Stage("joint", 16, 2.0, 800, 0.008, 8e-4, 0.85, 0.15),  # everything
 )
 
@@ -122,6 +122,8 @@ class Trainer:
         vision += [(f"heads.{n}", p) for n, p in self.heads.named_parameters()]
         language = [(f"text.{n}", p) for n, p in self.model.named_parameters() if "vision_tower" not in n]
         named = {"tower": vision, "decoder": language, "joint": vision + language}[stage.name]
+        unused = set(map(id, use_layers(self.model, None if stage.name == "joint" else EARLY_LAYERS)))
+        named = [(n, p) for n, p in named if id(p) not in unused]
         for p in (*self.model.parameters(), *self.heads.parameters()):
             p.requires_grad_(False)
         for _, p in named:
@@ -136,8 +138,9 @@ class Trainer:
         if self.optimiser_state is not None:
             optimiser.load_state_dict(self.optimiser_state)
         features = self.frozen_features if stage.name == "decoder" else None
-        data = Reservoir(1 + state["pictures"], stage.store, self.hardness(stage, state["elapsed"] / budget))
-        data.add(min(stage.store, max(4 * stage.batch, 128)), features)
+        hardness = self.hardness(stage, state["elapsed"] / budget)
+        data = Reservoir(1 + state["pictures"], stage.store, hardness, whole=stage.name != "decoder")
+        data.add(min(stage.store, max(4 * stage.batch, 512)), features)
         start, saved, scored = time.process_time() - state["elapsed"], time.time(), time.time()
         fresh, last, meter = 0.0, time.process_time(), collections.Counter()
         while state["elapsed"] < budget:
@@ -197,7 +200,7 @@ class Trainer:
         """Terms of the loss on a batch; ``every``: no background patch is dropped."""
         # The number kept changes from step to step, else the share of background would tell how much there is.
         extra = NUM_PATCHES if every else int(torch.randint(8, 80, ()))
-        keep = keep_tokens(torch.stack([i.shown for i in items]), extra)
+        keep = keep_tokens(torch.stack([data.needed(i) for i in items]), extra)
         labels = torch.stack([i.labels for i in items]).long()
         pick = torch.arange(len(items))[:, None]
         if stage.name == "decoder":
