@@ -92,7 +92,9 @@ def test_export_answers_as_training_sees_it(tiny, tmp_path):
 
 def test_run_learns_stops_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "build", lambda: model.build(TINY))
-    stages = tuple(dataclasses.replace(s, batch=2, store=8, full=2.0, some=0.0) for s in train.STAGES)
+    stages = tuple(
+        dataclasses.replace(s, batch=2, store=8, full=2.0, some=0.0, aside=min(s.aside, 2)) for s in train.STAGES
+    )
     options = train.Options(tmp_path, (0.001, 0.001, 10.0), save_every=0, score_every=1e9, log_every=1, stages=stages)
     monkeypatch.setattr(
         train.Trainer, "score", lambda self, stage: (tmp_path / "stop").touch() if stage.name == "decoder" else None

@@ -53,6 +53,10 @@ class Item:
     picture: str
     features: Tensor | None = None
 
+    def needed(self, whole: bool) -> Tensor:
+        """(576,) bool: patches not to drop: all that a letter touches if ``whole``, else the one that holds its centre."""
+        return self.shown if whole else (self.labels > 0).any(1)
+
 
 @dataclass
 class Pack:
@@ -150,13 +154,13 @@ class Reservoir:
 
     Args:
         first_seed: of the pictures. size: pictures held. hardness: of new pictures, see ``pages.scene``.
-        whole: a letter is kept with all patches that it touches; else with the one that holds its centre.
     """
 
-    def __init__(self, first_seed: int, size: int, hardness: float = 1.0, *, whole: bool = True) -> None:
-        self.seed, self.size, self.hardness, self.whole = first_seed, size, hardness, whole
+    def __init__(self, first_seed: int, size: int, hardness: float = 1.0) -> None:
+        self.seed, self.size, self.hardness = first_seed, size, hardness
         self.store: list[Item] = []
-        self.cursor, self.rng, self.queue = 0, random.Random(first_seed), []
+        self.cursor, self.rng = 0, random.Random(first_seed)
+        self.queues: dict[tuple[int, bool], list[list[Item]]] = {}
 
     def add(self, count: int, features: object = None) -> None:
         """Render pictures; ``features`` turns patches (B, 576, 768) into what is stored beside them."""
@@ -174,17 +178,15 @@ class Reservoir:
                 self.store[self.cursor] = item
                 self.cursor = (self.cursor + 1) % self.size
 
-    def needed(self, item: Item) -> Tensor:
-        """(576,) bool: patches that are never dropped."""
-        return item.shown if self.whole else (item.labels > 0).any(1)
-
-    def draw(self, count: int) -> list[Item]:
-        """A batch of pictures with about as many needed patches each, so that few background patches fill it up."""
-        if not self.queue:
-            pool = sorted(self.rng.sample(self.store, 4 * count), key=lambda item: int(self.needed(item).sum()))
-            self.queue = [pool[i : i + count] for i in range(0, len(pool), count)]
-            self.rng.shuffle(self.queue)
-        return self.queue.pop()
+    def draw(self, count: int, whole: bool) -> list[Item]:
+        """A batch of pictures that need about as many patches each, so that few background patches fill it up."""
+        queue = self.queues.setdefault((count, whole), [])
+        if not queue:
+            pool = self.rng.sample(self.store, 4 * count)
+            pool.sort(key=lambda item: int(item.needed(whole).sum()))
+            queue += [pool[i : i + count] for i in range(0, len(pool), count)]
+            self.rng.shuffle(queue)
+        return queue.pop()
 
 
 def keep_tokens(needed: Tensor, extra: int) -> Tensor:

@@ -30,6 +30,7 @@ class Stage:
         batch: pictures of a step. reuse: times a picture is used. store: pictures held.
         matrix_lr, other_lr: peak learning rates. full: share of the budget after which every patch is kept.
         some: share of the steps before that in which every patch is kept.
+        aside: pictures of a second batch, for the tower alone. slow: factor of the tower's learning rates.
     """
 
     name: str
@@ -40,12 +41,17 @@ class Stage:
     other_lr: float
     full: float
     some: float
+    aside: int = 0
+    slow: float = 1.0
 
 
 STAGES = (
-    Stage("tower", 32, 2.0, 1500, 0.02, 2e-3, 0.75, 0.0),  # the tower alone, dense labels
-    Stage("decoder", 16, 3.0, 1500, 0.02, 2e-3, 0.97, 0.0),  # tower frozen, packed questions, the first layers
-    Stage("joint", 16, 2.0, 800, 0.008, 8e-4, 0.85, 0.15),  # everything
+    # the tower alone, dense labels
+    Stage("tower", 32, 2.0, 1500, 0.02, 2e-3, 0.75, 0.0),
+    # packed questions, the first decoder layers; the tower goes on learning labels, its features are some steps old
+    Stage("decoder", 16, 2.0, 1500, 0.02, 2e-3, 0.97, 0.0, aside=24, slow=0.3),
+    # everything
+    Stage("joint", 16, 2.0, 800, 0.008, 8e-4, 0.85, 0.15, aside=16),
 )
 
 
@@ -121,7 +127,7 @@ class Trainer:
         vision = [(f"vision.{n}", p) for n, p in tower.named_parameters() if "post_layernorm" not in n]
         vision += [(f"heads.{n}", p) for n, p in self.heads.named_parameters()]
         language = [(f"text.{n}", p) for n, p in self.model.named_parameters() if "vision_tower" not in n]
-        named = {"tower": vision, "decoder": language, "joint": vision + language}[stage.name]
+        named = {"tower": vision, "decoder": vision + language, "joint": vision + language}[stage.name]
         unused = set(map(id, use_layers(self.model, None if stage.name == "joint" else EARLY_LAYERS)))
         named = [(n, p) for n, p in named if id(p) not in unused]
         for p in (*self.model.parameters(), *self.heads.parameters()):
@@ -134,12 +140,12 @@ class Trainer:
         """One stage up to its budget; False if it was stopped."""
         options, state = self.options, self.state
         named = self.parameters(stage)
-        optimiser = Muon(named, stage.matrix_lr, stage.other_lr)
+        optimiser = Muon(named, stage.matrix_lr, stage.other_lr, stage.slow)
         if self.optimiser_state is not None:
             optimiser.load_state_dict(self.optimiser_state)
         features = self.frozen_features if stage.name == "decoder" else None
         hardness = self.hardness(stage, state["elapsed"] / budget)
-        data = Reservoir(1 + state["pictures"], stage.store, hardness, whole=stage.name != "decoder")
+        data = Reservoir(1 + state["pictures"], stage.store, hardness)
         data.add(min(stage.store, max(4 * stage.batch, 512)), features)
         start, saved, scored = time.process_time() - state["elapsed"], time.time(), time.time()
         fresh, last, meter = 0.0, time.process_time(), collections.Counter()
@@ -152,7 +158,9 @@ class Trainer:
                 state["pictures"] += 16
                 fresh -= 16
             every = fraction > stage.full or bool(torch.rand(()) < stage.some)
-            losses = self.losses(stage, data.draw(stage.batch), every, data)
+            losses = self.losses(stage, data.draw(stage.batch, stage.name != "decoder"), every, data)
+            if stage.aside:
+                losses["aside"] = self.options.patch * self.tower_loss(data.draw(stage.aside, True), every=False)
             for _, p in named:
                 p.grad = None
             sum(losses.values()).backward()
@@ -198,21 +206,27 @@ class Trainer:
 
     def losses(self, stage: Stage, items: list[Item], every: bool, data: Reservoir) -> dict[str, Tensor]:
         """Terms of the loss on a batch; ``every``: no background patch is dropped."""
-        # The number kept changes from step to step, else the share of background would tell how much there is.
-        extra = NUM_PATCHES if every else int(torch.randint(8, 80, ()))
-        keep = keep_tokens(torch.stack([data.needed(i) for i in items]), extra)
-        labels = torch.stack([i.labels for i in items]).long()
-        pick = torch.arange(len(items))[:, None]
+        if stage.name == "tower":
+            return {"patch": self.tower_loss(items, every)}
+        keep, pick = self.keep(items, every, stage.name != "decoder"), torch.arange(len(items))[:, None]
         if stage.name == "decoder":
             vision = torch.stack([i.features for i in items])[pick, keep].float()
             return self.answer_losses(items, vision, keep, data)
-        patches = torch.stack([i.patches for i in items])
-        if stage.name == "tower":
-            vision = tower_features(self.model, patches[pick, keep], keep)
-            return {"patch": self.patch_loss(vision, labels[pick, keep])}
-        vision = tower_features(self.model, patches)  # the tower is cheap: it sees every patch
-        losses = {"patch": self.options.patch * self.patch_loss(vision, labels)}
+        vision = tower_features(self.model, torch.stack([i.patches for i in items]))  # cheap: it sees every patch
+        losses = {"patch": self.options.patch * self.patch_loss(vision, torch.stack([i.labels for i in items]).long())}
         return losses | self.answer_losses(items, vision[pick, keep], keep, data)
+
+    @staticmethod
+    def keep(items: list[Item], every: bool, whole: bool) -> Tensor:
+        """(B, n) patches to keep. Their number changes from step to step, else the share of background would tell things."""
+        extra = NUM_PATCHES if every else int(8 * 32 ** torch.rand(()))
+        return keep_tokens(torch.stack([i.needed(whole) for i in items]), extra)
+
+    def tower_loss(self, items: list[Item], every: bool) -> Tensor:
+        """The dense labels of the patches kept, from the tower alone."""
+        keep, pick = self.keep(items, every, True), torch.arange(len(items))[:, None]
+        patches, labels = torch.stack([i.patches for i in items]), torch.stack([i.labels for i in items]).long()
+        return self.patch_loss(tower_features(self.model, patches[pick, keep], keep), labels[pick, keep])
 
     def patch_loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the dense labels (B, n, heads), background patches weighing a tenth."""
