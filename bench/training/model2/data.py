@@ -18,6 +18,7 @@ from .model import NUM_PATCHES, vocabulary
 
 TOKEN = re.compile(r"[A-Z0-9]|[^\w\s]|[a-z]+")
 EMPHASIS = {"global": 0.3, "relation": 1.5, "count": 1.5, "compare": 1.5, "text": 2.0, "box": 2.0}
+SHARES = dict(zip(pages.PICTURES, (4, 5, 3, 3, 2, 4), strict=True))  # letters on colours are the slowest to be learnt
 WORDS = vocabulary()
 
 
@@ -165,8 +166,8 @@ class Reservoir:
     def add(self, count: int, features: object = None) -> None:
         """Render pictures; ``features`` turns patches (B, 576, 768) into what is stored beside them."""
         fresh = []
-        while len(fresh) < count:
-            fresh.append(encode(pages.scene(self.seed, hardness=self.hardness)))
+        for picture in self.rng.choices(list(SHARES), list(SHARES.values()), k=count):
+            fresh.append(encode(pages.scene(self.seed, picture=picture, hardness=self.hardness)))
             self.seed += 1
         if features is not None:
             for item, feature in zip(fresh, features(torch.stack([f.patches for f in fresh])), strict=True):

@@ -49,9 +49,9 @@ STAGES = (
     # the tower alone, dense labels
     Stage("tower", 32, 2.0, 1500, 0.02, 2e-3, 0.75, 0.0),
     # packed questions, the first decoder layers; the tower goes on learning labels, its features are some steps old
-    Stage("decoder", 16, 2.0, 1500, 0.02, 2e-3, 0.97, 0.0, aside=24, slow=0.3),
+    Stage("decoder", 16, 2.0, 600, 0.02, 2e-3, 0.97, 0.0, aside=64, slow=0.5),
     # everything
-    Stage("joint", 16, 2.0, 800, 0.008, 8e-4, 0.85, 0.15, aside=16),
+    Stage("joint", 16, 2.0, 800, 0.008, 8e-4, 0.85, 0.15, aside=64),
 )
 
 
