@@ -1,0 +1,45 @@
+"""Glyphs of nine faces: eight subsets of DejaVu that lie beside this file, and the face that Pillow carries."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+FILES = sorted((Path(__file__).parent / "faces").glob("*.ttf"))
+FACES = ("Aileron", *(path.stem for path in FILES))
+NARROWEST = 0.55  # least advance in em: a patch then holds the centres of three characters at most
+PAD = 3
+
+
+@lru_cache(maxsize=512)
+def font(face: str, size: int) -> ImageFont.FreeTypeFont:
+    """A face at a size in pixels."""
+    if face == "Aileron":
+        return ImageFont.load_default(size)
+    path = Path(__file__).parent / "faces" / f"{face}.ttf"
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@lru_cache(maxsize=512)
+def cap_height(face: str, size: int) -> float:
+    """Height of a capital in pixels."""
+    _, top, _, bottom = font(face, size).getbbox("H", anchor="ls")
+    return bottom - top
+
+
+@lru_cache(maxsize=32768)
+def glyph(face: str, size: int, character: str) -> tuple[Image.Image, float, float]:
+    """Coverage mask of a character with its baseline ``size + PAD`` below the top, the free width on its left, its advance."""
+    drawn = font(face, size)
+    length = drawn.getlength(character)
+    advance = max(length, NARROWEST * size) + max(0.5, 0.02 * size)
+    mask = Image.new("L", (round(length) + 2 * PAD + size // 4, round(1.35 * size) + 2 * PAD))
+    ImageDraw.Draw(mask).text((PAD, size + PAD), character, 255, drawn, "ls")
+    return mask, (advance - length) / 2 - PAD, advance
+
+
+def width(text: str, face: str, size: int) -> float:
+    """Width of a line of text in pixels."""
+    return sum(glyph(face, size, c)[2] for c in text)

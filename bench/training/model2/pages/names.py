@@ -1,0 +1,66 @@
+"""The closed vocabularies of the pictures, and words and numbers that no one can guess."""
+
+from __future__ import annotations
+
+import random
+
+SIZE = 384
+PATCH = 16
+GRID = SIZE // PATCH
+BLOCKS = 8  # blocks per side in which places are named
+
+COLORS = {
+    "red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 220), "yellow": (240, 206, 30),
+    "orange": (244, 130, 24), "purple": (140, 50, 170), "black": (28, 28, 28), "cyan": (40, 190, 200),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+PICTURES = ("shapes", "signs", "receipt", "table", "chart", "form")
+DIRECTIONS = ("left", "right", "above", "below")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+CHARACTERS = LETTERS + "0123456789."
+
+VOWELS, CONSONANTS = "AEIOU", "BCDFGHJKLMNPRSTVWXZ"
+
+LOCAL_KINDS = ("text", "color", "shape", "price", "item", "total", "date", "shop", "cell", "row", "value", "field")
+RELATION_KINDS = ("relation", "compare", "count")  # each needs all the regions it names
+GLOBAL_KINDS = ("global",)
+BOX_KIND = "box"  # answered by a place in numbers: four digits, xmin ymin xmax ymax in blocks of an 8 x 8 grid
+
+
+def word(rng: random.Random, length: int) -> str:
+    """Capitals that can be pronounced but are in no dictionary, so that no part of them tells the rest."""
+    if rng.random() < 0.25:
+        return "".join(rng.choices(LETTERS, k=length))
+    first = rng.random() < 0.7
+    return "".join(rng.choice(CONSONANTS if (i % 2 == 0) == first else VOWELS) for i in range(length))
+
+
+def words(rng: random.Random, count: int, low: int, high: int) -> list[str]:
+    """Different words of ``low`` to ``high`` letters."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[word(rng, rng.randint(low, high))] = None
+    return list(found)
+
+
+def numbers(rng: random.Random, count: int, low: int, high: int) -> list[str]:
+    """Different whole numbers, as many with few digits as with many."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        digits = rng.randint(len(str(low)), len(str(high)))
+        first, last = max(low, 10 ** (digits - 1)), min(high, 10**digits - 1)
+        found[str(rng.randint(0 if digits == 1 and low == 0 else first, last))] = None
+    return list(found)
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every token of every question and answer, sorted: words in lower case, and text read from pictures by characters."""
+    found = set(COLORS) | set(SHAPES) | set(PICTURES) | set(DIRECTIONS) | set(CHARACTERS) | {"?"}
+    found |= {f"{shape}s" for shape in SHAPES}
+    found |= set(
+        "what kind of picture is this a how many are there on the color shape with has written where does sign say "
+        "says that which item costs more less price total date shop items rows row in or is larger smaller box bar "
+        "bars tallest shortest taller shorter value next to fields field beside stands comes after before and it "
+        "table chart form receipt signs shapes columns first last most least yes no".split()
+    )
+    return tuple(sorted(found))

@@ -1,0 +1,139 @@
+"""Training of the second embedded model on a tiny one: packing, aids, files, and a run that stops and resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from transformers import AutoProcessor, LlavaForConditionalGeneration  # noqa: E402
+
+from bench.training.model2 import (  # noqa: E402
+    data,
+    model,
+    pages,  # noqa: E402
+    scores,
+    train,
+)
+
+TINY = model.Geometry(tower=32, tower_layers=1, tower_inner=32, width=64, layers=7, inner=32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return model.build(TINY).eval()
+
+
+@pytest.fixture(scope="module")
+def item():
+    return data.encode(pages.scene(3, picture="shapes"))
+
+
+def test_tower_and_localizer_take_at_most_15_percent():
+    parts = model.flops()
+    assert sum(v for k, v in parts.items() if k != "decoder") <= 0.15 * sum(parts.values())
+
+
+def test_model_fits_in_24_megabytes():
+    with torch.device("meta"):
+        size = sum(2 * p.numel() for p in train.build().parameters())
+    assert size < 23.8e6 and model.GEOMETRY.layers >= 12
+
+
+@torch.no_grad()
+def test_packed_questions_equal_separate_ones(tiny, item):
+    lines, keep = item.lines[:5], torch.arange(0, model.NUM_PATCHES, 3)[None]
+    vision = model.tower_features(tiny, item.patches[None])[:, keep[0]]
+    packed = data.pack([lines])
+    together = model.text_hidden(tiny, vision, keep, packed.ids, packed.block, packed.place)[0]
+    for i, line in enumerate(lines):
+        alone = data.pack([[line]])
+        hidden = model.text_hidden(tiny, vision, keep, alone.ids, alone.block, alone.place)[0]
+        torch.testing.assert_close(together[packed.block[0] == i], hidden, atol=2e-5, rtol=1e-4)
+
+
+def test_spots_are_patches_of_the_characters(item):
+    for line in item.lines:
+        words = list(data.WORDS)
+        for row, patch in enumerate(line.spot.tolist()):
+            if patch >= 0:
+                character = words[line.target[row] if line.target[row] >= 0 else line.ids[row]]
+                named = [pages.CHARACTERS[c - 1] for c in item.labels[patch, 3:].tolist() if c]
+                assert character in named
+
+
+def test_export_answers_as_training_sees_it(tiny, tmp_path):
+    """Files, processor and ``generate`` give the token that packed training would."""
+    model.export(tiny, tmp_path / "weights")
+    carried = LlavaForConditionalGeneration.from_pretrained(tmp_path / "weights", dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "weights")
+    scene = pages.scene(3)
+    question = next(q for q in scene.questions if q.clues)
+    inputs = processor(images=scene.image, text=f"<image> {question.text} ?", return_tensors="pt")
+    assert inputs["input_ids"][0, 1 + model.NUM_PATCHES :].tolist() == data.tokens(question.text + " ?")
+    line, item = data.encode_line(question, 1.0), data.encode(scene)
+    rows = len(data.tokens(question.text + " ?"))
+    alone = data.pack(
+        [[dataclasses.replace(line, ids=line.ids[:rows], target=line.target[:rows], spot=line.spot[:rows])]]
+    )
+    with torch.no_grad():
+        every = torch.arange(model.NUM_PATCHES)[None]
+        vision = model.tower_features(carried, item.patches[None])
+        hidden = model.text_hidden(carried, vision, every, alone.ids, alone.block, alone.place)
+        logits = carried(**inputs).logits[0, -1]
+    torch.testing.assert_close(carried.lm_head(hidden[0, -1]), logits, atol=1e-3, rtol=1e-3)
+
+
+def test_run_learns_stops_and_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "build", lambda: model.build(TINY))
+    stages = tuple(
+        dataclasses.replace(s, batch=2, store=8, full=2.0, some=0.0, aside=min(s.aside, 2)) for s in train.STAGES
+    )
+    options = train.Options(tmp_path, (0.001, 0.001, 10.0), save_every=0, score_every=1e9, log_every=1, stages=stages)
+    monkeypatch.setattr(
+        train.Trainer, "score", lambda self, stage: (tmp_path / "stop").touch() if stage.name == "decoder" else None
+    )
+    run = train.Trainer(options)
+    run.run()
+    assert run.state["stage"] == 2 and not list(tmp_path.glob("*.part"))
+    log = (tmp_path / "log.txt").read_text()
+    assert all(name in log for name in ("patch", "answer", "mass1", "spot4", "stopped"))
+    again = train.Trainer(options)
+    assert again.state == run.state
+    torch.testing.assert_close(again.model.state_dict(), run.model.state_dict())
+
+
+@torch.no_grad()
+def test_later_layers_begin_as_identities(item, tmp_path):
+    """The first layers alone answer as all do, and files written meanwhile hold all."""
+    small = model.build(dataclasses.replace(TINY, layers=model.EARLY_LAYERS + 2)).eval()
+    every = torch.arange(model.NUM_PATCHES)[None]
+    vision, packed = model.tower_features(small, item.patches[None]), data.pack([item.lines[:2]])
+    hidden = model.text_hidden(small, vision, every, packed.ids, packed.block, packed.place)
+    assert len(model.use_layers(small, model.EARLY_LAYERS)) == 2 * len(
+        list(small.model.language_model.layers[0].parameters())
+    )
+    early = model.text_hidden(small, vision, every, packed.ids, packed.block, packed.place)
+    torch.testing.assert_close(early, hidden)
+    model.export(small, tmp_path / "weights")
+    assert small.model.language_model.config.num_hidden_layers == model.EARLY_LAYERS
+    carried = LlavaForConditionalGeneration.from_pretrained(tmp_path / "weights")
+    assert len(carried.model.language_model.layers) == model.EARLY_LAYERS + 2
+
+
+def test_ways_of_pruning(item):
+    line = next(line for line in item.lines if line.kind == "text" and len(line.target) > 0)
+    left = scores.ways(line)
+    assert left["third"].sum() == model.NUM_PATCHES // 3
+    assert not (left["region"] & left["without"]).any()
