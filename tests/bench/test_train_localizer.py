@@ -12,6 +12,7 @@ from crop import embedded
 from crop.embedded import scenes
 from crop.geometry.region import Region
 from crop.localizers import VLMLocalizer
+from tests.support.cases import get_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOX = ((0.26, 0.5, 0.49, 0.74),)
@@ -46,7 +47,7 @@ def test_one_record_is_learnt_by_heart_saved_and_loaded(tmp_path):
     assert find(scene.image, "is this a receipt").is_whole
 
 
-def test_lora_trains_adapters_of_the_decoder_alone(get_model):
+def test_lora_trains_adapters_of_the_decoder_alone():
     pytest.importorskip("peft")
     import copy
 
