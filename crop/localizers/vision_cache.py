@@ -84,21 +84,33 @@ class _Cached:
         if torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         # Some families hand every keyword on to the tower, also the one that only the language model reads.
-        seen = (args, {name: value for name, value in kwargs.items() if name != "use_cache"})
-        if not self.last or not _same(self.last[0][0], seen):
-            device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), _CPU)
+        given = {name: value for name, value in kwargs.items() if name != "use_cache"}
+        device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), _CPU)
+        cast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        last = self.last[0] if self.last else None  # another thread may put its own there meanwhile
+        if last is None or not _same(last[0], (args, given, cast)):
             start = mark(device)
-            self.last[:] = [(seen, self.forward(*args, **kwargs))]
+            last = _kept((args, given, cast)), self.forward(*args, **kwargs)
+            self.last[:] = [last]
             self.spans.append((start, mark(device)))
-        output = self.last[0][1]
+        output = last[1]
         # Models write into the output object they get; the tensors in it stay as they are.
         return output if isinstance(output, Tensor) else copy.copy(output)
+
+
+def _kept(value: Any) -> Any:
+    """Arguments as they are now: whoever changes a tensor in place must not change what is known of it."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {name: _kept(entry) for name, entry in value.items()}
+    return tuple(map(_kept, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-        return one is other or (alike and torch.equal(one, other))
+        return alike and torch.equal(one, other)
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):

@@ -31,18 +31,17 @@ class Selection:
 
     def check(self, layout: VisionLayout) -> None:
         """Refuse what does not fit an image of these tokens: ValueError."""
+        if isinstance(self.num_keep, bool) or not isinstance(self.num_keep, Integral):
+            raise TypeError(f"patch: num_keep of a Selection must be an int, got {self.num_keep!r}")
         for name in ("priority", "weight"):
             value = getattr(self, name)
             if value is not None and value.shape != (len(layout),):
                 raise ValueError(
                     f"patch: {name} of a Selection must have shape ({len(layout)},), got {tuple(value.shape)}"
                 )
-        if (
-            self.priority.dtype != torch.int8 or int(self.priority.max()) == 127
-        ):  # which leaves room for those dropped earlier
-            raise ValueError(
-                f"patch: priority of a Selection must be int8 and at most 126, got {self.priority.dtype} up to {self.priority.max()}"
-            )
+        kind, highest = self.priority.dtype, int(self.priority.max()) if len(self.priority) else 0
+        if kind != torch.int8 or highest == 127:  # a place above is left for what an earlier cut kept
+            raise ValueError(f"patch: priority of a Selection must be int8 and at most 126, got {kind} up to {highest}")
         candidates = int((self.priority >= 0).sum())
         if not 0 <= self.num_keep <= candidates:
             raise ValueError(

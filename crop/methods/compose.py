@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -76,9 +77,11 @@ class Compose(Method):
         for name in ("plc", "ilp"):
             if not isinstance(getattr(self, name), Method):
                 raise TypeError(f"Compose: {name} must be a Method, got {getattr(self, name)!r}")
-        if not self.ilp.cuts or type(self.plc).plan is Method.plan:
+        pools = [type(one).plan is not Method.plan for one in (self.plc, self.ilp)]
+        if not self.ilp.cuts or self.plc.cuts or pools != [True, False]:
             raise TypeError(
-                "Compose: plc must pool before the language model (override plan) and ilp prune inside it (have a layer), "
+                "Compose: plc must pool before the language model (override plan) alone and ilp prune inside it (have a layer) "
+                "alone, "
                 f"got {self.plc!r} and {self.ilp!r}"
             )
 
@@ -90,7 +93,9 @@ class Compose(Method):
 
     def with_layer(self, default: int) -> Compose:
         """``ilp`` with ``default`` in the place of ``layer="auto"``."""
-        return replace(self, ilp=self.ilp.with_layer(default))
+        resolved = copy.copy(self)
+        object.__setattr__(resolved, "ilp", self.ilp.with_layer(default))
+        return resolved
 
     def observe(self, tower: nn.Module, config: Any, watch: Callable[..., None]) -> None:
         """As ``plc.observe``."""

@@ -335,7 +335,13 @@ def _prune_step(cut: Method, images: Sequence[ImagePlan], real: Tensor, after: S
     ]
     weight = None
     if any(one.weight is not None for _, one in chosen):
-        weight = _stack([torch.ones(len(one.priority)) if one.weight is None else one.weight for _, one in chosen], 1.0)
+        weight = _stack(
+            [
+                torch.ones(len(one.priority), dtype=torch.float32) if one.weight is None else one.weight
+                for _, one in chosen
+            ],
+            1.0,
+        )
     return PruneStep(
         method=cut,
         stays=stays,

@@ -21,7 +21,7 @@ class PatchContext:
     """One ``patch`` block: what was asked for, what callers get to see, and the call that runs now."""
 
     def __init__(self, planner: Planner) -> None:
-        self.planner = planner
+        self.planner, self.observes = planner, False  # observes: whether the method reads the vision tower
         self.stats = PruneStats(lambda: None if self.call is None else self.call.stats)
 
     @property
@@ -47,10 +47,6 @@ class PatchContext:
         call.outer = CALL.get()
         CALL.set(call)
         return call
-
-    def end(self) -> None:
-        """The call that runs now ends."""
-        CALL.set(self.call.outer)
 
 
 class ModelHook:

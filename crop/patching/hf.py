@@ -169,6 +169,7 @@ class LayerCall:
 
     mask = _argument("attention_mask")
     rotary = _argument("position_embeddings")
+    position_ids = _argument("position_ids")
 
     def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
         self.args, self.kwargs = args, dict(kwargs)
@@ -184,10 +185,6 @@ class LayerCall:
             self.args = (value, *self.args[1:])
         else:
             self.kwargs["hidden_states"] = value
-
-    def drop_position_ids(self) -> None:
-        """Only flash attention asks for them, and gaps would send it down its packed-sequence path."""
-        self.kwargs["position_ids"] = None
 
 
 def past_length(cache: Any, mask: Any, added: int) -> int:

@@ -63,7 +63,7 @@ def key_positions(maps: Sequence[TokenMap | None], batch: int, total: int, queri
     Returns:
         (batch, keys) int64, -1 = filler; the last ``queries`` are those of this call.
     """
-    positions = torch.arange(total).expand(batch, -1)
+    positions = torch.arange(total, device="cpu").expand(batch, -1)
     for tokens in maps:
         if tokens is not None:
             sources = tokens.sources(positions.shape[1])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from crop.geometry.layout import VisionLayout
@@ -14,6 +16,7 @@ from crop.methods.base import Method, check_choice, check_method, prunes
 from crop.models import ModelFamily, Prompt, family_of
 from crop.patching import hf
 from crop.patching.batch_plan import BatchPlan, plan_batch
+from crop.patching.cache import cache_state
 from crop.patching.positions import POLICIES
 from crop.patching.validation import as_regions, as_sizes, one_per_image
 
@@ -98,6 +101,11 @@ class Planner:
         Raises:
             ValueError: as ``patch``.
         """
+        # A default device of the user's is not for the host's geometry.
+        with contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+            return self._plan(arguments, given, copies)
+
+    def _plan(self, arguments: Mapping[str, Any], given: Mapping[str, Any] | None, copies: int) -> BatchPlan | None:
         ids = hf.token_ids(arguments)
         if not hf.brings_images(arguments, self.family.videos):
             return None
@@ -121,6 +129,17 @@ class Planner:
             hf.refuse_unsupported(arguments, ids, self.language_model, self.uniform)
         cache = hf.cache_of(arguments)
         past = 0 if cache is None else cache.get_seq_length()
+        if self.uniform and self.prunes and cache_state(cache).cuts:
+            raise ValueError(
+                "patch: cache must be 'ragged' for a cache whose layers hold different tokens already, got 'uniform'; use "
+                "cache='uniform' from the first prefill on"
+            )
+        axes = self.family.position_axes(self.language_model.config)
+        for _, layout in images if self.positions == "compact" else ():
+            if int(layout.position[-1] - layout.position[0]) != len(layout) - 1 or (axes > 1 and layout.extent[0] > 1):
+                raise ValueError(
+                    "patch: positions must be 'original' for videos and for images with text among their tokens, got 'compact'"
+                )
         if past and not all(cut.rope for cut in self.method.cuts):
             # Scores without positions need the angles of all keys, and those of cached ones are gone.
             raise ValueError(

@@ -35,6 +35,7 @@ class EntryHook(ModelHook):
             def note(query: Tensor, key: Tensor, scale: float | None) -> None:
                 self.context.vision.observed = read(query, key, scale)
 
+            self.context.observes = True
             undo.enter_context(attention_hook(module, note, when=lambda: self.context.vision is not None))
 
         self.method.observe(self.tower, self.model.config, watch)
@@ -49,8 +50,10 @@ class EntryHook(ModelHook):
             replace_method(self.model, name, self._refuse, undo, "be copied or saved; leave the block first")
         hook(undo, self.tower.register_forward_pre_hook, self._enter_tower)
         hook(undo, self.tower.register_forward_hook, self._leave_tower)
-        hook(undo, self.base.register_forward_pre_hook, self._enter, with_kwargs=True, prepend=True)
-        hook(undo, self.base.register_forward_hook, self._leave, always_call=True)
+        for name in ("_call_impl", "_compiled_call_impl"):
+            if getattr(self.base, name) is not None:
+                replace_method(self.base, name, self._call, undo)
+        hook(undo, self.base.register_forward_pre_hook, self._enter, with_kwargs=True)
 
     @staticmethod
     def _refuse(_: Any, what: str, *args: Any, **kwargs: Any) -> None:
@@ -103,6 +106,18 @@ class EntryHook(ModelHook):
 
     # The multimodal model
 
+    @torch.compiler.disable(recursive=False)
+    def _call(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around the call and its hooks: whatever ends it, an interrupt too, the call around it goes on as before."""
+        outer = CALL.get()
+        try:
+            output, state = call(*args, **kwargs), self.context.call
+            if state is not outer and state is not None and state.stats is not None:
+                self.context.stats.prefills.append(state.stats)
+            return output
+        finally:
+            CALL.set(outer)
+
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = hf.named_arguments(module, args, kwargs)
         generation = self._made_by_generate(arguments)
@@ -121,11 +136,3 @@ class EntryHook(ModelHook):
         state.stats.add_span("plan", start, mark(HOST))
         if plan.pool is not None or plan.prunes:
             state.plan = plan
-
-    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        state = self.context.call
-        if state is None:  # a call that was there before the block
-            return
-        if state.stats is not None and output is not None:  # None: it failed
-            self.context.stats.prefills.append(state.stats)
-        self.context.end()

@@ -105,6 +105,11 @@ class PoolingHook(ModelHook):
     def _settle(self, state: ForwardState, embeds: Tensor) -> None:
         """Let features decide."""
         observed = None
+        if self.context.observes and state.vision.observed is None:
+            raise RuntimeError(
+                "patch: the vision tower must run for a method that observes it, got cached features (crop.cache_vision) or "
+                "features from elsewhere; ask without them"
+            )
         if state.vision.observed is not None:
             samples = [image.sample for image in state.plan.images]
             copies = self.context.generation.copies if self.context.generation is not None else 1

@@ -21,7 +21,7 @@ from crop.patching.hooks.pooling import spread
 from crop.patching.masks import gather, key_positions, pad_columns
 from crop.patching.positions import given_ids
 from crop.patching.scoring import cut, restore, score
-from crop.patching.state import ForwardState, LayerState
+from crop.patching.state import ForwardState, LayerState, gather_positions
 from crop.patching.stats import mark
 from crop.patching.token_map import look_up
 
@@ -86,8 +86,6 @@ class PruningHook(ModelHook):
         if state is None:
             return None
         state.layer, call = index, hf.LayerCall(args, kwargs)
-        if state.plan is not None:
-            call.drop_position_ids()
         step = self._step(index)
         if step is not None:
             call.hidden = self._prune(state, index, step, call.hidden)
@@ -106,6 +104,12 @@ class PruningHook(ModelHook):
             )
         if here.kept_index is not None or here.position_ids is not None and index:
             call.rotary = here.fitted(call.rotary, "rotary", lambda old: self._fit_rotary(here, call.hidden, old))
+        if state.plan is not None and (call.position_ids is None or hf.is_flash(self.language_model.config)):
+            call.position_ids = None  # gaps would send flash attention down its packed-sequence path
+        elif here.kept_index is not None:
+            call.position_ids = here.fitted(
+                call.position_ids, "ids", lambda ids: gather_positions(ids, here.kept_index, 0)
+            )
         if state.plan is not None and index in self.unrotated:
             here.rotary = call.rotary
         return call.args, call.kwargs
@@ -113,14 +117,23 @@ class PruningHook(ModelHook):
     def _prune(self, state: ForwardState, layer: int, step: PruneStep, hidden: Tensor) -> Tensor:
         """Hidden states of the tokens that stay at a cut."""
         if step.rows is None:
-            self._cut(state, layer, step, torch.zeros(step.candidates.shape, device=state.plan.device))
+            self._cut(
+                state, layer, step, torch.zeros(step.candidates.shape, dtype=torch.float32, device=state.plan.device)
+            )
         here = state.layers.get(layer)
         if here is None or here.kept_index is None:
             raise RuntimeError(f"patch: layer {layer - 1} must call transformers' attention interface, got no call")
         start, before = mark(hidden.device), state.at(layer - 1)
         here.hidden_before = hidden
         if here.merge is not None:
-            hidden = here.merge(hidden)
+            hidden = here.merge(hidden.clone())
+            if not isinstance(hidden, Tensor) or (hidden.shape, hidden.dtype) != (
+                here.hidden_before.shape,
+                here.hidden_before.dtype,
+            ):
+                raise TypeError(
+                    "patch: merge() of a method must return hidden states of the shape and dtype it was given"
+                )
         take = here.kept_index if before.kept_index is None else look_up(before.slot_of, here.kept_index)
         hidden = ops.compact([hidden], take.to(hidden.device))[0]
         state.stats.add_span("ilp", start, mark(hidden.device))
