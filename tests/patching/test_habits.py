@@ -147,3 +147,97 @@ def test_a_default_that_generate_drops_is_no_reason_to_refuse():
 def test_stages_the_wrong_way_round_are_refused():
     with pytest.raises(TypeError, match="plc must pool before the language model .* and ilp prune inside it"):
         Compose(InnerLLMPruning(0.1), PreLLMCompression(keep=0.5))
+
+
+@families
+def test_a_call_that_fails_before_it_begins_leaves_the_outer_one_alone(family):
+    """A hook calls the model with too many arguments and goes on."""
+    model, batch = get_model(family, "sdpa"), standard_batch(family, "left", 1)
+
+    def wrong(*_):
+        with pytest.raises(TypeError):
+            model.model(*range(99))
+
+    with patch(model, METHODS["compose"]) as stats:
+        wanted = model(**batch.inputs).logits
+        handle = model.model.language_model.layers[0].register_forward_hook(wrong)
+        found = model(**batch.inputs).logits
+        handle.remove()
+    assert torch.equal(found, wanted) and len(stats.prefills) == 2
+
+
+@pytest.mark.parametrize("name", ["plc", "budget"])
+@families
+def test_a_hook_of_the_users_that_changes_the_prompt(family, name):
+    """The plan is made from what the model gets, not from what its caller gave."""
+    model, batch = get_model(family, "sdpa"), standard_batch(family, "single", 1)
+    ids = batch.inputs["input_ids"]
+    moved = torch.cat([ids[:, 1:2], ids[:, :1], ids[:, 2:]], 1)
+    with patch(model, METHODS[name]):
+        wanted = model(**{**batch.inputs, "input_ids": moved}).logits
+
+    def change(module, args, kwargs):
+        return args, kwargs | {"input_ids": moved}
+
+    handle = model.model.register_forward_pre_hook(change, with_kwargs=True)
+    try:
+        with patch(model, METHODS[name]):
+            assert torch.equal(model(**batch.inputs).logits, wanted)
+    finally:
+        handle.remove()
+
+
+@families
+def test_a_uniform_block_on_a_ragged_cache_is_refused(family):
+    model, batch = get_model(family, "sdpa"), standard_batch(family, "single", 1)
+    with patch(model, METHODS["budget"]):
+        cache = model(**batch.inputs, use_cache=True).past_key_values
+    mask = torch.ones(1, 2 * batch.inputs["input_ids"].shape[1], dtype=torch.int64)
+    with patch(model, METHODS["budget"], cache="uniform"):
+        with pytest.raises(ValueError, match="cache must be 'ragged' for a cache whose layers hold different tokens"):
+            model(**{**batch.inputs, "attention_mask": mask}, past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl_video", "qwen3_vl_video", "idefics3", "ovis2"])
+def test_compact_positions_of_videos_and_of_text_among_tokens_are_refused(family):
+    model, batch = get_model(family, "sdpa"), standard_batch(family, "single", 1)
+    with patched(model, METHODS["plc"], batch, regions_of(batch), positions="compact"):
+        with pytest.raises(ValueError, match="positions must be 'original' for videos and for images with text among"):
+            model(**batch.inputs)
+
+
+class Longer(InnerLLMPruning):
+    def merge(self, hidden, view):
+        return torch.cat([hidden[:, :1], hidden], 1)
+
+
+class InPlace(InnerLLMPruning):
+    def merge(self, hidden, view):
+        hidden[:, :2] = 0
+        return hidden
+
+
+@families
+def test_what_a_method_merges_is_checked_and_its_own(family):
+    """Hidden states of another length would shift every token; what is written in place reaches the kept tokens alone."""
+    model, batch = get_model(family, "sdpa"), standard_batch(family, "left", 1)
+    with patch(model, Longer(0.3, layer=2)), pytest.raises(TypeError, match="hidden states of the shape and dtype"):
+        model(**batch.inputs)
+    with patch(model, InnerLLMPruning(0.3, layer=2)):
+        wanted = model(**batch.inputs, output_hidden_states=True).hidden_states
+    with patch(model, InPlace(0.3, layer=2)):
+        found = model(**batch.inputs, output_hidden_states=True).hidden_states
+    assert torch.equal(found[2], wanted[2]) and not torch.equal(found[3], wanted[3])
+
+
+def test_defaults_of_device_and_dtype_are_the_users_own(family="llava"):
+    """Planning is the host's, whatever device new tensors go to and whatever dtype they have."""
+    model, batch = get_model(family, "sdpa"), standard_batch(family, "left", 1)
+    for name in ("plc", "strict", "compose"):
+        with patched(model, METHODS[name], batch, regions_of(batch)):
+            wanted = model(**batch.inputs).logits
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                assert torch.equal(model(**batch.inputs).logits, wanted)
+            finally:
+                torch.set_default_dtype(torch.float32)
