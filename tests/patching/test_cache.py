@@ -175,6 +175,8 @@ def test_second_image(attention, name, second_block):
     decision = decide(oracle, sample, method, [regions[1]], previous=expect.decision)
     assert stats.kept[-1].tolist() == decision.kept_original(1)
     assert_turn(out, prompt, oracle, [sample], [decision])
+    # What a third turn would be told of the cache: both images are counted whole.
+    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
 
 
 @methods_
