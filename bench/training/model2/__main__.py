@@ -2,6 +2,7 @@
 
 python -m bench.training.model2 --out RUN --minutes 60 150 400   # resumes if RUN holds a checkpoint
 touch RUN/stop                                                   # ends it with a checkpoint
+touch RUN/pause                                                  # it waits while this exists
 python -m bench.training.model2 --evaluate RUN/weights --pictures 200
 python -m bench.training.model2 --flops
 """

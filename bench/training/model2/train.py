@@ -27,8 +27,6 @@ from bench.training.model2.model import (
 from bench.training.model2.optim import Muon
 from bench.training.model2.scores import answer_scores, patch_scores, summary
 
-PAUSE = Path("/tmp/crop-timing")  # training waits while this exists
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -196,7 +194,7 @@ class Trainer:
             if time.time() - scored > options.score_every:
                 self.score(stage)
                 scored = time.time()
-            while PAUSE.exists():
+            while (options.out / "pause").exists():
                 time.sleep(2)
         self.save(optimiser)
         self.score(stage)
