@@ -1,4 +1,4 @@
-"""Muon: momentum made orthogonal, for the matrices inside layers."""
+"""Muon for the matrices inside layers, AdamW for everything else."""
 
 from __future__ import annotations
 
@@ -9,35 +9,51 @@ from torch import Tensor, nn
 
 
 class Muon:
-    """Momentum made orthogonal by Newton-Schulz steps for the matrices inside layers, AdamW for everything else."""
+    """Momentum made orthogonal by Newton-Schulz steps for matrices inside layers, AdamW for the rest.
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], matrix_lr: float, other_lr: float) -> None:
+    Args:
+        named: parameters; matrices whose name holds ".layers." are orthogonalised.
+        matrix_lr, other_lr: learning rates of the two.
+        slow: factor of both for parameters whose name begins with "vision." or "heads.".
+    """
+
+    def __init__(
+        self, named: list[tuple[str, nn.Parameter]], matrix_lr: float, other_lr: float, slow: float = 1.0
+    ) -> None:
         inside = [p for n, p in named if p.ndim == 2 and ".layers." in n]
+        self.factor = {id(p): slow if n.startswith(("vision.", "heads.")) else 1.0 for n, p in named}
         chosen = set(map(id, inside))
-        self.groups = collections.defaultdict(list)
+        self.groups: dict[tuple, list[nn.Parameter]] = collections.defaultdict(list)
         for p in inside:
             self.groups[tuple(p.shape)].append(p)
-        self.momentum = {s: torch.zeros(len(g), *s, device=g[0].device) for s, g in self.groups.items()}
+        self.momentum = {
+            shape: torch.zeros(len(group), *shape, device=group[0].device) for shape, group in self.groups.items()
+        }
         self.matrix_lr, self.other_lr = matrix_lr, other_lr
         rest = [p for _, p in named if id(p) not in chosen]
-        self.adam = torch.optim.AdamW(rest, lr=other_lr, betas=(0.9, 0.95), weight_decay=0.0)
+        groups = [[p for p in rest if self.factor[id(p)] == factor] for factor in {1.0: 0, slow: 0}]
+        groups = [{"params": group, "factor": self.factor[id(group[0])]} for group in groups if group]
+        self.adam = torch.optim.AdamW(groups, lr=other_lr, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step(self, scale: float) -> None:
+        """One update at a share of the learning rates."""
         for shape, group in self.groups.items():
-            grad, momentum = torch.stack([p.grad for p in group]), self.momentum[shape]
-            momentum.lerp_(grad, 0.05)
-            update = grad.lerp(momentum, 0.95)
-            update = orthogonalise(update) * max(1.0, shape[0] / shape[1]) ** 0.5
+            momentum = self.momentum[shape]
+            momentum.lerp_(grad := torch.stack([p.grad for p in group]), 0.05)
+            update = orthogonalise(grad.lerp(momentum, 0.95)) * max(1.0, shape[0] / shape[1]) ** 0.5
             for p, u in zip(group, update, strict=True):
-                p.data.mul_(1 - self.matrix_lr * scale * 0.02).add_(u, alpha=-self.matrix_lr * scale)
+                rate = self.matrix_lr * scale * self.factor[id(p)]
+                p.data.mul_(1 - 0.02 * rate).add_(u, alpha=-rate)
         for group in self.adam.param_groups:
-            group["lr"] = self.other_lr * scale
+            group["lr"] = self.other_lr * scale * group["factor"]
         self.adam.step()
 
     def state_dict(self) -> dict:
+        """Momentum and AdamW's state."""
         return {"momentum": self.momentum, "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Take up a saved state."""
         for shape, value in state["momentum"].items():
             self.momentum[shape].copy_(value)
         self.adam.load_state_dict(state["adam"])
@@ -50,5 +66,5 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         x = x.transpose(1, 2)
     for _ in range(5):
         gram = x @ x.transpose(1, 2)
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.transpose(1, 2) if tall else x

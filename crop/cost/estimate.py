@@ -20,22 +20,35 @@ MARGIN = 0.02  # a saving below this share of the prefill is within what such an
 
 @dataclass(frozen=True)
 class Cost:
-    """One prefill of the decoder."""
+    """One prefill of the decoder.
 
-    tokens: list[float]  # vision tokens per image, averaged over the decoder layers
-    flops: float  # multiply-adds of all samples, times two
-    kv_bytes: int  # keys and values of all samples after it
-    seconds: float  # predicted, the patch's own work included
+    Args:
+        tokens: vision tokens per image, averaged over the decoder layers.
+        flops: multiply-adds of all samples, times two.
+        kv_bytes: keys and values of all samples after it.
+        seconds: predicted, the patch's own work included.
+    """
+
+    tokens: list[float]
+    flops: float
+    kv_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Prediction for one prompt."""
+    """Prediction for one prompt.
 
-    before: Cost  # the model as it is
-    after: Cost  # under the method
-    prune: bool  # whether the predicted saving, less ``localizer_seconds``, is worth it
-    advice: str  # the same in words
+    Args:
+        before: the model as it is. after: under the method.
+        prune: whether the predicted saving, less ``localizer_seconds``, is worth it.
+        advice: the same in words.
+    """
+
+    before: Cost
+    after: Cost
+    prune: bool
+    advice: str
 
 
 def estimate(

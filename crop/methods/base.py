@@ -22,12 +22,19 @@ POOL_MODES = get_args(PoolMode)
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What ``ops.select`` needs to know to prune one image."""
+    """What ``ops.select`` needs to know to prune one image.
 
-    num_keep: int  # tokens to keep
-    priority: Tensor  # (N,) int8, higher first whatever the score; negative = never
-    weight: Tensor | None = None  # (N,) float32 factor of the score; None: 1
-    needs_scores: bool = True  # False if the priorities alone decide
+    Args:
+        num_keep: tokens to keep.
+        priority: (N,) int8 of at most 126, higher first whatever the score; negative = never.
+        weight: (N,) float32 factor of the score; None: 1.
+        needs_scores: False if the priorities alone decide.
+    """
+
+    num_keep: int
+    priority: Tensor
+    weight: Tensor | None = None
+    needs_scores: bool = True
 
     def check(self, layout: VisionLayout) -> None:
         """Refuse what does not fit an image of these tokens: ValueError."""
@@ -51,45 +58,68 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class ScoreView:
-    """What a score is to be given for, beside query and key; tensors on their device."""
+    """What a score is to be given for, beside query and key; tensors on their device.
 
-    candidates: Tensor  # (num_images, N) int64 keys of each image's tokens, -1 = filler
-    sample: Tensor  # (num_images,) int64 batch row of each image
-    visible_len: Tensor  # (batch, M) int64: each query row sees the keys from visible_start to here; 0 = filler row
-    visible_start: Tensor | None = None  # (batch,) int64 first real key; None: 0
-    scale: float | None = None  # of the product of query and key; None: head_dim ** -0.5
-    lse: Tensor | None = None  # (batch, num_heads, M) float32 log-sum-exp of what each row sees; None: not known
+    Args:
+        candidates: (num_images, N) int64 keys of each image's tokens, -1 = filler.
+        sample: (num_images,) int64 batch row of each image.
+        visible_len: (batch, M) int64, each query row sees the keys from ``visible_start`` to here; 0 = filler row.
+        visible_start: (batch,) int64 first real key; None: 0.
+        scale: of the product of query and key; None: ``head_dim ** -0.5``.
+        lse: (batch, num_heads, M) float32 log-sum-exp of what each row sees; None: not known.
+    """
+
+    candidates: Tensor
+    sample: Tensor
+    visible_len: Tensor
+    visible_start: Tensor | None = None
+    scale: float | None = None
+    lse: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class MergeView:
     """One cut, for methods that merge tokens before they leave; one entry per pruned image.
 
-    ``best``: numbers of tokens per image -> (num_images, most) int64 their places in the hidden states, the best ones
-    by priority and score, ascending, -1 = filler at the end.
+    Args:
+        sample: batch row of each image.
+        num_keep, num_candidates: tokens that stay, and those that they are taken from.
+        best: numbers of tokens per image -> (num_images, most) int64 their places in the hidden states, the best ones by
+            priority and score, ascending, -1 = filler at the end.
     """
 
-    sample: Sequence[int]  # batch row of each image
-    num_keep: Sequence[int]  # tokens that stay
-    num_candidates: Sequence[int]  # tokens that they are taken from
+    sample: Sequence[int]
+    num_keep: Sequence[int]
+    num_candidates: Sequence[int]
     best: Callable[[list[int]], Tensor]
 
 
 @dataclass(frozen=True)
 class Features:
-    """What pooling by features may look at, on the model's device."""
+    """What pooling by features may look at, on the model's device.
 
-    tokens: Tensor  # (N, dim) of one image, as the language model would get them
-    text: Tensor  # (M, dim) embeddings of the text after the sample's last image
-    observed: Tensor | None = None  # (N, ...) what ``Method.observe`` read of this image; None: it reads nothing
+    Args:
+        tokens: (N, dim) of one image, as the language model would get them.
+        text: (M, dim) embeddings of the text after the sample's last image.
+        observed: (N, ...) what ``Method.observe`` read of this image; None: it reads nothing.
+    """
+
+    tokens: Tensor
+    text: Tensor
+    observed: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which cell each token joins: ``num_out`` cells in ascending order of their leaders."""
+    """Which cell each token joins: ``num_out`` cells in ascending order of their leaders.
 
-    cell: Tensor  # (N,) int64 cell of each token, -1 = dropped
-    leader: Tensor  # (num_out,) int64 token that lends its position; ascending, each in its own cell
+    Args:
+        cell: (N,) int64 cell of each token, -1 = dropped.
+        leader: (num_out,) int64 token that lends its position; ascending, each in its own cell.
+    """
+
+    cell: Tensor
+    leader: Tensor
 
     @staticmethod
     def of_kept(kept: Tensor, num_tokens: int) -> Assignment:
@@ -108,11 +138,17 @@ class Assignment:
 
 @dataclass(frozen=True, eq=False)
 class FeaturePooling:
-    """Pooling by what the tokens hold: the count is promised on the host, the cells are decided on the device."""
+    """Pooling by what the tokens hold: the count is promised on the host, the cells are decided on the device.
 
-    num_out: int  # tokens it will leave, in [1, num_tokens]
-    num_tokens: int  # tokens of the image
-    decide: Callable[[Features], Assignment]  # of num_out cells; must not wait for the device
+    Args:
+        num_out: tokens it will leave, in [1, num_tokens].
+        num_tokens: tokens of the image.
+        decide: Features -> Assignment of ``num_out`` cells; must not wait for the device.
+    """
+
+    num_out: int
+    num_tokens: int
+    decide: Callable[[Features], Assignment]
 
     def stand_in(self) -> PoolPlan:
         """A plan of the promised size: the first tokens."""

@@ -214,6 +214,26 @@ class ModelFamily:
                     f"got {other}"
                 )
 
+    def check_states(self, config: Any, layers: Sequence[int | str], uniform: bool) -> None:
+        """Refuse what layers that carry states cannot do: ValueError.
+
+        A state cannot give back what went into it, and the first attention layer tells how much that was.
+
+        Args:
+            config: of the language model. layers: where cuts are, "auto" among them. uniform: whether all layers are to
+                hold the same tokens in the end.
+        """
+        states, first = self.recurrent_layers(config), next(iter(self.scoring_layers(config)), 0)
+        early = [layer for layer in layers if layer != "auto" and layer <= first]
+        if states and uniform:
+            raise ValueError(
+                f"patch: {self.model_type!r}, whose layers carry states, needs cache='ragged', got cache='uniform'"
+            )
+        if states and early:
+            raise ValueError(
+                f"patch: layer must be > {first}, the first with attention, for {self.model_type!r}, got {early[0]}"
+            )
+
     def check_scoring(self, config: Any, layers: Sequence[int], total: int) -> None:
         """Refuse cuts behind a sliding layer that does not see the whole prompt, which it would have to score: ValueError.
 

@@ -42,12 +42,6 @@ class PatchContext:
         call, generation = self.call, self.generation
         return call.vision if call is not None else generation.vision if generation is not None else None
 
-    def begin(self, call: ForwardState) -> ForwardState:
-        """``call`` begins, inside the one that runs now."""
-        call.outer = CALL.get()
-        CALL.set(call)
-        return call
-
 
 class ModelHook:
     """Hooks of one place of the model; the names that all of them need."""

@@ -59,24 +59,11 @@ class Planner:
         if self.prunes:  # else nothing can be wrong
             self.family.check_decoder(self.language_model)
             hf.refuse_decoder(self.family, config, self.positions, self.uniform)
-            self._check_recurrent(config)
+            self.family.check_states(config, [cut.layer for cut in self.method.cuts], self.uniform)
         if any(cut.layer == "auto" for cut in self.method.cuts):
             self.method = self.method.with_layer(self.family.default_layer(config))
         check_method(self.method, len(self.language_model.layers))
         self._check_processor()
-
-    def _check_recurrent(self, config: Any) -> None:
-        """A state cannot give back what went into it, and the first attention layer tells how much that was."""
-        states, first = self.family.recurrent_layers(config), next(iter(self.family.scoring_layers(config)), 0)
-        early = [cut.layer for cut in self.method.cuts if cut.layer != "auto" and cut.layer <= first]
-        if states and self.uniform:
-            raise ValueError(
-                f"patch: {self.family.model_type!r}, whose layers carry states, needs cache='ragged', got cache='uniform'"
-            )
-        if states and early:
-            raise ValueError(
-                f"patch: layer must be > {first}, the first with attention, for {self.family.model_type!r}, got {early[0]}"
-            )
 
     def _check_processor(self) -> None:
         if self.family.check is None:

@@ -38,14 +38,13 @@ class GenerationState:
     """One ``generate()``.
 
     Args:
-        owner: the block whose model generates. arguments: what its caller gave. outer: the generation around it.
+        owner: the block whose model generates. arguments: what its caller gave.
         copies: how often every sample is repeated, for beams and return sequences.
         input_ids: of the call of the model that comes next; None once that has begun.
     """
 
     owner: Any
     arguments: Mapping[str, Any]
-    outer: GenerationState | None
     copies: int = 1
     input_ids: Tensor | None = None
     vision: VisionRun = field(default_factory=VisionRun)
@@ -91,7 +90,7 @@ class ForwardState:
     """One call of the multimodal model.
 
     Args:
-        owner: the block whose model is called. outer: the call around it.
+        owner: the block whose model is called.
         plan: what is pruned, on the device of the embeddings once these exist; None: nothing.
         stats: None for a call without images.
         vision: of the tower.
@@ -106,7 +105,6 @@ class ForwardState:
     """
 
     owner: Any
-    outer: ForwardState | None = None
     plan: BatchPlan | None = None
     stats: PrefillStats | None = None
     vision: VisionRun = field(default_factory=VisionRun)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import runpy
@@ -21,24 +20,10 @@ from crop.cli.ask import STAGES
 from crop.embedded import scenes
 from crop.geometry.region import Region
 from crop.localizers.ocr.reader import PACKAGES
+from tests.cli.conftest import SCENE
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loaded_once")
-SCENE = scenes.scene(10_000_005, picture="shapes")
 QUESTION = next(question for question in SCENE.questions if question.kind in ("digit", "word"))
-
-
-@pytest.fixture(scope="module")
-def loaded_once():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(crop.cli.ask, "load", functools.cache(crop.cli.ask.load))
-        yield
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("pictures") / "scene.png"
-    SCENE.image.save(path)
-    return str(path)
 
 
 def run(capsys, *words: str) -> tuple[str, str]:

@@ -25,28 +25,13 @@ from crop import embedded
 from crop.cli import main as cli
 from crop.cli.ask import Asker
 from crop.cli.images import read_pictures
-from crop.embedded import scenes
+from tests.cli.conftest import SCENE
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loaded_once")
-SCENE = scenes.scene(10_000_005, picture="shapes")
 TEMPLATE = (
     "{% for turn in messages %}{% for part in turn.content %}{% if part.type == 'image' %}<image> "
     "{% else %}{{ part.text | lower }} ?{% endif %}{% endfor %}{% endfor %}"
 )
-
-
-@pytest.fixture(scope="module")
-def loaded_once():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(crop.cli.ask, "load", functools.cache(crop.cli.ask.load))
-        yield
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("pictures") / "scene.png"
-    SCENE.image.save(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

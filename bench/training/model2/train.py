@@ -24,8 +24,8 @@ from bench.training.model2.model import (
     tower_features,
     use_layers,
 )
-from bench.training.model2.optim import Muon
 from bench.training.model2.scores import answer_scores, patch_scores, summary
+from bench.training.muon import Muon
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class EntryHook(ModelHook):
         if self.planner.prunes:
             hf.refuse_generation(self.model, args, kwargs, self.planner.uniform)
         call, outer = CALL.get(), GENERATION.get()
-        GENERATION.set(GenerationState(self.context, kwargs, outer))
+        GENERATION.set(GenerationState(self.context, kwargs))
         try:
             return generate(*args, **kwargs)
         finally:
@@ -121,7 +121,8 @@ class EntryHook(ModelHook):
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = hf.named_arguments(module, args, kwargs)
         generation = self._made_by_generate(arguments)
-        state = self.context.begin(ForwardState(self.context))
+        state = ForwardState(self.context)
+        CALL.set(state)  # until _call ends
         if generation is not None:
             state.vision = generation.vision
         if self.planner.makes_masks:
