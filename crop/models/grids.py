@@ -16,17 +16,27 @@ def merged_images(prompt: Prompt) -> Placed:
     found: Placed = []
     for kind in ("image", "video"):
         token_id = getattr(prompt.config, f"{kind}_token_id")
-        if not (prompt.ids == token_id).any():
-            continue
-        layouts = []
-        merge = prompt.config.vision_config.spatial_merge_size
-        for frames, height, width in prompt.argument(f"{kind}_grid_thw").tolist():
-            if kind == "image" and frames != 1:
-                raise ValueError(f"patch: image_grid_thw must have one frame per image, got {frames}")
-            frame = VisionLayout.grid(height // merge, width // merge)
-            layouts.append(stack_views([frame] * frames))
-        found += prompt.place(layouts, token_id)
+        if (prompt.ids == token_id).any():
+            found += prompt.place(_merged(prompt, kind), token_id)
     return sorted(found, key=lambda entry: (entry[0], int(entry[1].position[0])))
+
+
+def glm_images(prompt: Prompt) -> Placed:
+    """GLM-4V and its kin: as Qwen2-VL, but image tokens stand for the frames of a video, too; a prompt has one or the other."""
+    return prompt.place(_merged(prompt, "image" if prompt.arguments.get("video_grid_thw") is None else "video"))
+
+
+def _merged(prompt: Prompt, kind: str) -> list[VisionLayout]:
+    """Grids of the images or the videos of a prompt, with a view per frame."""
+    grids, merges = prompt.argument(f"{kind}_grid_thw"), prompt.arguments.get(f"{kind}_merge_sizes")
+    if merges is None:
+        merges = [prompt.config.vision_config.spatial_merge_size] * len(grids)
+    layouts = []
+    for (frames, height, width), merge in zip(grids.tolist(), map(int, merges), strict=True):
+        if kind == "image" and frames != 1:
+            raise ValueError(f"patch: image_grid_thw must have one frame per image, got {frames}")
+        layouts.append(stack_views([VisionLayout.grid(height // merge, width // merge)] * frames))
+    return layouts
 
 
 def pixtral_images(prompt: Prompt) -> Placed:

@@ -8,8 +8,8 @@ from torch import nn
 
 from crop.models.anyres import next_images, onevision_images
 from crop.models.family import DecoderTraits, ModelFamily
-from crop.models.fixed import fast_vlm_images, gemma3_images, llava_check, llava_images, paligemma_images
-from crop.models.grids import merged_images, pixtral_images
+from crop.models.fixed import fast_vlm_images, gemma3_images, janus_images, llava_check, llava_images, paligemma_images
+from crop.models.grids import glm_images, merged_images, pixtral_images
 from crop.models.tiles import (
     downsampled_images,
     idefics3_images,
@@ -47,10 +47,10 @@ for _family in (
     ModelFamily("cohere2_vision", downsampled_images, tiled_check, traits=_COHERE),
     ModelFamily("fast_vlm", fast_vlm_images, llava_check),
     ModelFamily("gemma3", gemma3_images, traits=DecoderTraits(mask="image")),
-    ModelFamily("glm4v", merged_images, **_VISUAL),
-    ModelFamily("glm46v", merged_images, **_VISUAL),
-    ModelFamily("glm4v_moe", merged_images, **_VISUAL),
-    ModelFamily("glm_ocr", merged_images, **_VISUAL),
+    ModelFamily("glm4v", glm_images, **_VISUAL, videos=True),
+    ModelFamily("glm46v", glm_images, **_VISUAL, videos=True),
+    ModelFamily("glm4v_moe", glm_images, **_VISUAL, videos=True),
+    ModelFamily("glm_ocr", glm_images, **_VISUAL, videos=True),
     ModelFamily("idefics3", idefics3_images, tiled_check, **_IDEFICS),
     ModelFamily("internvl", internvl_images, tiled_check),
     ModelFamily("lighton_ocr", pixtral_images, tower="vision_encoder", projector="vision_projection"),
@@ -70,6 +70,15 @@ for _family in (
     ModelFamily("qwen3_5", merged_images, **_VISUAL, videos=True, traits=_GATED_DELTA),
     ModelFamily("qwen3_5_moe", merged_images, **_VISUAL, videos=True, traits=_GATED_DELTA),
     ModelFamily("smolvlm", idefics3_images, tiled_check, **_IDEFICS),
+    ModelFamily("exaone4_5", merged_images, **_VISUAL, videos=True),
+    ModelFamily("cosmos3_omni", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
+    ModelFamily("cosmos3_edge", merged_images, tower="visual", projector="projector", videos=True),
+    ModelFamily("cohere_compass", merged_images, **_VISUAL, videos=True, traits=DecoderTraits(deepstack_method="_deepstack_process", unrotated=("full_attention",))),
+    ModelFamily("video_llama_3", merged_images, tower="vision_model", projector="projector"),
+    ModelFamily("hyperclovax_vision_v2", merged_images, tower="vision_model", projector="projector", videos=True),
+    ModelFamily("glmga", glm_images, **_VISUAL, videos=True),
+    ModelFamily("deepseek_vl", janus_images, llava_check, tower="vision_model", projector="aligner"),
+    ModelFamily("janus", janus_images, llava_check, tower="vision_model", projector="aligner"),
     ModelFamily("vipllava", llava_images, llava_check),
 ):
     register_family(_family)

@@ -201,7 +201,8 @@ class Oracle:
         module, seen = self.decoder.layers[index], []
         by_kind = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
         more = {"layer_type": self.kinds[index]} if by_kind else {}
-        rotary = self.decoder.rotary_emb(hidden[None], ids.unsqueeze(-2), **more)
+        kind = (getattr(self.decoder.config, "rope_parameters", None) or {}).get(self.kinds[index], {}) if by_kind else {}
+        rotary = None if kind is None else self.decoder.rotary_emb(hidden[None], ids.unsqueeze(-2), **more)
         if mask is None:
             return _first(module(hidden[None], attention_mask=None, position_embeddings=rotary))[0], None
         added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)[None, None]

@@ -102,7 +102,7 @@ class PruningHook(ModelHook):
                 ("mask", index in self.recurrent, self.windows[index]),
                 lambda mask: self._fit_mask(state, here, index, call.hidden, mask),
             )
-        if here.kept_index is not None or here.position_ids is not None and index:
+        if call.rotary is not None and (here.kept_index is not None or here.position_ids is not None and index):
             call.rotary = here.fitted(call.rotary, "rotary", lambda old: self._fit_rotary(here, call.hidden, old))
         if state.plan is not None and (call.position_ids is None or hf.is_flash(self.language_model.config)):
             call.position_ids = None  # gaps would send flash attention down its packed-sequence path
