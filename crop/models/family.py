@@ -90,12 +90,14 @@ class DecoderTraits:
             of further levels after its first layers; None: there is none.
         unrotated: kinds of layers (``layer_types``) whose queries and keys have no rotary embedding.
         recurrent: kinds of layers that carry a state on in the place of keys: they cannot score, and what came in stays.
+        norm: attribute of the language model that holds the norm behind its last layer.
     """
 
     mask: Literal["causal", "image", "prefix"] = "causal"
     deepstack_method: str | None = None
     unrotated: tuple[str, ...] = ()
     recurrent: tuple[str, ...] = ()
+    norm: str = "norm"
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class ModelFamily:
         return found if self.projector is None else [*found, self._part(base, "projector", self.projector)]
 
     def language_model(self, model: nn.Module) -> nn.Module:
-        """The decoder: has ``layers``, ``norm`` and ``config``. ValueError: the model has no such attribute."""
+        """The decoder: has ``layers``, a norm and ``config``. ValueError: the model has no such attribute."""
         return self._part(self.base(model), "decoder", self.decoder)
 
     def _part(self, base: nn.Module, what: str, name: str) -> nn.Module:
@@ -174,8 +176,8 @@ class ModelFamily:
         return [layer for layer, kind in enumerate(self.layer_kinds(config)) if kind == "full_attention"]
 
     def position_axes(self, config: Any) -> int:
-        """Axes of a language model's rotary embedding: 3 where its frequencies are shared out, else 1."""
-        return 3 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1
+        """Axes of a language model's rotary embedding: as many as its frequencies are shared out to, else 1."""
+        return len((getattr(config, "rope_parameters", None) or {}).get("mrope_section", "1"))
 
     def windows(self, config: Any) -> list[int | None]:
         """Sliding window of every decoder layer, None where it sees everything."""

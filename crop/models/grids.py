@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from crop.geometry.layout import NEWLINE, VisionLayout
+from crop.geometry.layout import VisionLayout
 from crop.models.family import Placed, Prompt, stack_views
+from crop.models.newlines import markers, with_breaks, with_newlines
 
 
 def merged_images(prompt: Prompt) -> Placed:
@@ -30,13 +31,24 @@ def _merged(prompt: Prompt, kind: str) -> list[VisionLayout]:
     """Grids of the images or the videos of a prompt, with a view per frame."""
     grids, merges = prompt.argument(f"{kind}_grid_thw"), prompt.arguments.get(f"{kind}_merge_sizes")
     if merges is None:
-        merges = [prompt.config.vision_config.spatial_merge_size] * len(grids)
+        vision = prompt.config.vision_config
+        merge = getattr(vision, "spatial_merge_size", None) or vision.merge_kernel_size[0]  # the latter in Kimi K2.5
+        merges = [merge] * len(grids)
     layouts = []
     for (frames, height, width), merge in zip(grids.tolist(), map(int, merges), strict=True):
         if kind == "image" and frames != 1:
             raise ValueError(f"patch: image_grid_thw must have one frame per image, got {frames}")
         layouts.append(stack_views([VisionLayout.grid(height // merge, width // merge)] * frames))
     return layouts
+
+
+def hunyuan_images(prompt: Prompt) -> Placed:
+    """HunYuan-VL: as Qwen2-VL, with a newline behind every row, and a marker before and behind the image."""
+    framed = []
+    for layout in _merged(prompt, "image"):
+        _, rows, columns = layout.extent
+        framed.append(stack_views([markers(1), with_newlines(layout.center, rows, columns, range(rows)), markers(1)]))
+    return prompt.place(framed)
 
 
 def pixtral_images(prompt: Prompt) -> Placed:
@@ -54,25 +66,4 @@ def pixtral_images(prompt: Prompt) -> Placed:
             for rows, columns, height, width in grids
         ]
     )
-    return [(sample, _with_breaks(layout)) for sample, layout in found]
-
-
-def _with_breaks(layout: VisionLayout) -> VisionLayout:
-    """Add the single tokens that stand between the rows of a grid: they go with the row that they end."""
-    _, rows, columns = layout.extent
-    last = torch.arange(1, rows) * columns - 1
-    last = last[layout.position[last + 1] - layout.position[last] == 2]
-    if len(last) == 0:
-        return layout
-    position, order = torch.cat([layout.position, layout.position[last] + 1]).sort()
-    center = layout.center[last]
-    center[:, 0] += 1 / columns
-    return VisionLayout(
-        position=position,
-        center=torch.cat([layout.center, center])[order],
-        row=torch.cat([layout.row, layout.row[last]])[order],
-        col=torch.cat([layout.col, layout.col[last] + 1])[order],
-        view=torch.cat([layout.view, layout.view[last]])[order],
-        kind=torch.cat([layout.kind, torch.full_like(layout.kind[last], NEWLINE)])[order],
-        num_original=len(position),
-    )
+    return [(sample, with_breaks(layout)) for sample, layout in found]

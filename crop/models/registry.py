@@ -9,11 +9,13 @@ from torch import nn
 from crop.models.anyres import next_images, onevision_images
 from crop.models.family import DecoderTraits, ModelFamily
 from crop.models.fixed import fast_vlm_images, gemma3_images, janus_images, llava_check, llava_images, paligemma_images
-from crop.models.grids import glm_images, merged_images, pixtral_images
+from crop.models.grids import glm_images, hunyuan_images, merged_images, pixtral_images
 from crop.models.tiles import (
     downsampled_images,
+    got_images,
     idefics3_images,
     internvl_images,
+    lfm2_images,
     ovis2_images,
     perception_images,
     tiled_check,
@@ -28,6 +30,8 @@ _DEEPSTACK = DecoderTraits(deepstack_method="_deepstack_process")
 _COHERE = DecoderTraits(unrotated=("full_attention",))
 
 _GATED_DELTA = DecoderTraits(recurrent=("linear_attention",))
+
+_SHORT_CONVOLUTION = DecoderTraits(recurrent=("conv",), norm="embedding_norm")
 
 _families: dict[str, ModelFamily] = {}
 
@@ -79,6 +83,16 @@ for _family in (
     ModelFamily("glmga", glm_images, **_VISUAL, videos=True),
     ModelFamily("deepseek_vl", janus_images, llava_check, tower="vision_model", projector="aligner"),
     ModelFamily("janus", janus_images, llava_check, tower="vision_model", projector="aligner"),
+    ModelFamily("kimi_k25", merged_images, projector="mm_projector"),
+    ModelFamily("qwen2_5_omni_thinker", merged_images, **_VISUAL, videos=True),
+    ModelFamily("qwen3_omni_moe_thinker", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
+    ModelFamily("hunyuan_vl", hunyuan_images, projector=None),
+    ModelFamily("lfm2_vl", lfm2_images, tiled_check, traits=_SHORT_CONVOLUTION),
+    ModelFamily("got_ocr2", got_images, tiled_check),
+    ModelFamily("pp_chart2table", got_images, tiled_check),
+    ModelFamily("qianfan_ocr", internvl_images, tiled_check),
+    ModelFamily("llava_next_video", next_images),
+    ModelFamily("deepseek_vl_hybrid", janus_images, llava_check, tower="vision_model", projector="aligner"),
     ModelFamily("vipllava", llava_images, llava_check),
 ):
     register_family(_family)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Sequence
@@ -55,17 +56,27 @@ def _tiles(rows: int, columns: int, side: int) -> VisionLayout:
 
 
 def internvl_images(prompt: Prompt) -> Placed:
-    """InternVL: the arrangement of tiles whose aspect ratio is nearest to the image's."""
-    config, processor = prompt.config, prompt.processor
-    size, patch = (np.ravel(value)[0] for value in (config.vision_config.image_size, config.vision_config.patch_size))
-    side = round(size // patch * config.downsample_ratio)
-    counts = _runs(prompt.ids == config.image_token_id)
+    """InternVL and Qianfan-OCR: the arrangement of tiles whose aspect ratio is nearest to the image's."""
+    vision = prompt.config.vision_config
+    size, patch = (np.ravel(value)[0] for value in (vision.image_size, vision.patch_size))
+    return _unmarked(prompt, round(size // patch * prompt.config.downsample_ratio))
+
+
+def got_images(prompt: Prompt) -> Placed:
+    """GOT-OCR 2 and PP-Chart2Table: as InternVL, with tokens of 4 x 4 patches."""
+    vision = prompt.config.vision_config
+    return _unmarked(prompt, vision.image_size // vision.patch_size // 4)
+
+
+def _unmarked(prompt: Prompt, side: int) -> Placed:
+    """All tiles of an image, ``side`` x ``side`` tokens each, stand in one run."""
+    counts = _runs(prompt.ids == prompt.config.image_token_id)
     layouts = []
     for count, image_size in zip(counts, prompt.sizes(len(counts)), strict=True):
         rows = columns = 1
         if count != side * side:
-            _need(config, processor, image_size)
-            rows, columns = _canvas(processor, image_size)
+            _need(prompt.config, prompt.processor, image_size)
+            rows, columns = _canvas(prompt.processor, image_size)
         layouts.append(tiled_layout(rows, columns, side))
     return prompt.place(layouts)
 
@@ -179,3 +190,33 @@ def _steps(family: str) -> Any:
             return np.broadcast_to(np.uint8(0), (3, size.height, size.width))
 
     return type("Steps", (original, WithoutPixels), {})()
+
+
+def lfm2_images(prompt: Prompt) -> Placed:
+    """LFM2-VL: tiles of a large image, then the whole; a small one in its own shape. Text markers stand between."""
+    config, processor, sizes = prompt.config, prompt.processor, prompt.image_sizes
+    _need(config, processor, sizes)
+    shapes = (torch.as_tensor(prompt.argument("spatial_shapes")) // config.downsample_factor).tolist()
+    layouts: list[VisionLayout] = []
+    for width, height in sizes:
+        rows, columns = _lfm2_canvas(processor, width, height)
+        tiles, shapes = shapes[: rows * columns], shapes[rows * columns :]
+        if len(tiles) == 1:
+            layouts.append(VisionLayout.grid(*tiles[0]))
+            continue
+        views = [_tiles(rows, columns, tiles[0][0])]
+        if processor.use_thumbnail:
+            views.append(VisionLayout.grid(*shapes.pop(0)))
+        layouts.append(stack_views(views))
+    return prompt.place(layouts)
+
+
+def _lfm2_canvas(processor: Any, width: int, height: int) -> tuple[int, int]:
+    """Rows and columns of tiles, by the processor's own steps on an image without pixels."""
+    names = inspect.signature(processor.resize_and_split).parameters
+    given = {name: getattr(processor, name) for name in names if name != "images"}
+    if not processor.do_image_splitting:
+        given |= dict(min_tiles=1, max_tiles=1)
+    nothing = torch.empty(1, 1, height, width, device="meta")
+    _, (rows,), (columns,), _ = processor.resize_and_split(nothing, **given)
+    return rows, columns

@@ -38,6 +38,7 @@ class Oracle:
         self.num_layers = len(self.decoder.layers)
         config = self.decoder.config
         self.kinds = getattr(config, "layer_types", None) or ["full_attention"] * self.num_layers
+        self.axes = len((getattr(config, "rope_parameters", None) or {}).get("mrope_section", "thw"))
         layers = [layer for layer in family.cuts if layer >= 2]
         self.default_layer = layers[0] if layers else family.cuts[-1]
         self._features: dict[Sample, tuple[Tensor, list[Tensor]]] = {}
@@ -85,17 +86,17 @@ class Oracle:
         """Original position ids, (tokens,) or (3, tokens) for multi-axis rotary embeddings."""
         if not hasattr(self.model.model, "get_rope_index"):
             return torch.arange(len(sample.ids)) + self.family.first_position
-        inputs = sample.prompt().inputs()
+        index, inputs = self.model.model.get_rope_index, sample.prompt().inputs()
         more = {
             name: inputs[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if name in inputs
         }
         if not more:
-            return torch.arange(len(sample.ids)).expand(3, -1)
-        found, _ = self.model.model.get_rope_index(
-            inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"], **more
-        )
+            return torch.arange(len(sample.ids)).expand(self.axes, -1)
+        if "mm_token_type_ids" in inspect.signature(index).parameters:
+            more["mm_token_type_ids"] = inputs["mm_token_type_ids"]
+        found, _ = index(inputs["input_ids"], **more)
         behind = found.max() + 1 + torch.arange(len(sample.ids) - sample.prompt_length)
-        return torch.cat([found[:, 0], behind.expand(3, -1)], 1)
+        return torch.cat([found[:, 0], behind.expand(self.axes, -1)], 1)
 
     def visible(self, sample: Sample, places: Tensor, kind: str) -> Tensor | None:
         """(rows, rows) bool: which of the rows at the original positions `places` each sees in a layer of this kind; None
@@ -220,7 +221,7 @@ class Oracle:
         if key not in self._forwards:
             hidden, places, _ = self.run(sample, decision, self.num_layers, prompt)
             with torch.set_grad_enabled(self.grad):
-                self._forwards[key] = self.model.lm_head(self.decoder.norm(hidden)), places.tolist()
+                self._forwards[key] = self.model.lm_head(norm_of(self.decoder)(hidden)), places.tolist()
         return self._forwards[key]
 
     def logits_by_position(self, sample: Sample, decision: Decision) -> dict[int, Tensor]:
@@ -365,6 +366,11 @@ def _rows(features: Any) -> Tensor:
     if not isinstance(features, Tensor):
         return torch.cat([_rows(part) for part in features])
     return features.reshape(-1, features.shape[-1])
+
+
+def norm_of(decoder: Any) -> Any:
+    """The norm behind the last layer."""
+    return getattr(decoder, "norm", None) or decoder.embedding_norm
 
 
 def _first(out: Any) -> Tensor:

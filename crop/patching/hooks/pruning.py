@@ -42,7 +42,8 @@ class PruningHook(ModelHook):
         """Register the hooks, and their removal with ``undo``."""
         for index, layer in enumerate(self.layers):
             hook(undo, layer.register_forward_pre_hook, self._enter_layer, index, with_kwargs=True)
-        hook(undo, self.language_model.norm.register_forward_pre_hook, self._enter_norm)
+        norm = getattr(self.language_model, self.family.traits.norm)
+        hook(undo, norm.register_forward_pre_hook, self._enter_norm)
         if self.family.traits.deepstack_method is not None:
             replace_method(self.language_model, self.family.traits.deepstack_method, self._add_level, undo)
         for one in self.method.cuts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from tests.support.families.entry import (
     HIDDEN,
     IMAGE,
     INIT,
+    MARK,
     MARKERS,
     MASKS,
     MROPE,
@@ -25,8 +27,17 @@ from tests.support.families.entry import (
     Image,
     pixels,
 )
-from tests.support.families.grids import GLM_MARKERS, GLM_TOWER, film, patches_image, qwen2_5_vl, vision_types
+from tests.support.families.grids import GLM_MARKERS, GLM_TOWER, STATES, patches_image, qwen2_5_vl, vision_types
 from tests.support.families.squares import square_image
+from tests.support.families.tiles import (
+    ANYRES,
+    SIDE,
+    anyres_image,
+    internvl_image,
+    internvl_processor,
+    repeats_tiles,
+    tiles_padded,
+)
 
 
 def exaone4_5() -> Any:
@@ -88,7 +99,7 @@ def llama3_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
 
 
 def hyperclovax_vision_v2() -> Any:
-    text = transformers.HyperCLOVAXConfig(**TEXT, head_dim=8, residual_multiplier=0.5)
+    text = transformers.HyperCLOVAXConfig(**TEXT, head_dim=8, attention_multiplier=0.2)
     return transformers.HyperCLOVAXVisionV2Config(
         text_config=text, vision_config=qwen2_5_vl().vision_config, image_token_id=IMAGE, video_token_id=VIDEO,
         tie_word_embeddings=False,
@@ -138,6 +149,165 @@ def janus() -> Any:
     )
 
 
+def kimi_k25() -> Any:
+    """Multi-head latent attention, then experts."""
+    vision = dict(patch_size=PATCH, pos_emb_height=8, pos_emb_width=8, num_attention_heads=2, num_hidden_layers=2,
+                  hidden_size=16, intermediate_size=24)  # fmt: skip
+    text = {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}
+    text = transformers.DeepseekV3Config(
+        **text, num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, first_k_dense_replace=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4,
+        v_head_dim=8,
+    )  # fmt: skip
+    return transformers.Kimi_K25Config(
+        text_config=text, vision_config=vision, projection_hidden_size=16, tie_word_embeddings=False, **MARKERS
+    )
+
+
+def kimi_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    """Its patches are single pictures, (channels, height, width) each."""
+    image = patches_image(size, seed)
+    patches = image.arguments["pixel_values"][:, : 3 * PATCH * PATCH].reshape(-1, 3, PATCH, PATCH)
+    return Image(image.ids, image.arguments | {"pixel_values": patches}, size)
+
+
+AUDIO = dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16, num_mel_bins=8,
+             output_dim=HIDDEN)  # fmt: skip
+SOUNDS = dict(audio_start_token_id=82, audio_end_token_id=83)
+
+
+def qwen2_5_omni() -> Any:
+    vision = dict(QWEN_TOWER, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN, window_size=4 * 2 * PATCH,
+                  fullatt_block_indexes=[1])  # fmt: skip
+    return transformers.Qwen2_5OmniThinkerConfig(
+        text_config=dict(MROPE, tie_word_embeddings=False), vision_config=vision, audio_config=AUDIO, **SOUNDS,
+        audio_token_index=84, image_token_index=IMAGE, video_token_index=VIDEO, vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )  # fmt: skip
+
+
+def qwen3_omni_moe() -> Any:
+    vision = dict(QWEN_TOWER, depth=3, hidden_size=16, intermediate_size=24, out_hidden_size=HIDDEN,
+                  num_position_embeddings=64, deepstack_visual_indexes=[0, 1, 2])  # fmt: skip
+    text = dict(MROPE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+    return transformers.Qwen3OmniMoeThinkerConfig(
+        text_config=text, vision_config=vision, audio_config=AUDIO | dict(downsample_hidden_size=8), **SOUNDS,
+        audio_token_id=84, **MARKERS,
+    )  # fmt: skip
+
+
+def hunyuan_vl() -> Any:
+    """The last three of four axes are a token's column, row and image."""
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 1, 1])
+    vision = dict(TOWER, spatial_merge_size=2, text_hidden_size=HIDDEN, image_size=64, max_image_size=64)
+    text = dict(TEXT, rope_parameters=rope, head_dim=8)
+    return transformers.HunYuanVLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE,
+                                        tie_word_embeddings=False)  # fmt: skip
+
+
+def lfm2_vl() -> Any:
+    """Short convolutions and full attention in turn."""
+    kinds = ["conv", "full_attention"] * 2
+    return transformers.Lfm2VlConfig(
+        vision_config=transformers.Siglip2VisionConfig(**TOWER, num_patches=64, vision_use_head=False),
+        text_config=transformers.Lfm2Config(**TEXT, layer_types=kinds, block_auto_adjust_ff_dim=False),
+        image_token_id=IMAGE,
+        downsample_factor=2,
+        projector_hidden_size=24,
+        tie_word_embeddings=False,
+    )
+
+
+def hunyuan_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    """Placeholders alone: a begin, rows with a newline each, an end."""
+    rows, columns = size[1] // (2 * PATCH), size[0] // (2 * PATCH)
+    arguments = {
+        "pixel_values": pixels(4 * rows * columns, 3 * PATCH * PATCH, seed=seed),
+        "image_grid_thw": torch.tensor([[1, 2 * rows, 2 * columns]]),
+    }
+    return Image((IMAGE,) * (rows * (columns + 1) + 2), arguments, size)
+
+
+def lfm2_processor() -> Any:
+    """What the family reads of its processor, which needs torchvision: two tiles beside or above each other."""
+
+    def resize_and_split(images: Any) -> tuple:
+        height, width = images.shape[-2:]
+        rows, columns = (1, 2) if width > height else (2, 1)
+        return None, [rows], [columns], None
+
+    return SimpleNamespace(do_image_splitting=True, use_thumbnail=True, resize_and_split=resize_and_split)
+
+
+def lfm2_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    """Two tiles of 4 x 4 tokens with a marker before each, then the whole in its own shape."""
+    whole = (2, 3) if size[0] > size[1] else (3, 2)
+    shapes = torch.tensor([[8, 8], [8, 8], [2 * side for side in whole]])
+    tile = (MARK, *[IMAGE] * 16)
+    seen = torch.arange(64)[None] < shapes.prod(-1)[:, None]
+    arguments = {
+        "pixel_values": pixels(3, 64, 3 * PATCH * PATCH, seed=seed),
+        "spatial_shapes": shapes,
+        "pixel_attention_mask": seen.int(),
+    }
+    return Image((VISION_START, *tile, *tile, 95, *[IMAGE] * 6, VISION_END), arguments, size)
+
+
+def got_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    tiles = got_processor().get_number_of_image_patches(size[1], size[0])
+    return Image((VISION_START, *[IMAGE] * (16 * tiles), VISION_END), {"pixel_values": pixels(tiles, 3, 64, 64, seed=seed)}, size)
+
+
+def got_processor() -> Any:
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    return GotOcr2ImageProcessorPil(size={"height": 64, "width": 64}, crop_to_patches=True, max_patches=3)
+
+
+def pp_chart2table() -> Any:
+    return transformers.PPChart2TableConfig(**got_ocr2().to_dict() | {"model_type": "pp_chart2table"})
+
+
+def qianfan_ocr() -> Any:
+    vision = {key: value for key, value in TOWER.items() if key != "patch_size"}
+    return transformers.QianfanOCRConfig(
+        vision_config=transformers.QianfanOCRVisionConfig(**vision, image_size=[32, 32], patch_size=[4, 4]),
+        text_config=transformers.Qwen3Config(**TEXT, head_dim=8),
+        image_token_id=IMAGE,
+        image_seq_length=16,
+    )
+
+
+def llava_next_video() -> Any:
+    return transformers.LlavaNextVideoConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER, image_size=SIDE),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=ANYRES,
+    )
+
+
+def deepseek_vl_hybrid() -> Any:
+    high = transformers.SamVisionConfig(
+        hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=2, mlp_dim=24, image_size=64,
+        patch_size=PATCH, window_size=2, global_attn_indexes=[1], initializer_range=INIT,
+    )  # fmt: skip
+    return transformers.DeepseekVLHybridConfig(
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=24, vision_use_head=False),
+        high_res_vision_config=high,
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
+def hybrid_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    """The same picture twice, for either tower."""
+    image = square_image(6, False)(size, seed, alone)
+    return Image(image.ids, image.arguments | {"high_res_pixel_values": pixels(1, 3, 64, 64, seed=seed)}, size)
+
+
 FAMILIES = {
     "exaone4_5": Family(
         "EXAONE 4.5, images: sliding windows", "Exaone4_5_ForConditionalGeneration", exaone4_5, patches_image,
@@ -174,5 +344,44 @@ FAMILIES = {
     "janus": Family(
         "Janus", "JanusForConditionalGeneration", janus, square_image(6, False), processor=janus_processor,
         tower="vision_model",
+    ),
+    "kimi_k25": Family(
+        "Kimi K2.5 and K2.6, images: latent attention", "Kimi_K25ForConditionalGeneration", kimi_k25, kimi_image,
+    ),
+    "qwen2_5_omni": Family(
+        "Qwen2.5-Omni thinker, images", "Qwen2_5OmniThinkerForConditionalGeneration", qwen2_5_omni, patches_image,
+        tower="visual",
+    ),
+    "qwen3_omni_moe": Family(
+        "Qwen3-Omni thinker, images, DeepStack", "Qwen3OmniMoeThinkerForConditionalGeneration", qwen3_omni_moe,
+        patches_image, tower="visual",
+    ),
+    "hunyuan_vl": Family(
+        "HunYuan-OCR", "HunYuanVLForConditionalGeneration", hunyuan_vl, hunyuan_image, types=vision_types,
+        refuses={"compact": "positions must be 'original' for videos and for images with text among their tokens"},
+    ),
+    "lfm2_vl": Family(
+        "LFM2-VL: tiles", "Lfm2VlForConditionalGeneration", lfm2_vl, lfm2_image, sizes=((48, 24), (20, 40)),
+        processor=lfm2_processor, cuts=(2,), refuses=STATES,
+    ),
+    "got_ocr2": Family(
+        "GOT-OCR 2: tiles", "GotOcr2ForConditionalGeneration", got_ocr2, got_image, sizes=((140, 60), (40, 60)),
+        processor=got_processor,
+    ),
+    "pp_chart2table": Family(
+        "PP-Chart2Table", "GotOcr2ForConditionalGeneration", pp_chart2table, got_image, sizes=((64, 60), (40, 60)),
+        processor=got_processor,
+    ),
+    "qianfan_ocr": Family(
+        "Qianfan-OCR: tiles", "QianfanOCRForConditionalGeneration", qianfan_ocr, internvl_image,
+        sizes=((70, 30), (20, 30)), processor=internvl_processor, unable={"repeat": repeats_tiles},
+    ),
+    "llava_next_video": Family(
+        "LLaVA-NeXT-Video, images: tiles, unpadding, newlines", "LlavaNextVideoForConditionalGeneration",
+        llava_next_video, anyres_image(llava_next_video, always=True), sizes=((44, 10), (10, 44)), join=tiles_padded,
+    ),
+    "deepseek_vl_hybrid": Family(
+        "DeepSeek-VL 7B", "DeepseekVLHybridForConditionalGeneration", deepseek_vl_hybrid, hybrid_image,
+        processor=janus_processor, tower="vision_model",
     ),
 }  # fmt: skip
