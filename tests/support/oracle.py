@@ -94,7 +94,7 @@ class Oracle:
             return torch.arange(len(sample.ids)).expand(self.axes, -1)
         if "mm_token_type_ids" in inspect.signature(index).parameters:
             more["mm_token_type_ids"] = inputs["mm_token_type_ids"]
-        found, _ = index(inputs["input_ids"], **more)
+        found, _ = index(inputs["input_ids"], attention_mask=inputs["attention_mask"], **more)
         behind = found.max() + 1 + torch.arange(len(sample.ids) - sample.prompt_length)
         return torch.cat([found[:, 0], behind.expand(self.axes, -1)], 1)
 

@@ -197,8 +197,11 @@ def qwen3_omni_moe() -> Any:
 
 
 def hunyuan_vl() -> Any:
-    """The last three of four axes are a token's column, row and image."""
-    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 1, 1])
+    """The last three of four axes are a token's column, row and image.
+
+    transformers counts images over the batch, so that with frequencies for the last axis no batch equals its samples.
+    """
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1, 0])
     vision = dict(TOWER, spatial_merge_size=2, text_hidden_size=HIDDEN, image_size=64, max_image_size=64)
     text = dict(TEXT, rope_parameters=rope, head_dim=8)
     return transformers.HunYuanVLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE,
@@ -236,7 +239,7 @@ def lfm2_processor() -> Any:
         rows, columns = (1, 2) if width > height else (2, 1)
         return None, [rows], [columns], None
 
-    return SimpleNamespace(do_image_splitting=True, use_thumbnail=True, resize_and_split=resize_and_split)
+    return SimpleNamespace(do_resize=True, do_image_splitting=True, use_thumbnail=True, resize_and_split=resize_and_split)
 
 
 def lfm2_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
