@@ -11,11 +11,13 @@ from crop.models.family import DecoderTraits, ModelFamily
 from crop.models.fixed import fast_vlm_images, gemma3_images, janus_images, llava_check, llava_images, paligemma_images
 from crop.models.grids import glm_images, hunyuan_images, merged_images, pixtral_images
 from crop.models.tiles import (
+    docling_images,
     downsampled_images,
     got_images,
     idefics3_images,
     internvl_images,
     lfm2_images,
+    minicpm_images,
     ovis2_images,
     perception_images,
     tiled_check,
@@ -93,6 +95,10 @@ for _family in (
     ModelFamily("qianfan_ocr", internvl_images, tiled_check),
     ModelFamily("llava_next_video", next_images),
     ModelFamily("deepseek_vl_hybrid", janus_images, llava_check, tower="vision_model", projector="aligner"),
+    ModelFamily("granite_docling", docling_images, tiled_check, tower="vision_model", decoder="text_model", projector=None, traits=_DEEPSTACK),
+    ModelFamily("minicpmv4_6", minicpm_images, tiled_check, projector="merger", traits=_GATED_DELTA),
+    ModelFamily("minicpmv4_7", minicpm_images, tiled_check, projector="merger", traits=_GATED_DELTA),
+    ModelFamily("minicpm_ocr", minicpm_images, tiled_check, projector="merger", traits=_GATED_DELTA),
     ModelFamily("vipllava", llava_images, llava_check),
 ):
     register_family(_family)

@@ -37,13 +37,14 @@ def _need(config: Any, processor: Any, sizes: Any) -> None:
 def tiled_layout(rows: int, columns: int, side: int) -> VisionLayout:
     """Tiles of ``side`` x ``side`` tokens in reading order, then the whole image; one tile alone is the whole image."""
     whole = VisionLayout.grid(side, side)
-    return whole if rows * columns <= 1 else stack_views([_tiles(rows, columns, side), whole])
+    return whole if rows * columns <= 1 else stack_views([_tiles(rows, columns, side, side), whole])
 
 
-def _tiles(rows: int, columns: int, side: int) -> VisionLayout:
-    """The tiles cover the image without overlap, so they form one grid: a cell may reach over their borders."""
-    grid = VisionLayout.grid(rows * side, columns * side)
-    order = torch.arange(rows * columns * side * side).view(rows, side, columns, side).transpose(1, 2).flatten()
+def _tiles(rows: int, columns: int, height: int, width: int) -> VisionLayout:
+    """Tiles of ``height`` x ``width`` tokens cover the image without overlap, so they form one grid: a cell may reach over
+    their borders."""
+    grid = VisionLayout.grid(rows * height, columns * width)
+    order = torch.arange(len(grid)).view(rows, height, columns, width).transpose(1, 2).flatten()
     return VisionLayout(
         position=grid.position,
         center=grid.center[order],
@@ -133,7 +134,7 @@ def ovis2_images(prompt: Prompt) -> Placed:
 def _whole_first(rows: int, columns: int, side: int) -> VisionLayout:
     """The whole image, then its tiles where there are several."""
     whole = VisionLayout.grid(side, side)
-    return whole if rows * columns == 1 else stack_views([whole, _tiles(rows, columns, side)])
+    return whole if rows * columns == 1 else stack_views([whole, _tiles(rows, columns, side, side)])
 
 
 def perception_images(prompt: Prompt) -> Placed:
@@ -149,7 +150,7 @@ def perception_images(prompt: Prompt) -> Placed:
         processor, (width, height) = prompt.processor, size
         nothing = torch.empty(1, 1, height, width, device="meta")  # its size decides
         _, (columns, rows) = processor.resize(nothing, processor.tile_size, processor.max_num_tiles)
-        layouts.append(stack_views([whole, _tiles(rows, columns, side)]))
+        layouts.append(stack_views([whole, _tiles(rows, columns, side, side)]))
     return prompt.place(layouts)
 
 
@@ -204,7 +205,7 @@ def lfm2_images(prompt: Prompt) -> Placed:
         if len(tiles) == 1:
             layouts.append(VisionLayout.grid(*tiles[0]))
             continue
-        views = [_tiles(rows, columns, tiles[0][0])]
+        views = [_tiles(rows, columns, *tiles[0])]
         if processor.use_thumbnail:
             views.append(VisionLayout.grid(*shapes.pop(0)))
         layouts.append(stack_views(views))
@@ -220,3 +221,36 @@ def _lfm2_canvas(processor: Any, width: int, height: int) -> tuple[int, int]:
     nothing = torch.empty(1, 1, height, width, device="meta")
     _, (rows,), (columns,), _ = processor.resize_and_split(nothing, **given)
     return rows, columns
+
+
+def minicpm_images(prompt: Prompt) -> Placed:
+    """MiniCPM-V and MiniCPM-OCR: the whole in its own shape, then its slices. Text markers stand between."""
+    processor, sizes = prompt.processor, prompt.image_sizes
+    _need(prompt.config, processor, sizes)
+    merge = 2 if (prompt.arguments.get("downsample_mode") or prompt.config.downsample_mode) == "4x" else 4
+    shapes = (torch.as_tensor(prompt.argument("target_sizes")) // merge).tolist()
+    layouts: list[VisionLayout] = []
+    for width, height in sizes:
+        canvas = (processor.max_slice_nums, processor.scale_resolution)
+        rows, columns = (processor.slice_mode and processor.get_sliced_grid((height, width), *canvas)) or (0, 0)
+        whole, slices, shapes = shapes[:1], shapes[1 : 1 + rows * columns], shapes[1 + rows * columns :]
+        views = [VisionLayout.grid(*shape) for shape in whole]
+        if all(shape == slices[0] for shape in slices):
+            views += [_tiles(rows, columns, *slices[0])] if slices else []
+        else:  # resized one by one
+            for number, shape in enumerate(slices):
+                row, column = divmod(number, columns)
+                box = (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
+                views.append(VisionLayout.grid(*shape, box=box))
+        layouts.append(stack_views(views))
+    return prompt.place(layouts)
+
+
+def docling_images(prompt: Prompt) -> Placed:
+    """Granite-Docling: tiles, then the whole; four times as many tokens where the caller asked for the fine path."""
+    config, processor, sizes = prompt.config, prompt.processor, prompt.image_sizes
+    _need(config, processor, sizes)
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size // vision.scale_factor
+    side *= 1 if prompt.arguments.get("tile_fine_mask") is None else 2
+    return prompt.place([tiled_layout(*processor.get_tile_grid(height, width), side) for width, height in sizes])

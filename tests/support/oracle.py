@@ -26,6 +26,8 @@ from tests.support.batches import Sample
 from tests.support.decision import Decision, Kept, Steps, choose
 from tests.support.families.entry import Family
 
+GRIDS = "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "target_sizes"  # what positions follow from
+
 
 class Oracle:
     """Reference computation on `model`, which must run eager attention; `grad`: its results can be differentiated."""
@@ -88,7 +90,7 @@ class Oracle:
             return torch.arange(len(sample.ids)) + self.family.first_position
         index, inputs = self.model.model.get_rope_index, sample.prompt().inputs()
         more = {
-            name: inputs[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if name in inputs
+            name: inputs[name] for name in GRIDS if name in inputs
         }
         if not more:
             return torch.arange(len(sample.ids)).expand(self.axes, -1)
@@ -181,6 +183,7 @@ class Oracle:
             rows, (full, added) = self.rows(sample, decision), self.embed(sample)
             weight = self.weights(full, sample, decision)
             hidden, *added = (self.pool(level, rows, decision.mode, weight) for level in (full, *added))
+            hidden = hidden * getattr(self.decoder.config, "embedding_multiplier", 1.0)
             places = torch.tensor([leader for _, leader in rows])
             unseen = torch.tensor(self.dropped(sample, decision, decision.kept), dtype=torch.int64)
             attention, cuts = None, dict(decision.cuts)

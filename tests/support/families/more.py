@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import PIL.Image
 import torch
 import transformers
+from torch import Tensor
 
 from tests.support.families.entry import (
     HIDDEN,
@@ -27,12 +30,13 @@ from tests.support.families.entry import (
     Image,
     pixels,
 )
-from tests.support.families.grids import GLM_MARKERS, GLM_TOWER, STATES, patches_image, qwen2_5_vl, vision_types
+from tests.support.families.grids import GLM_MARKERS, GLM_TOWER, STATES, hybrid_text, patches_image, qwen2_5_vl, vision_types
 from tests.support.families.squares import square_image
 from tests.support.families.tiles import (
     ANYRES,
     SIDE,
     anyres_image,
+    idefics3_image,
     internvl_image,
     internvl_processor,
     repeats_tiles,
@@ -311,6 +315,89 @@ def hybrid_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
     return Image(image.ids, image.arguments | {"high_res_pixel_values": pixels(1, 3, 64, 64, seed=seed)}, size)
 
 
+def minicpm_text() -> Any:
+    return transformers.Qwen3_5TextConfig(**hybrid_text(), tie_word_embeddings=False)
+
+
+def minicpm(name: str, **more: Any) -> Callable[[], Any]:
+    """A tiny model of transformers' class of that name; patches are merged four by four."""
+
+    def config() -> Any:
+        vision = dict(TOWER, image_size=32, window_kernel_size=(2, 2))
+        vision.pop("initializer_range")
+        return getattr(transformers, f"{name}Config")(
+            text_config=minicpm_text(), vision_config=vision, insert_layer_id=0, downsample_mode="16x",
+            image_token_id=IMAGE, video_token_id=VIDEO, tie_word_embeddings=False, **more,
+        )  # fmt: skip
+
+    return config
+
+
+def minicpm_processor() -> Any:
+    from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
+
+    return MiniCPMV4_6ImageProcessorPil(max_slice_nums=2, scale_resolution=24, patch_size=PATCH)
+
+
+def minicpm_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    """The whole, then two slices, each between markers of its own."""
+    out = minicpm_processor()(PIL.Image.new("RGB", size), return_tensors="pt")
+    counts = (out["target_sizes"].prod(-1) // 16).tolist()
+    ids = [VISION_START, *[IMAGE] * counts[0], VISION_END]
+    for count in counts[1:]:
+        ids += [MARK, *[IMAGE] * count, 95]
+    patches = pixels(*out["pixel_values"].shape, seed=seed)
+    return Image(tuple(ids), {"pixel_values": patches, "target_sizes": out["target_sizes"]}, size)
+
+
+def packed(images: list[list[Image]]) -> dict[str, Tensor]:
+    """The patches of all images beside each other."""
+    flat = [image.arguments for row in images for image in row]
+    return {
+        "pixel_values": torch.cat([arguments["pixel_values"] for arguments in flat], -1),
+        "target_sizes": torch.cat([arguments["target_sizes"] for arguments in flat]),
+    }
+
+
+def granite_docling() -> Any:
+    vision = transformers.GraniteDoclingVisionConfig(
+        **TOWER, image_size=32, out_hidden_size=HIDDEN, scale_factor=2, deepstack_visual_indexes=[0, 1],
+        use_fine_route=False,
+    )  # fmt: skip
+    text = transformers.GraniteDoclingTextConfig(
+        **TEXT, embedding_multiplier=2.0, logits_scaling=1.0, residual_multiplier=0.5, attention_multiplier=0.3,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.GraniteDoclingConfig(text_config=text, vision_config=vision, image_token_id=IMAGE,
+                                             pad_token_id=0, tie_word_embeddings=False)  # fmt: skip
+
+
+def docling_processor() -> Any:
+    from transformers.models.granite_docling.image_processing_pil_granite_docling import GraniteDoclingImageProcessorPil
+
+    return GraniteDoclingImageProcessorPil(size={"height": 32, "width": 32}, max_patches=2)
+
+
+def docling_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    """Two tiles and the whole, beside each other or one above the other; markers before each, a line end per row."""
+    image = idefics3_image(size, seed, alone)
+    return Image(image.ids, {"pixel_values": image.arguments["pixel_values"]}, size)
+
+
+def docling_tiles(images: list[list[Image]]) -> dict[str, Tensor]:
+    """A row of tiles per sample, one without images among them."""
+    counts = [sum(image.arguments["pixel_values"].shape[1] for image in row) for row in images]
+    full = torch.zeros(len(images), max(counts), 3, 32, 32)
+    for place, row in zip(full, images, strict=True):
+        if row:
+            tiles = torch.cat([image.arguments["pixel_values"][0] for image in row])
+            place[: len(tiles)] = tiles
+    return {
+        "pixel_values": full,
+        "pixel_attention_mask": torch.arange(max(counts))[None] < torch.tensor(counts)[:, None],
+    }
+
+
 FAMILIES = {
     "exaone4_5": Family(
         "EXAONE 4.5, images: sliding windows", "Exaone4_5_ForConditionalGeneration", exaone4_5, patches_image,
@@ -386,5 +473,25 @@ FAMILIES = {
     "deepseek_vl_hybrid": Family(
         "DeepSeek-VL 7B", "DeepseekVLHybridForConditionalGeneration", deepseek_vl_hybrid, hybrid_image,
         processor=janus_processor, tower="vision_model",
+    ),
+    "granite_docling": Family(
+        "Granite-Docling: tiles, DeepStack", "GraniteDoclingForConditionalGeneration", granite_docling, docling_image,
+        sizes=((48, 24), (20, 40)), join=docling_tiles, processor=docling_processor, tower="vision_model",
+        decoder="text_model",
+    ),
+    "minicpmv4_6": Family(
+        "MiniCPM-V 4.6, images: tiles", "MiniCPMV4_6ForConditionalGeneration", minicpm("MiniCPMV4_6"), minicpm_image,
+        sizes=((48, 24), (20, 40)), join=packed, processor=minicpm_processor, cuts=(2,), refuses=STATES,
+    ),
+    "minicpmv4_7": Family(
+        "MiniCPM-V 4.7, images: tiles", "MiniCPMV4_7ForConditionalGeneration",
+        minicpm("MiniCPMV4_7", image_start_id=VISION_START, image_end_id=VISION_END, slice_start_id=MARK,
+                slice_end_id=95, newline_id=82),
+        minicpm_image, types=vision_types, sizes=((48, 24), (20, 40)), join=packed, processor=minicpm_processor,
+        cuts=(2,), refuses=STATES,
+    ),
+    "minicpm_ocr": Family(
+        "MiniCPM-OCR, images: tiles", "MiniCPMOcrForConditionalGeneration", minicpm("MiniCPMOcr"), minicpm_image,
+        sizes=((48, 24), (20, 40)), join=packed, processor=minicpm_processor, cuts=(2,), refuses=STATES,
     ),
 }  # fmt: skip
