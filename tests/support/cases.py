@@ -105,7 +105,8 @@ def count_vision_calls(family: str, model: Any) -> Iterator[list[int]]:
     """A list that grows with every call of the tower's first weights, below the forward that may be cached."""
     calls: list[int] = []
     tower = getattr(model.model, FAMILIES[family].tower)
-    first = next(module for module in tower.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)))
+    kinds = torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Linear  # what makes features of patches
+    first = next(module for module in tower.modules() if isinstance(module, kinds))
     handle = first.register_forward_hook(lambda *_: calls.append(1))
     try:
         yield calls

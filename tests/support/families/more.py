@@ -278,7 +278,7 @@ def pp_chart2table() -> Any:
 def qianfan_ocr() -> Any:
     vision = {key: value for key, value in TOWER.items() if key != "patch_size"}
     return transformers.QianfanOCRConfig(
-        vision_config=transformers.QianfanOCRVisionConfig(**vision, image_size=[32, 32], patch_size=[4, 4]),
+        vision_config=transformers.QianfanOCRVisionConfig(**vision, image_size=[32, 32], patch_size=[4, 4], drop_path_rate=0.0),
         text_config=transformers.Qwen3Config(**TEXT, head_dim=8),
         image_token_id=IMAGE,
         image_seq_length=16,
@@ -434,17 +434,18 @@ FAMILIES = {
     "janus": Family(
         "Janus", "JanusForConditionalGeneration", janus, square_image(6, False), processor=janus_processor,
         tower="vision_model",
+        beside=("vqmodel", "generation_embeddings", "generation_aligner", "generation_head",),
     ),
     "kimi_k25": Family(
         "Kimi K2.5 and K2.6, images: latent attention", "Kimi_K25ForConditionalGeneration", kimi_k25, kimi_image,
     ),
     "qwen2_5_omni": Family(
         "Qwen2.5-Omni thinker, images", "Qwen2_5OmniThinkerForConditionalGeneration", qwen2_5_omni, patches_image,
-        tower="visual",
+        tower="visual", beside=("audio_tower",),
     ),
     "qwen3_omni_moe": Family(
         "Qwen3-Omni thinker, images, DeepStack", "Qwen3OmniMoeThinkerForConditionalGeneration", qwen3_omni_moe,
-        patches_image, tower="visual",
+        patches_image, tower="visual", beside=("audio_tower",),
     ),
     "hunyuan_vl": Family(
         "HunYuan-OCR", "HunYuanVLForConditionalGeneration", hunyuan_vl, hunyuan_image, types=vision_types,
@@ -469,10 +470,12 @@ FAMILIES = {
     "llava_next_video": Family(
         "LLaVA-NeXT-Video, images: tiles, unpadding, newlines", "LlavaNextVideoForConditionalGeneration",
         llava_next_video, anyres_image(llava_next_video, always=True), sizes=((44, 10), (10, 44)), join=tiles_padded,
+        beside=("vision_resampler",),
     ),
     "deepseek_vl_hybrid": Family(
         "DeepSeek-VL 7B", "DeepseekVLHybridForConditionalGeneration", deepseek_vl_hybrid, hybrid_image,
         processor=janus_processor, tower="vision_model",
+        beside=("high_res_vision_model", "high_res_vision_neck", "high_res_vision_proj",),
     ),
     "granite_docling": Family(
         "Granite-Docling: tiles, DeepStack", "GraniteDoclingForConditionalGeneration", granite_docling, docling_image,
