@@ -273,7 +273,7 @@ class ModelFamily:
                 )
             window = seen[layer - 1]
             if window is not None and total > window:
-                full = [number + 1 for number, width in enumerate(seen[:-1]) if width is None]
+                full = [number for number in self._scored_cuts(config) if seen[number - 1] is None]
                 raise ValueError(
                     f"patch: layer must follow a layer that sees all {total} tokens, i.e. be one of {full}, got {layer}: "
                     f"layer {layer - 1} scores and has a sliding window of {window}"

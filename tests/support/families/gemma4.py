@@ -27,9 +27,9 @@ from tests.support.families.grids import vision_types
 MARKERS = dict(image_token_id=IMAGE, video_token_id=VIDEO, boi_token_id=VISION_START, eoi_token_id=VISION_END,
                audio_token_id=87, boa_token_id=88, eoa_token_index=89, tie_word_embeddings=False)  # fmt: skip
 HEADS = dict(TEXT, head_dim=8, global_head_dim=16, sliding_window=20, tie_word_embeddings=False)
-SMALL = dict(HEADS, num_hidden_layers=7, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+SMALL = dict(HEADS, head_dim=4, global_head_dim=8, num_hidden_layers=7, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
              + ["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=2, use_double_wide_mlp=True,
-             hidden_size_per_layer_input=8, vocab_size_per_layer_input=TEXT["vocab_size"])  # fmt: skip
+             hidden_size_per_layer_input=16, vocab_size_per_layer_input=TEXT["vocab_size"])  # fmt: skip
 LARGE = dict(HEADS, layer_types=["sliding_attention", "full_attention"] * 2, attention_k_eq_v=True,
              num_global_key_value_heads=1, use_bidirectional_attention="vision")  # fmt: skip
 EXPERTS = dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=24)
