@@ -144,6 +144,11 @@ class ForwardState:
         """What decoder layer ``layer`` holds."""
         return self.layers[max(first for first in self.layers if first <= layer)]
 
+    def entries(self, layer: int) -> int:
+        """How many entries of this call decoder layer ``layer`` holds."""
+        kept = self.at(layer).kept_index
+        return self.pooled_length if kept is None else kept.shape[1]
+
     def continue_cut(self, layer: int) -> None:
         """Where only earlier calls were cut at ``layer``, the layers from there take what those before have of this one."""
         here, before = self.layers[layer], self.at(layer - 1)
