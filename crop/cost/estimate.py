@@ -26,7 +26,7 @@ class Cost:
         tokens: vision tokens per image, averaged over the decoder layers.
         flops: multiply-adds of all samples, times two; attention by its full square, as ``torch.utils.flop_counter`` counts.
         kv_bytes: keys and values of all samples after it.
-        seconds: predicted, the patch's own work included.
+        seconds: predicted, the patch's own work included; NaN for a model on the meta device, which cannot be timed.
     """
 
     tokens: list[float]
@@ -41,7 +41,7 @@ class Estimate:
 
     Args:
         before: the model as it is. after: under the method.
-        prune: whether the predicted saving, less ``localizer_seconds``, is worth it.
+        prune: whether the predicted saving, less ``localizer_seconds``, is worth it; by FLOPs where there are no seconds.
         advice: the same in words.
     """
 
