@@ -25,12 +25,12 @@ class VisionRun:
 
     Args:
         marks: at the tower's last begin and end. decoder_start: at the language model's begin.
-        observed: what the method's ``observe`` read last, one row per image of the tower; None: nothing.
+        observed: what the method's ``observe`` read last, by number of its watch, one row per image of the tower each.
     """
 
     marks: list[Any] = field(default_factory=list)
     decoder_start: Any = None
-    observed: Tensor | None = None
+    observed: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass

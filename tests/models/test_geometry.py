@@ -8,7 +8,6 @@ token is where the token looks.
 from __future__ import annotations
 
 import importlib
-import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +34,6 @@ from transformers.models.llava_onevision import modeling_llava_onevision
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.mistral3 import modeling_mistral3
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
-from transformers.models.ovis2.processing_ovis2 import Ovis2Processor
 from transformers.models.paddleocr_vl import modeling_paddleocr_vl
 from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
 from transformers.models.perception_lm import modeling_perception_lm
@@ -46,6 +44,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from crop.geometry.layout import NEWLINE, PATCH, VisionLayout
 from crop.models import Prompt, families
+from tests.support.written import TILES, WRITERS, ovis2_markers, written
 
 # With the limits of the processors below tokens are odd in number somewhere. Only LightOnOCR's processor lets patches go
 # into no token: the others resize to whole tokens.
@@ -149,8 +148,7 @@ def see_internvl(size: tuple[int, int]) -> tuple:
 
 def see_downsampled(code: Any, kind: str, processor: Any) -> Any:
     """`processor`: () -> it; the colours of 2 x 2 patches are what the model's own reordering makes one token of."""
-    config = getattr(transformers, f"{kind}Config")(vision_config=tower("SiglipVisionConfig", 70, 7))
-    projector = getattr(code, f"{kind}MultiModalProjector")
+    config, projector = TILES[kind], getattr(code, f"{kind}MultiModalProjector")
 
     def see(size: tuple[int, int]) -> tuple:
         made = processor()
@@ -184,21 +182,11 @@ def see_ovis2(size: tuple[int, int]) -> tuple:
     return config, processor, out, patch_colours(out["pixel_values"], processor, 14).flatten(0, 2), 0
 
 
-def ovis2_markers(out: Any, config: Any) -> list[int]:
-    """The tokens of one image, as Ovis2's processor writes them around its grid."""
-    rows, columns = out["grids"][0].tolist()
-    texts = Ovis2Processor.replace_image_token(SimpleNamespace(image_seq_length=25), {"grids": out["grids"]}, 0)
-    ids = [config.image_token_id, *config.visual_indicator_token_ids]
-    names = dict(zip(("ATOM", "START", "GRID", "COL", "ROW", "END"), ids, strict=True))
-    assert texts.count("ATOM") == 25 * (1 + rows * columns * (rows * columns > 1))
-    return [names[name] for name in re.findall("<IMG_([A-Z]+)>", texts)]
-
-
 def see_idefics3(kind: str, processor: Any) -> Any:
-    config = getattr(transformers, f"{kind}Config")(vision_config=dict(image_size=70, patch_size=7), scale_factor=2)
+    config = TILES[kind]
 
     def see(size: tuple[int, int]) -> tuple:
-        out = processor(coordinates(*size), return_tensors="pt")
+        out = processor(coordinates(*size), return_tensors="pt", return_row_col_info=True)
         tiles = patch_colours(out["pixel_values"][0], processor, 7).flatten(1, 2)
         shuffled = modeling_idefics3.Idefics3Connector.pixel_shuffle(None, tiles, 2)
         return config, processor, out, shuffled.reshape(-1, 4, 3).mean(1), 0
@@ -325,6 +313,8 @@ def layouts(config: Any, processor: Any, out: Any, count: int, breaks: int, size
     ids = [config.image_token_id] * count
     if config.model_type == "ovis2":
         ids = ovis2_markers(out, config)
+    if config.model_type in WRITERS:
+        ids = written(config, out)
     if breaks:
         ids = [t for n in range(count) for t in ([config.image_token_id] + [BREAK] * ((n + 1) % breaks == 0))][:-1]
     found = families()[config.model_type].images(Prompt(config, torch.tensor([ids]), out, processor, sizes))
@@ -388,6 +378,8 @@ def test_a_wrong_size_is_noticed(name):
     other = dict(out)
     if name == "llava_next":
         other["image_sizes"] = torch.tensor([[300, 440]])
+    if name == "idefics3":
+        other |= {"rows": out["cols"], "cols": out["rows"]}
     try:
         (layout,) = layouts(config, processor, other, len(seen), breaks, [(300, 500)])
     except ValueError as error:

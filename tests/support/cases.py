@@ -90,14 +90,17 @@ def elsewhere(regions: Sequence[Region]) -> list[Region]:
     return [Region.box(1 - x1, 1 - y1, 1 - x0, 1 - y0) for region in regions for x0, y0, x1, y1 in region.boxes[:1]]
 
 
+def where(batch: Batch) -> dict[str, Any]:
+    """What `patch` and `estimate` need to know of the images of `batch`, if it holds some."""
+    sizes = [image.size for sample in batch.samples for image in sample.images]
+    processor = FAMILIES[batch.family].processor
+    return ({"image_size": sizes} if sizes else {}) | ({"processor": processor()} if sizes and processor else {})
+
+
 def patched(model: Any, method: Any, batch: Batch, regions: Any = None, **more: Any) -> Any:
     """`crop.patch` with what the family's geometry needs for the images of `batch`."""
-    sizes = [image.size for sample in batch.samples for image in sample.images]
-    if not sizes:
-        return patch(model, method, **more)
-    if FAMILIES[batch.family].processor is not None:
-        more.setdefault("processor", FAMILIES[batch.family].processor())
-    return patch(model, method, regions, image_size=sizes, **more)
+    known = where(batch)
+    return patch(model, method, **({"region": regions} if known else {}), **(known | more))
 
 
 @contextlib.contextmanager

@@ -290,7 +290,7 @@ class Oracle:
         method, decision, pooled = method.with_layer(self.default_layer), previous or Decision(), []
         fresh = range(len(decision.cells), len(decision.cells) + len(regions))
         for number, region, layout in zip(fresh, regions, layouts, strict=True):
-            cells, after = self._cells(method.plan(layout, region), sample, number, layout)
+            cells, after = self._cells(method, region, sample, number, layout)
             cuts = tuple((first, (*kept, tuple(range(len(cells))))) for first, kept in decision.cuts)
             decision = replace(decision, cells=(*decision.cells, cells), cuts=cuts)
             pooled.append(after)
@@ -303,23 +303,24 @@ class Oracle:
             decision = self._decide_cut(sample, decision, cut, fresh, pooled, regions, later=number > 0)
         return decision
 
-    def _cells(self, plan: Any, sample: Sample, number: int, layout: Any) -> tuple[tuple, Any]:
+    def _cells(self, method: Any, region: Any, sample: Sample, number: int, layout: Any) -> tuple[tuple, Any]:
         """(members, leader) of every cell of one image, and its layout after pooling."""
+        plan = method.plan(layout, region)
         if plan is None:
             return tuple(((n,), n) for n in range(len(sample.spans()[number]))), layout
         if isinstance(plan, FeaturePooling):
-            return self._cells_by_features(plan, sample, number), layout
+            return self._cells_by_features(plan, method, sample, number), layout
         edges, members, leaders = plan.offsets.tolist(), plan.members.tolist(), plan.leader.tolist()
         cells = tuple((tuple(members[edges[c] : edges[c + 1]]), leader) for c, leader in enumerate(leaders))
         return cells, layout.pool(plan, torch.arange(len(leaders)))
 
-    def _cells_by_features(self, plan: FeaturePooling, sample: Sample, number: int) -> tuple:
+    def _cells_by_features(self, plan: FeaturePooling, method: Any, sample: Sample, number: int) -> tuple:
         """Cells of an image whose method decides by features, from features computed here."""
         rows, _ = self.embed(sample)
         spans, image = sample.spans(), sample.images[number]
         observed = None
         if self.family.tower_attention:
-            observed = self.tower_attention(image.arguments["pixel_values"])
+            observed = self.tower_attention(image.arguments["pixel_values"], method)
         found = plan.decide(Features(rows[list(spans[number])], rows[spans[-1][-1] + 1 :], observed))
         cell = found.cell.tolist()
         return tuple(
@@ -328,10 +329,14 @@ class Oracle:
         )
 
     @torch.no_grad()
-    def tower_attention(self, pixels: Tensor) -> Tensor:
-        """(tokens,) attention from the class token of a CLIP tower in the layer before the last, from eager weights."""
+    def tower_attention(self, pixels: Tensor, method: Any = None) -> Tensor:
+        """(tokens,) attention from the class token of a CLIP tower in the layer before the last, from eager weights; of a
+        method that names several ``depths``, (tokens, depths)."""
         out = getattr(self.model.model, self.family.tower)(pixels, output_attentions=True)
-        return out.attentions[-2][0].double().mean(0)[0, 1:].float()
+        last = len(out.attentions) - 2
+        depths = method.depths(last) if hasattr(method, "depths") else (last,)
+        found = [out.attentions[depth][0].double().mean(0)[0, 1:].float() for depth in depths]
+        return torch.stack(found, 1) if len(found) > 1 else found[0]
 
     def _decide_cut(
         self,

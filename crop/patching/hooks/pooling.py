@@ -110,16 +110,18 @@ class PoolingHook(ModelHook):
     def _settle(self, state: ForwardState, embeds: Tensor) -> None:
         """Let features decide."""
         observed = None
-        if self.context.observes and state.vision.observed is None:
+        seen = [state.vision.observed.get(number) for number in range(self.context.watches)]
+        if any(one is None for one in seen):
             raise RuntimeError(
                 "patch: the vision tower must run for a method that observes it, got cached features (crop.cache_vision) or "
                 "features from elsewhere; ask without them"
             )
-        if state.vision.observed is not None:
+        if seen:
+            seen = torch.stack(seen, 2) if len(seen) > 1 else seen[0]
             samples = [image.sample for image in state.plan.images]
             copies = self.context.generation.copies if self.context.generation is not None else 1
-            rows = one_per_image("observation", list(range(len(state.vision.observed))), samples, copies)
-            observed = [state.vision.observed[row] for row in rows]
+            rows = one_per_image("observation", list(range(len(seen))), samples, copies)
+            observed = [seen[row] for row in rows]
         with torch.no_grad():
             state.plan, state.stats.decisions = settle(state.plan, embeds, observed)
         state.stats.positions = state.plan.positions
