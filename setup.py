@@ -195,7 +195,7 @@ setup(
     package_data={
         "crop": [
             "py.typed",
-            "cli/app.js",
+            "cli/page.js",
             "localizers/ocr/weights.json",
             *(f"embedded/**/*.{end}" for end in ("safetensors", "json", "md", "jinja", "txt")),
         ]
