@@ -1,4 +1,4 @@
-"""How a benchmark's options become arguments of ``generate()``, and what watches over it."""
+"""Options of benchmarks and users as transformers takes them, and what watches over ``generate()``."""
 
 from __future__ import annotations
 
@@ -43,6 +43,26 @@ def generation(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         how |= {"temperature": None, "top_p": None, "top_k": None}
     stops = options.get("until") or options.get("stop_sequences") or []
     return how, [stops] if isinstance(stops, str) else list(stops)
+
+
+def positive(name: str, value: Any) -> int:
+    """A whole number of at least 1, also from text. ValueError: it is none."""
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ValueError(f"crop: {name} must be a whole number of at least 1, got {value!r}")
+    return int(value)
+
+
+def limit_pixels(processor: Any, **limits: int | None) -> None:
+    """Set ``min_pixels`` and ``max_pixels`` of a processor, where given. ValueError: its pictures know no such limits."""
+    given = {name: positive(name, value) for name, value in limits.items() if value is not None}
+    if not given:
+        return
+    pictures = processor.image_processor
+    known = getattr(pictures, "valid_kwargs", None)
+    if not given.keys() <= getattr(known, "__annotations__", {}).keys():
+        kind = type(pictures).__name__
+        raise ValueError(f"crop: {', '.join(given)} must be left out for a {kind}, which does not know them")
+    processor.image_processor = type(pictures).from_dict(pictures.to_dict(), **given)
 
 
 def until_end(ids: Sequence[int], end: int | Sequence[int] | None) -> list[int]:

@@ -37,7 +37,15 @@ from crop.integrations.conversation import (
     read_messages,
     user_turn,
 )
-from crop.integrations.generation import FirstToken, Forced, continuation_ids, generation, until_end
+from crop.integrations.generation import (
+    FirstToken,
+    Forced,
+    continuation_ids,
+    generation,
+    limit_pixels,
+    positive,
+    until_end,
+)
 from crop.localizers.base import WholeLocalizer
 from crop.localizers.vision_cache import cache_vision
 from crop.methods.registry import by_name
@@ -152,7 +160,8 @@ class CropModel(lmms):
                 raise ValueError(f"crop: device_map must be left out with several processes, got {device_map!r}")
             device = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
         self.auto_batch = batch_size == "auto"
-        self.batch_size = _positive("batch_size", (max_batch_size or MAX_BATCH) if self.auto_batch else batch_size)
+        name = "max_batch_size" if self.auto_batch else "batch_size (or auto)"
+        self.batch_size = positive(name, (max_batch_size or MAX_BATCH) if self.auto_batch else batch_size)
         self.batch_sizes: dict[str, int] = {}  # kind of request -> what "auto" came to; lmms-eval writes it down
         if plugin is not None:
             load_plugin(plugin)
@@ -160,7 +169,7 @@ class CropModel(lmms):
         given |= {"trust_remote_code": trust_remote_code}
         how = {name: value for name, value in given.items() if value is not None}
         self.asker = load(pretrained, device, dtype, **how)
-        _limit_pixels(self.asker.processor, min_pixels=min_pixels, max_pixels=max_pixels)
+        limit_pixels(self.asker.processor, min_pixels=min_pixels, max_pixels=max_pixels)
         self.template = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         for name in self.template:
             if name not in str(getattr(self.asker.processor, "chat_template", "")):
@@ -356,24 +365,6 @@ class SimpleCropModel(CropModel):
 
     def _arguments(self, request: Any) -> tuple:
         return chat_arguments(request.args)
-
-
-def _positive(name: str, value: Any) -> int:
-    if not str(value).isdecimal() or int(value) < 1:
-        raise ValueError(f"crop: {name} must be a whole number of at least 1, or auto, got {value!r}")
-    return int(value)
-
-
-def _limit_pixels(processor: Any, **limits: int | None) -> None:
-    """Set ``min_pixels`` and ``max_pixels`` of a processor; ValueError: it does not know them."""
-    given = {name: _positive(name, value) for name, value in limits.items() if value is not None}
-    if not given:
-        return
-    pictures = processor.image_processor
-    if not given.keys() <= getattr(pictures, "valid_kwargs", TokenCounts).__annotations__.keys():
-        kind = type(pictures).__name__
-        raise ValueError(f"crop: {', '.join(given)} must be left out for a {kind}, which does not know them")
-    processor.image_processor = type(pictures).from_dict(pictures.to_dict(), **given)
 
 
 def _log(counts: Sequence[PrunedCounts], seconds: float) -> None:
