@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
 import pytest
 
 import crop
-from crop.cost.speed import Speed
 from crop.models import families
 from tests.support import published
 from tests.support.published import PUBLISHED
