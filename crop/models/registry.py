@@ -8,8 +8,16 @@ from torch import nn
 
 from crop.models.anyres import next_images, onevision_images
 from crop.models.family import DecoderTraits, ModelFamily
-from crop.models.fixed import fast_vlm_images, gemma3_images, janus_images, llava_check, llava_images, paligemma_images
-from crop.models.grids import glm_images, hunyuan_images, merged_images, pixtral_images
+from crop.models.fixed import (
+    fast_vlm_images,
+    gemma3_check,
+    gemma3_images,
+    janus_images,
+    llava_check,
+    llava_images,
+    paligemma_images,
+)
+from crop.models.grids import gemma4_images, glm_images, hunyuan_images, merged_images, pixtral_images
 from crop.models.tiles import (
     docling_images,
     downsampled_images,
@@ -30,6 +38,8 @@ _IDEFICS: dict[str, Any] = dict(tower="vision_model", decoder="text_model", proj
 _DEEPSTACK = DecoderTraits(deepstack_method="_deepstack_process")
 
 _COHERE = DecoderTraits(unrotated=("full_attention",))
+
+_IMAGE = DecoderTraits(mask="image")
 
 _GATED_DELTA = DecoderTraits(recurrent=("linear_attention",))
 
@@ -52,12 +62,14 @@ for _family in (
     ModelFamily("aya_vision", downsampled_images, tiled_check, traits=_COHERE),
     ModelFamily("cohere2_vision", downsampled_images, tiled_check, traits=_COHERE),
     ModelFamily("fast_vlm", fast_vlm_images, llava_check),
-    ModelFamily("gemma3", gemma3_images, traits=DecoderTraits(mask="image")),
+    ModelFamily("gemma3", gemma3_images, gemma3_check, traits=_IMAGE),
+    ModelFamily("gemma4", gemma4_images, projector="embed_vision", videos=True, traits=_IMAGE),
+    ModelFamily("gemma4_unified", gemma4_images, tower="embed_vision", projector=None, videos=True, traits=_IMAGE),
     ModelFamily("glm4v", glm_images, **_VISUAL, videos=True),
     ModelFamily("glm46v", glm_images, **_VISUAL, videos=True),
     ModelFamily("glm4v_moe", glm_images, **_VISUAL, videos=True),
     ModelFamily("glm_ocr", glm_images, **_VISUAL, videos=True),
-    ModelFamily("idefics3", idefics3_images, tiled_check, **_IDEFICS),
+    ModelFamily("idefics3", idefics3_images, **_IDEFICS),
     ModelFamily("internvl", internvl_images, tiled_check),
     ModelFamily("lighton_ocr", pixtral_images, tower="vision_encoder", projector="vision_projection"),
     ModelFamily("llava", llava_images, llava_check),
@@ -75,11 +87,17 @@ for _family in (
     ModelFamily("qwen3_vl_moe", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
     ModelFamily("qwen3_5", merged_images, **_VISUAL, videos=True, traits=_GATED_DELTA),
     ModelFamily("qwen3_5_moe", merged_images, **_VISUAL, videos=True, traits=_GATED_DELTA),
-    ModelFamily("smolvlm", idefics3_images, tiled_check, **_IDEFICS),
+    ModelFamily("smolvlm", idefics3_images, **_IDEFICS),
     ModelFamily("exaone4_5", merged_images, **_VISUAL, videos=True),
     ModelFamily("cosmos3_omni", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
     ModelFamily("cosmos3_edge", merged_images, tower="visual", projector="projector", videos=True),
-    ModelFamily("cohere_compass", merged_images, **_VISUAL, videos=True, traits=DecoderTraits(deepstack_method="_deepstack_process", unrotated=("full_attention",))),
+    ModelFamily(
+        "cohere_compass",
+        merged_images,
+        **_VISUAL,
+        videos=True,
+        traits=DecoderTraits(deepstack_method="_deepstack_process", unrotated=("full_attention",)),
+    ),
     ModelFamily("video_llama_3", merged_images, tower="vision_model", projector="projector"),
     ModelFamily("hyperclovax_vision_v2", merged_images, tower="vision_model", projector="projector", videos=True),
     ModelFamily("glmga", glm_images, **_VISUAL, videos=True),
@@ -95,10 +113,12 @@ for _family in (
     ModelFamily("qianfan_ocr", internvl_images, tiled_check),
     ModelFamily("llava_next_video", next_images),
     ModelFamily("deepseek_vl_hybrid", janus_images, llava_check, tower="vision_model", projector="aligner"),
-    ModelFamily("granite_docling", docling_images, tiled_check, tower="vision_model", decoder="text_model", projector=None, traits=_DEEPSTACK),
-    ModelFamily("minicpmv4_6", minicpm_images, tiled_check, projector="merger", traits=_GATED_DELTA),
-    ModelFamily("minicpmv4_7", minicpm_images, tiled_check, projector="merger", traits=_GATED_DELTA),
-    ModelFamily("minicpm_ocr", minicpm_images, tiled_check, projector="merger", traits=_GATED_DELTA),
+    ModelFamily(
+        "granite_docling", docling_images, tower="vision_model", decoder="text_model", projector=None, traits=_DEEPSTACK
+    ),
+    ModelFamily("minicpmv4_6", minicpm_images, projector="merger", traits=_GATED_DELTA),
+    ModelFamily("minicpmv4_7", minicpm_images, projector="merger", traits=_GATED_DELTA),
+    ModelFamily("minicpm_ocr", minicpm_images, projector="merger", traits=_GATED_DELTA),
     ModelFamily("vipllava", llava_images, llava_check),
 ):
     register_family(_family)

@@ -30,13 +30,20 @@ from tests.support.families.entry import (
     Image,
     pixels,
 )
-from tests.support.families.grids import GLM_MARKERS, GLM_TOWER, STATES, hybrid_text, patches_image, qwen2_5_vl, vision_types
+from tests.support.families.grids import (
+    GLM_MARKERS,
+    GLM_TOWER,
+    STATES,
+    hybrid_text,
+    patches_image,
+    qwen2_5_vl,
+    vision_types,
+)
 from tests.support.families.squares import square_image
 from tests.support.families.tiles import (
     ANYRES,
     SIDE,
     anyres_image,
-    idefics3_image,
     internvl_image,
     internvl_processor,
     repeats_tiles,
@@ -243,7 +250,9 @@ def lfm2_processor() -> Any:
         rows, columns = (1, 2) if width > height else (2, 1)
         return None, [rows], [columns], None
 
-    return SimpleNamespace(do_resize=True, do_image_splitting=True, use_thumbnail=True, resize_and_split=resize_and_split)
+    return SimpleNamespace(
+        do_resize=True, do_image_splitting=True, use_thumbnail=True, resize_and_split=resize_and_split
+    )
 
 
 def lfm2_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
@@ -262,7 +271,9 @@ def lfm2_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
 
 def got_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
     tiles = got_processor().get_number_of_image_patches(size[1], size[0])
-    return Image((VISION_START, *[IMAGE] * (16 * tiles), VISION_END), {"pixel_values": pixels(tiles, 3, 64, 64, seed=seed)}, size)
+    return Image(
+        (VISION_START, *[IMAGE] * (16 * tiles), VISION_END), {"pixel_values": pixels(tiles, 3, 64, 64, seed=seed)}, size
+    )
 
 
 def got_processor() -> Any:
@@ -278,7 +289,9 @@ def pp_chart2table() -> Any:
 def qianfan_ocr() -> Any:
     vision = {key: value for key, value in TOWER.items() if key != "patch_size"}
     return transformers.QianfanOCRConfig(
-        vision_config=transformers.QianfanOCRVisionConfig(**vision, image_size=[32, 32], patch_size=[4, 4], drop_path_rate=0.0),
+        vision_config=transformers.QianfanOCRVisionConfig(
+            **vision, image_size=[32, 32], patch_size=[4, 4], drop_path_rate=0.0
+        ),
         text_config=transformers.Qwen3Config(**TEXT, head_dim=8),
         image_token_id=IMAGE,
         image_seq_length=16,
@@ -340,12 +353,12 @@ def minicpm_processor() -> Any:
 
 
 def minicpm_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
-    """The whole, then two slices, each between markers of its own."""
+    """The whole, then two slices beside or above each other; all between markers, and a line end between rows."""
     out = minicpm_processor()(PIL.Image.new("RGB", size), return_tensors="pt")
     counts = (out["target_sizes"].prod(-1) // 16).tolist()
     ids = [VISION_START, *[IMAGE] * counts[0], VISION_END]
-    for count in counts[1:]:
-        ids += [MARK, *[IMAGE] * count, 95]
+    for number, count in enumerate(counts[1:]):
+        ids += [82] * (number > 0 and size[0] < size[1]) + [MARK, *[IMAGE] * count, 95]
     patches = pixels(*out["pixel_values"].shape, seed=seed)
     return Image(tuple(ids), {"pixel_values": patches, "target_sizes": out["target_sizes"]}, size)
 
@@ -372,16 +385,12 @@ def granite_docling() -> Any:
                                              pad_token_id=0, tie_word_embeddings=False)  # fmt: skip
 
 
-def docling_processor() -> Any:
-    from transformers.models.granite_docling.image_processing_pil_granite_docling import GraniteDoclingImageProcessorPil
-
-    return GraniteDoclingImageProcessorPil(size={"height": 32, "width": 32}, max_patches=2)
-
-
 def docling_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
-    """Two tiles and the whole, beside each other or one above the other; markers before each, a line end per row."""
-    image = idefics3_image(size, seed, alone)
-    return Image(image.ids, {"pixel_values": image.arguments["pixel_values"]}, size)
+    """Two tiles, beside each other or one above the other, and the whole; a marker and a tag before each, a line end per row."""
+    first, second, whole = ((VISION_START, tag, *[IMAGE] * 16) for tag in (MARK, 95, 82))
+    end = (84,)
+    tiles = (*first, *second, *end) if size[0] > size[1] else (*first, *end, *second, *end)
+    return Image((*tiles, *end, *whole, VISION_START), {"pixel_values": pixels(1, 3, 3, 32, 32, seed=seed)}, size)
 
 
 def docling_tiles(images: list[list[Image]]) -> dict[str, Tensor]:
@@ -479,22 +488,21 @@ FAMILIES = {
     ),
     "granite_docling": Family(
         "Granite-Docling: tiles, DeepStack", "GraniteDoclingForConditionalGeneration", granite_docling, docling_image,
-        sizes=((48, 24), (20, 40)), join=docling_tiles, processor=docling_processor, tower="vision_model",
+        sizes=((48, 24), (20, 40)), join=docling_tiles, tower="vision_model",
         decoder="text_model",
     ),
     "minicpmv4_6": Family(
         "MiniCPM-V 4.6, images: tiles", "MiniCPMV4_6ForConditionalGeneration", minicpm("MiniCPMV4_6"), minicpm_image,
-        sizes=((48, 24), (20, 40)), join=packed, processor=minicpm_processor, cuts=(2,), refuses=STATES,
+        sizes=((48, 24), (20, 40)), join=packed, cuts=(2,), refuses=STATES,
     ),
     "minicpmv4_7": Family(
         "MiniCPM-V 4.7, images: tiles", "MiniCPMV4_7ForConditionalGeneration",
         minicpm("MiniCPMV4_7", image_start_id=VISION_START, image_end_id=VISION_END, slice_start_id=MARK,
                 slice_end_id=95, newline_id=82),
-        minicpm_image, types=vision_types, sizes=((48, 24), (20, 40)), join=packed, processor=minicpm_processor,
-        cuts=(2,), refuses=STATES,
+        minicpm_image, types=vision_types, sizes=((48, 24), (20, 40)), join=packed, cuts=(2,), refuses=STATES,
     ),
     "minicpm_ocr": Family(
         "MiniCPM-OCR, images: tiles", "MiniCPMOcrForConditionalGeneration", minicpm("MiniCPMOcr"), minicpm_image,
-        sizes=((48, 24), (20, 40)), join=packed, processor=minicpm_processor, cuts=(2,), refuses=STATES,
+        sizes=((48, 24), (20, 40)), join=packed, cuts=(2,), refuses=STATES,
     ),
 }  # fmt: skip
