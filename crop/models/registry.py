@@ -18,6 +18,7 @@ from crop.models.fixed import (
     paligemma_images,
 )
 from crop.models.grids import gemma4_images, glm_images, hunyuan_images, merged_images, pixtral_images
+from crop.models.refused import REFUSED
 from crop.models.tiles import (
     docling_images,
     downsampled_images,
@@ -137,6 +138,8 @@ def family_of(model: Any) -> ModelFamily:
     if model_type in _families:
         return _families[model_type]
     known = ", ".join(sorted(_families))
+    if model_type in REFUSED:
+        raise ValueError(f"patch: model_type must be one of {known}, got {model_type!r}: {REFUSED[model_type]}")
     if getattr(config, "vision_config", None) is None:
         raise ValueError(
             f"patch: model must have a vision tower, got model_type {model_type!r} without vision_config; "

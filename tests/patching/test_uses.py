@@ -33,8 +33,8 @@ from tests.support.cases import (
     skip_what_transformers_cannot,
 )
 from tests.support.families.entry import NUM_LAYERS
-from tests.support.quantised import Quantised
 from tests.support.oracle import norm_of
+from tests.support.quantised import Quantised
 from tests.support.snapshot import assert_unchanged, snapshot
 from tests.support.tiny_families import FAMILIES, build_model, decoder_of
 
