@@ -30,11 +30,12 @@ _REASONS = {
     ),
     "all images of a prompt see each other, and their features are added to those of placeholders": ("molmo2",),
     "it writes blocks of tokens by diffusion": ("diffusion_gemma",),
+    "images and frames have a tower each": ("video_llava",),
     "it reads proteins": ("evolla",),
     "it writes the movements of a robot": ("pi0",),
     "it judges an image and writes no text": ("shieldgemma2",),
     "transformers' class of it has no vision tower": ("mistral4",),
     "it wraps the model that reads images; give its `thinker`": ("qwen2_5_omni", "qwen3_omni_moe"),
-    "no layout of its images has been written": ("fuyu", "muse_spark", "phi4_multimodal"),
+    "no layout of its images has been written": ("fuyu", "muse_glimmer", "muse_spark", "phi4_multimodal", "step3p7"),
 }  # fmt: skip
 REFUSED: dict[str, str] = {model_type: reason for reason, found in _REASONS.items() for model_type in found}

@@ -109,6 +109,7 @@ for _family in (
     ModelFamily("qwen3_omni_moe_thinker", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
     ModelFamily("hunyuan_vl", hunyuan_images, projector=None),
     ModelFamily("lfm2_vl", lfm2_images, tiled_check, traits=_SHORT_CONVOLUTION),
+    ModelFamily("lfm3_vl", merged_images, videos=True, traits=_SHORT_CONVOLUTION),
     ModelFamily("got_ocr2", got_images, tiled_check),
     ModelFamily("pp_chart2table", got_images, tiled_check),
     ModelFamily("qianfan_ocr", internvl_images, tiled_check),

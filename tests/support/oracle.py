@@ -238,7 +238,7 @@ class Oracle:
         kind = (
             (getattr(self.decoder.config, "rope_parameters", None) or {}).get(self.kinds[index], {}) if by_kind else {}
         )
-        rotary = None if kind is None else self.decoder.rotary_emb(hidden[None], ids.unsqueeze(-2), **more)
+        rotary = None if kind is None or mask is None else self.decoder.rotary_emb(hidden[None], ids.unsqueeze(-2), **more)
         if mask is None:
             return _first(module(hidden[None], attention_mask=None, position_embeddings=rotary))[0], None
         added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)[None, None]

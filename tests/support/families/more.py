@@ -269,6 +269,22 @@ def lfm2_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
     return Image((VISION_START, *tile, *tile, 95, *[IMAGE] * 6, VISION_END), arguments, size)
 
 
+def lfm3_vl() -> Any:
+    """A short convolution, full attention, and a sliding window shorter than the prompts."""
+    kinds = ["conv", "full_attention", "sliding_attention", "full_attention"]
+    vision = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        patch_size=PATCH, initializer_range=INIT,
+    )  # fmt: skip
+    return transformers.Lfm3VlConfig(
+        vision_config=vision,
+        text_config=transformers.Lfm3Config(**TEXT, head_dim=8, layer_types=kinds, sliding_window=20),
+        projector_hidden_size=24,
+        tie_word_embeddings=False,
+        **MARKERS,
+    )
+
+
 def got_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
     tiles = got_processor().get_number_of_image_patches(size[1], size[0])
     return Image(
@@ -463,6 +479,10 @@ FAMILIES = {
     "lfm2_vl": Family(
         "LFM2-VL: tiles", "Lfm2VlForConditionalGeneration", lfm2_vl, lfm2_image, sizes=((48, 24), (20, 40)),
         processor=lfm2_processor, cuts=(2,), refuses=STATES,
+    ),
+    "lfm3_vl": Family(
+        "LFM3-VL, images: sliding windows", "Lfm3VlForConditionalGeneration", lfm3_vl, patches_image, cuts=(2,),
+        refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'lfm3_vl'"},
     ),
     "got_ocr2": Family(
         "GOT-OCR 2: tiles", "GotOcr2ForConditionalGeneration", got_ocr2, got_image, sizes=((140, 60), (40, 60)),
