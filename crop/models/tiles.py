@@ -104,14 +104,19 @@ def _arranged(
             layouts.append(stack_views([whole] * count) if count > 1 else whole)
             continue
         rows, columns = arrange(prompt.processor, size)
-        if rows * columns + 1 != count:
-            raise ValueError(
-                f"patch: an image of {size[0]} x {size[1]} pixels must have {rows * columns + 1} tiles by its processor, got "
-                f"{count} in the prompt; give the size of the original, and set on the processor itself what it was called "
-                "with (max_patches, size, ...)"
-            )
+        _refuse_other(size, rows * columns + 1, count)
         layouts.append(_whole_first(rows, columns, side) if whole_first else tiled_layout(rows, columns, side))
     return layouts
+
+
+def _refuse_other(size: Size, wanted: int, count: int) -> None:
+    """ValueError: the prompt holds another number of tiles than the processor cuts an image of this size into."""
+    if count != wanted:
+        raise ValueError(
+            f"patch: an image of {size[0]} x {size[1]} pixels must have {wanted} tiles by its processor, got "
+            f"{count} in the prompt; give the size of the original, and set on the processor itself what it was called "
+            "with (max_patches, size, ...)"
+        )
 
 
 def _canvas(processor: Any, image_size: Size) -> tuple[int, int]:
@@ -283,6 +288,7 @@ def lfm2_images(prompt: Prompt) -> Placed:
             layouts.append(stack_views([VisionLayout.grid(*tile) for tile in tiles]))
             continue
         rows, columns = _lfm2_canvas(prompt.processor, size)
+        _refuse_other(size, rows * columns + prompt.processor.use_thumbnail * (rows * columns > 1), len(tiles))
         cut, rest = tiles[: rows * columns], tiles[rows * columns :]
         layouts.append(stack_views([*_slices(rows, columns, cut), *(VisionLayout.grid(*whole) for whole in rest)]))
     return prompt.place(layouts)

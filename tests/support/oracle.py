@@ -26,7 +26,9 @@ from tests.support.batches import Sample
 from tests.support.decision import Decision, Kept, Steps, choose
 from tests.support.families.entry import Family
 
-GRIDS = "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "target_sizes"  # what positions follow from
+GRIDS = {  # what positions follow from: argument of the model -> of `get_rope_index`
+    name: name for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "target_sizes")
+} | {"video_second_per_grid": "second_per_grids"}
 
 
 class Oracle:
@@ -92,7 +94,7 @@ class Oracle:
         if not hasattr(self.model.model, "get_rope_index"):
             return torch.arange(len(sample.ids)) + self.family.first_position
         index, inputs = self.model.model.get_rope_index, sample.prompt().inputs()
-        more = {name: inputs[name] for name in GRIDS if name in inputs}
+        more = {asked: inputs[name] for name, asked in GRIDS.items() if name in inputs}
         if not more:
             return torch.arange(len(sample.ids)).expand(self.axes, -1)
         if "mm_token_type_ids" in inspect.signature(index).parameters:
@@ -238,7 +240,9 @@ class Oracle:
         kind = (
             (getattr(self.decoder.config, "rope_parameters", None) or {}).get(self.kinds[index], {}) if by_kind else {}
         )
-        rotary = None if kind is None or mask is None else self.decoder.rotary_emb(hidden[None], ids.unsqueeze(-2), **more)
+        rotary = (
+            None if kind is None or mask is None else self.decoder.rotary_emb(hidden[None], ids.unsqueeze(-2), **more)
+        )
         if mask is None:
             return _first(module(hidden[None], attention_mask=None, position_embeddings=rotary))[0], None
         added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)[None, None]
