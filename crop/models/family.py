@@ -300,6 +300,15 @@ class ModelFamily:
         return next((layer for layer in cuts if layer >= 2), cuts[-1])
 
 
+def need_picture(config: Any, processor: Any, sizes: Sequence[Size] | None, what: str) -> None:
+    """ValueError: the caller gave no processor or no sizes, by which alone a region is found; they decide ``what``."""
+    if processor is None or sizes is None:
+        name = "processor" if processor is None else "image_size"
+        raise ValueError(
+            f"patch: {name} must be given for {config.model_type!r} with a region, because it decides {what}, got None"
+        )
+
+
 def stack_views(layouts: Sequence[VisionLayout]) -> VisionLayout:
     """One layout of several, each a view of its own, with positions from 0 in that order."""
     count = sum(len(layout) for layout in layouts)

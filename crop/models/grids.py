@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from crop.geometry.layout import VisionLayout
-from crop.models.family import Placed, Prompt, stack_views
+from crop.models.family import Placed, Prompt, Size, need_picture, stack_views
 from crop.models.newlines import markers, with_breaks, with_newlines
 
 
@@ -42,6 +45,32 @@ def _merged(prompt: Prompt, kind: str) -> list[VisionLayout]:
             raise ValueError(f"patch: image_grid_thw must have one frame per image, got {frames}")
         layouts.append(stack_views([VisionLayout.grid(height // merge, width // merge)] * frames))
     return layouts
+
+
+def kimi_images(prompt: Prompt) -> Placed:
+    """Kimi K2.5: as Qwen2-VL, with padding at the right and the bottom, which the processor's own function tells."""
+    layouts = _merged(prompt, "image")
+    for number, size in enumerate(prompt.sizes(len(layouts))):
+        if prompt.processor is None or size is None:
+            continue  # every region is whole
+        processor, (width, height) = prompt.processor, size
+        (shown_h, shown_w), (full_h, full_w) = sys.modules[type(processor).__module__].navit_resize(
+            height=height,
+            width=width,
+            patch_size=processor.patch_size,
+            merge_kernel_size=processor.merge_size,
+            max_patches=processor.max_patches,
+            max_size_per_side=dict(processor.size)["max_height"],
+        )
+        _, rows, columns = layouts[number].extent
+        layouts[number] = VisionLayout.grid(rows, columns, box=(0.0, 0.0, full_w / shown_w, full_h / shown_h))
+    return prompt.place(layouts)
+
+
+def kimi_check(config: Any, processor: Any, sizes: Sequence[Size] | None, whole: bool) -> None:
+    """Where the picture ends among the tokens follows from the processor and the size."""
+    if not whole:
+        need_picture(config, processor, sizes, "how far an image is padded")
 
 
 def hunyuan_images(prompt: Prompt) -> Placed:

@@ -17,7 +17,15 @@ from crop.models.fixed import (
     llava_images,
     paligemma_images,
 )
-from crop.models.grids import gemma4_images, glm_images, hunyuan_images, merged_images, pixtral_images
+from crop.models.grids import (
+    gemma4_images,
+    glm_images,
+    hunyuan_images,
+    kimi_check,
+    kimi_images,
+    merged_images,
+    pixtral_images,
+)
 from crop.models.refused import REFUSED
 from crop.models.tiles import (
     docling_images,
@@ -104,7 +112,7 @@ for _family in (
     ModelFamily("glmga", glm_images, **_VISUAL, videos=True),
     ModelFamily("deepseek_vl", janus_images, llava_check, tower="vision_model", projector="aligner"),
     ModelFamily("janus", janus_images, llava_check, tower="vision_model", projector="aligner"),
-    ModelFamily("kimi_k25", merged_images, projector="mm_projector"),
+    ModelFamily("kimi_k25", kimi_images, kimi_check, projector="mm_projector"),
     ModelFamily("qwen2_5_omni_thinker", merged_images, **_VISUAL, videos=True),
     ModelFamily("qwen3_omni_moe_thinker", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
     ModelFamily("hunyuan_vl", hunyuan_images, projector=None),

@@ -13,17 +13,13 @@ import numpy as np
 import torch
 
 from crop.geometry.layout import VisionLayout
-from crop.models.family import Placed, Prompt, Size, stack_views
+from crop.models.family import Placed, Prompt, Size, need_picture, stack_views
 
 
 def tiled_check(config: Any, processor: Any, sizes: Sequence[Size] | None, whole: bool) -> None:
     """A region can only be found among tiles whose arrangement is known: it follows from the processor and the size."""
-    if not whole and (processor is None or sizes is None):
-        name = "processor" if processor is None else "image_size"
-        raise ValueError(
-            f"patch: {name} must be given for {config.model_type!r} with a region, because it decides into which tiles an "
-            "image is cut, got None"
-        )
+    if not whole:
+        need_picture(config, processor, sizes, "into which tiles an image is cut")
 
 
 def tiled_layout(rows: int, columns: int, side: int) -> VisionLayout:
@@ -217,8 +213,10 @@ def docling_images(prompt: Prompt) -> Placed:
     vision, layouts = prompt.config.vision_config, []
     side = vision.image_size // vision.patch_size // vision.scale_factor
     side *= 1 if prompt.arguments.get("tile_fine_mask") is None else 2
-    for image in _images(prompt, before=1):
-        layouts.append(tiled_layout(*_rows_of(image[:-1]), side) if len(image) > 1 else VisionLayout.grid(side, side))
+    for image in _images(prompt):
+        layouts.append(
+            tiled_layout(*_arrangement(image[:-1]), side) if len(image) > 1 else VisionLayout.grid(side, side)
+        )
     return prompt.place(layouts)
 
 
@@ -227,8 +225,8 @@ def minicpm_images(prompt: Prompt) -> Placed:
     merge = 2 if (prompt.arguments.get("downsample_mode") or prompt.config.downsample_mode) == "4x" else 4
     shapes = iter((torch.as_tensor(prompt.argument("target_sizes")) // merge).tolist())
     layouts = []
-    for image in _images(prompt, before=1):
-        rows, columns = _rows_of(image[1:])
+    for image in _images(prompt):
+        rows, columns = _arrangement(image[1:])
         whole, *slices = itertools.islice(shapes, len(image))
         layouts.append(stack_views([VisionLayout.grid(*whole), *_slices(rows, columns, slices)]))
     return prompt.place(layouts)
@@ -246,27 +244,22 @@ def _slices(rows: int, columns: int, shapes: Sequence[Sequence[int]]) -> list[Vi
     return [VisionLayout.grid(*shape, box=box) for shape, box in zip(shapes, boxes, strict=True)]
 
 
-def _images(prompt: Prompt, before: int) -> list[list[tuple[int, int]]]:
-    """(start, stop) of the runs of each image: the first tile of an image has a tag as that of its sample has.
-
-    Args:
-        before: tokens between the tag and its tile, the tag included.
-    """
+def _images(prompt: Prompt) -> list[list[tuple[int, int]]]:
+    """(start, stop) of the runs of each image: the tag of its first tile is that of the first one of the sample."""
     found = []
     for ids, runs in _runs_by_sample(prompt):
         for start, stop in runs:
-            if ids[start - before] == ids[runs[0][0] - before]:
+            if ids[start - 1] == ids[runs[0][0] - 1]:
                 found.append([])
             found[-1].append((start, stop))
     return found
 
 
-def _rows_of(runs: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Rows and columns of tiles: between rows stands more than between tiles."""
+def _arrangement(runs: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Rows and columns of tiles: two tokens stand between tiles, more between rows."""
     if not runs:
         return 0, 0
-    gaps = [start - stop for (_, stop), (start, _) in itertools.pairwise(runs)]
-    rows = 1 + sum(gap > min(gaps) for gap in gaps) if gaps else 1
+    rows = 1 + sum(start - stop > 2 for (_, stop), (start, _) in itertools.pairwise(runs))
     return rows, len(runs) // rows
 
 

@@ -109,6 +109,17 @@ def glmga() -> Any:
     return transformers.GlmgaConfig(text_config=text, vision_config=vision, **GLM_MARKERS)
 
 
+class KimiProcessor:
+    """What the family reads of its processor, which needs torchvision."""
+
+    do_resize, patch_size, merge_size, max_patches, size = True, PATCH, 2, 64, {"max_height": 64}
+
+
+def navit_resize(height: int, width: int, **_: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Sizes before and after padding: the tiny pictures are whole tokens."""
+    return (height, width), (height, width)
+
+
 def kimi_k25() -> Any:
     """Multi-head latent attention, then experts."""
     vision = dict(patch_size=PATCH, pos_emb_height=8, pos_emb_width=8, num_attention_heads=2, num_hidden_layers=2,
@@ -239,6 +250,7 @@ FAMILIES = {
     ),
     "kimi_k25": Family(
         "Kimi K2.5 and K2.6, images: latent attention", "Kimi_K25ForConditionalGeneration", kimi_k25, paddle_image,
+        processor=KimiProcessor,
     ),
     "qwen2_5_omni": Family(
         "Qwen2.5-Omni thinker, images", "Qwen2_5OmniThinkerForConditionalGeneration", qwen2_5_omni, patches_image,
