@@ -97,15 +97,15 @@ def positioned(merge: int, video: bool = False) -> Callable[[tuple[int, int], in
 def family(title: str, config: Callable[[], Any], image: Any, mask: Any = "image in windows", **more: Any) -> Family:
     kind, name = ("gemma4_unified", "Gemma4Unified") if config is unified else ("gemma4", "Gemma4")
     refuses = MASKS | {"flash_attention_2": f"must be eager or sdpa for '{kind}'"}
-    return Family(f"Gemma 4 {title}", f"{name}ForConditionalGeneration", config, image, sizes=SIZES, types=vision_types,
+    return Family(f"Gemma 4{title}", f"{name}ForConditionalGeneration", config, image, sizes=SIZES, types=vision_types,
                   mask=mask, cuts=(2,), refuses=refuses, **more)  # fmt: skip
 
 
 FAMILIES = {
-    "gemma4": family("26B-A4B, images: experts, images see themselves", encoded(large(**EXPERTS)), positioned(2),
+    "gemma4": family(": 26B-A4B, experts, images see themselves", encoded(large(**EXPERTS)), positioned(2),
                      fast=True),
-    "gemma4_video": family("31B, video", encoded(large()), positioned(2, video=True)),
-    "gemma4_small": family("E2B and E4B: inputs per layer, shared keys", encoded(SMALL), positioned(2), "causal"),
-    "gemma4_unified": family("12B: no vision tower", unified, positioned(1), "image beyond windows",
+    "gemma4_video": family(": 31B, video", encoded(large()), positioned(2, video=True)),
+    "gemma4_small": family(": E2B and E4B, inputs per layer, shared keys", encoded(SMALL), positioned(2), "causal"),
+    "gemma4_unified": family(" 12B: no vision tower", unified, positioned(1), "image beyond windows",
                              tower="embed_vision"),
 }  # fmt: skip
