@@ -274,8 +274,9 @@ class ModelFamily:
             window = seen[layer - 1]
             if window is not None and total > window:
                 full = [number for number in self._scored_cuts(config) if seen[number - 1] is None]
+                where = f"i.e. be one of {full}" if full else "which none does (prune by PreLLMCompression instead)"
                 raise ValueError(
-                    f"patch: layer must follow a layer that sees all {total} tokens, i.e. be one of {full}, got {layer}: "
+                    f"patch: layer must follow a layer that sees all {total} tokens, {where}, got {layer}: "
                     f"layer {layer - 1} scores and has a sliding window of {window}"
                 )
 
