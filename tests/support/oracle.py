@@ -197,7 +197,7 @@ class Oracle:
             return None
         vision = {position for span in sample.spans() for position in span}
         ids = [PAD if leader in vision else sample.ids[leader] for _, leader in rows]
-        return self.decoder.get_per_layer_inputs(torch.tensor(ids))
+        return self.decoder.get_per_layer_inputs(torch.tensor(ids), None)
 
     def layer(
         self, index: int, hidden: Tensor, ids: Tensor, mask: Tensor | None, **given: Any

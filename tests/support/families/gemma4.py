@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,8 @@ def positioned(merge: int, video: bool = False) -> Callable[[tuple[int, int], in
         tokens, patches, place = frames((size[0] // 2, size[1] // 2), 2, merge, seed)
         arguments = {"pixel_values_videos": patches, "video_position_ids": place,
                      "num_frames_per_video": torch.tensor([2])}  # fmt: skip
+        if "num_frames_per_video" not in inspect.signature(transformers.Gemma4Model.get_video_features).parameters:
+            arguments = {"pixel_values_videos": patches[None], "video_position_ids": place[None]}
         shots = [(*text_tokens(3, seed + n), VISION_START, *[VIDEO] * tokens, VISION_END) for n in range(2)]
         return Image(shots[0] + shots[1], arguments, size)
 
