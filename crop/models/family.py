@@ -84,8 +84,9 @@ class DecoderTraits:
     """What a family's decoder does differently; read by masks, planner, cost model and localizers.
 
     Args:
-        mask: what a token sees beside itself and what stands before it: "causal": nothing; "image": all of its image;
-            "prefix": all of its prompt. Beyond "causal" the multimodal model makes the masks, over the input.
+        mask: what a token sees beside itself and what stands before it: "causal": nothing; "image": its image, in some
+            layers or checkpoints at least; "prefix": its prompt. Beyond "causal" the multimodal model makes the masks,
+            over the input.
         deepstack_method: method of the language model, (hidden_states, vision mask, features), that adds vision features
             of further levels after its first layers; None: there is none.
         unrotated: kinds of layers (``layer_types``) whose queries and keys have no rotary embedding.
