@@ -99,12 +99,16 @@ def brings_images(arguments: Mapping[str, Any], videos: bool) -> bool:
     return images or frames
 
 
-def valid_tokens(arguments: Mapping[str, Any], ids: Tensor) -> Tensor:
-    """(batch, seq_len) bool on the CPU: the tokens of this call that are no padding."""
+def on_host(ids: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Token ids (batch, seq_len) int64 and which of them are no padding, bool, on the CPU; read from the device at once."""
     mask = caller_mask(arguments)
-    if mask is None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    return mask[:, mask.shape[1] - ids.shape[1] :].cpu().to(torch.bool)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:  # no mask, or one that ``refuse_unsupported`` refuses
+        ids = ids.cpu()
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    mask = mask[:, mask.shape[1] - ids.shape[1] :]
+    if mask.device == ids.device and mask.shape == ids.shape:
+        ids, mask = torch.stack([ids, mask.to(ids.dtype)]).cpu()
+    return ids.cpu(), mask.cpu().to(torch.bool)
 
 
 # ------------------------------------------------------------------------------ the language model and its layers
