@@ -126,6 +126,8 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any], log: Log) -> Any:
     if name == "_to_copy" and any(there) and target is not None and not to_device:
         log.note("to host", name)
         return func(*inner_args, **inner)
+    if name == "_to_copy" and any(there) and kwargs.get("dtype", tensors[0].dtype) == tensors[0].dtype:
+        return tensors[0]  # it is there already
     pinned = getattr(tensors[0], "pretends_pinned", False) if tensors else False
     if name == "_to_copy" and not any(there):
         log.note("to device, pinned" if pinned else "to device", name)
