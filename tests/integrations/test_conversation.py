@@ -145,8 +145,9 @@ def test_forced_tokens_are_written_and_scored():
     assert forced(None, logits).argmax(-1).tolist() == [1, 0, 0]
     assert forced(None, logits).argmax(-1).tolist() == [2, 0, 0]
     high, low = logits[0].log_softmax(-1)[[1, 0]].tolist()
-    (first, second, third) = forced.scores
-    assert first == (pytest.approx(high + low), False) and second == (pytest.approx(high), True) and third == (0, True)
+    first, second, third = forced.losses
+    assert first == (pytest.approx(-(high + low) / 2), False) and second == (pytest.approx(-high), True)
+    assert third == (0, True)
 
 
 def test_time_to_the_first_token_is_that_of_the_first():

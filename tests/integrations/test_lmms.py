@@ -180,13 +180,13 @@ def test_continuations_are_scored_as_they_would_be_generated(lmms, method):
             output = net.generate(**inputs, max_new_tokens=count, do_sample=False, output_logits=True,
                                   return_dict_in_generate=True)  # fmt: skip
         assert processor.decode(output.sequences[0, -count:]) == question.answer
-        expected = sum(logits.log_softmax(-1).max().item() for logits in output.logits)
+        expected = -sum(logits.log_softmax(-1).max().item() for logits in output.logits) / count
         assert result.text == (pytest.approx(expected, abs=1e-4), True)
         assert result.token_counts.output_tokens == count
         if method == "none":
             whole = processor(images=scene.image, text=f"{text} {question.answer}", return_tensors="pt")
             logits = net(**whole).logits[0, -count - 1 : -1].log_softmax(-1)
-            one = logits.gather(1, whole["input_ids"][0, -count:, None]).sum().item()
+            one = -logits.gather(1, whole["input_ids"][0, -count:, None]).mean().item()
             assert result.text[0] == pytest.approx(one, abs=1e-4)
 
 
@@ -202,14 +202,14 @@ def test_a_wrong_continuation_is_unlikely_and_a_batch_scores_as_singles(lmms):
         )
     for one, other in zip(found[3], found[1], strict=True):
         assert one.text == (pytest.approx(other.text[0], abs=1e-4), other.text[1])
-        assert one.text[0] < math.log(0.5) and one.text[1] is False
+        assert one.text[0] > math.log(2) and one.text[1] is False
 
 
 def test_a_choice_is_scored_without_a_question_too(lmms, chatty):
     """As tasks that compare with the choice alone ask for it; older requests have no document then."""
     model = lmms.SimpleCropModel(chatty, "crop", 0.3, device="cpu")
     (result,) = model.loglikelihood([SimpleNamespace(args=("", "red dog"))])
-    assert result.text[0] < 0 and result.token_counts.vision_tokens == 0
+    assert result.text[0] > 0 and result.token_counts.vision_tokens == 0
 
 
 def test_the_older_form_gives_the_same_answers(lmms, ask):
