@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,7 @@ import crop
 from crop import embedded
 from crop.cli.options import UsageError
 from crop.integrations.generation import limit_pixels
+from tests.integrations import benchmarks
 from tests.integrations.conftest import chat_request, give_documents, questions
 
 pytest.importorskip("tqdm")
@@ -328,3 +332,25 @@ def test_memory_comes_back_before_a_judge_is_loaded(lmms):
     assert not [value for value in vars(model).values() if isinstance(value, torch.nn.Module)] and not hasattr(
         model, "asker"
     )
+
+
+# ---------------------------------------------------------------------------------------------------------- README
+@pytest.mark.fast
+def test_commands_of_the_page_are_ones_that_run(lmms):
+    """Known options and methods; only tasks whose files the dry runs read, and all of them."""
+    page = (Path(lmms.__file__).parent / "README.md").read_text()
+    known = inspect.signature(lmms.CropModel).parameters.keys() - {"unknown"}
+    tables, named = re.findall(r"```bash\n(for .*?)```", page, re.S), set()
+    assert len(tables) == 4
+    for table in tables:
+        (hows,) = re.findall(r"for how in (.*); do", table)
+        (arguments,) = re.findall(r"--model_args (\S+)", table)
+        named |= set(re.findall(r"--tasks (\S+)", table)[0].split(","))
+        for how in hows.split():
+            given = dict(pair.split("=") for pair in arguments.replace("$how", how).split(","))
+            assert given.keys() <= known
+            crop.by_name(given["method"], float(given.get("keep", 1)), 32)
+    assert named == set(benchmarks.TASKS)
+    rows = re.findall(r"^\| (`.*?) \|", page.split("## What it does")[0], re.M)
+    written = set(re.findall(r"`(\w+)`", " ".join(rows)))
+    assert written == known - {"device", "batch_size", "max_batch_size"}  # these are lmms-eval's own
