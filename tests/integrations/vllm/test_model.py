@@ -21,7 +21,7 @@ LAYOUT = VisionLayout.grid(4, 4)
 ROWS = {"pixel_values": lambda given: given["grids"].prod(-1)}
 
 
-def plan(name: str = "a", keep: float = 0.25, region: Region | None = None) -> PlaceholderPlan:
+def plan(name: str = "a", keep: float = 0.5, region: Region | None = None) -> PlaceholderPlan:
     everywhere = torch.ones(16, dtype=torch.bool)
     if keep == 1.0:
         return PlaceholderPlan.whole(everywhere, digest(name))
@@ -90,7 +90,7 @@ def embed(model: Any, *plans: PlaceholderPlan, values: Any = None) -> list[torch
 def test_images_are_pooled_each_by_its_plan():
     model = make()
     whole, pruned = embed(model, plan("a", 1.0), plan("b"))
-    assert whole.shape == (16, 6) and pruned.shape == (4, 6)
+    assert whole.shape == (16, 6) and pruned.shape == (8, 6)
     wanted = plan().apply(torch.full((16, 6), 100.0) + torch.arange(16)[:, None], 4)
     torch.testing.assert_close(pruned, wanted)
     assert model.seen == [[0.0, 100.0]]
@@ -181,26 +181,26 @@ def feature(offset: int, one: PlaceholderPlan) -> Feature:
 def test_positions_are_those_of_the_unpruned_prompt():
     model, one = make(), plan()
     video = Feature(Place(1, 2, "mask"), None, "video")
-    tokens = [1, 93, 93, *[90] * 4, 5, 6]
+    tokens = [1, 93, 93, *[90] * 8, 5, 6]
     ids, delta = model.get_mrope_input_positions(tokens, [feature(3, one), video])
     asked, features = model.asked
     assert asked == [1, 93, 93, *[90] * 16, 5, 6]
     assert [(f.modality, f.mm_position) for f in features] == [("video", Place(1, 2, "mask")), ("image", Place(3, 16))]
     places = [0, 1, 2, *(3 + one.places).tolist(), 19, 20]
-    assert ids[0].tolist() == [2 * place for place in places] and delta == 21 + 12
+    assert ids[0].tolist() == [2 * place for place in places] and delta == 21 + 8
     ids, delta = model.get_mrope_input_positions([1, 2], [])
     assert ids.shape == (3, 2) and delta == 2  # text alone: the family's own
 
 
 def test_families_with_one_axis_get_one():
     model, one = make(PrunedLine), plan()
-    ids, delta = model.get_mrope_input_positions([1, *[90] * 4, 5], [feature(1, one)])
-    assert ids[2].tolist() == [0, *(1 + one.places).tolist(), 17] and delta == 12
+    ids, delta = model.get_mrope_input_positions([1, *[90] * 8, 5], [feature(1, one)])
+    assert ids[2].tolist() == [0, *(1 + one.places).tolist(), 17] and delta == 8
     assert model.forward(None, ids).tolist() == ids[0].tolist()
     assert model.forward(None, torch.arange(4)).tolist() == [0, 1, 2, 3]  # compact: vLLM's own
     compact = make(PrunedLine, positions="compact")
-    ids, delta = compact.get_mrope_input_positions([1, *[90] * 4, 5], [feature(1, one)])
-    assert ids[0].tolist() == list(range(6)) and delta == 0
+    ids, delta = compact.get_mrope_input_positions([1, *[90] * 8, 5], [feature(1, one)])
+    assert ids[0].tolist() == list(range(10)) and delta == 0
 
 
 def test_a_worker_of_another_version_does_not_start():
