@@ -195,6 +195,7 @@ setup(
     package_data={
         "crop": [
             "py.typed",
+            "cli/page.js",
             "localizers/ocr/weights.json",
             *(f"embedded/**/*.{end}" for end in ("safetensors", "json", "md", "jinja", "txt")),
         ]
@@ -219,6 +220,7 @@ setup(
         + ["pybind11>=2.12", "setuptools", *DISASSEMBLER],
         "demo": ["pillow", "rich"],
         "vision": ["torchvision", "num2words"],  # what the processors of Qwen-VL, SmolVLM and others ask for
+        "app": ["pillow", "gradio>=6"],
         "pdf": ["pypdfium2"],
         "bench": ["pillow", "tqdm", "rich", "matplotlib", "peft"],
         "eval": ["lmms-eval", "tqdm", "pillow"],
