@@ -27,7 +27,7 @@ ALLOWED = {  # what stands beside the layers, or reaches across them
     "embedded": {"geometry"},
     "selftest": {"geometry", "ops"},
     "integrations": {"", "cli"},  # "": the public names
-    "cli": {"", "embedded", "selftest"},
+    "cli": {"", "embedded", "integrations", "selftest"},
     "baselines": {"methods"},
     "reference": {"ops"},
 }

@@ -1,26 +1,29 @@
-"""One family through the engine against `crop.patch`: `python -m tests.integrations.vllm.engine.families NAME ...`.
+"""Families through the engine against `crop.patch`: `python -m tests.integrations.vllm.engine.families NAME ...`, or `all`.
 
-Each family gets an engine of its own, in a process of its own. `all` runs every family; the log is committed.
+Every family answers all of `cases.CASES` one by one, then as one batch from the prefix cache, then as one batch without it.
+The log of `run_families.sh` is committed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
+from typing import Any
 
-from tests.integrations.vllm.engine.models import MODELS
+from tests.integrations.vllm.engine import cases, models
 
 
-def check(name: str, options: dict, positions: str) -> int:
-    """Print one line about a family; how many cases differ."""
-    from tests.integrations.vllm.engine import cases, models
-
+def check(name: str, options: dict[str, Any], positions: str) -> int:
+    """Print a line about one family, and one about each answer that differs; how many differ."""
     begin = time.time()
+    if positions != "original":
+        options = {"hf_overrides": {"crop": {"positions": positions}}, **options}
     with tempfile.TemporaryDirectory() as folder:
         model, processor = models.build(name, Path(folder))
         prompts = [cases.prompt_of(name, case) for case in cases.CASES]
@@ -28,33 +31,47 @@ def check(name: str, options: dict, positions: str) -> int:
             cases.answer(model, processor, *prompt, case, positions)
             for prompt, case in zip(prompts, cases.CASES, strict=True)
         ]
-        if positions != "original":
-            options = {"hf_overrides": {"crop": {"positions": positions}}, **options}
         llm = cases.start(folder, **options)
         requests = [cases.request_of(name, case) for case in cases.CASES]
-        alone = [cases.ask(llm, [request])[0] for request in requests]  # cold for the first of each picture only
-        again = cases.ask(llm, requests)  # one batch, cached
+        found = {"alone": [cases.ask(llm, [request])[0] for request in requests], "cached": cases.ask(llm, requests)}
         llm.reset_prefix_cache()
-        cold = cases.ask(llm, requests)
-    wrong = 0
-    for kind, found in (("alone", alone), ("cached", again), ("batch", cold)):
-        for case, got, want in zip(cases.CASES, found, wanted, strict=True):
+        found["batch"] = cases.ask(llm, requests)
+    wrong, apart = 0, 0.0
+    for kind, answers in found.items():
+        for case, got, want in zip(cases.CASES, answers, wanted, strict=True):
             text = cases.compare(got, want)
+            apart = max(apart, *(abs(one - other) for one, other in zip(got[1], want[1], strict=True)))
             if text:
                 wrong += 1
                 print(f"  {name}, {kind}, {case}: {text}")
-    apart = max(
-        abs(a - b) for got, want in zip(cold, wanted, strict=True) for a, b in zip(got[1], want[1], strict=True)
-    )
-    hits = sum(got[3] or 0 for got in again)
-    lengths = [alone[0][2], alone[1][2]]
+    whole, pruned = (found["batch"][number][2] for number in (0, 1))
     print(
-        f"{name:<14} {3 * len(cases.CASES) - wrong:>3} of {3 * len(cases.CASES)} equal, log-probabilities within "
-        f"{apart:.0e}, prompt {lengths[0]} -> {lengths[1]} tokens at 11 %, {hits} tokens from the prefix cache, "
-        f"{len({tuple(want[0]) for want in wanted})} different answers, {time.time() - begin:.0f} s",
+        f"{name:<13} {3 * len(cases.CASES) - wrong} of {3 * len(cases.CASES)} answers equal, log-probabilities within "
+        f"{apart:.0e}; prompt {whole} -> {pruned} tokens at 11 %; {sum(got[3] or 0 for got in found['cached'])} tokens "
+        f"from the prefix cache; {len({tuple(want[0]) for want in wanted})} different answers; {time.time() - begin:.0f} s",
         flush=True,
     )
     return wrong
+
+
+def stop() -> None:
+    """End this process's engine, whose last reference is gone."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def without_inspection() -> None:
+    """Import the plug-in's classes here: vLLM would start a process of its own for each, to look at it."""
+    import vllm
+    from vllm.plugins import load_general_plugins
+
+    from crop.integrations.vllm import families
+
+    load_general_plugins()
+    for name in families.ENTRIES:
+        vllm.ModelRegistry.register_model(name, getattr(families, f"Crop{name}"))
 
 
 def main() -> None:
@@ -63,14 +80,19 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="arguments of vllm.LLM, JSON")
     parser.add_argument("--positions", default="original")
     given = parser.parse_args()
-    if len(given.names) == 1 and given.names != ["all"]:
-        sys.exit(bool(check(given.names[0], given.options, given.positions)))
-    names = list(MODELS) if given.names == ["all"] else given.names
-    more = ["--options", json.dumps(given.options), "--positions", given.positions]
-    failed = [name for name in names if subprocess.run([sys.executable, "-m", __spec__.name, name, *more]).returncode]
-    print(
-        f"{len(names) - len(failed)} of {len(names)} families equal" + (f"; not: {', '.join(failed)}" if failed else "")
-    )
+    names, failed = list(models.MODELS) if given.names == ["all"] else given.names, []
+    if len(names) > 1:
+        without_inspection()
+    for name in names:
+        try:
+            if check(name, given.options, given.positions):
+                failed.append(name)
+        except Exception as error:  # the next family is another matter
+            failed.append(name)
+            print(f"{name:<13} {type(error).__name__}: {error}"[:600], flush=True)
+            traceback.print_exc()
+        stop()
+    print(f"{len(names) - len(failed)} of {len(names)} equal" + (f"; not: {', '.join(failed)}" if failed else ""))
     sys.exit(bool(failed))
 
 

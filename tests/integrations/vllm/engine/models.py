@@ -149,14 +149,17 @@ def qwen2_5_vl() -> Any:
 QWEN3_TOWER = dict(QWEN_TOWER, hidden_size=32, intermediate_size=48, out_hidden_size=64, num_position_embeddings=64)
 
 
+QWEN3_TEXT = dict(MROPE, rope_parameters=dict(MROPE["rope_parameters"], mrope_interleaved=True))
+
+
 def qwen3_vl() -> Any:
     vision = dict(QWEN3_TOWER, depth=3, deepstack_visual_indexes=[0, 1, 2])
-    return transformers.Qwen3VLConfig(text_config=MROPE, vision_config=vision, **QWEN_IDS)
+    return transformers.Qwen3VLConfig(text_config=QWEN3_TEXT, vision_config=vision, **QWEN_IDS)
 
 
 def qwen3_vl_moe() -> Any:
     vision = dict(QWEN3_TOWER, depth=3, deepstack_visual_indexes=[0, 1, 2])
-    text = dict(MROPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+    text = dict(QWEN3_TEXT, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
     return transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **QWEN_IDS)
 
 
