@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from crop.cli import app_command, ask_command
+from crop.cli import app_command, ask_command, serve_command
 from crop.cli.options import REFUSED, count, natural, need_packages
 from crop.localizers.pretrained import one_line
 
@@ -83,6 +83,16 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     app_command.add_options(app)
     app.set_defaults(run=app_command.run, parser=app)
+
+    serve = commands.add_parser(
+        "serve",
+        help="an OpenAI-compatible server, with a region per request",
+        description="Serve a model by vLLM; requests say where to look (extra vllm).",
+        epilog=serve_command.EXAMPLES,
+        formatter_class=style,
+    )
+    serve_command.add_options(serve)
+    serve.set_defaults(run=serve_command.run, parser=serve)
 
     info = commands.add_parser("info", help="what was built", description="Print what was built, and versions.")
     info.set_defaults(run=_info, parser=info)
