@@ -40,14 +40,6 @@ def test_copies_of_the_model_are_refused_inside(family, way, method):
     assert COPIES["deepcopy"](model) is not model and not {"__deepcopy__", "__reduce_ex__"} & vars(model).keys()
 
 
-@families
-def test_continuous_batching_is_refused(family):
-    model = get_model(family, "sdpa")
-    with patch(model, None), pytest.raises(RuntimeError, match="run continuous batching; use generate"):
-        model.generate_batch([[5, 6, 7]])
-    assert "generate_batch" not in vars(model)
-
-
 @pytest.mark.parametrize("name", ["plc", "compose"])
 def test_a_pruned_cache_is_copied_saved_and_refused_outside(name, family="llava"):
     """A copy and a file go on as the cache itself; outside of a block nobody would follow what was pruned."""

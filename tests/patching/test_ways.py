@@ -30,18 +30,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 KEEP_ALL = Compose(PreLLMCompression(1, 1, 1), InnerLLMPruning(keep=1.0))
 CUT = METHODS["compose"]
-FAST = ("llava", "qwen3_5")
+SLOW = ("compiled", "Trainer", "checkpointing")
 
 
 def cases() -> list[Any]:
+    """The fast ones: one family."""
+    fast = {name for name in WAYS if name not in SLOW}
     return [
-        pytest.param(name, family, marks=pytest.mark.fast if family in FAST and name not in SLOW else ())
+        pytest.param(name, family, marks=pytest.mark.fast if family == SIX[0] and name in fast else ())
         for name in WAYS
         for family in SIX
     ]
-
-
-SLOW = ("compiled", "Trainer", "checkpointing")
 
 
 @pytest.mark.parametrize("name,family", cases())
@@ -60,21 +59,22 @@ def test_way(name: str, family: str) -> None:
     if way.refusal(family):
         assert_refused(way, family, batch)
         return
-    plain = use(None)
-    assert_same(use(KEEP_ALL), plain, way.exact)
+    if way.exact is not None:
+        assert_same(use(KEEP_ALL), use(None), way.exact)
     found = use(CUT)
     if isinstance(found, Trained):
-        assert_trained(found, plain, family, batch)
+        assert_trained(found, family, batch)
         return
-    for row, whole in zip(found, plain, strict=True):
+    for row in found:
         expect = expected(batch, "compose")[row.sample]
         wanted = logits_of(expect, row, way)
         if row.logits is None:
             score = wanted.log_softmax(-1).gather(1, torch.tensor(row.tokens)[:, None]).mean()
             assert abs(float(score) - row.score) < ATOL
             continue
-        torch.testing.assert_close(row.logits, wanted, atol=2 * ATOL, rtol=0)
-        assert not expect.sample.images or (row.logits[0] - whole.logits[0]).abs().max() > 1e-3  # it was pruned
+        torch.testing.assert_close(row.logits, wanted, atol=ATOL, rtol=0)
+        if expect.sample.images and not row.said:  # else the comparison shows nothing
+            assert (row.logits[0] - expect.plain[-1]).abs().max() > 1e-3
 
 
 def assert_refused(way: Way, family: str, batch: Batch) -> None:
@@ -113,7 +113,7 @@ def logits_of(expect: Expected, row: Row, way: Way) -> Tensor:
     return torch.stack(found)
 
 
-def assert_trained(found: Trained, plain: Trained, family: str, batch: Batch) -> None:
+def assert_trained(found: Trained, family: str, batch: Batch) -> None:
     """Loss and gradients are those of pooling and cutting written out."""
     reference, losses = Oracle(build_model(family, "eager").requires_grad_(True), FAMILIES[family], grad=True), []
     for expect in expected(batch, "compose"):
@@ -121,7 +121,7 @@ def assert_trained(found: Trained, plain: Trained, family: str, batch: Batch) ->
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(expect.sample.ids[-LABELS:])))
     loss = torch.stack(losses).mean()
     loss.backward()
-    assert abs(found.loss - float(loss)) < ATOL and abs(found.loss - plain.loss) > 1e-3
+    assert abs(found.loss - float(loss)) < ATOL
     for name, parameter in reference.model.named_parameters():
         if parameter.grad is not None:
             size = max(1.0, float(parameter.grad.abs().max()))
