@@ -14,7 +14,7 @@ from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
 from crop.patching.patch import patch
 from tests.support.batches import make_batch, make_sample, standard_batch
-from tests.support.cases import METHODS, REGIONS, families, get_model, greedy, patched, regions_of
+from tests.support.cases import METHODS, REGIONS, as_argument, families, get_model, greedy, patched, regions_of
 from tests.support.families.entry import NUM_LAYERS, TEXT
 from tests.support.processors import image_processor
 from tests.support.snapshot import assert_unchanged, snapshot
@@ -293,7 +293,9 @@ def test_generation_that_is_not_supported(family, case):
 def test_static_cache_object():
     model, batch = get_model("llava", "sdpa"), standard_batch("llava", "single", 1)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
-    refused(model, {**batch.inputs, "past_key_values": cache}, ValueError, "past_key_values must be .*StaticCache", ILP)
+    refused(
+        model, {**batch.inputs, **as_argument(model, cache)}, ValueError, "past_key_values must be .*StaticCache", ILP
+    )
 
 
 def test_flex_attention():
