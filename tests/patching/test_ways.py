@@ -24,7 +24,8 @@ from tests.support.cases import (
 from tests.support.oracle import Oracle
 from tests.support.snapshot import assert_unchanged, snapshot
 from tests.support.tiny_families import FAMILIES, build_model
-from tests.support.ways import LABELS, SIX, WAYS, Row, Trained, Way
+from tests.support.uses import LABELS, Row, Trained
+from tests.support.ways import SIX, WAYS, Way
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
