@@ -24,10 +24,12 @@ from crop.models import registry as models
 
 ROOT = Path(crop.__file__).resolve().parents[1]
 README, FAMILIES, CONTRIBUTING = "README.md", "crop/models/README.md", ".github/CONTRIBUTING.md"
+WAYS = "crop/patching/README.md"
 PAGES = {
     README: ["", "crop/patching"],
     FAMILIES: ["", "crop/models"],
     CONTRIBUTING: [""],
+    WAYS: ["", "crop/patching"],
 }  # page -> what paths start from
 NOT_OURS = {"FILE.py", "center.py", "modular_X.py", "modeling_X.py", "processing_X.py"}  # of users, of transformers
 KEPT = 28  # 11 % of the embedded model's 256 vision tokens

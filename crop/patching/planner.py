@@ -94,12 +94,13 @@ class Planner:
 
     def _plan(self, arguments: Mapping[str, Any], given: Mapping[str, Any] | None, copies: int) -> BatchPlan | None:
         ids = hf.token_ids(arguments)
-        if not hf.brings_images(arguments, self.family.videos):
+        if ids is None and self.prunes:
+            raise ValueError(
+                "patch: input_ids must be given, got inputs_embeds alone: which of them are vision tokens is not known; for "
+                "text use method=None"
+            )
+        if ids is None or not hf.brings_images(arguments, self.family.videos):
             return None
-        if ids is None and not self.prunes:
-            return None
-        if ids is None:
-            raise ValueError("patch: input_ids must be given with pixel_values, got inputs_embeds alone")
         ids, valid = hf.on_host(ids, arguments)
         if not self.family.is_vision(self.model.config, ids).any():
             return None
