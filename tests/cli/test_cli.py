@@ -270,13 +270,13 @@ def test_info_prints_what_was_built(capsys):
 
 @pytest.mark.fast
 def test_version_and_help_teach(capsys):
-    for words in (["--version"], ["--help"], ["ask", "--help"], ["demo", "--help"]):
+    for words in (["--version"], ["--help"], ["ask", "--help"], ["demo", "--help"], ["app", "--help"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
         assert ended.value.code == 0
     out = capsys.readouterr().out
     assert f"crop {crop.__version__}" in out
-    assert out.count("examples:") == 2 and "--region 0.1,0.6,0.9,0.8" in out
+    assert out.count("examples:") == 3 and "--region 0.1,0.6,0.9,0.8" in out
 
 
 def test_module_runs_as_a_program(capsys, monkeypatch):
