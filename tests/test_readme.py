@@ -85,7 +85,9 @@ def test_figures_of_the_introduction_are_the_tables():
     assert len(table.strip().splitlines()) == 2 + 6
 
 
-@pytest.mark.parametrize("page", [*PAGES, "bench/README.md", "crop/localizers/README.md", "csrc/README.md"])
+@pytest.mark.parametrize(
+    "page", [*PAGES, "bench/README.md", "crop/localizers/README.md", "crop/cli/README.md", "csrc/README.md"]
+)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", text_of(page)):
         if target.startswith("https://"):

@@ -16,6 +16,9 @@ from crop.embedded import scenes
 from crop.localizers.pretrained import one_line
 from crop.methods.registry import method_names
 
+if tuple(map(int, gr.__version__.split(".")[:2])) < (6, 31):
+    raise ImportError(f'crop app needs gradio from 6.31 on, got {gr.__version__}: pip install "crop-vlm[app]"')
+
 EXAMPLES = 6
 SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 STYLE = """

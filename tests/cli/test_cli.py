@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import runpy
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -277,6 +279,17 @@ def test_version_and_help_teach(capsys):
     out = capsys.readouterr().out
     assert f"crop {crop.__version__}" in out
     assert out.count("examples:") == 3 and "--region 0.1,0.6,0.9,0.8" in out
+
+
+@pytest.mark.fast
+def test_the_readme_beside_it_names_every_option(capsys):
+    known = set()
+    for command in ("ask", "demo", "app", "info"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        known |= set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.M))
+    page = (Path(cli.__file__).with_name("README.md")).read_text(encoding="utf-8")
+    assert len(known) > 20 and set(re.findall(r"--[a-z][a-z-]+", page)) == known
 
 
 def test_module_runs_as_a_program(capsys, monkeypatch):
