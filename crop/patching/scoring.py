@@ -111,7 +111,7 @@ def restore(state: ForwardState, hidden: Tensor, layer: int) -> Tensor:
 
     Those of the last tokens alone stay as they are.
     """
-    if hidden.shape[1] < state.entries(layer):
+    if hidden.shape[1] < state.entries(max(layer, 0)):  # -1: the embeddings
         return hidden
     for first, here in sorted(state.layers.items(), reverse=True):
         if first <= layer and here.hidden_before is not None:

@@ -217,7 +217,9 @@ class Oracle:
             return None
         config = self.model.config
         ids = [
-            config.text_config.pad_token_id if sample.ids[leader] in (config.image_token_id, config.video_token_id) else sample.ids[leader]
+            config.text_config.pad_token_id
+            if sample.ids[leader] in (config.image_token_id, config.video_token_id)
+            else sample.ids[leader]
             for _, leader in rows
         ]
         return self.decoder.get_per_layer_inputs(torch.tensor(ids))

@@ -1,4 +1,4 @@
-// The box on the picture. The field #region holds it as text; a drag on #picture writes that text, and what the text says is drawn.
+// The box on the picture. The field #box holds it as text; a drag on #picture writes that text, and what the text says is drawn.
 () => {
   const picture = document.querySelector("#picture");
   const layer = Object.assign(document.createElement("div"), { id: "boxes" });
@@ -14,7 +14,7 @@
     const [w, h] = [image.naturalWidth * scale, image.naturalHeight * scale];
     return { left: left + (width - w) / 2, top: top + (height - h) / 2, width: w, height: h, image };
   };
-  const field = () => document.querySelector("#region :is(input, textarea)");
+  const field = () => document.querySelector("#box :is(input, textarea)");
   const write = (text) => {
     field().value = text;
     field().dispatchEvent(new Event("input", { bubbles: true }));
