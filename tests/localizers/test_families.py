@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
-from PIL import Image
-from transformers import BatchFeature
 
 from crop.geometry.region import Region
 from crop.localizers import AttentionLocalizer, Head, HeadLocalizer
 from crop.localizers.reading import embeddings
-from tests.support.batches import make_batch, make_sample
 from tests.support.cases import families, get_model
 from tests.support.families.entry import HIDDEN
-from tests.support.localizing import state
-from tests.support.tiny_families import FAMILIES, decoder_of, get_config
+from tests.support.localizing import StandIn, state
+from tests.support.tiny_families import decoder_of, get_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Processor:
-    """Stands in for a family's processor: one picture between texts, whose pixels are noise."""
-
-    chat_template = None
-
-    def __init__(self, family: str) -> None:
-        make, size = FAMILIES[family].processor, FAMILIES[family].sizes[1]  # of video families, the wide one is a video
-        self.image_processor = SimpleNamespace(do_resize=True) if make is None else make()
-        self.picture = Image.new("RGB", size, "white")
-        self.batch = make_batch([make_sample(family, [4, size, 9])], "none")
-
-    def __call__(self, images: Any, text: str, return_tensors: str) -> BatchFeature:
-        return BatchFeature(dict(self.batch.inputs))
-
-
 @families()
 def test_attention_is_that_of_a_layer_that_sees_the_whole_prompt(family: str) -> None:
-    model, processor = get_model(family, "eager"), Processor(family)
+    model, processor = get_model(family, "eager"), StandIn(family)
     attention = model(**processor.batch.inputs, output_attentions=True).attentions
     before = state(model)
     localizer = AttentionLocalizer(model, processor, prompt=str, skip_mlp=False)
@@ -78,7 +57,7 @@ def test_a_layer_that_cannot_score_is_refused(family: str) -> None:
 
 @families()
 def test_head_reads_what_enters_the_decoder(family: str) -> None:
-    model, processor = get_model(family), Processor(family)
+    model, processor = get_model(family), StandIn(family)
     entered: list[torch.Tensor] = []
     hook = decoder_of(family, model).register_forward_pre_hook(
         lambda module, args, kwargs: entered.append(kwargs["inputs_embeds"][0].clone()), with_kwargs=True
