@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from crop.cli import app_command, ask_command
+from crop.cli import app_command, ask_command, check_command
 from crop.cli.options import REFUSED, count, natural, need_packages
 from crop.localizers.pretrained import one_line
 
@@ -17,6 +17,7 @@ examples:
   crop ask receipt.png "what is the total"           the embedded model finds the region itself
   crop ask photo.jpg "what color is the car" --model llava-hf/llava-1.5-7b-hf --compare
   crop app                                           a page in the browser to try it
+  crop check                                         is all of it right on this machine
   crop info                                          which kernels were built
 """
 
@@ -83,6 +84,16 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     app_command.add_options(app)
     app.set_defaults(run=app_command.run, parser=app)
+
+    check = commands.add_parser(
+        "check",
+        help="does crop work here, and with this model",
+        description="Verify the operators of this installation, and one model end to end.",
+        epilog=check_command.EXAMPLES,
+        formatter_class=style,
+    )
+    check_command.add_options(check)
+    check.set_defaults(run=check_command.run, parser=check)
 
     info = commands.add_parser("info", help="what was built", description="Print what was built, and versions.")
     info.set_defaults(run=_info, parser=info)
