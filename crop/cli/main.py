@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from crop.cli import app_command, ask_command, check_command
+from crop.cli import app_command, ask_command, bench_command, check_command
 from crop.cli.options import REFUSED, count, natural, need_packages
 from crop.localizers.pretrained import one_line
 
@@ -18,6 +18,7 @@ examples:
   crop ask photo.jpg "what color is the car" --model llava-hf/llava-1.5-7b-hf --compare
   crop app                                           a page in the browser to try it
   crop check                                         is all of it right on this machine
+  crop bench kernels                                 how fast are they
   crop info                                          which kernels were built
 """
 
@@ -94,6 +95,16 @@ def _parse(words: list[str]) -> argparse.Namespace:
     )
     check_command.add_options(check)
     check.set_defaults(run=check_command.run, parser=check)
+
+    bench = commands.add_parser(
+        "bench",
+        help="how fast it is here",
+        description="Time the operators, or a prefill, of this installation.",
+        epilog=bench_command.EXAMPLES,
+        formatter_class=style,
+    )
+    bench_command.add_options(bench)
+    bench.set_defaults(run=bench_command.run, parser=bench)
 
     info = commands.add_parser("info", help="what was built", description="Print what was built, and versions.")
     info.set_defaults(run=_info, parser=info)
