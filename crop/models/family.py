@@ -113,6 +113,7 @@ class ModelFamily:
         projector: attribute of the multimodal model that maps the tower's features to tokens, called once per forward;
             None: the tower does it itself.
         videos: ``images`` places videos too; otherwise they are refused.
+        tiles: an image may go through the tower in several rows.
         traits: of the decoder.
     """
 
@@ -123,6 +124,7 @@ class ModelFamily:
     decoder: str = "language_model"
     projector: str | None = "multi_modal_projector"
     videos: bool = False
+    tiles: bool = False
     traits: DecoderTraits = DecoderTraits()
 
     def is_vision(self, config: Any, ids: Tensor) -> Tensor:

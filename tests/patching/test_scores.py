@@ -12,6 +12,7 @@ from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, Pyramid
 from crop.models.attention_hook import undo_rope
 from tests.support.batches import standard_batch
 from tests.support.cases import (
+    as_argument,
     assert_kept,
     assert_steps,
     decide,
@@ -120,6 +121,6 @@ def test_refused_after_a_cache():
         cache = model(torch.tensor([[5, 6, 7]])).past_key_values
         inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
         with pytest.raises(ValueError, match="rope must be True for an image that follows a cache, got .* 3 cached"):
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **as_argument(model, cache))
     with pytest.raises(TypeError, match="rope must be True or False, got 'no'"):
         InnerLLMPruning(rope="no")
