@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import zlib
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import transformers
 from transformers.models.ovis2.processing_ovis2 import Ovis2Processor
 
@@ -54,27 +54,25 @@ TAGS = "granite_docling", "lfm2_vl"  # what stands in angle brackets is one toke
 GIVEN = dict(image_token_divisor=16, use_image_special_tokens=True)  # what their processors call the writer with
 
 
-def written(config: Any, out: Any, number: int = 0) -> list[int]:
-    """The tokens of one image and a word behind it, as its family's processor writes them."""
+def written(config: Any, out: Any, number: int = 0, **sizes: int) -> list[int]:
+    """The tokens of one image and a word behind it, as its family's processor writes them; ``sizes``: what it knows."""
     family = config.model_type
-    module = importlib.import_module(f"transformers.models.{family}.processing_{family}")
-    (kind,) = (
-        value
-        for name, value in vars(module).items()
-        if name.lower().replace("_", "") == family.replace("_", "") + "processor"
-    )
+    # In older transformers some of these files need torchvision.
+    module = pytest.importorskip(f"transformers.models.{family}.processing_{family}")
+    wanted = family.replace("_", "") + "processor"
+    (kind,) = (value for name, value in vars(module).items() if name.lower().replace("_", "") == wanted)
     writer = kind.__new__(kind)
-    vars(writer).update(WRITERS[family])
+    vars(writer).update(WRITERS[family] | sizes)
     text = writer.replace_image_token(out, number, **GIVEN) + "."
     tokens = re.findall(r"<[^<>]*>|." if family in TAGS else ".", text, re.DOTALL)
     return [config.image_token_id if token == "@" else zlib.crc32(token.encode()) for token in tokens]
 
 
-def ovis2_markers(out: Any, config: Any) -> list[int]:
-    """The tokens of one image, as Ovis2's processor writes them around its grid."""
+def ovis2_markers(out: Any, config: Any, tile: int = 25) -> list[int]:
+    """The tokens of one image, as Ovis2's processor writes them around its grid; ``tile``: tokens of one."""
     rows, columns = out["grids"][0].tolist()
-    texts = Ovis2Processor.replace_image_token(SimpleNamespace(image_seq_length=25), {"grids": out["grids"]}, 0)
+    texts = Ovis2Processor.replace_image_token(SimpleNamespace(image_seq_length=tile), {"grids": out["grids"]}, 0)
     ids = [config.image_token_id, *config.visual_indicator_token_ids]
     names = dict(zip(("ATOM", "START", "GRID", "COL", "ROW", "END"), ids, strict=True))
-    assert texts.count("ATOM") == 25 * (1 + rows * columns * (rows * columns > 1))
+    assert texts.count("ATOM") == tile * (1 + rows * columns * (rows * columns > 1))
     return [names[name] for name in re.findall("<IMG_([A-Z]+)>", texts)]
