@@ -19,17 +19,24 @@ FENCES = re.compile(
 
 
 def what_is_supported() -> str:
-    """README's table: families that need and refuse the same share a row."""
-    rows: dict[tuple[str, str], dict[str, str]] = {}
+    """README's table: families that refuse the same share a row."""
+    rows: dict[str, dict[str, None]] = {}
     for name, family in FAMILIES.items():
-        model_type = get_config(name).model_type
-        needs = "-" if family.processor is None else "`processor`, `image_size`"
-        rows.setdefault((needs, refused(family, model_type)), {})[title(family)] = model_type
-    lines = ["| family and `model_type` | with a region `patch` needs | refused |", "|---|---|---|"]
-    for (needs, without), members in sorted(rows.items(), key=lambda row: len(row[0][1])):
-        named = ", ".join(f"{name} `{model_type}`" for name, model_type in members.items())
-        lines.append(f"| {named} | {needs} | {without} |")
+        model_type, called = get_config(name).model_type, title(family)
+        told = _plain(called) == _plain(model_type)
+        entry = called + (r"\*" if family.processor else "") + ("" if told else f" `{model_type}`")
+        rows.setdefault(refused(family, model_type), {})[entry] = None
+    lines = [
+        r"| family, `model_type` if not plain; \*: a region needs `processor`, `image_size` | refused |",
+        "|---|---|",
+    ]
+    lines += [f"| {', '.join(rows[without])} | {without} |" for without in sorted(rows, key=len)]
     return "\n".join(lines) + "\n"
+
+
+def _plain(name: str) -> str:
+    """Letters and digits alone."""
+    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def where_layouts_are() -> str:
