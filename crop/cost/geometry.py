@@ -24,9 +24,9 @@ CHUNK = 64  # tokens that the gated delta rule takes at a time, in transformers 
 
 @dataclass(frozen=True)
 class State:
-    """What a recurrent layer (gated delta rule) carries on in the place of keys and values."""
+    """What a recurrent layer carries on in the place of keys and values: the gated delta rule, or a convolution alone."""
 
-    heads: int  # each has a matrix of its own, float32
+    heads: int  # each has a matrix of its own, float32; 0 of a convolution
     key_dim: int  # its rows
     value_dim: int  # its columns
     inputs: int  # elements of the inputs that its convolution still sees
@@ -63,6 +63,7 @@ class LayerGeometry:
     window: int | None = None  # tokens that a query sees at most, itself included; None: all before it
     experts: Experts | None = None  # of a mixture; None in a dense layer
     state: State | None = None  # of a recurrent layer; None where there is attention
+    cached: int | None = None  # elements of a token in the cache; None: a key and a value per head of keys
 
     @property
     def active_weights(self) -> int:
@@ -91,7 +92,8 @@ class LayerGeometry:
         if self.state is not None:
             return 4 * self.state.size + element_size * self.state.inputs
         held = length if self.window is None else min(length, self.window - 1)
-        return 2 * self.num_kv_heads * self.head_dim * element_size * held
+        token = 2 * self.num_kv_heads * self.head_dim if self.cached is None else self.cached
+        return token * element_size * held
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,9 @@ class DecoderGeometry:
         for kind, layer in zip(kinds, language_model.layers, strict=True):
             dense, experts = _matrices(layer, config)
             window = config.sliding_window if kind == "sliding_attention" else None
-            state = _state(config) if kind == "linear_attention" else None
+            state = _STATES[kind](config) if kind in _STATES else None
             heads = (0, 0, 0) if state else _heads(layer.self_attn, config)
-            layers.append(shared(dense, *heads, window, experts, state))
+            layers.append(shared(dense, *heads, window, experts, state, None if state else _latent(layer.self_attn)))
         return DecoderGeometry(config.hidden_size, tuple(layers))
 
 
@@ -130,13 +132,27 @@ def _heads(attention: nn.Module, config: Any) -> tuple[int, int, int]:
     """Of queries, of keys in the cache (none where the layer reads another's), and their width, which may differ by layer."""
     heads = config.num_attention_heads
     reads = getattr(attention, "is_kv_shared_layer", False)
-    return heads, 0 if reads else heads // attention.num_key_value_groups, attention.head_dim
+    width = attention.head_dim if _latent(attention) is None else (attention.qk_head_dim + attention.v_head_dim) // 2
+    return heads, 0 if reads else heads // attention.num_key_value_groups, width
 
 
-def _state(config: Any) -> State:
+def _latent(attention: nn.Module) -> int | None:
+    """What the cache keeps of a token for all heads together (multi-head latent attention); None: keys and values."""
+    rank = getattr(attention, "kv_lora_rank", None)
+    return None if rank is None else rank + attention.qk_rope_head_dim
+
+
+def _gated_delta(config: Any) -> State:
     keys, values = config.linear_key_head_dim, config.linear_value_head_dim
     width = 2 * config.linear_num_key_heads * keys + config.linear_num_value_heads * values
     return State(config.linear_num_value_heads, keys, values, width * config.linear_conv_kernel_dim)
+
+
+def _convolution(config: Any) -> State:
+    return State(0, 0, 0, config.hidden_size * config.conv_L_cache)
+
+
+_STATES = {"linear_attention": _gated_delta, "conv": _convolution}
 
 
 def _matrices(layer: nn.Module, config: Any) -> tuple[int, Experts | None]:

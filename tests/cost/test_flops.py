@@ -71,10 +71,9 @@ def held(cache: Any) -> int:
 
 
 def _tensors(part: Any) -> list[torch.Tensor]:
-    """transformers 5.24 keeps several states of a layer by number."""
-    if part is None or isinstance(part, torch.Tensor):
-        return [] if part is None else [part]
-    return list(part.values() if isinstance(part, dict) else part)
+    """transformers 5.24 keeps several states of a layer by number; a convolution alone has no further ones."""
+    found = part.values() if isinstance(part, dict) else [part] if isinstance(part, torch.Tensor) else part or []
+    return [tensor for tensor in found if tensor is not None]
 
 
 @functools.cache
