@@ -271,6 +271,7 @@ FAMILIES = {
     "glm46v_video": Family(
         "GLM-4.6V-Flash, video", "Glm46VForConditionalGeneration", glm46v, glm_film, sizes=((48, 32), (32, 48)),
         types=lambda ids: {"mm_token_type_ids": 2 * (ids == IMAGE).int()}, tower="visual",
+        unable={"repeat": lambda _: "transformers looks for the frames of a video under another id"},
     ),
     "exaone4_5_video": Family(
         "EXAONE 4.5, video: sliding windows", "Exaone4_5_ForConditionalGeneration", exaone4_5, film(True),

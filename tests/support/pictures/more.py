@@ -12,8 +12,6 @@ from transformers.models.cosmos3_edge.image_processing_pil_cosmos3_edge import C
 from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
 from transformers.models.glmga.image_processing_pil_glmga import GlmgaImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.granite_docling import modeling_granite_docling
-from transformers.models.granite_docling.image_processing_pil_granite_docling import GraniteDoclingImageProcessorPil
 from transformers.models.hunyuan_vl import modeling_hunyuan_vl
 from transformers.models.hunyuan_vl.image_processing_pil_hunyuan_vl import HunYuanVLImageProcessorPil
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
@@ -107,6 +105,9 @@ def see_got(size: tuple[int, int]) -> tuple:
 
 
 def see_docling(size: tuple[int, int]) -> tuple:
+    from transformers.models.granite_docling import modeling_granite_docling
+    from transformers.models.granite_docling.image_processing_pil_granite_docling import GraniteDoclingImageProcessorPil
+
     config = SHAPED["GraniteDocling"]
     processor = GraniteDoclingImageProcessorPil(size={"height": 70, "width": 70}, max_patches=12)
     out = processor(coordinates(*size), return_tensors="pt")
@@ -159,6 +160,11 @@ def minicpm_ocr_processor() -> Any:
     return needs_torchvision("minicpm_ocr", "MiniCPMOcrImageProcessor", **settings)
 
 
+def newer(name: str) -> Any:
+    """A configuration that the oldest supported transformers lacks; its cases are left out there."""
+    return getattr(transformers, name, SimpleNamespace)()
+
+
 JANUS = JanusImageProcessorPil(size=SIDE)
 SIGLIP = dict(vision_config=dict(image_size=112, patch_size=14, model_type="siglip_vision_model"))
 CASES = {
@@ -167,12 +173,12 @@ CASES = {
     "cosmos3_edge": see_cosmos3_edge,
     "cohere_compass": merged(CohereCompassImageProcessorPil(patch_size=16), transformers.CohereCompassConfig(), 16),
     "video_llama_3": see_video_llama_3,
-    "hyperclovax_vision_v2": merged(QWEN, transformers.HyperCLOVAXVisionV2Config(), 14),
+    "hyperclovax_vision_v2": merged(QWEN, newer("HyperCLOVAXVisionV2Config"), 14),
     "glmga": merged(GlmgaImageProcessorPil(), transformers.GlmgaConfig(), 14),
     "kimi_k25": see_kimi,
     "qwen2_5_omni_thinker": merged(QWEN, transformers.Qwen2_5OmniThinkerConfig(), 14),
     "qwen3_omni_moe_thinker": merged(QWEN3, transformers.Qwen3OmniMoeThinkerConfig(), 16),
-    "lfm3_vl": merged(QWEN3, transformers.Lfm3VlConfig(), 16),
+    "lfm3_vl": merged(QWEN3, newer("Lfm3VlConfig"), 16),
     "hunyuan_vl": see_hunyuan,
     "janus": see_square(transformers.JanusConfig(vision_config=dict(image_size=112, patch_size=14)), JANUS, 14),
     "deepseek_vl": see_square(transformers.DeepseekVLConfig(**SIGLIP), DeepseekVLImageProcessorPil(size=SIDE), 14),
@@ -203,3 +209,12 @@ CASES = {
     "minicpm_ocr": see_minicpm("MiniCPMOcr", minicpm_ocr_processor),
     "lfm2_vl": see_lfm2,
 }
+LACKING = {  # by this transformers
+    family
+    for family, kind in {
+        "granite_docling": "GraniteDocling", "hyperclovax_vision_v2": "HyperCLOVAXVisionV2", "lfm3_vl": "Lfm3Vl",
+        "minicpmv4_7": "MiniCPMV4_7", "minicpm_ocr": "MiniCPMOcr",
+    }.items()
+    if not hasattr(transformers, f"{kind}Config")
+}  # fmt: skip
+CASES = {family: see for family, see in CASES.items() if family not in LACKING}
