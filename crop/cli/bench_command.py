@@ -22,7 +22,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``crop bench``."""
     parser.add_argument("what", choices=("kernels", "prefill"), help="operators alone, or a whole prefill")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
-    parser.add_argument("--rounds", type=count, metavar="N", help="timed rounds (default: 20 of kernels, 5 of a prefill)")
+    parser.add_argument(
+        "--rounds", type=count, metavar="N", help="timed rounds (default: 20 of kernels, 5 of a prefill)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here, one by one")
     parser.add_argument("--time", type=number(float, 0, 1e9, "seconds"), metavar="SECONDS",
                         help="kernels: begin no case after so many seconds")  # fmt: skip

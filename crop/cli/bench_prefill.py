@@ -22,9 +22,7 @@ REGION = crop.Region.box(0.30, 0.25, 0.70, 0.55)
 KEEPS = (0.33, 0.22, 0.11)
 
 
-def measure_prefill(
-    tokens: Sequence[int], device: torch.device, rounds: int, only: str
-) -> Iterator[dict[str, Any]]:
+def measure_prefill(tokens: Sequence[int], device: torch.device, rounds: int, only: str) -> Iterator[dict[str, Any]]:
     """Rows of every contender whose name holds ``only``, for prompts of so many vision tokens, multiples of 576."""
     model = build(device)
     for number in tokens:

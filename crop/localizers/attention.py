@@ -90,7 +90,9 @@ class AttentionLocalizer:
         if self.layer is not None and not 0 <= self.layer < count:
             raise ValueError(f"{op}: layer must be in [0, num_layers={count}), got {self.layer}")
         if self.layer is not None and self.layer not in self._seeing:
-            raise ValueError(f"{op}: layer must be one that sees the whole prompt, by keys of its own: one of {self._seeing}, got {self.layer}")
+            raise ValueError(
+                f"{op}: layer must be one that sees the whole prompt, by keys of its own: one of {self._seeing}, got {self.layer}"
+            )
         if self.rows < 1:
             raise ValueError(f"{op}: rows must be >= 1, got {self.rows}")
         check_ranges(op, self)

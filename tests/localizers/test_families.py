@@ -51,7 +51,9 @@ def test_a_layer_that_cannot_score_is_refused(family: str) -> None:
         if kind == "full_attention" and layer < own:
             assert AttentionLocalizer(model, None, layer=layer).scoring_layer == layer
             continue
-        with pytest.raises(ValueError, match=f"layer must be one that sees the whole prompt, .*: one of .*, got {layer}"):
+        with pytest.raises(
+            ValueError, match=f"layer must be one that sees the whole prompt, .*: one of .*, got {layer}"
+        ):
             AttentionLocalizer(model, None, layer=layer)
 
 
