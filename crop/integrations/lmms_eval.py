@@ -104,7 +104,7 @@ class _Job:
 class _Reply:
     text: str
     counts: PrunedCounts
-    score: tuple[float, bool] = (0.0, True)
+    loss: tuple[float, bool] = (0.0, True)
 
 
 class CropModel(lmms):
@@ -235,9 +235,10 @@ class CropModel(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[GenerationResult]:
-        """(log-probability of the continuation, whether greedy decoding would give it), in the order of the requests.
+        """(loss of the continuation, whether greedy decoding would give it), in the order of the requests.
 
-        What is pruned follows from the prompt alone, as for an answer: the continuation is decoded, not prefilled.
+        The loss is the mean negative log-probability of a token: tasks take the smallest. What is pruned follows from the
+        prompt alone, as for an answer: the continuation is decoded, not prefilled.
         """
         jobs = []
         for request in requests:
@@ -252,7 +253,7 @@ class CropModel(lmms):
                 read = partial(self._read, to_messages, document, task, split)
             jobs.append(_Job(read, len(context) + len(continuation), {}, continuation))
         # Plain tuples become text on their way through lmms-eval 0.7.
-        return [GenerationResult(reply.score, reply.counts) for reply in self._run("loglikelihood", jobs)]
+        return [GenerationResult(reply.loss, reply.counts) for reply in self._run("loglikelihood", jobs)]
 
     # ------------------------------------------------------------------------------------------------------- batches
     def _arguments(self, request: Any) -> tuple:
@@ -343,7 +344,7 @@ class CropModel(lmms):
             )
             if scored:
                 counts.output_tokens = len(forced.rows[number])
-                replies.append(_Reply(jobs[number].continuation, counts, forced.scores[number]))
+                replies.append(_Reply(jobs[number].continuation, counts, forced.losses[number]))
             else:
                 replies.append(self._reply(prompt, until_end(row, model.generation_config.eos_token_id), stops, counts))
         return replies

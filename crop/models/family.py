@@ -84,8 +84,9 @@ class DecoderTraits:
     """What a family's decoder does differently; read by masks, planner, cost model and localizers.
 
     Args:
-        mask: what a token sees beside itself and what stands before it: "causal": nothing; "image": all of its image;
-            "prefix": all of its prompt. Beyond "causal" the multimodal model makes the masks, over the input.
+        mask: what a token sees beside itself and what stands before it: "causal": nothing; "image": its image, in some
+            layers or checkpoints at least; "prefix": its prompt. Beyond "causal" the multimodal model makes the masks,
+            over the input.
         deepstack_method: method of the language model, (hidden_states, vision mask, features), that adds vision features
             of further levels after its first layers; None: there is none.
         unrotated: kinds of layers (``layer_types``) whose queries and keys have no rotary embedding.
@@ -112,6 +113,7 @@ class ModelFamily:
         projector: attribute of the multimodal model that maps the tower's features to tokens, called once per forward;
             None: the tower does it itself.
         videos: ``images`` places videos too; otherwise they are refused.
+        tiles: an image may go through the tower in several rows.
         traits: of the decoder.
     """
 
@@ -122,6 +124,7 @@ class ModelFamily:
     decoder: str = "language_model"
     projector: str | None = "multi_modal_projector"
     videos: bool = False
+    tiles: bool = False
     traits: DecoderTraits = DecoderTraits()
 
     def is_vision(self, config: Any, ids: Tensor) -> Tensor:
@@ -274,8 +277,9 @@ class ModelFamily:
             window = seen[layer - 1]
             if window is not None and total > window:
                 full = [number for number in self._scored_cuts(config) if seen[number - 1] is None]
+                where = f"i.e. be one of {full}" if full else "which none does (prune by PreLLMCompression instead)"
                 raise ValueError(
-                    f"patch: layer must follow a layer that sees all {total} tokens, i.e. be one of {full}, got {layer}: "
+                    f"patch: layer must follow a layer that sees all {total} tokens, {where}, got {layer}: "
                     f"layer {layer - 1} scores and has a sliding window of {window}"
                 )
 

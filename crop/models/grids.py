@@ -42,13 +42,15 @@ def gemma4_images(prompt: Prompt) -> Placed:
         token_id = getattr(prompt.config, f"{kind}_token_id")
         if not (prompt.ids == token_id).any():
             continue
-        last = torch.as_tensor(prompt.argument(f"{kind}_position_ids")).amax(1)  # padding is -1
-        frames = [VisionLayout.grid((row + 1) // merge, (column + 1) // merge) for column, row in last.tolist()]
-        counts = [1] * len(frames)
-        if kind == "video":
+        places = torch.as_tensor(prompt.argument(f"{kind}_position_ids"))  # (..., most patches, 2), padding is -1
+        last = places.flatten(0, -3).amax(1).tolist()
+        frames = iter([VisionLayout.grid((row + 1) // merge, (column + 1) // merge) for column, row in last])
+        counts = [1] * len(last)
+        if kind == "video" and places.dim() == 4:  # older transformers: as many frames in every video
+            counts = [places.shape[1]] * len(places)
+        elif kind == "video":
             counts = torch.as_tensor(prompt.argument("num_frames_per_video")).tolist()
-        left = iter(frames)
-        found += prompt.place([stack_views(list(itertools.islice(left, count))) for count in counts], token_id)
+        found += prompt.place([stack_views(list(itertools.islice(frames, count))) for count in counts], token_id)
     return sorted(found, key=lambda entry: (entry[0], int(entry[1].position[0])))
 
 

@@ -52,8 +52,8 @@ def families() -> dict[str, ModelFamily]:
 
 
 for _family in (
-    ModelFamily("aya_vision", downsampled_images, tiled_check, traits=_COHERE),
-    ModelFamily("cohere2_vision", downsampled_images, tiled_check, traits=_COHERE),
+    ModelFamily("aya_vision", downsampled_images, tiled_check, tiles=True, traits=_COHERE),
+    ModelFamily("cohere2_vision", downsampled_images, tiled_check, tiles=True, traits=_COHERE),
     ModelFamily("fast_vlm", fast_vlm_images, llava_check),
     ModelFamily("gemma3", gemma3_images, gemma3_check, traits=_IMAGE),
     ModelFamily("gemma4", gemma4_images, projector="embed_vision", videos=True, traits=_IMAGE),
@@ -62,25 +62,25 @@ for _family in (
     ModelFamily("glm46v", merged_images, **_VISUAL),
     ModelFamily("glm4v_moe", merged_images, **_VISUAL),
     ModelFamily("glm_ocr", merged_images, **_VISUAL),
-    ModelFamily("idefics3", idefics3_images, **_IDEFICS),
-    ModelFamily("internvl", internvl_images, tiled_check),
+    ModelFamily("idefics3", idefics3_images, tiles=True, **_IDEFICS),
+    ModelFamily("internvl", internvl_images, tiled_check, tiles=True),
     ModelFamily("lighton_ocr", pixtral_images, tower="vision_encoder", projector="vision_projection"),
     ModelFamily("llava", llava_images, llava_check),
-    ModelFamily("llava_next", next_images),
-    ModelFamily("llava_onevision", onevision_images),
+    ModelFamily("llava_next", next_images, tiles=True),
+    ModelFamily("llava_onevision", onevision_images, tiles=True),
     ModelFamily("mistral3", pixtral_images),
     # Its table is looked up twice in a forward, for images and for markers: one memory would serve neither.
-    ModelFamily("ovis2", ovis2_images, projector=None),
+    ModelFamily("ovis2", ovis2_images, projector=None, tiles=True),
     ModelFamily("paddleocr_vl", merged_images, tower="visual", projector="projector"),
     ModelFamily("paligemma", paligemma_images, traits=DecoderTraits(mask="prefix")),
-    ModelFamily("perception_lm", perception_images, tiled_check),
+    ModelFamily("perception_lm", perception_images, tiled_check, tiles=True),
     ModelFamily("qwen2_vl", merged_images, **_VISUAL, videos=True),
     ModelFamily("qwen2_5_vl", merged_images, **_VISUAL, videos=True),
     ModelFamily("qwen3_vl", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
     ModelFamily("qwen3_vl_moe", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
     ModelFamily("qwen3_5", merged_images, **_VISUAL, videos=True, traits=_GATED_DELTA),
     ModelFamily("qwen3_5_moe", merged_images, **_VISUAL, videos=True, traits=_GATED_DELTA),
-    ModelFamily("smolvlm", idefics3_images, **_IDEFICS),
+    ModelFamily("smolvlm", idefics3_images, tiles=True, **_IDEFICS),
     ModelFamily("vipllava", llava_images, llava_check),
 ):
     register_family(_family)

@@ -63,11 +63,15 @@ def key_positions(maps: Sequence[TokenMap | None], batch: int, total: int, added
     Returns:
         (batch, keys) int64, -1 = filler; the last ``added`` are those of this call.
     """
-    positions = torch.arange(total, device="cpu").expand(batch, -1)
+    positions = None
     for tokens in maps:
-        if tokens is not None:
+        if tokens is not None and positions is None:
+            positions = tokens.sources(total)
+        elif tokens is not None:
             sources = tokens.sources(positions.shape[1])
             positions = look_up(positions.to(sources.device), sources)
+    if positions is None:
+        positions = torch.arange(total, device="cpu").expand(batch, -1)
     if window is not None:
         positions = positions[:, -(min(positions.shape[1] - added, window - 1) + added) :]
     return positions

@@ -187,14 +187,14 @@ def test_sight_is_judged_by_the_prompt():
 
 
 def test_text_models_that_attend_otherwise():
-    """Attention sinks take a share that scores would not know of; windows are known where `layer_types` tells them."""
+    """Attention sinks take a share that scores would not know of; chunks end where no mask of ours is cut."""
     config = FAMILIES["internvl"].config()
     config.text_config = transformers.GptOssConfig(**TEXT, head_dim=8, num_local_experts=2)
     refused(transformers.InternVLForConditionalGeneration(config).eval(), "must be without sinks, got .* GptOssModel")
-    config = FAMILIES["pixtral"].config()
-    config.text_config = transformers.MistralConfig(**TEXT, sliding_window=20)
-    model = transformers.LlavaForConditionalGeneration(config).eval()
-    refused(model, "a sliding window that layer_types tells, got sliding_window=20")
+    config.text_config = transformers.LlamaConfig(**TEXT)
+    config.text_config.layer_types = ["chunked_attention"] * 4
+    model = transformers.InternVLForConditionalGeneration(config).eval()
+    refused(model, r"must be of full attention or of a sliding window, got \['chunked_attention'\]")
 
 
 def test_a_video_elsewhere():

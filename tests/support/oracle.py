@@ -24,7 +24,8 @@ from crop.geometry.layout import PATCH
 from crop.methods.base import FeaturePooling, Features
 from tests.support.batches import Sample
 from tests.support.decision import Decision, Kept, Steps, choose
-from tests.support.families.entry import Family
+from tests.support.families.entry import PAD, Family
+from tests.support.sight import visible
 
 
 class Oracle:
@@ -37,7 +38,8 @@ class Oracle:
         self.decoder = getattr(model.model, family.decoder)
         self.num_layers = len(self.decoder.layers)
         config = self.decoder.config
-        self.kinds = getattr(config, "layer_types", None) or ["full_attention"] * self.num_layers
+        every = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+        self.kinds = getattr(config, "layer_types", None) or [every] * self.num_layers
         layers = [layer for layer in family.cuts if layer >= 2]
         self.default_layer = layers[0] if layers else family.cuts[-1]
         self.shares = "shared_kv_states" in inspect.signature(self.decoder.layers[0].forward).parameters
@@ -99,30 +101,8 @@ class Oracle:
         return torch.cat([found[:, 0], behind.expand(3, -1)], 1)
 
     def visible(self, sample: Sample, places: Tensor, kind: str) -> Tensor | None:
-        """(rows, rows) bool: which of the rows at the original positions `places` each sees in a layer of this kind; None
-        where a layer is no attention."""
-        if kind not in ("full_attention", "sliding_attention"):
-            return None
-        row, key = places[:, None], places[None]
-        seen = key <= row
-        if self.family.mask == "prefix":
-            seen = seen | (key < sample.prompt_length)
-        same = torch.zeros_like(seen)
-        if "image" in self.family.mask:
-            same = self.same_image(sample, row, key)
-        if self.family.mask == "image" or (self.family.mask == "image in windows" and kind == "sliding_attention"):
-            seen = seen | same
-        if kind == "sliding_attention":
-            seen = seen & (row - key < self.decoder.config.sliding_window)
-        return seen | same if self.family.mask == "image beyond windows" else seen
-
-    @staticmethod
-    def same_image(sample: Sample, row: Tensor, key: Tensor) -> Tensor:
-        """Which positions are of one image, or of one frame of a video: vision tokens without text between them."""
-        vision = torch.zeros(len(sample.ids), dtype=torch.bool)
-        vision[[position for span in sample.spans() for position in span]] = True
-        block = torch.where(vision, (~vision).cumsum(0), -1)
-        return (block[row] == block[key]) & vision[row]
+        """Which of the rows at the original positions `places` each sees in a layer of this kind, see `sight.visible`."""
+        return visible(self.family.mask, sample, places, kind, self.decoder.config)
 
     # ------------------------------------------------------------------------------ one forward
     def rows(self, sample: Sample, decision: Decision) -> list[tuple[tuple[int, ...], int]]:
@@ -215,14 +195,9 @@ class Oracle:
         """What every layer adds to each row for the sake of its token, an image's being padding: (rows, layers, dim)."""
         if not getattr(self.decoder.config, "hidden_size_per_layer_input", 0):
             return None
-        config = self.model.config
-        ids = [
-            config.text_config.pad_token_id
-            if sample.ids[leader] in (config.image_token_id, config.video_token_id)
-            else sample.ids[leader]
-            for _, leader in rows
-        ]
-        return self.decoder.get_per_layer_inputs(torch.tensor(ids))
+        vision = {position for span in sample.spans() for position in span}
+        ids = [PAD if leader in vision else sample.ids[leader] for _, leader in rows]
+        return self.decoder.get_per_layer_inputs(torch.tensor(ids), None)
 
     def layer(
         self, index: int, hidden: Tensor, ids: Tensor, mask: Tensor | None, **given: Any

@@ -40,9 +40,14 @@ def build_model(name: str, attention: str = "sdpa", seed: int = 0) -> Any:
     The vision tower, which the patch leaves alone, stays eager: under flash attention the Pixtral tower of
     transformers 5.17 mixes the images of a batch.
     """
+    return build_as(name, FAMILIES[name].config(), attention, seed)
+
+
+def build_as(name: str, config: Any, attention: str, seed: int = 0) -> Any:
+    """The same with another configuration."""
     torch.manual_seed(seed)
     family = FAMILIES[name]
-    model = getattr(transformers, family.classes)(family.config()).eval().requires_grad_(False)
+    model = getattr(transformers, family.classes)(config).eval().requires_grad_(False)
     sharpen(model, decoder_of(name, model))
     set_attention(model, attention)
     set_attention(getattr(model.model, family.tower), "eager")

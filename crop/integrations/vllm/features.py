@@ -1,16 +1,20 @@
-"""Vision features of pictures that were asked about before: another region of the same picture runs no encoder."""
+"""What the encoder has to see: not more images at once than memory was measured for, and none that it has seen."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Rows = Callable[[Mapping[str, Any]], Tensor]  # arguments of a call -> (num_images,) rows of each image
+
 
 class FeatureCache:
-    """Features by picture, up to a number of bytes; the least recently used leave.
+    """Features by picture, up to a number of bytes, so that another region of a picture runs no encoder; the least recently
+    used leave.
 
     Memory for all of it is taken at once, so that what measures free memory later counts it; the first picture gives it
     back to the allocator, which then serves the features from it.
@@ -51,3 +55,36 @@ class FeatureCache:
         """Forget all, as when the encoder's weights change."""
         self._entries.clear()
         self._bytes = 0
+
+
+def batches(tokens: Sequence[int], budget: int) -> list[list[int]]:
+    """Images that the encoder sees together: as many in order as vLLM measured memory for, at least one.
+
+    The scheduler counts what stays of them, and would send ten times as many.
+    """
+    found: list[list[int]] = []
+    room = 0
+    for number, count in enumerate(tokens):
+        if not found or count > room:
+            found.append([])
+            room = budget
+        found[-1].append(number)
+        room -= count
+    return found
+
+
+def part_of(kwargs: Mapping[str, Any], numbers: Sequence[int], count: int, flat: Mapping[str, Rows]) -> dict[str, Any]:
+    """Arguments of some of ``count`` images."""
+    found = {}
+    for name, value in kwargs.items():
+        if name in flat:
+            rows = flat[name](kwargs).tolist()
+            pieces = value.split(rows)
+            found[name] = torch.cat([pieces[number] for number in numbers])
+        elif getattr(value, "ndim", 1) == 0:  # one for all
+            found[name] = value
+        elif isinstance(value, Tensor):
+            found[name] = value[list(numbers)]
+        else:
+            found[name] = [value[number] for number in numbers]
+    return found

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.multimodal.inputs import PlaceholderRange
 
-from crop.integrations.vllm.features import FeatureCache
-from crop.integrations.vllm.plans import FIELD, PlaceholderPlan
+from crop.integrations.vllm.features import FeatureCache, Rows, batches, part_of
+from crop.integrations.vllm.plans import FIELD, PlaceholderPlan, check_stamp
 from crop.integrations.vllm.positions import UnprunedPrompt
 from crop.integrations.vllm.settings import Settings
-from crop.integrations.vllm.start import check_stamp
-
-Rows = Callable[[Mapping[str, Any]], Tensor]
 
 
 class PruningModel:
@@ -75,15 +71,12 @@ class PruningModel:
         prompt = UnprunedPrompt.of(input_tokens, places)
         if not prompt.images:
             return super().get_mrope_input_positions(input_tokens, mm_features)
-        moved = [
-            replace(
-                feature,
-                mm_position=PlaceholderRange(
-                    start, length, None if n in prompt.images else feature.mm_position.is_embed
-                ),
-            )
-            for n, (feature, start, length) in enumerate(zip(features, prompt.starts, prompt.lengths, strict=True))
-        ]
+        moved = []
+        for number, (feature, start, length) in enumerate(zip(features, prompt.starts, prompt.lengths, strict=True)):
+            place = replace(feature.mm_position, offset=start, length=length)
+            if number in prompt.images:  # families with markers among an image's tokens have one axis
+                place = replace(place, is_embed=None)
+            moved.append(replace(feature, mm_position=place))
         ids, delta = super().get_mrope_input_positions(prompt.tokens, moved)
         return prompt.pruned_ids(ids, delta, self.crop_settings.positions)
 
@@ -104,36 +97,3 @@ class OneAxis:
 def _plan(feature: Any) -> PlaceholderPlan | None:
     item = feature.data
     return None if item is None or FIELD not in item else PlaceholderPlan.unpack(item[FIELD].data)
-
-
-def batches(tokens: Sequence[int], budget: int) -> list[list[int]]:
-    """Images that the encoder sees together: as many in order as vLLM measured memory for, at least one.
-
-    The scheduler counts what stays of them, and would send ten times as many.
-    """
-    found: list[list[int]] = []
-    room = 0
-    for number, count in enumerate(tokens):
-        if not found or count > room:
-            found.append([])
-            room = budget
-        found[-1].append(number)
-        room -= count
-    return found
-
-
-def part_of(kwargs: Mapping[str, Any], numbers: Sequence[int], count: int, flat: Mapping[str, Rows]) -> dict[str, Any]:
-    """Arguments of some of ``count`` images."""
-    found = {}
-    for name, value in kwargs.items():
-        if name in flat:
-            rows = flat[name](kwargs).tolist()
-            pieces = value.split(rows)
-            found[name] = torch.cat([pieces[number] for number in numbers])
-        elif getattr(value, "ndim", 1) == 0:  # one for all
-            found[name] = value
-        elif isinstance(value, Tensor):
-            found[name] = value[list(numbers)]
-        else:
-            found[name] = [value[number] for number in numbers]
-    return found

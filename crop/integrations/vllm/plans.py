@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import crop
 from crop import ops
 from crop.geometry.layout import PATCH, VisionLayout
 from crop.geometry.pooling import PoolPlan
@@ -16,6 +18,7 @@ from crop.methods.saliency import patch_weights
 
 FORMAT = 1  # of ``PlaceholderPlan.pack``; another one at every change
 FIELD = "crop_plan"  # its name among the model's arguments
+STAMP = f"{crop.__version__}, format {FORMAT}"  # what planner and workers must have in common
 _PICTURE = 8  # int32 words of a picture's digest
 _HEAD = 8 + _PICTURE  # int32 words before the arrays
 
@@ -127,3 +130,13 @@ class PlaceholderPlan:
             # A token in no cell has inverse -1: its weight is not used.
             weight = weight.masked_fill(self.pool.counts[self.pool.inverse.long()] == 1, 1.0)
         return ops.adaptive_pool(features, self.pool, mode, weight)
+
+
+def check_stamp(config: Any) -> None:
+    """Refuse to run, in a worker, what another version planned in front: RuntimeError."""
+    got = getattr(config, "crop_stamp", None)
+    if got != STAMP:
+        raise RuntimeError(
+            f"crop: all processes must have the same version of crop-vlm, got {got or 'none'} in front and {STAMP} in a "
+            "worker; install one version on every machine"
+        )

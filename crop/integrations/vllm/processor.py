@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from vllm.exceptions import VLLMValidationError
-from vllm.logger import init_logger
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageProcessorItems
@@ -24,7 +24,7 @@ from crop.integrations.vllm.positions import check_reach
 from crop.integrations.vllm.request import LONGEST_QUESTION, ImageRequest, Request, own_keys, parse, without_own
 from crop.integrations.vllm.settings import Settings
 
-logger = init_logger(__name__)
+logger = logging.getLogger("vllm.crop")
 TASK = "crop_task"
 
 

@@ -15,6 +15,8 @@ from crop.methods.base import POOL_MODES, check_choice
 from crop.methods.plc import PreLLMCompression
 
 KEYS = ("crop_region", "crop_keep", "crop_mode", "crop_localizer", "crop_question")
+NOT_OURS = ("crop_size", "crop_to_patches", "crop_pct")  # arguments of image processors
+MOST_TOKENS = 1 << 24
 MOST_BOXES = 64  # of one image: geometry costs boxes x tokens, and the front process plans for everybody
 LONGEST_QUESTION = 4096  # characters
 BOX = "[x0, y0, x1, y1] in fractions of width and height, or a list of such"
@@ -55,12 +57,16 @@ class Request:
 
 def own_keys(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What of ``mm_processor_kwargs`` is meant for this package."""
-    return {name: value for name, value in arguments.items() if name.startswith("crop_")}
+    return {name: value for name, value in arguments.items() if _is_own(name)}
 
 
 def without_own(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What of ``mm_processor_kwargs`` is meant for the model's processor."""
-    return {name: value for name, value in arguments.items() if not name.startswith("crop_")}
+    """What is meant for the model's processor, and what the processor itself hands on."""
+    return {name: value for name, value in arguments.items() if not _is_own(name)}
+
+
+def _is_own(name: str) -> bool:
+    return name.startswith("crop_") and name not in NOT_OURS
 
 
 def parse(arguments: Mapping[str, Any], count: int, settings: Settings) -> Request:
@@ -95,7 +101,7 @@ def parse(arguments: Mapping[str, Any], count: int, settings: Settings) -> Reque
     if isinstance(method.keep, float) and method.keep == 1.0:
         _regions(region, count)
         return Request((None,) * count)
-    if localizer is not None:
+    if localizer is not None and count:
         return Request((ImageRequest(method, None),) * count, localizer, question)
     if region is None and keep is None:
         return Request((None,) * count)
@@ -104,6 +110,8 @@ def parse(arguments: Mapping[str, Any], count: int, settings: Settings) -> Reque
 
 def _method(keep: Any, mode: Any) -> PreLLMCompression:
     _choice("crop_mode", mode, POOL_MODES)
+    if isinstance(keep, int) and abs(keep) > MOST_TOKENS:
+        raise ValueError(f"crop: crop_keep as a token count must be in [1, {MOST_TOKENS}], got {_short(keep)}")
     try:
         return PreLLMCompression(keep=keep, mode=mode)
     except (TypeError, ValueError) as error:

@@ -5,26 +5,24 @@ vLLM lets every architecture verify its configuration, in the front process, bef
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
-from vllm.logger import init_logger
-from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
-
-import crop
 from crop.integrations.vllm.planning import check_localizer
-from crop.integrations.vllm.plans import FORMAT
+from crop.integrations.vllm.plans import STAMP
 from crop.integrations.vllm.positions import lengthen_rotary
 from crop.integrations.vllm.request import own_keys
 from crop.integrations.vllm.settings import Settings
 from crop.models import families
 
-logger = init_logger(__name__)
-STAMP = f"{crop.__version__}, format {FORMAT}"
+logger = logging.getLogger("vllm.crop")  # below the one that vLLM has set up
 
 
 def prepare_configs(architectures: Sequence[str]) -> None:
     """Let architectures verify what pruning needs, after what vLLM verifies for them itself."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
     for name in architectures:
         stock = MODELS_CONFIG_MAP.get(name.removeprefix("Crop"), VerifyAndUpdateConfig)
         if not issubclass(stock, PruningConfig):
@@ -71,13 +69,3 @@ class PruningConfig:
         if compilation.cudagraph_mm_encoder:
             logger.warning("crop: cudagraph_mm_encoder is turned off: captured encoders go around pooling")
             compilation.cudagraph_mm_encoder = False
-
-
-def check_stamp(config: Any) -> None:
-    """Refuse to run, in a worker, what another version planned in front: RuntimeError."""
-    got = getattr(config, "crop_stamp", None)
-    if got != STAMP:
-        raise RuntimeError(
-            f"crop: all processes must have the same version of crop-vlm, got {got or 'none'} in front and {STAMP} in a "
-            "worker; install one version on every machine"
-        )

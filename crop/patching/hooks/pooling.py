@@ -92,7 +92,7 @@ class PoolingHook(ModelHook):
         mode, weight = self.method.pool_mode, None
         if mode == "distinct":
             pooled = [(image.sample, image.layout) for image in state.plan.images if image.plan is not None]
-            mode, weight = "weighted", saliency_weights(pool.plan, pooled, call.embeds)
+            mode, weight = "weighted", saliency_weights(pool.alone, pooled, call.embeds)
         if call.deepstack is not None:
             is_vision, levels = call.deepstack
             kept = pool.kept_index.to(is_vision.device)
