@@ -52,17 +52,17 @@ def fast_vlm_images(prompt: Prompt) -> Placed:
 
 
 def gemma3_images(prompt: Prompt) -> Placed:
-    """Gemma 3: the resized image, pooled to a square. Pan-and-scan crops are images of their own to the model.
+    """Gemma 3: the resized image, pooled to a square. Pan-and-scan crops are images of their own to the model."""
+    return square_images(prompt, math.isqrt(prompt.config.mm_tokens_per_image))
 
-    Raises:
-        ValueError: the processor makes such crops.
-    """
-    if getattr(prompt.processor, "do_pan_and_scan", False):
+
+def gemma3_check(config: Any, processor: Any, sizes: Sequence[Size] | None, whole: bool) -> None:
+    """The regions of a picture would not be those of its crops."""
+    if getattr(processor, "do_pan_and_scan", False):
         raise ValueError(
             "patch: do_pan_and_scan of the image processor must be off, got True: its crops stand in the prompt as "
             "images of their own; crop the picture yourself and give each part its region"
         )
-    return square_images(prompt, math.isqrt(prompt.config.mm_tokens_per_image))
 
 
 def paligemma_images(prompt: Prompt) -> Placed:

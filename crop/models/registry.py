@@ -8,8 +8,15 @@ from torch import nn
 
 from crop.models.anyres import next_images, onevision_images
 from crop.models.family import DecoderTraits, ModelFamily
-from crop.models.fixed import fast_vlm_images, gemma3_images, llava_check, llava_images, paligemma_images
-from crop.models.grids import merged_images, pixtral_images
+from crop.models.fixed import (
+    fast_vlm_images,
+    gemma3_check,
+    gemma3_images,
+    llava_check,
+    llava_images,
+    paligemma_images,
+)
+from crop.models.grids import gemma4_images, merged_images, pixtral_images
 from crop.models.tiles import (
     downsampled_images,
     idefics3_images,
@@ -27,6 +34,8 @@ _DEEPSTACK = DecoderTraits(deepstack_method="_deepstack_process")
 
 _COHERE = DecoderTraits(unrotated=("full_attention",))
 
+_IMAGE = DecoderTraits(mask="image")
+
 _GATED_DELTA = DecoderTraits(recurrent=("linear_attention",))
 
 _families: dict[str, ModelFamily] = {}
@@ -43,33 +52,35 @@ def families() -> dict[str, ModelFamily]:
 
 
 for _family in (
-    ModelFamily("aya_vision", downsampled_images, tiled_check, traits=_COHERE),
-    ModelFamily("cohere2_vision", downsampled_images, tiled_check, traits=_COHERE),
+    ModelFamily("aya_vision", downsampled_images, tiled_check, tiles=True, traits=_COHERE),
+    ModelFamily("cohere2_vision", downsampled_images, tiled_check, tiles=True, traits=_COHERE),
     ModelFamily("fast_vlm", fast_vlm_images, llava_check),
-    ModelFamily("gemma3", gemma3_images, traits=DecoderTraits(mask="image")),
+    ModelFamily("gemma3", gemma3_images, gemma3_check, traits=_IMAGE),
+    ModelFamily("gemma4", gemma4_images, projector="embed_vision", videos=True, traits=_IMAGE),
+    ModelFamily("gemma4_unified", gemma4_images, tower="embed_vision", projector=None, videos=True, traits=_IMAGE),
     ModelFamily("glm4v", merged_images, **_VISUAL),
     ModelFamily("glm46v", merged_images, **_VISUAL),
     ModelFamily("glm4v_moe", merged_images, **_VISUAL),
     ModelFamily("glm_ocr", merged_images, **_VISUAL),
-    ModelFamily("idefics3", idefics3_images, tiled_check, **_IDEFICS),
-    ModelFamily("internvl", internvl_images, tiled_check),
+    ModelFamily("idefics3", idefics3_images, tiles=True, **_IDEFICS),
+    ModelFamily("internvl", internvl_images, tiled_check, tiles=True),
     ModelFamily("lighton_ocr", pixtral_images, tower="vision_encoder", projector="vision_projection"),
     ModelFamily("llava", llava_images, llava_check),
-    ModelFamily("llava_next", next_images),
-    ModelFamily("llava_onevision", onevision_images),
+    ModelFamily("llava_next", next_images, tiles=True),
+    ModelFamily("llava_onevision", onevision_images, tiles=True),
     ModelFamily("mistral3", pixtral_images),
     # Its table is looked up twice in a forward, for images and for markers: one memory would serve neither.
-    ModelFamily("ovis2", ovis2_images, projector=None),
+    ModelFamily("ovis2", ovis2_images, projector=None, tiles=True),
     ModelFamily("paddleocr_vl", merged_images, tower="visual", projector="projector"),
     ModelFamily("paligemma", paligemma_images, traits=DecoderTraits(mask="prefix")),
-    ModelFamily("perception_lm", perception_images, tiled_check),
+    ModelFamily("perception_lm", perception_images, tiled_check, tiles=True),
     ModelFamily("qwen2_vl", merged_images, **_VISUAL, videos=True),
     ModelFamily("qwen2_5_vl", merged_images, **_VISUAL, videos=True),
     ModelFamily("qwen3_vl", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
     ModelFamily("qwen3_vl_moe", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
     ModelFamily("qwen3_5", merged_images, **_VISUAL, videos=True, traits=_GATED_DELTA),
     ModelFamily("qwen3_5_moe", merged_images, **_VISUAL, videos=True, traits=_GATED_DELTA),
-    ModelFamily("smolvlm", idefics3_images, tiled_check, **_IDEFICS),
+    ModelFamily("smolvlm", idefics3_images, tiles=True, **_IDEFICS),
     ModelFamily("vipllava", llava_images, llava_check),
 ):
     register_family(_family)
