@@ -101,8 +101,12 @@ def estimate(
     share = f"{1000 * before.seconds:.1f} ms of prefill, {1000 * after.seconds:.1f} ms pruned"
     if localizer_seconds:
         share += f" and {1000 * localizer_seconds:.1f} ms for the localizer"
-    verdict = "prune" if prune else "do not prune"
-    return Estimate(before, after, prune, f"{verdict}: {share} (predicted)")
+    source = "predicted"
+    if device.type == "meta":
+        prune = after.flops < (1 - MARGIN) * before.flops
+        share = f"{before.flops / 1e12:.2f} TFLOPs of prefill, {after.flops / 1e12:.2f} pruned"
+        source = "counted; there are no weights to time"
+    return Estimate(before, after, prune, f"{'prune' if prune else 'do not prune'}: {share} ({source})")
 
 
 def _lengths(plan: BatchPlan, real: list[int], layer: int) -> list[int]:

@@ -105,7 +105,9 @@ def compared(family: str, method: crop.Method | None, wide: bool = False) -> tup
 
 @families()
 def test_unpruned(family: str) -> None:
-    assert compared(family, None) == pytest.approx((1, 1), abs=0.02)
+    # Where images see themselves beyond a window, it must not be shorter than they are, as in no real checkpoint.
+    wide = FAMILIES[family].mask == "image beyond windows"
+    assert compared(family, None, wide) == pytest.approx((1, 1), abs=0.02)
 
 
 @families()

@@ -7,15 +7,18 @@ An entry is keyed by model type, ``model_type, variant`` where a family has seve
                  for which another tower of the same width stands in
     config       its config.json as far as it tells sizes, and the ids of image tokens
     processor    "module.Class" of the image processor, and what its preprocessor_config.json sets
+    call         what the checkpoint's processor calls it with beside
     tokens       vision tokens of a picture of ``PICTURE`` pixels, by the checkpoint's own processor
     rows         rows of tokens with a break between any two
-    tiles        rows and columns of tiles, where the prompt or the processor tells them
+    writer       what the processor that writes the prompt knows of sizes, see written.py
+    tiles        rows and columns of tiles, where the image processor is stood in for
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +26,8 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
+
+from tests.support.written import ovis2_markers, written
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text())
 PICTURE = (1024, 768)  # width, height
@@ -34,8 +39,14 @@ def model_type(key: str) -> str:
     return key.partition(",")[0]
 
 
+class Missing(Exception):
+    """This version of transformers does not know the model."""
+
+
 def build(key: str) -> Any:
-    """The unmodified class at full size, on the meta device."""
+    """The unmodified class at full size, on the meta device. Missing: transformers is too old for it."""
+    if model_type(key) not in transformers.CONFIG_MAPPING:
+        raise Missing(f"transformers {transformers.__version__} has no {model_type(key)}")
     config = transformers.AutoConfig.for_model(model_type(key), **PUBLISHED[key]["config"])
     with torch.device("meta"):
         return transformers.AutoModelForImageTextToText.from_config(config).eval()
@@ -62,30 +73,26 @@ def image_processor(key: str) -> Any:
     return getattr(module, name)(**entry)
 
 
-def inputs(key: str, config: Any, processor: Any) -> dict[str, torch.Tensor]:
+def inputs(key: str, config: Any, processor: Any) -> dict[str, Any]:
     """What the model would be called with: text, the picture, text."""
-    tokens = torch.tensor(_image_ids(PUBLISHED[key], config))
-    text = torch.arange(BEFORE + AFTER) + 1000
-    ids = torch.cat([text[:BEFORE], tokens, text[BEFORE:]])[None]
+    entry = PUBLISHED[key]
     if isinstance(processor, SimpleNamespace):
-        rows, columns = PUBLISHED[key]["tiles"]
-        seen: Any = {"pixel_values": torch.empty(1, rows * columns + 1, 3, 1, 1)}
+        seen: Any = {"pixel_values": torch.empty(1, math.prod(entry["tiles"]) + 1, 3, 1, 1)}
     else:
-        seen = processor(Image.new("RGB", PICTURE), return_tensors="pt")
+        seen = processor(Image.new("RGB", PICTURE), return_tensors="pt", **entry.get("call", {}))
+    text = torch.arange(BEFORE + AFTER) + 1000
+    ids = torch.cat([text[:BEFORE], torch.tensor(_image_ids(entry, config, seen)), text[BEFORE:]])[None]
     return {"input_ids": ids, "mm_token_type_ids": (ids == config.image_token_id).int(), **seen}
 
 
-def _image_ids(entry: dict[str, Any], config: Any) -> list[int]:
+def _image_ids(entry: dict[str, Any], config: Any, seen: Any) -> list[int]:
     """The image's tokens, with what stands between them."""
     image, count = config.image_token_id, entry["tokens"]
     if "rows" in entry:
         columns = (count + 1) // entry["rows"] - 1
         return (([image] * columns + [image + 1]) * entry["rows"])[:-1]
-    if hasattr(config, "visual_indicator_token_ids"):
-        start, whole, column, row, end = config.visual_indicator_token_ids
-        rows, columns = entry["tiles"]
-        tile = [image] * (count // (rows * columns + 1))
-        between = [column if (n + 1) % columns else row for n in range(rows * columns)]
-        tiles = [token for mark in between for token in [*tile, mark]][:-1]
-        return [start, *tile, whole, *tiles, end]
+    if "writer" in entry:
+        return written(config, seen, **entry["writer"])
+    if config.model_type == "ovis2":
+        return ovis2_markers(seen, config, 256)
     return [image] * count

@@ -32,21 +32,21 @@ WRITERS = {  # what the families' processors know; "@" stands for a vision token
 }  # fmt: skip
 
 
-def written(config: Any, out: Any, number: int = 0) -> list[int]:
-    """The tokens of one image and a word behind it, as its family's processor writes them."""
+def written(config: Any, out: Any, number: int = 0, **sizes: int) -> list[int]:
+    """The tokens of one image and a word behind it, as its family's processor writes them; ``sizes``: what it knows."""
     family = config.model_type
     # In older transformers some of these files need torchvision.
     module = pytest.importorskip(f"transformers.models.{family}.processing_{family}")
     (kind,) = (value for name, value in vars(module).items() if name.lower() == family.replace("_", "") + "processor")
-    text = kind.replace_image_token(SimpleNamespace(**WRITERS[family]), out, number) + "."
+    text = kind.replace_image_token(SimpleNamespace(**(WRITERS[family] | sizes)), out, number) + "."
     return [config.image_token_id if letter == "@" else ord(letter) for letter in text]
 
 
-def ovis2_markers(out: Any, config: Any) -> list[int]:
-    """The tokens of one image, as Ovis2's processor writes them around its grid."""
+def ovis2_markers(out: Any, config: Any, tile: int = 25) -> list[int]:
+    """The tokens of one image, as Ovis2's processor writes them around its grid; ``tile``: tokens of one."""
     rows, columns = out["grids"][0].tolist()
-    texts = Ovis2Processor.replace_image_token(SimpleNamespace(image_seq_length=25), {"grids": out["grids"]}, 0)
+    texts = Ovis2Processor.replace_image_token(SimpleNamespace(image_seq_length=tile), {"grids": out["grids"]}, 0)
     ids = [config.image_token_id, *config.visual_indicator_token_ids]
     names = dict(zip(("ATOM", "START", "GRID", "COL", "ROW", "END"), ids, strict=True))
-    assert texts.count("ATOM") == 25 * (1 + rows * columns * (rows * columns > 1))
+    assert texts.count("ATOM") == tile * (1 + rows * columns * (rows * columns > 1))
     return [names[name] for name in re.findall("<IMG_([A-Z]+)>", texts)]
