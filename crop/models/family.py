@@ -164,7 +164,8 @@ class ModelFamily:
             )
         return found
 
-    def layer_kinds(self, config: Any) -> list[str]:
+    @staticmethod
+    def layer_kinds(config: Any) -> list[str]:
         """What every decoder layer is, in transformers' words; as its caches do, where the configuration does not tell.
 
         Args:
