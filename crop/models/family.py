@@ -164,7 +164,8 @@ class ModelFamily:
             )
         return found
 
-    def layer_kinds(self, config: Any) -> list[str]:
+    @staticmethod
+    def layer_kinds(config: Any) -> list[str]:
         """What every decoder layer is, in transformers' words; as its caches do, where the configuration does not tell.
 
         Args:
@@ -257,7 +258,7 @@ class ModelFamily:
         if self.shared_layers(config) and late:
             raise ValueError(
                 f"patch: layer must be <= {last} for this {self.model_type!r}, got {late[0]}: the last "
-                f"{self.shared_layers(config)} layers take keys and values from layer {last} on, tokens and all"
+                f"{self.shared_layers(config)} layers reuse the keys and values of earlier ones, of which {last} is the first"
             )
 
     def check_scoring(self, config: Any, layers: Sequence[int], total: int) -> None:
