@@ -284,7 +284,7 @@ def test_version_and_help_teach(capsys):
 @pytest.mark.fast
 def test_the_readme_beside_it_names_every_option(capsys):
     known = set()
-    for command in ("ask", "demo", "app", "info"):
+    for command in ("ask", "demo", "app", "check", "bench", "info"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         known |= set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.M))
