@@ -1,4 +1,4 @@
-"""The command ``crop``: ask a model about a picture, see a demo, see what was built."""
+"""The command ``crop``: ask a model about a picture, see a demo, try a page, see what was built."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from crop.cli import ask_command
-from crop.cli.options import UsageError, count, natural, need_packages
+from crop.cli import app_command, ask_command
+from crop.cli.options import REFUSED, count, natural, need_packages
 from crop.localizers.pretrained import one_line
 
 EXAMPLES = """\
@@ -16,6 +16,7 @@ examples:
   crop demo                                          six rendered pictures, pruned against unpruned
   crop ask receipt.png "what is the total"           the embedded model finds the region itself
   crop ask photo.jpg "what color is the car" --model llava-hf/llava-1.5-7b-hf --compare
+  crop app                                           a page in the browser to try it
   crop info                                          which kernels were built
 """
 
@@ -35,8 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("crop: interrupted", file=sys.stderr)
         return 130
-    # What the package refuses, no such model, no extra, no room on the device.
-    except (UsageError, ValueError, OSError, ImportError, RuntimeError) as error:
+    except REFUSED as error:
         print(f"{options.parser.prog}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -73,6 +73,16 @@ def _parse(words: list[str]) -> argparse.Namespace:
     demo.add_argument("--count", type=count, default=6, metavar="N", help="pictures (default 6)")
     demo.add_argument("--seed", type=natural, default=0, metavar="N", help="other pictures (default 0)")
     demo.set_defaults(run=_demo, parser=demo)
+
+    app = commands.add_parser(
+        "app",
+        help="a page in the browser to try it",
+        description="Serve a page: drop a picture, ask, draw a box; answers with and without pruning (extra app).",
+        epilog=app_command.EXAMPLES,
+        formatter_class=style,
+    )
+    app_command.add_options(app)
+    app.set_defaults(run=app_command.run, parser=app)
 
     info = commands.add_parser("info", help="what was built", description="Print what was built, and versions.")
     info.set_defaults(run=_info, parser=info)

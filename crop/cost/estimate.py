@@ -24,9 +24,9 @@ class Cost:
 
     Args:
         tokens: vision tokens per image, averaged over the decoder layers.
-        flops: multiply-adds of all samples, times two.
+        flops: multiply-adds of all samples, times two; attention by its full square, as ``torch.utils.flop_counter`` counts.
         kv_bytes: keys and values of all samples after it.
-        seconds: predicted, the patch's own work included.
+        seconds: predicted, the patch's own work included; NaN for a model on the meta device, which cannot be timed.
     """
 
     tokens: list[float]
@@ -41,7 +41,7 @@ class Estimate:
 
     Args:
         before: the model as it is. after: under the method.
-        prune: whether the predicted saving, less ``localizer_seconds``, is worth it.
+        prune: whether the predicted saving, less ``localizer_seconds``, is worth it; by FLOPs where there are no seconds.
         advice: the same in words.
     """
 
@@ -134,6 +134,6 @@ def _own_seconds(plan: BatchPlan, geometry: DecoderGeometry, speed: Speed, lengt
         if step.rows is not None:
             layer = geometry.layers[number - 1]
             scored = step.rows.shape[1] * sum(lengths[number - 1][sample] for sample in step.owners)
-            # Logits once; exponentials weigh as much again.
-            seconds += speed.attention * 2 * 2.0 * layer.num_heads * layer.head_dim * scored
+            # Logits once, no half of them spared; exponentials weigh as much again.
+            seconds += speed.attention * 2 * 2 * 2.0 * layer.num_heads * layer.head_dim * scored
     return seconds

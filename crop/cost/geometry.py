@@ -19,12 +19,33 @@ class Experts:
     weights: int  # elements of the matrices of one expert
 
 
+CHUNK = 64  # tokens that the gated delta rule takes at a time, in transformers and in flash-linear-attention
+
+
 @dataclass(frozen=True)
 class State:
     """What a recurrent layer (gated delta rule) carries on in the place of keys and values."""
 
-    size: int  # elements of the matrices of all heads, float32
+    heads: int  # each has a matrix of its own, float32
+    key_dim: int  # its rows
+    value_dim: int  # its columns
     inputs: int  # elements of the inputs that its convolution still sees
+
+    @property
+    def size(self) -> int:
+        """Elements of the matrices of all heads."""
+        return self.heads * self.key_dim * self.value_dim
+
+    def flops(self, length: int) -> float:
+        """Of the gated delta rule over whole chunks.
+
+        Every token meets the tokens of its chunk (keys with keys, queries with keys, and what the triangular systems make
+        of both and of the values) and the state (corrected, read, written). Convention: full squares inside a chunk,
+        triangular systems as the products with their inverses.
+        """
+        chunks = -(-length // CHUNK)
+        inside = CHUNK * (3 * self.key_dim + 2 * self.value_dim)
+        return 2.0 * chunks * CHUNK * self.heads * (inside + 3 * self.key_dim * self.value_dim)
 
 
 @dataclass(frozen=True)
@@ -53,15 +74,17 @@ class LayerGeometry:
         return 2.0 * self.active_weights * tokens
 
     def attention_flops(self, length: int) -> float:
-        """Of both products of causal attention: half of the square, less what lies outside the window.
+        """Of both products of attention, or of what a recurrent layer has in their place.
 
-        Windows follow original positions, so that after a cut this is what they let through at most. Of a recurrent layer,
-        what every token does to each element: decay (1), read, write and query (2 each); kernels that work in chunks do more.
+        Convention: the full square, ``4 * num_heads * head_dim * length ** 2``, as ``torch.utils.flop_counter`` counts,
+        though causal kernels skip nearly half of it; under a window the part of the square that lies less than the window
+        off its diagonal. Windows follow original positions, so that after a cut this is what they let through at most.
         """
         if self.state is not None:
-            return 7.0 * self.state.size * length
+            return self.state.flops(length)
         outside = 0 if self.window is None else max(length - self.window, 0)
-        return 2.0 * self.num_heads * self.head_dim * (length * length - outside * outside)
+        # Two triangles outside of the band, whose sides are shorter by the diagonal that is in neither.
+        return 4.0 * self.num_heads * self.head_dim * (length * length - outside * (outside + 1))
 
     def kv_bytes(self, length: int, element_size: int) -> int:
         """Of the keys and values that the cache keeps; a sliding layer's keeps what the next token will see."""
@@ -103,7 +126,7 @@ class DecoderGeometry:
 def _state(config: Any) -> State:
     keys, values = config.linear_key_head_dim, config.linear_value_head_dim
     width = 2 * config.linear_num_key_heads * keys + config.linear_num_value_heads * values
-    return State(config.linear_num_value_heads * keys * values, width * config.linear_conv_kernel_dim)
+    return State(config.linear_num_value_heads, keys, values, width * config.linear_conv_kernel_dim)
 
 
 def _matrices(layer: nn.Module, config: Any) -> tuple[int, Experts | None]:

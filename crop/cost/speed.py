@@ -29,7 +29,7 @@ class Speed:
     """Measured on one device for one decoder and dtype; seconds."""
 
     matrices: tuple[float, ...]  # per element of a matrix that a number of tokens pass, at each of SIZES tokens
-    attention: float  # per FLOP of causal attention
+    attention: float  # per FLOP of causal attention, of which the full square is counted and half is done
     hook: float  # per hook: registered, called once, removed
     image: float  # of planning one image
     step: float  # of the operators of one cut or pooling on few tokens, which is what their calls cost
@@ -69,7 +69,7 @@ def measure_speed(geometry: DecoderGeometry, device: torch.device, dtype: torch.
         attention = _seconds(lambda: attend(query, query, query, is_causal=True), device)
         return Speed(
             matrices=tuple(map(per_element, SIZES)),
-            attention=attention / (2.0 * layer.num_heads * layer.head_dim * length * length),
+            attention=attention / (4.0 * layer.num_heads * layer.head_dim * length * length),
             hook=_hook_seconds(),
             image=_planning_seconds(),
             step=_step_seconds(geometry, device, dtype),

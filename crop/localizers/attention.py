@@ -53,8 +53,9 @@ class AttentionLocalizer:
 
     Args:
         model: Hugging Face vision-language model of a supported family. processor: its processor.
-        layer: decoder layer whose attention is read, 0 = first. None: a sixteenth of the depth, at least 1, which keeps the
-            pass below 5 % of the prefill (see bench/README.md).
+        layer: decoder layer whose attention is read, 0 = first; it must see the whole prompt. None: the first such from a
+            sixteenth of the depth on, at least 1, which keeps the pass below 5 % of the prefill where all layers do (see
+            bench/README.md).
         prompt: as in ``encode``.
         stride: the pass runs on vision tokens averaged in blocks of this side, which costs a ``stride ** 2``-th.
         skip_mlp: the feed-forward parts of the layers before run on the text alone, which saves most of the pass.
@@ -88,11 +89,26 @@ class AttentionLocalizer:
         count = len(family_of(self.model).language_model(self.model).layers)
         if self.layer is not None and not 0 <= self.layer < count:
             raise ValueError(f"{op}: layer must be in [0, num_layers={count}), got {self.layer}")
+        if self.layer is not None and self.layer not in self._seeing:
+            raise ValueError(f"{op}: layer must see the whole prompt, i.e. be one of {self._seeing}, got {self.layer}")
         if self.rows < 1:
             raise ValueError(f"{op}: rows must be >= 1, got {self.rows}")
         check_ranges(op, self)
         if not 1 <= self.stride <= MAX_STRIDE:
             raise ValueError(f"{op}: stride must be in [1, {MAX_STRIDE}], got {self.stride}")
+
+    @property
+    def _seeing(self) -> list[int]:
+        family = family_of(self.model)
+        return family.scoring_layers(family.language_model(self.model).config)
+
+    @property
+    def scoring_layer(self) -> int:
+        """The decoder layer that is read: ``layer``, or the first after a sixteenth of the depth that sees the whole prompt."""
+        if self.layer is not None:
+            return self.layer
+        count = len(family_of(self.model).language_model(self.model).layers)
+        return next((one for one in self._seeing if one >= max(1, count // 16)), self._seeing[-1])
 
     def __call__(self, image: Image, question: str) -> Region:
         attention = self.attend(image, question)
@@ -124,12 +140,7 @@ class AttentionLocalizer:
                 raising ``Stop``.
             where: ``processor`` and ``image_size``, as for ``patch``.
         """
-        family = family_of(self.model)
-        decoder = family.language_model(self.model)
-        layers, layer = decoder.layers, self.layer
-        if layer is None:
-            seeing = family.scoring_layers(decoder.config)
-            layer = next((one for one in seeing if one >= max(1, len(layers) // 16)), seeing[-1])
+        layers, layer = family_of(self.model).language_model(self.model).layers, self.scoring_layer
         scoring = layers[layer].self_attn
         pooling = PreLLMCompression(inside=self.stride, context=self.stride, outside=self.stride, mode="mean")
         with patch(self.model, pooling, **where) as stats, ExitStack() as undo:

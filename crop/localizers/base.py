@@ -74,10 +74,16 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
         text = chat(processor, question, images=1)
     else:
         raise ValueError("encode: prompt must be given for a processor without a chat template, got None")
-    inputs = processor(images=image, text=text, return_tensors="pt")
+    inputs = processor(images=image, text=text, return_tensors="pt", **begin_once(processor, text))
     if last is not None:
         last[:] = [(image, asked, copy.copy(inputs))]  # moving inputs to a device writes into what is moved
     return inputs
+
+
+def begin_once(processor: Any, text: str) -> dict[str, bool]:
+    """Argument of a processor's call that keeps the tokenizer from adding a first token that the text holds already."""
+    first = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
+    return {"add_special_tokens": False} if first and text.startswith(first) else {}
 
 
 def chat(processor: Any, question: str, images: int) -> str:

@@ -30,6 +30,11 @@ def distinctness(tokens: Tensor) -> Tensor:
     return (distance - middle) / (spread.sqrt() + FLAT)
 
 
+def patch_weights(tokens: Tensor) -> Tensor:
+    """What the patches of an image (N, D), N >= 1, weigh in pooling: (N,) float32, ``exp(4 * distinctness)``."""
+    return (SHARPNESS * distinctness(tokens).clamp(-FARTHEST, FARTHEST)).exp()
+
+
 @torch.no_grad()
 def saliency_weights(plan: PoolPlan, images: Sequence[tuple[int, VisionLayout]], embeds: Tensor) -> Tensor:
     """Weights for ``ops.adaptive_pool``, ``exp(4 * distinctness)``; constants for the gradient.
@@ -48,7 +53,6 @@ def saliency_weights(plan: PoolPlan, images: Sequence[tuple[int, VisionLayout]],
             first, last = int(position[0]), int(position[-1])
             # Positions that follow each other are a view.
             place = slice(first, last + 1) if last - first == len(position) - 1 else position.to(embeds.device)
-            apart = distinctness(embeds[sample, place]).clamp(-FARTHEST, FARTHEST)
-            weight[sample, place] = (SHARPNESS * apart).exp()
+            weight[sample, place] = patch_weights(embeds[sample, place])
     alone = plan.counts[plan.inverse.long()] == 1
     return weight.flatten().masked_fill(alone.to(embeds.device), 1.0)

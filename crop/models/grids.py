@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from crop.geometry.layout import NEWLINE, VisionLayout
@@ -26,6 +28,27 @@ def merged_images(prompt: Prompt) -> Placed:
             frame = VisionLayout.grid(height // merge, width // merge)
             layouts.append(stack_views([frame] * frames))
         found += prompt.place(layouts, token_id)
+    return sorted(found, key=lambda entry: (entry[0], int(entry[1].position[0])))
+
+
+def gemma4_images(prompt: Prompt) -> Placed:
+    """Gemma 4: ``image_position_ids`` are (column, row) of each patch, or of each token where the picture has no encoder.
+
+    Square neighbours are averaged into one token. A video is one entry, each of its frames a view of its own.
+    """
+    vision, found = prompt.config.vision_config, []
+    merge = 1 if vision.model_type == "gemma4_unified_vision" else vision.pooling_kernel_size
+    for kind in ("image", "video"):
+        token_id = getattr(prompt.config, f"{kind}_token_id")
+        if not (prompt.ids == token_id).any():
+            continue
+        last = torch.as_tensor(prompt.argument(f"{kind}_position_ids")).amax(1)  # padding is -1
+        frames = [VisionLayout.grid((row + 1) // merge, (column + 1) // merge) for column, row in last.tolist()]
+        counts = [1] * len(frames)
+        if kind == "video":
+            counts = torch.as_tensor(prompt.argument("num_frames_per_video")).tolist()
+        left = iter(frames)
+        found += prompt.place([stack_views(list(itertools.islice(left, count))) for count in counts], token_id)
     return sorted(found, key=lambda entry: (entry[0], int(entry[1].position[0])))
 
 

@@ -16,7 +16,7 @@ from crop.models.fixed import (
     llava_images,
     paligemma_images,
 )
-from crop.models.grids import merged_images, pixtral_images
+from crop.models.grids import gemma4_images, merged_images, pixtral_images
 from crop.models.tiles import (
     downsampled_images,
     idefics3_images,
@@ -33,6 +33,8 @@ _IDEFICS: dict[str, Any] = dict(tower="vision_model", decoder="text_model", proj
 _DEEPSTACK = DecoderTraits(deepstack_method="_deepstack_process")
 
 _COHERE = DecoderTraits(unrotated=("full_attention",))
+
+_IMAGE = DecoderTraits(mask="image")
 
 _GATED_DELTA = DecoderTraits(recurrent=("linear_attention",))
 
@@ -53,7 +55,9 @@ for _family in (
     ModelFamily("aya_vision", downsampled_images, tiled_check, tiles=True, traits=_COHERE),
     ModelFamily("cohere2_vision", downsampled_images, tiled_check, tiles=True, traits=_COHERE),
     ModelFamily("fast_vlm", fast_vlm_images, llava_check),
-    ModelFamily("gemma3", gemma3_images, gemma3_check, traits=DecoderTraits(mask="image")),
+    ModelFamily("gemma3", gemma3_images, gemma3_check, traits=_IMAGE),
+    ModelFamily("gemma4", gemma4_images, projector="embed_vision", videos=True, traits=_IMAGE),
+    ModelFamily("gemma4_unified", gemma4_images, tower="embed_vision", projector=None, videos=True, traits=_IMAGE),
     ModelFamily("glm4v", merged_images, **_VISUAL),
     ModelFamily("glm46v", merged_images, **_VISUAL),
     ModelFamily("glm4v_moe", merged_images, **_VISUAL),

@@ -135,6 +135,21 @@ class DecoderCall:
         self.kwargs["visual_pos_masks"], self.kwargs["deepstack_visual_embeds"] = value
 
     @property
+    def per_layer(self) -> Tensor | None:
+        """(batch, seq_len, layers, dim): what each layer adds to each token (Gemma 4); None: nothing."""
+        return self.kwargs.get("per_layer_inputs")
+
+    @per_layer.setter
+    def per_layer(self, value: Tensor) -> None:
+        self.kwargs["per_layer_inputs"] = value
+
+    def need_tokens_before(self, tail: int) -> None:
+        """Let the model go on with the last tokens alone, which some do where keys are shared, only within the last ``tail``."""
+        kept = self.kwargs.get("logits_to_keep")
+        if isinstance(kept, int) and kept > tail:
+            self.kwargs["logits_to_keep"] = 0  # the caller cuts off what it does not want
+
+    @property
     def cache(self) -> Any:
         """None: there is none."""
         return cache_of(self.kwargs)
@@ -165,14 +180,15 @@ class DecoderCall:
 
 
 class LayerCall:
-    """One call of a decoder layer: ``hidden`` (batch, entries, dim), ``mask``, ``rotary`` (cos, sin)."""
+    """One call of a decoder layer: ``hidden`` (batch, entries, dim), ``mask``, ``rotary`` (cos, sin), ``per_layer`` (batch,
+    entries, dim)."""
 
     mask = _argument("attention_mask")
     rotary = _argument("position_embeddings")
     position_ids = _argument("position_ids")
 
-    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, dict(kwargs)
+    def __init__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.module, self.args, self.kwargs = module, args, dict(kwargs)
 
     @property
     def hidden(self) -> Tensor:
@@ -185,6 +201,25 @@ class LayerCall:
             self.args = (value, *self.args[1:])
         else:
             self.kwargs["hidden_states"] = value
+
+    @property
+    def per_layer(self) -> Tensor | None:
+        """Positional or by name; None: nothing."""
+        if not _takes_per_layer(type(self.module)):
+            return None
+        return self.args[1] if len(self.args) > 1 else self.kwargs.get("per_layer_input")
+
+    @per_layer.setter
+    def per_layer(self, value: Tensor) -> None:
+        if len(self.args) > 1:
+            self.args = (self.args[0], value, *self.args[2:])
+        else:
+            self.kwargs["per_layer_input"] = value
+
+
+@functools.cache
+def _takes_per_layer(layer: type[nn.Module]) -> bool:
+    return "per_layer_input" in inspect.signature(layer.forward).parameters
 
 
 def past_length(cache: Any, mask: Any, added: int) -> int:

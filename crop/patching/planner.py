@@ -59,7 +59,7 @@ class Planner:
         if self.prunes:  # else nothing can be wrong
             self.family.check_decoder(self.language_model)
             hf.refuse_decoder(self.family, config, self.positions, self.uniform)
-            self.family.check_states(config, [cut.layer for cut in self.method.cuts], self.uniform)
+            self.family.check_cuts(config, [cut.layer for cut in self.method.cuts], self.uniform)
         if any(cut.layer == "auto" for cut in self.method.cuts):
             self.method = self.method.with_layer(self.family.default_layer(config))
         check_method(self.method, len(self.language_model.layers))

@@ -107,7 +107,12 @@ def cut(state: ForwardState, layer: int, step: PruneStep, scores: Tensor) -> tup
 
 
 def restore(state: ForwardState, hidden: Tensor, layer: int) -> Tensor:
-    """Hidden states behind ``layer`` at the pooled length: dropped tokens as they went into their cut."""
+    """Hidden states behind ``layer`` at the pooled length: dropped tokens as they went into their cut.
+
+    Those of the last tokens alone stay as they are.
+    """
+    if hidden.shape[1] < state.entries(max(layer, 0)):  # -1: the embeddings
+        return hidden
     for first, here in sorted(state.layers.items(), reverse=True):
         if first <= layer and here.hidden_before is not None:
             index = here.restore_index.to(hidden.device)

@@ -25,12 +25,12 @@ class VisionRun:
 
     Args:
         marks: at the tower's last begin and end. decoder_start: at the language model's begin.
-        observed: what the method's ``observe`` read last, one row per image of the tower; None: nothing.
+        observed: what the method's ``observe`` read last, by number of its watch, one row per image of the tower each.
     """
 
     marks: list[Any] = field(default_factory=list)
     decoder_start: Any = None
-    observed: Tensor | None = None
+    observed: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -143,6 +143,11 @@ class ForwardState:
     def at(self, layer: int) -> LayerState:
         """What decoder layer ``layer`` holds."""
         return self.layers[max(first for first in self.layers if first <= layer)]
+
+    def entries(self, layer: int) -> int:
+        """How many entries of this call decoder layer ``layer`` holds."""
+        kept = self.at(layer).kept_index
+        return self.pooled_length if kept is None else kept.shape[1]
 
     def continue_cut(self, layer: int) -> None:
         """Where only earlier calls were cut at ``layer``, the layers from there take what those before have of this one."""

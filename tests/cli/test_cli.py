@@ -241,7 +241,7 @@ def bert(tmp_path_factory) -> str:
 
 
 def test_missing_packages_are_named_with_the_extra(capsys, image, monkeypatch):
-    monkeypatch.setitem(options.NEEDED, "no_such_module", "no-such-package")
+    monkeypatch.setitem(options.NEEDED["demo"], "no_such_module", "no-such-package")
     for words in (["ask", image, "hi"], ["demo"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(words)

@@ -40,6 +40,7 @@ class Oracle:
         self.kinds = getattr(config, "layer_types", None) or ["full_attention"] * self.num_layers
         layers = [layer for layer in family.cuts if layer >= 2]
         self.default_layer = layers[0] if layers else family.cuts[-1]
+        self.shares = "shared_kv_states" in inspect.signature(self.decoder.layers[0].forward).parameters
         self._features: dict[Sample, tuple[Tensor, list[Tensor]]] = {}
         self._markers: dict[Sample, list[tuple[int, Tensor]]] = {}
         self._forwards: dict[tuple, tuple[Tensor, list[int]]] = {}
@@ -106,14 +107,22 @@ class Oracle:
         seen = key <= row
         if self.family.mask == "prefix":
             seen = seen | (key < sample.prompt_length)
-        if self.family.mask == "image":
-            image = torch.full((len(sample.ids),), -1)
-            for number, span in enumerate(sample.spans()):
-                image[list(span)] = number
-            seen = seen | ((image[row] == image[key]) & (image[row] >= 0))
+        same = torch.zeros_like(seen)
+        if "image" in self.family.mask:
+            same = self.same_image(sample, row, key)
+        if self.family.mask == "image" or (self.family.mask == "image in windows" and kind == "sliding_attention"):
+            seen = seen | same
         if kind == "sliding_attention":
             seen = seen & (row - key < self.decoder.config.sliding_window)
-        return seen
+        return seen | same if self.family.mask == "image beyond windows" else seen
+
+    @staticmethod
+    def same_image(sample: Sample, row: Tensor, key: Tensor) -> Tensor:
+        """Which positions are of one image, or of one frame of a video: vision tokens without text between them."""
+        vision = torch.zeros(len(sample.ids), dtype=torch.bool)
+        vision[[position for span in sample.spans() for position in span]] = True
+        block = torch.where(vision, (~vision).cumsum(0), -1)
+        return (block[row] == block[key]) & vision[row]
 
     # ------------------------------------------------------------------------------ one forward
     def rows(self, sample: Sample, decision: Decision) -> list[tuple[tuple[int, ...], int]]:
@@ -179,24 +188,45 @@ class Oracle:
         with torch.set_grad_enabled(self.grad):
             rows, (full, added) = self.rows(sample, decision), self.embed(sample)
             weight = self.weights(full, sample, decision)
+            extra = self.per_layer(sample, rows)
             hidden, *added = (self.pool(level, rows, decision.mode, weight) for level in (full, *added))
             places = torch.tensor([leader for _, leader in rows])
             unseen = torch.tensor(self.dropped(sample, decision, decision.kept), dtype=torch.int64)
-            attention, cuts = None, dict(decision.cuts)
+            attention, cuts, shared = None, dict(decision.cuts), {}
+            if extra is not None:
+                extra = self.decoder.project_per_layer_inputs(hidden[None], extra[None])[0]
             for index in range(stop):
                 if index in cuts:
                     hidden = self.entering(index, hidden, places, sample, decision)
                     left = ~torch.isin(places, torch.tensor(self.dropped(sample, decision, cuts[index])))
                     hidden, places, *added = (tensor[left] for tensor in (hidden, places, *added))
+                    extra = None if extra is None else extra[left]
                 mask = self.visible(sample, places, self.kinds[index])
                 if mask is not None and prompt is not None:
                     mask = mask & ~((places >= prompt)[:, None] & torch.isin(places, unseen))
-                hidden, attention = self.layer(index, hidden, self.numbers(sample, places), mask)
+                more = {} if not self.shares else {"shared_kv_states": shared}
+                more |= {} if extra is None else {"per_layer_input": extra[None, :, index]}
+                hidden, attention = self.layer(index, hidden, self.numbers(sample, places), mask, **more)
                 if index < len(added):
                     hidden = hidden + added[index]
             return hidden, places, attention
 
-    def layer(self, index: int, hidden: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def per_layer(self, sample: Sample, rows: list[tuple]) -> Tensor | None:
+        """What every layer adds to each row for the sake of its token, an image's being padding: (rows, layers, dim)."""
+        if not getattr(self.decoder.config, "hidden_size_per_layer_input", 0):
+            return None
+        config = self.model.config
+        ids = [
+            config.text_config.pad_token_id
+            if sample.ids[leader] in (config.image_token_id, config.video_token_id)
+            else sample.ids[leader]
+            for _, leader in rows
+        ]
+        return self.decoder.get_per_layer_inputs(torch.tensor(ids))
+
+    def layer(
+        self, index: int, hidden: Tensor, ids: Tensor, mask: Tensor | None, **given: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """One decoder layer alone: its output and its attention weights (None where it is no attention)."""
         module, seen = self.decoder.layers[index], []
         by_kind = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
@@ -207,7 +237,7 @@ class Oracle:
         added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)[None, None]
         handle = module.self_attn.register_forward_hook(lambda _module, _given, out: seen.append(out[1][0]))
         try:
-            out = module(hidden[None], attention_mask=added, position_embeddings=rotary)
+            out = module(hidden[None], attention_mask=added, position_embeddings=rotary, **given)
         finally:
             handle.remove()
         return _first(out)[0], seen[0]
@@ -262,7 +292,7 @@ class Oracle:
         method, decision, pooled = method.with_layer(self.default_layer), previous or Decision(), []
         fresh = range(len(decision.cells), len(decision.cells) + len(regions))
         for number, region, layout in zip(fresh, regions, layouts, strict=True):
-            cells, after = self._cells(method.plan(layout, region), sample, number, layout)
+            cells, after = self._cells(method, region, sample, number, layout)
             cuts = tuple((first, (*kept, tuple(range(len(cells))))) for first, kept in decision.cuts)
             decision = replace(decision, cells=(*decision.cells, cells), cuts=cuts)
             pooled.append(after)
@@ -275,23 +305,24 @@ class Oracle:
             decision = self._decide_cut(sample, decision, cut, fresh, pooled, regions, later=number > 0)
         return decision
 
-    def _cells(self, plan: Any, sample: Sample, number: int, layout: Any) -> tuple[tuple, Any]:
+    def _cells(self, method: Any, region: Any, sample: Sample, number: int, layout: Any) -> tuple[tuple, Any]:
         """(members, leader) of every cell of one image, and its layout after pooling."""
+        plan = method.plan(layout, region)
         if plan is None:
             return tuple(((n,), n) for n in range(len(sample.spans()[number]))), layout
         if isinstance(plan, FeaturePooling):
-            return self._cells_by_features(plan, sample, number), layout
+            return self._cells_by_features(plan, method, sample, number), layout
         edges, members, leaders = plan.offsets.tolist(), plan.members.tolist(), plan.leader.tolist()
         cells = tuple((tuple(members[edges[c] : edges[c + 1]]), leader) for c, leader in enumerate(leaders))
         return cells, layout.pool(plan, torch.arange(len(leaders)))
 
-    def _cells_by_features(self, plan: FeaturePooling, sample: Sample, number: int) -> tuple:
+    def _cells_by_features(self, plan: FeaturePooling, method: Any, sample: Sample, number: int) -> tuple:
         """Cells of an image whose method decides by features, from features computed here."""
         rows, _ = self.embed(sample)
         spans, image = sample.spans(), sample.images[number]
         observed = None
         if self.family.tower_attention:
-            observed = self.tower_attention(image.arguments["pixel_values"])
+            observed = self.tower_attention(image.arguments["pixel_values"], method)
         found = plan.decide(Features(rows[list(spans[number])], rows[spans[-1][-1] + 1 :], observed))
         cell = found.cell.tolist()
         return tuple(
@@ -300,10 +331,14 @@ class Oracle:
         )
 
     @torch.no_grad()
-    def tower_attention(self, pixels: Tensor) -> Tensor:
-        """(tokens,) attention from the class token of a CLIP tower in the layer before the last, from eager weights."""
+    def tower_attention(self, pixels: Tensor, method: Any = None) -> Tensor:
+        """(tokens,) attention from the class token of a CLIP tower in the layer before the last, from eager weights; of a
+        method that names several ``depths``, (tokens, depths)."""
         out = getattr(self.model.model, self.family.tower)(pixels, output_attentions=True)
-        return out.attentions[-2][0].double().mean(0)[0, 1:].float()
+        last = len(out.attentions) - 2
+        depths = method.depths(last) if hasattr(method, "depths") else (last,)
+        found = [out.attentions[depth][0].double().mean(0)[0, 1:].float() for depth in depths]
+        return torch.stack(found, 1) if len(found) > 1 else found[0]
 
     def _decide_cut(
         self,

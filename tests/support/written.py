@@ -1,4 +1,4 @@
-"""Prompts of tiled families as their own processors write them, of which only the text is needed, no tokenizer."""
+"""Prompts of families that write markers, as their own processors write them, of which only the text is needed, no tokenizer."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ WRITERS = {  # what the families' processors know; "@" stands for a vision token
         img_patch_token="@", img_size=70, patch_size=14,
     ),
     "cohere2_vision": dict(boi_token="S", eoi_token="E", img_line_break_token="L", image_token="@", patch_size=5),
+    "gemma4": dict(boi_token="S", eoi_token="E", image_token="@"),
+    "gemma4_unified": dict(boi_token="S", eoi_token="E", image_token="@"),
     "idefics3": dict(fake_image_token="F", global_image_tag="<global-img>", image_token="@", image_seq_len=25),
     "smolvlm": dict(fake_image_token="F", global_image_token="<global-img>", image_token="@", image_seq_len=25),
 }  # fmt: skip

@@ -36,12 +36,13 @@ class EntryHook(ModelHook):
                     "patch: a method that observes the vision tower needs a row of it for every image, got "
                     f"{self.family.model_type!r}, whose images are cut into tiles; use another method"
                 )
+            number = self.context.watches
+            self.context.watches += 1
 
             @torch.no_grad()
             def note(query: Tensor, key: Tensor, scale: float | None) -> None:
-                self.context.vision.observed = read(query, key, scale)
+                self.context.vision.observed[number] = read(query, key, scale)
 
-            self.context.observes = True
             undo.enter_context(attention_hook(module, note, when=lambda: self.context.vision is not None))
 
         self.method.observe(self.tower, self.model.config, watch)

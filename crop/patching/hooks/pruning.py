@@ -85,7 +85,7 @@ class PruningHook(ModelHook):
         state = self.context.call
         if state is None:
             return None
-        state.layer, call = index, hf.LayerCall(args, kwargs)
+        state.layer, call = index, hf.LayerCall(module, args, kwargs)
         step = self._step(index)
         if step is not None:
             call.hidden = self._prune(state, index, step, call.hidden)
@@ -93,17 +93,20 @@ class PruningHook(ModelHook):
             state.continue_cut(index)
         if index and index in state.layers and state.layers[0].position_ids is not None:
             state.renumber(index, close=state.plan is not None and self.planner.positions == "compact")
-        here = state.at(index)
+        here, queries = state.at(index), call.hidden.shape[1]
+        whole = queries == state.entries(index)  # else the model goes on with the last tokens alone, all of them text
         # Masks over input tokens do not fit a cache that was pruned anywhere: a sliding layer holds the last tokens only.
         pruned = state.pooled is not None or any(one.tokens is not None for one in state.layers.values())
         if pruned if self.planner.makes_masks else here.tokens is not None:
             call.mask = here.fitted(
                 call.mask,
-                ("mask", index in self.recurrent, self.windows[index]),
+                ("mask", index in self.recurrent, self.windows[index], queries),
                 lambda mask: self._fit_mask(state, here, index, call.hidden, mask),
             )
-        if here.kept_index is not None or here.position_ids is not None and index:
+        if whole and (here.kept_index is not None or here.position_ids is not None and index):
             call.rotary = here.fitted(call.rotary, "rotary", lambda old: self._fit_rotary(here, call.hidden, old))
+        if whole and here.kept_index is not None and call.per_layer is not None:
+            call.per_layer = ops.compact([call.per_layer], here.kept_index.to(call.per_layer.device))[0]
         if state.plan is not None and (call.position_ids is None or hf.is_flash(self.language_model.config)):
             call.position_ids = None  # gaps would send flash attention down its packed-sequence path
         elif here.kept_index is not None:
@@ -156,13 +159,10 @@ class PruningHook(ModelHook):
             return _fit_recurrent(here, mask)
         batch, queries = hidden.shape[:2]
         maps = [state.pooled, here.tokens] if self.planner.makes_masks else [here.tokens]
-        past, added = (
-            (state.past, state.added) if self.planner.makes_masks else (state.pooled_past, state.pooled_length)
-        )
-        keys = key_positions(maps, batch, past + added, queries, self.windows[index])
+        total = state.past + state.added if self.planner.makes_masks else state.pooled_total
+        keys = key_positions(maps, batch, total, state.entries(index), self.windows[index])
         full = all(tokens is None or tokens.full for tokens in maps)
-        flash = hf.is_flash(self.language_model.config)
-        mask = gather(mask, keys, full, queries, past, past + added, flash)
+        mask = gather(mask, keys, full, queries, total, hf.is_flash(self.language_model.config))
         return pad_columns(mask, hf.capacity_of(state.cache))
 
     def _fit_rotary(self, here: LayerState, hidden: Tensor, old: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
