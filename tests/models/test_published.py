@@ -38,8 +38,10 @@ def test_sizes(real):
 def test_plan(real, name, monkeypatch):
     key, model = real
     processor = published.image_processor(key)
-    t=time.time()
+    t = time.time()
     inputs = published.inputs(key, model.config, processor)
-    t1=time.time()
-    estimate = crop.estimate(model, inputs, crop.by_name(name, KEEP), REGION, processor=processor, image_size=published.PICTURE)
-    print(key, t1-t, time.time()-t1, estimate)
+    t1 = time.time()
+    estimate = crop.estimate(
+        model, inputs, crop.by_name(name, KEEP), REGION, processor=processor, image_size=published.PICTURE
+    )
+    print(key, t1 - t, time.time() - t1, estimate)

@@ -55,7 +55,9 @@ def image_processor(key: str) -> Any:
     folder, name = entry.pop("class").split(".")
     if not name.endswith("Pil"):
         rows, columns = PUBLISHED[key]["tiles"]
-        return SimpleNamespace(do_resize=True, tile_size=448, max_num_tiles=36, resize=lambda x, *_: (x, (columns, rows)))
+        return SimpleNamespace(
+            do_resize=True, tile_size=448, max_num_tiles=36, resize=lambda x, *_: (x, (columns, rows))
+        )
     module = importlib.import_module(f"transformers.models.{folder}.image_processing_pil_{folder}")
     return getattr(module, name)(**entry)
 
