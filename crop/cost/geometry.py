@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch import nn
+
+from crop.models import ModelFamily
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class LayerGeometry:
     window: int | None = None  # tokens that a query sees at most, itself included; None: all before it
     experts: Experts | None = None  # of a mixture; None in a dense layer
     state: State | None = None  # of a recurrent layer; None where there is attention
+    last: bool = False  # generate() runs it on the last token of a prompt alone
+
+    def tokens(self, length: int) -> int:
+        """How many of a sample's tokens it runs on."""
+        return min(length, 1) if self.last else length
 
     @property
     def active_weights(self) -> int:
@@ -78,10 +85,12 @@ class LayerGeometry:
 
         Convention: the full square, ``4 * num_heads * head_dim * length ** 2``, as ``torch.utils.flop_counter`` counts,
         though causal kernels skip nearly half of it; under a window the part of the square that lies less than the window
-        off its diagonal. Windows follow original positions, so that after a cut this is what they let through at most.
+        off its diagonal; a row of it where the last token alone asks. Windows follow original positions, so that after a cut this is what they let through at most.
         """
         if self.state is not None:
             return self.state.flops(length)
+        if self.last:
+            return 4.0 * self.num_heads * self.head_dim * min(length, self.window or length)
         outside = 0 if self.window is None else max(length - self.window, 0)
         # Two triangles outside of the band, whose sides are shorter by the diagonal that is in neither.
         return 4.0 * self.num_heads * self.head_dim * (length * length - outside * (outside + 1))
@@ -114,7 +123,8 @@ class DecoderGeometry:
             ValueError: a mixture of experts whose configuration does not tell how many a token passes.
         """
         config = language_model.config
-        kinds: Sequence[str] = getattr(config, "layer_types", None) or [""] * len(language_model.layers)
+        kinds = ModelFamily.layer_kinds(config)
+        shortens = "logits_to_keep" in inspect.signature(language_model.forward).parameters  # where keys are reused
         shared = cache(LayerGeometry)
         layers = []
         for kind, layer in zip(kinds, language_model.layers, strict=True):
@@ -122,7 +132,8 @@ class DecoderGeometry:
             window = config.sliding_window if kind == "sliding_attention" else None
             state = _state(config) if kind == "linear_attention" else None
             heads = (0, 0, 0) if state else _heads(layer.self_attn, config)
-            layers.append(shared(dense, *heads, window, experts, state))
+            last = shortens and state is None and heads[1] == 0
+            layers.append(shared(dense, *heads, window, experts, state, last))
         return DecoderGeometry(config.hidden_size, tuple(layers))
 
 

@@ -120,7 +120,6 @@ class BatchPlan:
         pool: the pooling, None: there is none.
         prunes: by decoder layer, the cuts at which a token leaves, ascending.
         positions: per image, (N,) int64 pooled positions of its pooled tokens.
-        tail: so many tokens at the end of every sample are text.
         text: per sample, (M,) int64 input positions of the text after its last image; None where no feature decides.
     """
 
@@ -129,7 +128,6 @@ class BatchPlan:
     pool: PoolStep | None
     prunes: dict[int, PruneStep]
     positions: list[Tensor]
-    tail: int
     text: list[Tensor] | None = None
 
     @property
@@ -241,15 +239,7 @@ def plan_batch(
     ends = _ends(found, valid, real, pool is not None)
     steps = {cut.layer: _prune_step(cut, found, real, ends) for cut in method.cuts}
     prunes = {layer: step for layer, step in steps.items() if step is not None}
-    positions = [image.pooled.position for image in found]
-    return BatchPlan(found, valid, pool, prunes, positions, _tail(images, valid), text).packed()
-
-
-def _tail(images: Sequence[tuple[int, VisionLayout]], valid: Tensor) -> int:
-    text = valid.clone()
-    for sample, layout in images:
-        text[sample, layout.position] = False
-    return int(text.flip(1).int().cumprod(1).sum(1).min())
+    return BatchPlan(found, valid, pool, prunes, [image.pooled.position for image in found], text).packed()
 
 
 def _selections(method: Method, layout: VisionLayout, region: Region, count: int) -> dict[int, Selection]:

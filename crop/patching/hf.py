@@ -147,11 +147,15 @@ class DecoderCall:
     def per_layer(self, value: Tensor) -> None:
         self.kwargs["per_layer_inputs"] = value
 
-    def need_tokens_before(self, tail: int) -> None:
-        """Let the model go on with the last tokens alone, which some do where keys are shared, only within the last ``tail``."""
+    @property
+    def last(self) -> int:
+        """So many tokens at the end are all that its later layers need to run on, in some models; 0: they run on all."""
         kept = self.kwargs.get("logits_to_keep")
-        if isinstance(kept, int) and kept > tail:
-            self.kwargs["logits_to_keep"] = 0  # the caller cuts off what it does not want
+        return kept if isinstance(kept, int) else 0
+
+    @last.setter
+    def last(self, value: int) -> None:
+        self.kwargs["logits_to_keep"] = value
 
     @property
     def cache(self) -> Any:

@@ -109,6 +109,20 @@ def gather(mask: Tensor | None, keys: Tensor, full: bool, queries: int, total: i
     return mask & real if mask.dtype == torch.bool else mask.masked_fill(~real, torch.finfo(mask.dtype).min)
 
 
+def gather_own(mask: Tensor | None, keys: Tensor, total: int) -> Tensor:
+    """The mask of a layer that carries a state, which is of the tokens of its call alone: (batch, entries) bool.
+
+    Fillers before the first token leave the state empty.
+
+    Args:
+        mask: (batch, last of the ``total`` tokens); None: all are real. keys: as by ``key_positions``, of this call.
+    """
+    if mask is None:
+        return keys >= 0
+    columns = (keys - (total - mask.shape[1])).clamp(min=0).to(mask.device)
+    return mask.bool().gather(1, columns) & (keys >= 0).to(mask.device)
+
+
 def pad_columns(mask: Tensor | None, capacity: int | None) -> Tensor | None:
     """A 4-D mask with as many columns as the cache has room for; None: it grows."""
     if mask is None or mask.ndim == 2 or capacity is None:

@@ -81,7 +81,7 @@ def test_a_cut_behind_what_they_take_is_refused():
     for layer in (4, 5, 6):
         late = InnerLLMPruning(mode="strict", layer=layer)
         with pytest.raises(
-            ValueError, match=rf"layer must be <= 3 .*'gemma4', got {layer}: the last 2 layers take keys"
+            ValueError, match=rf"layer must be <= 3 .*'gemma4', got {layer}: the last 2 layers reuse the keys"
         ):
             patched(model, late, batch, regions_of(batch)).__enter__()
     assert_unchanged(before, model)

@@ -33,6 +33,7 @@ from tests.support.cases import (
     skip_what_transformers_cannot,
 )
 from tests.support.families.entry import NUM_LAYERS
+from tests.support.oracle import norm_of
 from tests.support.quantised import Quantised
 from tests.support.snapshot import assert_unchanged, snapshot
 from tests.support.tiny_families import FAMILIES, build_model, decoder_of
@@ -156,7 +157,11 @@ def test_two_devices(family):
     batch = standard_batch(family, "left", 1)
     wanted, model = run(get_model(family, "sdpa"), batch)[1], build_model(family, "sdpa")
     model.set_experts_implementation("batched_mm")  # torch knows no shapes of float32's grouped product
-    for module in (*decoder_of(family, model).layers[NUM_LAYERS - 1 :], decoder_of(family, model).norm, model.lm_head):
+    for module in (
+        *decoder_of(family, model).layers[NUM_LAYERS - 1 :],
+        norm_of(decoder_of(family, model)),
+        model.lm_head,
+    ):
         module.to("meta")
 
         def forward(*args, original=module.forward, **kwargs):

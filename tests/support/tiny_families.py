@@ -19,11 +19,13 @@ from typing import Any
 import torch
 import transformers
 
-from tests.support.families import gemma4, grids, squares, tiles
+from tests.support.families import gemma4, grids, more_grids, more_tiles, squares, tiles
 from tests.support.families.entry import INIT, LAST_TEXT, PAD, Family
 
 SHARP = 2.5  # on the query and key weights: attention rests on 20 to 60 of 140 tokens
-FAMILIES: dict[str, Family] = squares.FAMILIES | grids.FAMILIES | gemma4.FAMILIES | tiles.FAMILIES
+FAMILIES: dict[str, Family] = (
+    squares.FAMILIES | grids.FAMILIES | more_grids.FAMILIES | gemma4.FAMILIES | tiles.FAMILIES | more_tiles.FAMILIES
+)
 THOROUGH = tuple(name for name, family in FAMILIES.items() if family.thorough)
 SUPPORTED = [(name, attention) for name, family in FAMILIES.items() for attention in family.attentions]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from crop import embedded
+from crop.geometry.region import Region
 from tests.integrations.vllm.engine import cases, families, models
 from tests.integrations.vllm.test_request import WRONG
 
@@ -157,6 +158,34 @@ def test_text_alone_and_a_batch_of_all_kinds(engine, asked):
     found = cases.ask(engine, mixed)
     assert found[1][0] == alone[0]
     assert not cases.compare(found[0], asked[0].wanted) and not cases.compare(found[3], asked[2].wanted)
+
+
+def test_a_localizer_finds_the_region_in_the_front_process(engine, asked, monkeypatch, caplog):
+    from crop.integrations.vllm import processor
+
+    seen = []
+
+    def locate(name: str, image: Any, question: str) -> Region:
+        seen.append((name, image.mode, image.size, question))
+        return Region(tuple(map(tuple, asked[0].boxes)))
+
+    monkeypatch.setattr(processor, "locate", locate)
+    monkeypatch.setattr(processor.logger, "propagate", True)
+    base = asked[0].request
+    for wishes in ({}, {"question": "the date"}):
+        found = cases.ask(engine, [with_wishes(base, localizer="ocr", keep=0.11, **wishes)])[0]
+        assert not cases.compare(found, asked[0].wanted)
+    size, text = base["multi_modal_data"]["image"].size, base["prompt"].removeprefix("<image>").strip()
+    assert [one[:3] for one in seen] == [("ocr", "RGB", size)] * 2
+    assert seen[0][3].strip() == text and seen[1][3] == "the date"
+    assert "localizer ocr took" in caplog.text
+
+    def fails(name: str, image: Any, question: str) -> Region:
+        raise ValueError("crop: crop_localizer 'ocr' must be installed where the server runs")
+
+    monkeypatch.setattr(processor, "locate", fails)
+    with pytest.raises(ValueError, match="must be installed where the server runs"):
+        cases.ask(engine, [with_wishes(base, localizer="ocr")])
 
 
 # ------------------------------------------------------------------------------------------- three axes

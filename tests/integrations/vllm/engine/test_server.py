@@ -58,7 +58,7 @@ def asked() -> list[tuple[dict[str, Any], str]]:
         scene = embedded.scene(seed)
         question = next(question for question in scene.questions if question.boxes)
         case = cases.Case(1, [[list(box) for box in question.boxes]], 0.11)
-        tokens, _ = cases.answer(model, processor, embedded.prompt(question.text), [scene.image], case)
+        tokens, *_ = cases.answer(model, processor, embedded.prompt(question.text), [scene.image], case)
         stop = tokens.index(2) if 2 in tokens else len(tokens)
         answer = processor.decode(tokens[:stop], skip_special_tokens=True)
         found.append((body(scene.image, question.text, crop_region=case.regions), answer.strip()))
