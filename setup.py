@@ -220,7 +220,7 @@ setup(
         + ["pybind11>=2.12", "setuptools", *DISASSEMBLER],
         "demo": ["pillow", "rich"],
         "vision": ["torchvision", "num2words"],  # what the processors of Qwen-VL, SmolVLM and others ask for
-        "app": ["pillow", "gradio>=6"],
+        "app": ["pillow", "gradio>=6.31"],
         "pdf": ["pypdfium2"],
         "bench": ["pillow", "tqdm", "rich", "matplotlib", "peft"],
         "eval": ["lmms-eval", "tqdm", "pillow"],

@@ -24,10 +24,12 @@ from crop.models import registry as models
 
 ROOT = Path(crop.__file__).resolve().parents[1]
 README, FAMILIES, CONTRIBUTING = "README.md", "crop/models/README.md", ".github/CONTRIBUTING.md"
+WAYS = "crop/patching/README.md"
 PAGES = {
     README: ["", "crop/patching"],
     FAMILIES: ["", "crop/models"],
     CONTRIBUTING: [""],
+    WAYS: ["", "crop/patching"],
 }  # page -> what paths start from
 NOT_OURS = {"FILE.py", "center.py", "modular_X.py", "modeling_X.py", "processing_X.py"}  # of users, of transformers
 KEPT = 28  # 11 % of the embedded model's 256 vision tokens
@@ -85,7 +87,9 @@ def test_figures_of_the_introduction_are_the_tables():
     assert len(table.strip().splitlines()) == 2 + 6
 
 
-@pytest.mark.parametrize("page", [*PAGES, "bench/README.md", "crop/localizers/README.md", "csrc/README.md"])
+@pytest.mark.parametrize(
+    "page", [*PAGES, "bench/README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("c*/**/README.md"))]
+)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", text_of(page)):
         if target.startswith("https://"):

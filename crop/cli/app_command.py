@@ -30,10 +30,11 @@ def run(options: argparse.Namespace) -> int:
         load_plugin(name)
     from crop.cli.app import App
     from crop.cli.ask import load_chosen
-    from crop.cli.page import serve
 
     app = App(load_chosen(options), options.max_new_tokens)
     for name, why in app.missing.items():
         print(f"without localizer {name}: {why}")
+    from crop.cli.page import serve
+
     serve(app, options.model, options.host, options.port)
     return 0

@@ -27,6 +27,7 @@ from crop.models import families, family_of
 from crop.patching.patch import patch
 
 EMBEDDED = "embedded"
+THOUGHTS_END = ("</think>", "<channel|>")  # what models write between thoughts and answer: Qwen, GLM, Kimi; Gemma 4
 STAGES = ("preprocess", "localizer", "plan", "vision", "prefill", "decode", "total")
 
 
@@ -184,7 +185,7 @@ class Asker:
         counts = stats.tokens_before, stats.tokens_after_plc, stats.tokens_after_ilp, stats.layer_average
         tokens = map(Tokens, *counts)
         drawings = zip(stats.layouts, stats.plans, stats.kept, regions, strict=True)
-        text = self.tidy(self.processor.decode(new, skip_special_tokens=True))
+        text = self.tidy(_without_thoughts(self.processor, new))
         return Answer(text, list(map(Seen, regions, tokens, drawings)), seconds)
 
     def compare(
@@ -202,6 +203,14 @@ class Asker:
         pruned = self.ask(images, question, method=method, localizer=localizer, max_new_tokens=max_new_tokens)
         whole = WholeLocalizer()
         return pruned, self.ask(images, question, method=None, localizer=whole, max_new_tokens=max_new_tokens)
+
+
+def _without_thoughts(processor: Any, ids: list[int]) -> str:
+    """What a model said after thinking; thoughts that did not end within the tokens of the answer, as they are."""
+    special = processor.tokenizer.get_added_vocab()
+    ends = [special[mark] for mark in THOUGHTS_END if mark in special]
+    first = max((place + 1 for place, token in enumerate(ids) if token in ends), default=0)
+    return processor.decode(ids[first:], skip_special_tokens=True)
 
 
 def load_chosen(options: argparse.Namespace) -> Asker:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from crop.cli import app_command, ask_command, serve_command
+from crop.cli import app_command, ask_command, bench_command, check_command, serve_command
 from crop.cli.options import REFUSED, count, natural, need_packages
 from crop.localizers.pretrained import one_line
 
@@ -17,8 +17,24 @@ examples:
   crop ask receipt.png "what is the total"           the embedded model finds the region itself
   crop ask photo.jpg "what color is the car" --model llava-hf/llava-1.5-7b-hf --compare
   crop app                                           a page in the browser to try it
+  crop check                                         is all of it right on this machine
+  crop bench kernels                                 how fast are they
   crop info                                          which kernels were built
 """
+
+
+COMMANDS = {  # name: module with EXAMPLES, add_options and run; in the list of commands; in its own help
+    "ask": (ask_command, "ask a model about a picture",
+            "Ask a model about a picture, with most vision tokens pruned away."),
+    "app": (app_command, "a page in the browser to try it",
+            "Serve a page: drop a picture, ask, draw a box; answers with and without pruning (extra app)."),
+    "serve": (serve_command, "an OpenAI-compatible server, with a region per request",
+              "Serve a model by vLLM; requests say where to look (extra vllm)."),
+    "check": (check_command, "does crop work here, and with this model",
+              "Verify the operators of this installation, and one model end to end."),
+    "bench": (bench_command, "how fast it is here",
+              "Time the operators, or a prefill, of this installation."),
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,15 +70,12 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"crop {crop.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    ask = commands.add_parser(
-        "ask",
-        help="ask a model about a picture",
-        description="Ask a model about a picture, with most vision tokens pruned away.",
-        epilog=ask_command.EXAMPLES,
-        formatter_class=style,
-    )
-    ask_command.add_options(ask)
-    ask.set_defaults(run=ask_command.run, parser=ask)
+    for name, (command, brief, description) in COMMANDS.items():
+        one = commands.add_parser(
+            name, help=brief, description=description, epilog=command.EXAMPLES, formatter_class=style
+        )
+        command.add_options(one)
+        one.set_defaults(run=command.run, parser=one)
 
     demo = commands.add_parser(
         "demo",
@@ -73,26 +86,6 @@ def _parse(words: list[str]) -> argparse.Namespace:
     demo.add_argument("--count", type=count, default=6, metavar="N", help="pictures (default 6)")
     demo.add_argument("--seed", type=natural, default=0, metavar="N", help="other pictures (default 0)")
     demo.set_defaults(run=_demo, parser=demo)
-
-    app = commands.add_parser(
-        "app",
-        help="a page in the browser to try it",
-        description="Serve a page: drop a picture, ask, draw a box; answers with and without pruning (extra app).",
-        epilog=app_command.EXAMPLES,
-        formatter_class=style,
-    )
-    app_command.add_options(app)
-    app.set_defaults(run=app_command.run, parser=app)
-
-    serve = commands.add_parser(
-        "serve",
-        help="an OpenAI-compatible server, with a region per request",
-        description="Serve a model by vLLM; requests say where to look (extra vllm).",
-        epilog=serve_command.EXAMPLES,
-        formatter_class=style,
-    )
-    serve_command.add_options(serve)
-    serve.set_defaults(run=serve_command.run, parser=serve)
 
     info = commands.add_parser("info", help="what was built", description="Print what was built, and versions.")
     info.set_defaults(run=_info, parser=info)

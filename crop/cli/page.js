@@ -1,4 +1,4 @@
-// The box on the picture. The field #box holds it as text; a drag on #picture writes that text, and what the text says is drawn.
+// The box on the picture, and where to look after a question. The field #box holds it as text; a drag on #picture writes that text, and what the text says is drawn.
 () => {
   const picture = document.querySelector("#picture");
   const layer = Object.assign(document.createElement("div"), { id: "boxes" });
@@ -57,4 +57,9 @@
   picture.addEventListener("load", draw, true);
   new ResizeObserver(draw).observe(picture);
   window.drawBoxes = draw;
+  window.showAnswers = () => { // on a narrow page they are below
+    const answers = document.querySelector("#answers");
+    const { top } = answers.getBoundingClientRect();
+    if (top < 0 || top > window.innerHeight / 2) answers.scrollIntoView({ behavior: "smooth" });
+  };
 }

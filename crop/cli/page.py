@@ -16,18 +16,23 @@ from crop.embedded import scenes
 from crop.localizers.pretrained import one_line
 from crop.methods.registry import method_names
 
+if tuple(map(int, gr.__version__.split(".")[:2])) < (6, 31):
+    raise ImportError(f'crop app needs gradio from 6.31 on, got {gr.__version__}: pip install "crop-vlm[app]"')
+
 EXAMPLES = 6
 SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 STYLE = """
-#picture img { object-fit: contain; touch-action: none; cursor: crosshair }
+#picture img { object-fit: contain; touch-action: none; user-select: none; cursor: crosshair }
 #boxes { position: absolute; pointer-events: none; z-index: 2 }
 #boxes div { position: absolute; border: 2px solid rgb(255, 140, 0); box-shadow: 0 0 0 1px black, inset 0 0 0 1px black }
 #question button { background: var(--button-primary-background-fill); color: var(--button-primary-text-color) }
+#refusal:not(:has(p)) { display: none }
 #refusal p { padding: 0.6rem 0.8rem; border-left: 4px solid rgb(200, 40, 40); background: rgba(200, 40, 40, 0.1) }
 #seen .image-container { padding-top: 2.5rem }
 #numbers table { width: 100%; border: 0 }
-#numbers :is(tr, th, td) { border: 0; background: none; padding: 0.2rem 0.5rem; text-align: right }
+#numbers :is(tr, th, td) { border: 0; background: none; padding: 0.2rem 0.4rem; text-align: right }
 #numbers tr { border-bottom: 1px solid var(--border-color-primary) }
+#numbers :is(th, td):not(:first-child) { white-space: nowrap; word-break: normal }
 #numbers :is(th, td):first-child { text-align: left }
 """
 ABOUT_EMBEDDED = (
@@ -53,7 +58,7 @@ def page(app: App, model: str) -> gr.Blocks:
         )
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(label="Picture", format="png", height=380, sources=["upload", "clipboard"],
+                picture = gr.Image(label="Picture", show_label=False, format="png", height=380, sources=["upload", "clipboard"],
                                    buttons=[], elem_id="picture")  # fmt: skip
                 question = gr.Textbox(label="Question", submit_btn="Ask", elem_id="question")
                 examples = [[scene.image, asked.text] for scene, asked in scenes.examples(EXAMPLES)]
@@ -64,8 +69,10 @@ def page(app: App, model: str) -> gr.Blocks:
                 with gr.Row():
                     methods = [name for name in method_names() if name != "none"]
                     method = gr.Dropdown(methods, value="crop", label="Method")
-                    percent = gr.Slider(0.5, 100, 11, step=0.5, label="Vision tokens that stay, %", buttons=[])
-            with gr.Column():
+                    percent = gr.Slider(
+                        0.5, 100, 11, step=0.5, label="Vision tokens kept, %", buttons=[], min_width=240
+                    )
+            with gr.Column(elem_id="answers"):
                 refusal = gr.HTML(elem_id="refusal")
                 with gr.Row():
                     pruned = gr.Textbox(label="Answer, pruned", lines=2, elem_id="pruned")
@@ -74,9 +81,9 @@ def page(app: App, model: str) -> gr.Blocks:
                                 buttons=["download", "fullscreen"], elem_id="seen")  # fmt: skip
                 table = gr.Markdown(elem_id="numbers")
         chosen, shown = [picture, question, localizer, box, method, percent], [refusal, pruned, plain, seen, table]
-        # On a narrow page the answers are below. Without ``preprocess`` a picture comes as the uploaded file, which Gradio
-        # has not opened: open_image does.
-        question.submit(answer, chosen, shown, api_name="ask", scroll_to_output=True, preprocess=False)
+        # Without ``preprocess`` a picture comes as the uploaded file, which Gradio has not opened: open_image does.
+        question.submit(answer, chosen, shown, api_name="ask", preprocess=False)
+        question.submit(None, js="() => showAnswers()")
         picture.change(None, None, box, js="() => ''")
         follow = f"(text, name) => {{ drawBoxes(); return text ? 'box' : name === 'box' ? '{first}' : name }}"
         box.change(None, [box, localizer], localizer, js=follow)

@@ -66,7 +66,7 @@ def estimate(
 
     Args:
         model, method, processor, image_size: as for ``patch``.
-        inputs: what the model would be called with: ``input_ids``, ``pixel_values`` and so on.
+        inputs: what ``generate()`` would be called with: ``input_ids``, ``pixel_values`` and so on.
         region: as for ``patch``; None asks before a localizer has run, which tells the same of methods with a budget.
         localizer_seconds: what finding the region costs, to be earned back.
         plan: removed, must stay True.
@@ -101,8 +101,12 @@ def estimate(
     share = f"{1000 * before.seconds:.1f} ms of prefill, {1000 * after.seconds:.1f} ms pruned"
     if localizer_seconds:
         share += f" and {1000 * localizer_seconds:.1f} ms for the localizer"
-    verdict = "prune" if prune else "do not prune"
-    return Estimate(before, after, prune, f"{verdict}: {share} (predicted)")
+    source = "predicted"
+    if device.type == "meta":
+        prune = after.flops < (1 - MARGIN) * before.flops
+        share = f"{before.flops / 1e12:.2f} TFLOPs of prefill, {after.flops / 1e12:.2f} pruned"
+        source = "counted; there are no weights to time"
+    return Estimate(before, after, prune, f"{'prune' if prune else 'do not prune'}: {share} ({source})")
 
 
 def _lengths(plan: BatchPlan, real: list[int], layer: int) -> list[int]:
@@ -119,8 +123,8 @@ def _cost(
     """Of layers that see ``lengths[layer]`` tokens per sample; shorter samples are padded."""
     flops, seconds, held = 0.0, 0.0, 0
     for layer, counts in zip(geometry.layers, lengths, strict=True):
-        flops += layer.matrix_flops(sum(counts)) + sum(map(layer.attention_flops, counts))
-        seconds += speed.matrix_seconds(layer, len(counts) * max(counts))
+        flops += layer.matrix_flops(sum(map(layer.tokens, counts))) + sum(map(layer.attention_flops, counts))
+        seconds += speed.matrix_seconds(layer, len(counts) * layer.tokens(max(counts)))
         seconds += speed.attention * len(counts) * layer.attention_flops(max(counts))
         held += sum(layer.kv_bytes(count, element_size) for count in counts)
     return Cost(tokens, flops, held, seconds)

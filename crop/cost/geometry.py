@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch import nn
+
+from crop.models import ModelFamily
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,16 @@ class LayerGeometry:
 
     weights: int
     num_heads: int
-    num_kv_heads: int
+    num_kv_heads: int  # 0 where it reads the keys of another layer
     head_dim: int
     window: int | None = None  # tokens that a query sees at most, itself included; None: all before it
     experts: Experts | None = None  # of a mixture; None in a dense layer
     state: State | None = None  # of a recurrent layer; None where there is attention
+    last: bool = False  # generate() runs it on the last token of a prompt alone
+
+    def tokens(self, length: int) -> int:
+        """How many of a sample's tokens it runs on."""
+        return min(length, 1) if self.last else length
 
     @property
     def active_weights(self) -> int:
@@ -78,10 +85,12 @@ class LayerGeometry:
 
         Convention: the full square, ``4 * num_heads * head_dim * length ** 2``, as ``torch.utils.flop_counter`` counts,
         though causal kernels skip nearly half of it; under a window the part of the square that lies less than the window
-        off its diagonal. Windows follow original positions, so that after a cut this is what they let through at most.
+        off its diagonal; a row of it where the last token alone asks. Windows follow original positions, so that after a cut this is what they let through at most.
         """
         if self.state is not None:
             return self.state.flops(length)
+        if self.last:
+            return 4.0 * self.num_heads * self.head_dim * min(length, self.window or length)
         outside = 0 if self.window is None else max(length - self.window, 0)
         # Two triangles outside of the band, whose sides are shorter by the diagonal that is in neither.
         return 4.0 * self.num_heads * self.head_dim * (length * length - outside * (outside + 1))
@@ -101,6 +110,11 @@ class DecoderGeometry:
     hidden: int  # width of its tokens
     layers: tuple[LayerGeometry, ...]  # from first to last; equal layers are one object
 
+    @property
+    def attending(self) -> LayerGeometry:
+        """The first layer with attention and keys of its own."""
+        return next(layer for layer in self.layers if layer.num_kv_heads)
+
     @staticmethod
     def of(language_model: nn.Module) -> DecoderGeometry:
         """Read off the modules and the configuration of a Hugging Face decoder; no weight is read.
@@ -109,18 +123,25 @@ class DecoderGeometry:
             ValueError: a mixture of experts whose configuration does not tell how many a token passes.
         """
         config = language_model.config
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        kinds: Sequence[str] = getattr(config, "layer_types", None) or [""] * len(language_model.layers)
+        kinds = ModelFamily.layer_kinds(config)
+        shortens = "logits_to_keep" in inspect.signature(language_model.forward).parameters  # where keys are reused
         shared = cache(LayerGeometry)
         layers = []
-        for number, layer in enumerate(language_model.layers):
+        for kind, layer in zip(kinds, language_model.layers, strict=True):
             dense, experts = _matrices(layer, config)
-            window = config.sliding_window if kinds[number] == "sliding_attention" else None
-            state = _state(config) if kinds[number] == "linear_attention" else None
-            layers.append(shared(dense, heads, kv_heads, head_dim, window, experts, state))
+            window = config.sliding_window if kind == "sliding_attention" else None
+            state = _state(config) if kind == "linear_attention" else None
+            heads = (0, 0, 0) if state else _heads(layer.self_attn, config)
+            last = shortens and state is None and heads[1] == 0
+            layers.append(shared(dense, *heads, window, experts, state, last))
         return DecoderGeometry(config.hidden_size, tuple(layers))
+
+
+def _heads(attention: nn.Module, config: Any) -> tuple[int, int, int]:
+    """Of queries, of keys in the cache (none where the layer reads another's), and their width, which may differ by layer."""
+    heads = config.num_attention_heads
+    reads = getattr(attention, "is_kv_shared_layer", False)
+    return heads, 0 if reads else heads // attention.num_key_value_groups, attention.head_dim
 
 
 def _state(config: Any) -> State:
@@ -138,10 +159,11 @@ def _matrices(layer: nn.Module, config: Any) -> tuple[int, Experts | None]:
     held = found[0]
     rows = held if isinstance(held, nn.ModuleList) else next(p for p in held.parameters() if p.dim() == 3)
     count = len(rows)
-    per_token = getattr(config, "num_experts_per_tok", None)
+    names = ("num_experts_per_tok", "top_k_experts")
+    per_token = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
     if per_token is None:
         raise ValueError(
-            "estimate: the configuration of a mixture of experts must tell num_experts_per_tok, got "
+            "estimate: the configuration of a mixture of experts must tell num_experts_per_tok or top_k_experts, got "
             f"{type(config).__name__} without"
         )
     return total - _elements(held), Experts(count, per_token, _elements(held) // count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,13 +49,18 @@ class Speed:
         return float(np.interp(tokens, SIZES, self.matrices)) * max(1.0, tokens / SIZES[-1])
 
 
+UNKNOWN = Speed((math.nan,) * len(SIZES), *[math.nan] * 4)  # of the meta device
+
+
 @lru_cache(maxsize=16)
 def measure_speed(geometry: DecoderGeometry, device: torch.device, dtype: torch.dtype) -> Speed:
     """Time a layer's worth of work: a few matrix products, one attention call, empty hooks; remembered per arguments.
 
     Source: own choice.
     """
-    layer = geometry.layers[0]
+    if device.type == "meta":
+        return UNKNOWN
+    layer = geometry.attending
     width = max(1, layer.active_weights // geometry.hidden // 8)  # an eighth of the layer is enough to time
     weight = torch.randn(width, geometry.hidden, device=device, dtype=dtype)
 
@@ -101,7 +107,7 @@ def _planning_seconds() -> float:
 
 
 def _step_seconds(geometry: DecoderGeometry, device: torch.device, dtype: torch.dtype) -> float:
-    layer, index = geometry.layers[0], torch.arange(16, device=device).unsqueeze(0)
+    layer, index = geometry.attending, torch.arange(16, device=device).unsqueeze(0)
     key = torch.randn(1, layer.num_kv_heads, 32, layer.head_dim, device=device, dtype=dtype)
     query = torch.randn(1, layer.num_heads, 4, layer.head_dim, device=device, dtype=dtype)
     hidden = torch.randn(1, 32, geometry.hidden, device=device, dtype=dtype)

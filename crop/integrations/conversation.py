@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 THINK, THOUGHT = "<think>", "</think>"  # around what a model says to itself before it answers
 
+# How a line begins with which benchmarks say in what form to answer.
+FORM = re.compile(
+    r"(please )?answer (the|this|with|in|using|directly|briefly)\b|(please )?only give\b|your response must\b|"
+    r"provide a short\b|think step by step\b",
+    re.IGNORECASE,
+)
+
 Messages = Sequence[
     dict[str, Any]
 ]  # {"role": ..., "content": [{"type": "text", "text": ...} or {"type": "image", "url": ...}]}
@@ -28,7 +36,7 @@ class Prompt:
     Args:
         text: all of it, after the chat template, up to where the answer begins.
         images: RGB, in the order of the text.
-        question: text of the last turn of the user, for localizers.
+        question: what the last turn of the user asks, for localizers.
     """
 
     text: str
@@ -48,38 +56,52 @@ def read_messages(asker: Asker, messages: Messages, source: str, **template: Any
     Raises:
         ValueError: a part that is neither text nor image; a conversation that the model has no template for.
     """
-    placeholders = {"<image>", getattr(asker.processor, "image_token", None) or "<image>"}
-    turns, images, question = [], [], ""
+    turns, images, said = [], [], ""
     for message in messages:
         content = message["content"]
-        parts = []
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part["type"] == "text":
-                text = part["text"]
-                for placeholder in placeholders:
-                    text = text.replace(placeholder, "")
-                parts.append({"type": "text", "text": text})
-            elif part["type"] == "image":
-                images.append(open_image(part["url"]))
-                parts.append({"type": "image"})
-            else:
-                raise ValueError(
-                    f"crop: messages must be made of text and images, got {part['type']} in {source}; leave the task out, "
-                    "or run it with another model of lmms-eval"
-                )
+        given = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = [_read_part(part, asker.processor, images, source) for part in given]
         turns.append({"role": message["role"], "content": parts})
         if message["role"] == "user":
-            question = "\n".join(part["text"] for part in parts if part["type"] == "text").strip()
+            said = "\n".join(part["text"] for part in parts if part["type"] == "text")
     if asker.prompt is None:
-        text = asker.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **template)
+        try:
+            text = asker.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **template)
+        except Exception as error:  # a program of its own, which can fail in any way
+            raise ValueError(
+                f"crop: the processor's chat template must take the messages of {source}, got {type(error).__name__}: {error}"
+            ) from error
     elif len(turns) == len(images) == 1:
-        text = asker.prompt(question)
+        text = asker.prompt(said)
     else:
         raise ValueError(
             "crop: messages must be one question about one image for a model with a prompt of its own, got "
             f"{len(turns)} turns with {len(images)} images in {source}"
         )
-    return Prompt(text, images, question)
+    return Prompt(text, images, what_is_asked(said))
+
+
+def _read_part(part: dict[str, Any], processor: Any, images: list[Image], source: str) -> dict[str, str]:
+    """A part as chat templates take it; a picture is added to ``images``."""
+    if part["type"] == "image":
+        images.append(open_image(part["url"]))
+        return {"type": "image"}
+    if part["type"] != "text":
+        raise ValueError(
+            f"crop: messages must be made of text and images, got {part['type']} in {source}; leave the task out, "
+            "or run it with another model of lmms-eval"
+        )
+    text = part["text"].replace("<image>", "")
+    placeholder = getattr(processor, "image_token", None)
+    return {"type": "text", "text": text.replace(placeholder, "") if placeholder else text}
+
+
+def what_is_asked(text: str) -> str:
+    """A text without the lines at its end that say in what form to answer: they show no part of an image."""
+    lines = text.strip().splitlines()
+    while len(lines) > 1 and (not lines[-1].strip() or FORM.match(lines[-1].strip())):
+        lines.pop()
+    return "\n".join(lines)
 
 
 def user_turn(visuals: Sequence[Any] | None, text: str) -> Messages:

@@ -124,9 +124,10 @@ class Forced(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0)
 
     @property
-    def scores(self) -> list[tuple[float, bool]]:
-        """(log-probability of the row, whether greedy decoding gives it) of each sample."""
+    def losses(self) -> list[tuple[float, bool]]:
+        """(mean negative log-probability of the row's tokens, whether greedy decoding gives it) of each sample."""
         found, likeliest = torch.stack(self._scores, 1).tolist(), torch.stack(self._likeliest, 1).tolist()
         return [
-            (sum(found[number][: len(row)]), all(likeliest[number][: len(row)])) for number, row in enumerate(self.rows)
+            (-sum(found[number][: len(row)]) / max(len(row), 1), all(likeliest[number][: len(row)]))
+            for number, row in enumerate(self.rows)
         ]

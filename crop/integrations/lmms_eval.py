@@ -104,7 +104,7 @@ class _Job:
 class _Reply:
     text: str
     counts: PrunedCounts
-    score: tuple[float, bool] = (0.0, True)
+    loss: tuple[float, bool] = (0.0, True)
 
 
 class CropModel(lmms):
@@ -235,9 +235,10 @@ class CropModel(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[GenerationResult]:
-        """(log-probability of the continuation, whether greedy decoding would give it), in the order of the requests.
+        """(loss of the continuation, whether greedy decoding would give it), in the order of the requests.
 
-        What is pruned follows from the prompt alone, as for an answer: the continuation is decoded, not prefilled.
+        The loss is the mean negative log-probability of a token: tasks take the smallest. What is pruned follows from the
+        prompt alone, as for an answer: the continuation is decoded, not prefilled.
         """
         jobs = []
         for request in requests:
@@ -252,7 +253,7 @@ class CropModel(lmms):
                 read = partial(self._read, to_messages, document, task, split)
             jobs.append(_Job(read, len(context) + len(continuation), {}, continuation))
         # Plain tuples become text on their way through lmms-eval 0.7.
-        return [GenerationResult(reply.score, reply.counts) for reply in self._run("loglikelihood", jobs)]
+        return [GenerationResult(reply.loss, reply.counts) for reply in self._run("loglikelihood", jobs)]
 
     # ------------------------------------------------------------------------------------------------------- batches
     def _arguments(self, request: Any) -> tuple:
@@ -291,26 +292,16 @@ class CropModel(lmms):
     def _try(self, jobs: Sequence[_Job]) -> list[_Reply] | None:
         """The replies of a batch; None where it must be smaller."""
         try:
-            return self._batch(jobs)
+            return self._answer(jobs)
         except RuntimeError as error:
             if not self.auto_batch or len(jobs) == 1 or not should_reduce_batch_size(error):
                 raise
             return None
 
-    def _batch(self, jobs: Sequence[_Job]) -> list[_Reply]:
-        """The replies of a batch; not every processor takes prompts with and without images together."""
-        prompts = [job.read() for job in jobs]
-        replies: dict[int, _Reply] = {}
-        for seeing in (True, False):
-            part = [number for number, prompt in enumerate(prompts) if bool(prompt.images) == seeing]
-            if part:
-                found = self._answer([jobs[number] for number in part], [prompts[number] for number in part])
-                replies |= zip(part, found, strict=True)
-        return [replies[number] for number in range(len(jobs))]
-
     @torch.no_grad()
-    def _answer(self, jobs: Sequence[_Job], prompts: Sequence[Prompt]) -> list[_Reply]:
+    def _answer(self, jobs: Sequence[_Job]) -> list[_Reply]:
         asker, model = self.asker, self.asker.model
+        prompts = [job.read() for job in jobs]
         scored = jobs[0].continuation is not None
         if scored:
             tokenizer, pairs = asker.processor.tokenizer, zip(prompts, jobs, strict=True)
@@ -343,7 +334,7 @@ class CropModel(lmms):
             )
             if scored:
                 counts.output_tokens = len(forced.rows[number])
-                replies.append(_Reply(jobs[number].continuation, counts, forced.scores[number]))
+                replies.append(_Reply(jobs[number].continuation, counts, forced.losses[number]))
             else:
                 replies.append(self._reply(prompt, until_end(row, model.generation_config.eos_token_id), stops, counts))
         return replies

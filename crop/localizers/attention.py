@@ -90,7 +90,9 @@ class AttentionLocalizer:
         if self.layer is not None and not 0 <= self.layer < count:
             raise ValueError(f"{op}: layer must be in [0, num_layers={count}), got {self.layer}")
         if self.layer is not None and self.layer not in self._seeing:
-            raise ValueError(f"{op}: layer must see the whole prompt, i.e. be one of {self._seeing}, got {self.layer}")
+            raise ValueError(
+                f"{op}: layer must be one that sees the whole prompt, by keys of its own: one of {self._seeing}, got {self.layer}"
+            )
         if self.rows < 1:
             raise ValueError(f"{op}: rows must be >= 1, got {self.rows}")
         check_ranges(op, self)
@@ -122,9 +124,10 @@ class AttentionLocalizer:
         """
         inputs = encode(self.processor, image, question, self.prompt).to(self.model.device, dtype=self.model.dtype)
         found: list[Attention] = []
+        prefix = family_of(self.model).traits.mask == "prefix"
 
         def read(query: Tensor, key: Tensor, scale: float | None) -> None:
-            found.append(_attention(stats, query, key, scale, self.rows))
+            found.append(_attention(stats, query, key, scale, self.rows, prefix))
             raise Stop
 
         with self.reading(read, processor=self.processor, image_size=image.size) as stats:
@@ -184,8 +187,10 @@ def _without_rotation(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     return args, kwargs | {"position_embeddings": (torch.ones_like(cosine), torch.zeros_like(sine))}
 
 
-def _attention(stats: PruneStats, query: Tensor, key: Tensor, scale: float | None, count: int) -> Attention:
-    """Attention of the text after the only image, per head."""
+def _attention(
+    stats: PruneStats, query: Tensor, key: Tensor, scale: float | None, count: int, prefix: bool
+) -> Attention:
+    """Attention of the text after the only image, per head; ``prefix``: every row of it sees the whole prompt."""
     layout = only_image(stats.layouts, "attend")
     place = stats.pooled[0].position
     first = int(place[-1]) + 1
@@ -197,7 +202,7 @@ def _attention(stats: PruneStats, query: Tensor, key: Tensor, scale: float | Non
     key = key[0].repeat_interleave(heads // key.shape[1], 0).unsqueeze(1)
     index = place.to(query.device).expand(heads, -1)
     visible = torch.arange(first, first + num_rows, device=query.device) + 1
-    visible = visible.expand(heads, -1)
+    visible = (torch.full_like(visible, first + num_rows) if prefix else visible).expand(heads, -1)
     prior, asked = (
         ops.attention_mass(query[:, :, rows], key, index, scale=scale, visible_len=visible[:, rows])
         for rows in (slice(0, 1), slice(max(1, num_rows - count), None))

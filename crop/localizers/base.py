@@ -87,14 +87,18 @@ def begin_once(processor: Any, text: str) -> dict[str, bool]:
 
 
 def chat(processor: Any, question: str, images: int) -> str:
-    """One user turn in the processor's chat template, the images first.
+    """One user turn in the processor's chat template, the images first, to be answered without thinking first.
+
+    Templates of models that can do either know ``enable_thinking``; others ignore it.
 
     Raises:
         ValueError: the template fails.
     """
     turn = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
     try:
-        return processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
+        return processor.apply_chat_template(
+            [{"role": "user", "content": turn}], add_generation_prompt=True, enable_thinking=False
+        )
     except Exception as error:  # a program of its own, which can fail in any way
         raise ValueError(
             "encode: the processor's chat template must take one user turn with parts of type image and text, got "

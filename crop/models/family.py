@@ -84,18 +84,21 @@ class DecoderTraits:
     """What a family's decoder does differently; read by masks, planner, cost model and localizers.
 
     Args:
-        mask: what a token sees beside itself and what stands before it: "causal": nothing; "image": all of its image;
-            "prefix": all of its prompt. Beyond "causal" the multimodal model makes the masks, over the input.
+        mask: what a token sees beside itself and what stands before it: "causal": nothing; "image": its image, in some
+            layers or checkpoints at least; "prefix": its prompt. Beyond "causal" the multimodal model makes the masks,
+            over the input.
         deepstack_method: method of the language model, (hidden_states, vision mask, features), that adds vision features
             of further levels after its first layers; None: there is none.
         unrotated: kinds of layers (``layer_types``) whose queries and keys have no rotary embedding.
         recurrent: kinds of layers that carry a state on in the place of keys: they cannot score, and what came in stays.
+        norm: attribute of the language model that holds the norm behind its last layer.
     """
 
     mask: Literal["causal", "image", "prefix"] = "causal"
     deepstack_method: str | None = None
     unrotated: tuple[str, ...] = ()
     recurrent: tuple[str, ...] = ()
+    norm: str = "norm"
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class ModelFamily:
         projector: attribute of the multimodal model that maps the tower's features to tokens, called once per forward;
             None: the tower does it itself.
         videos: ``images`` places videos too; otherwise they are refused.
+        tiles: an image may go through the tower in several rows.
         traits: of the decoder.
     """
 
@@ -122,6 +126,7 @@ class ModelFamily:
     decoder: str = "language_model"
     projector: str | None = "multi_modal_projector"
     videos: bool = False
+    tiles: bool = False
     traits: DecoderTraits = DecoderTraits()
 
     def is_vision(self, config: Any, ids: Tensor) -> Tensor:
@@ -149,7 +154,7 @@ class ModelFamily:
         return found if self.projector is None else [*found, self._part(base, "projector", self.projector)]
 
     def language_model(self, model: nn.Module) -> nn.Module:
-        """The decoder: has ``layers``, ``norm`` and ``config``. ValueError: the model has no such attribute."""
+        """The decoder: has ``layers``, a norm and ``config``. ValueError: the model has no such attribute."""
         return self._part(self.base(model), "decoder", self.decoder)
 
     def _part(self, base: nn.Module, what: str, name: str) -> nn.Module:
@@ -161,7 +166,8 @@ class ModelFamily:
             )
         return found
 
-    def layer_kinds(self, config: Any) -> list[str]:
+    @staticmethod
+    def layer_kinds(config: Any) -> list[str]:
         """What every decoder layer is, in transformers' words; as its caches do, where the configuration does not tell.
 
         Args:
@@ -194,8 +200,8 @@ class ModelFamily:
         return min(givers, default=len(kinds) - 1)
 
     def position_axes(self, config: Any) -> int:
-        """Axes of a language model's rotary embedding: 3 where its frequencies are shared out, else 1."""
-        return 3 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1
+        """Axes of a language model's rotary embedding: as many as its frequencies are shared out to, else 1."""
+        return len((getattr(config, "rope_parameters", None) or {}).get("mrope_section", "1"))
 
     def windows(self, config: Any) -> list[int | None]:
         """Sliding window of every decoder layer, None where it sees everything."""
@@ -254,7 +260,7 @@ class ModelFamily:
         if self.shared_layers(config) and late:
             raise ValueError(
                 f"patch: layer must be <= {last} for this {self.model_type!r}, got {late[0]}: the last "
-                f"{self.shared_layers(config)} layers take keys and values from layer {last} on, tokens and all"
+                f"{self.shared_layers(config)} layers reuse the keys and values of earlier ones, of which {last} is the first"
             )
 
     def check_scoring(self, config: Any, layers: Sequence[int], total: int) -> None:
@@ -274,8 +280,9 @@ class ModelFamily:
             window = seen[layer - 1]
             if window is not None and total > window:
                 full = [number for number in self._scored_cuts(config) if seen[number - 1] is None]
+                where = f"i.e. be one of {full}" if full else "which none does (prune by PreLLMCompression instead)"
                 raise ValueError(
-                    f"patch: layer must follow a layer that sees all {total} tokens, i.e. be one of {full}, got {layer}: "
+                    f"patch: layer must follow a layer that sees all {total} tokens, {where}, got {layer}: "
                     f"layer {layer - 1} scores and has a sliding window of {window}"
                 )
 
@@ -296,6 +303,15 @@ class ModelFamily:
                 "without one before its last; prune before the language model (PreLLMCompression) instead"
             )
         return next((layer for layer in cuts if layer >= 2), cuts[-1])
+
+
+def need_picture(config: Any, processor: Any, sizes: Sequence[Size] | None, what: str) -> None:
+    """ValueError: the caller gave no processor or no sizes, by which alone a region is found; they decide ``what``."""
+    if processor is None or sizes is None:
+        name = "processor" if processor is None else "image_size"
+        raise ValueError(
+            f"patch: {name} must be given for {config.model_type!r} with a region, because it decides {what}, got None"
+        )
 
 
 def stack_views(layouts: Sequence[VisionLayout]) -> VisionLayout:

@@ -51,6 +51,12 @@ def fast_vlm_images(prompt: Prompt) -> Placed:
     return square_images(prompt, math.isqrt(prompt.config.image_seq_length), processor_view=True)
 
 
+def janus_images(prompt: Prompt) -> Placed:
+    """Janus and DeepSeek-VL: the image, padded to a square, one token per patch."""
+    vision = prompt.config.vision_config
+    return square_images(prompt, vision.image_size // vision.patch_size, processor_view=True)
+
+
 def gemma3_images(prompt: Prompt) -> Placed:
     """Gemma 3: the resized image, pooled to a square. Pan-and-scan crops are images of their own to the model."""
     return square_images(prompt, math.isqrt(prompt.config.mm_tokens_per_image))

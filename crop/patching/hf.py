@@ -99,12 +99,16 @@ def brings_images(arguments: Mapping[str, Any], videos: bool) -> bool:
     return images or frames
 
 
-def valid_tokens(arguments: Mapping[str, Any], ids: Tensor) -> Tensor:
-    """(batch, seq_len) bool on the CPU: the tokens of this call that are no padding."""
+def on_host(ids: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Token ids (batch, seq_len) int64 and which of them are no padding, bool, on the CPU; read from the device at once."""
     mask = caller_mask(arguments)
-    if mask is None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    return mask[:, mask.shape[1] - ids.shape[1] :].cpu().to(torch.bool)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:  # no mask, or one that ``refuse_unsupported`` refuses
+        ids = ids.cpu()
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    mask = mask[:, mask.shape[1] - ids.shape[1] :]
+    if mask.device == ids.device and mask.shape == ids.shape:
+        ids, mask = torch.stack([ids, mask.to(ids.dtype)]).cpu()
+    return ids.cpu(), mask.cpu().to(torch.bool)
 
 
 # ------------------------------------------------------------------------------ the language model and its layers
@@ -143,11 +147,15 @@ class DecoderCall:
     def per_layer(self, value: Tensor) -> None:
         self.kwargs["per_layer_inputs"] = value
 
-    def need_tokens_before(self, tail: int) -> None:
-        """Let the model go on with the last tokens alone, which some do where keys are shared, only within the last ``tail``."""
+    @property
+    def last(self) -> int:
+        """So many tokens at the end are all that its later layers need to run on, in some models; 0: they run on all."""
         kept = self.kwargs.get("logits_to_keep")
-        if isinstance(kept, int) and kept > tail:
-            self.kwargs["logits_to_keep"] = 0  # the caller cuts off what it does not want
+        return kept if isinstance(kept, int) else 0
+
+    @last.setter
+    def last(self, value: int) -> None:
+        self.kwargs["logits_to_keep"] = value
 
     @property
     def cache(self) -> Any:
@@ -258,8 +266,8 @@ def refuse_generation(model: nn.Module, args: tuple, options: Mapping[str, Any],
             None if (name, value, given) == ("cache_implementation", "hybrid", None) and name not in options else value
         )
 
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-        if option(name) is not None:
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+        if option(name) not in (None, False):
             raise ValueError(
                 f"patch: generate() must not use assisted generation, got {name}={option(name)!r}: its draft tokens "
                 "would take part in the scoring; use plain decoding"
@@ -281,8 +289,17 @@ def refuse_unsupported(arguments: Mapping[str, Any], ids: Tensor, language_model
     """Arguments of a call with images that this patch would get wrong."""
     from transformers import DynamicCache, StaticCache
 
+    for name in ("output_attentions", "output_router_logits"):
+        asked = arguments.get(name)
+        if getattr(language_model.config, name, False) if asked is None else asked:
+            raise ValueError(
+                f"patch: {name} must be off, got True: every layer has them for the tokens that it holds, not for those of the "
+                "input; ask outside of the block"
+            )
     cache, mask = cache_of(arguments), caller_mask(arguments)
     got = type(cache).__name__
+    if getattr(cache, "offloading", False):
+        raise ValueError(f"patch: past_key_values must stay on its device, got a {got} with offloading=True")
     if isinstance(cache, StaticCache) and not uniform:
         raise ValueError(f"patch: past_key_values must be a DynamicCache, got {got}: {_UNEQUAL}")
     if isinstance(cache, StaticCache) and is_flash(language_model.config):

@@ -63,11 +63,15 @@ def key_positions(maps: Sequence[TokenMap | None], batch: int, total: int, added
     Returns:
         (batch, keys) int64, -1 = filler; the last ``added`` are those of this call.
     """
-    positions = torch.arange(total, device="cpu").expand(batch, -1)
+    positions = None
     for tokens in maps:
-        if tokens is not None:
+        if tokens is not None and positions is None:
+            positions = tokens.sources(total)
+        elif tokens is not None:
             sources = tokens.sources(positions.shape[1])
             positions = look_up(positions.to(sources.device), sources)
+    if positions is None:
+        positions = torch.arange(total, device="cpu").expand(batch, -1)
     if window is not None:
         positions = positions[:, -(min(positions.shape[1] - added, window - 1) + added) :]
     return positions
@@ -103,6 +107,20 @@ def gather(mask: Tensor | None, keys: Tensor, full: bool, queries: int, total: i
     mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
     mask = mask.gather(3, columns.clamp(min=0)[:, None, None, :].expand(-1, mask.shape[1], queries, -1))
     return mask & real if mask.dtype == torch.bool else mask.masked_fill(~real, torch.finfo(mask.dtype).min)
+
+
+def gather_own(mask: Tensor | None, keys: Tensor, total: int) -> Tensor:
+    """The mask of a layer that carries a state, which is of the tokens of its call alone: (batch, entries) bool.
+
+    Fillers before the first token leave the state empty.
+
+    Args:
+        mask: (batch, last of the ``total`` tokens); None: all are real. keys: as by ``key_positions``, of this call.
+    """
+    if mask is None:
+        return keys >= 0
+    columns = (keys - (total - mask.shape[1])).clamp(min=0).to(mask.device)
+    return mask.bool().gather(1, columns) & (keys >= 0).to(mask.device)
 
 
 def pad_columns(mask: Tensor | None, capacity: int | None) -> Tensor | None:

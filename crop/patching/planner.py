@@ -94,21 +94,27 @@ class Planner:
 
     def _plan(self, arguments: Mapping[str, Any], given: Mapping[str, Any] | None, copies: int) -> BatchPlan | None:
         ids = hf.token_ids(arguments)
-        if not hf.brings_images(arguments, self.family.videos):
+        if ids is None and self.prunes:
+            raise ValueError(
+                "patch: input_ids must be given, got inputs_embeds alone: which of them are vision tokens is not known; for "
+                "text use method=None"
+            )
+        if ids is None or not hf.brings_images(arguments, self.family.videos):
             return None
-        if ids is None and not self.prunes:
-            return None
-        if ids is None:
-            raise ValueError("patch: input_ids must be given with pixel_values, got inputs_embeds alone")
-        ids = ids.cpu()
+        ids, valid = hf.on_host(ids, arguments)
         if not self.family.is_vision(self.model.config, ids).any():
             return None
         prompt = Prompt(self.model.config, ids[::copies], given or arguments, self.image_processor, self.image_sizes)
         images = _repeated(self.family.images(prompt), copies)
-        return self._plan_images(ids, images, arguments, copies) if images else None
+        return self._plan_images(ids, valid, images, arguments, copies) if images else None
 
     def _plan_images(
-        self, ids: Tensor, images: list[tuple[int, VisionLayout]], arguments: Mapping[str, Any], copies: int
+        self,
+        ids: Tensor,
+        valid: Tensor,
+        images: list[tuple[int, VisionLayout]],
+        arguments: Mapping[str, Any],
+        copies: int,
     ) -> BatchPlan:
         regions = [Region.whole()] if self.regions is None else self.regions
         regions = one_per_image("region", regions, [sample for sample, _ in images], copies)
@@ -133,7 +139,7 @@ class Planner:
                 f"patch: rope must be True for an image that follows a cache, got False and {past} cached "
                 "tokens; score with positions, or process the whole conversation without a cache"
             )
-        plan = plan_batch(self.method, images, regions, hf.valid_tokens(arguments, ids))
+        plan = plan_batch(self.method, images, regions, valid)
         filled = plan.pool is None or plan.pool.filled is None
         if past and not (filled and all(step.full for step in plan.prunes.values())) and self._carries_states:
             # Fillers stand before the new tokens, where a state that is not empty decays.

@@ -40,7 +40,9 @@ def score(
     dropped = 0 if here.tokens is None else here.tokens.dropped
     key = key[:, :, : state.pooled_total - dropped]  # a static cache is longer
     past = key.shape[2] - query.shape[2]
-    row_key, candidates = torch.where(rows >= 0, rows + past, -1), torch.where(candidates >= 0, candidates + past, -1)
+    row_key = rows
+    if past:
+        row_key, candidates = (torch.where(index >= 0, index + past, -1) for index in (rows, candidates))
     real, start = layer_valid(state.valid, here.tokens, state.pooled_total), None
     if real is not None:
         real = real.to(device)

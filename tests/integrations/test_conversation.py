@@ -9,7 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from crop.integrations.conversation import chat_arguments, cut_answer, next_round, read_messages, user_turn
+from crop.integrations.conversation import (
+    chat_arguments,
+    cut_answer,
+    next_round,
+    read_messages,
+    user_turn,
+    what_is_asked,
+)
 from crop.integrations.generation import FirstToken, Forced, continuation_ids, generation, until_end
 
 pytestmark = pytest.mark.fast
@@ -40,6 +47,32 @@ def test_messages_become_a_prompt_with_its_pictures_in_order(tmp_path):
     assert "'enable_thinking': True" in prompt.text
 
 
+@pytest.mark.parametrize("text,asked", [
+    ("Is there a dog?\nAnswer the question using a single word or phrase.", "Is there a dog?"),
+    ("What is it?\nA. dog\nB. cat\nAnswer with the option's letter from the given choices directly.",
+     "What is it?\nA. dog\nB. cat"),
+    ("What?\n\nThink step by step and give your final answer.\n\nPlease answer directly.", "What?"),
+    ("Answer the question", "Answer the question"),  # it says nothing else
+    ("Answer in the sign\nwhat does it say", "Answer in the sign\nwhat does it say"),  # only at the end
+    ("", ""),
+])  # fmt: skip
+def test_localizers_are_not_told_in_what_form_to_answer(text, asked):
+    assert what_is_asked(text) == asked
+    prompt = read_messages(asker(), user_turn([DOT], text), "a test")
+    assert prompt.question == asked and repr(text)[1:-1] in prompt.text  # the model is
+
+
+def test_a_template_that_fails_is_named():
+    def fail(turns, **_):
+        raise KeyError("system")
+
+    model = SimpleNamespace(processor=SimpleNamespace(apply_chat_template=fail), prompt=None)
+    with pytest.raises(
+        ValueError, match="chat template must take the messages of document 3 of t, got KeyError: 'system'"
+    ):
+        read_messages(model, user_turn([DOT], "what"), "document 3 of t")
+
+
 def test_pictures_are_upright_and_what_is_transparent_is_white():
     ink = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
     deep = Image.fromarray(np.array([[0, 30000, 65535]], np.uint16))
@@ -61,7 +94,10 @@ def test_what_is_neither_text_nor_image_is_refused_by_name(visual, kind):
 
 def test_a_model_with_a_prompt_of_its_own_takes_one_question_about_one_image():
     model = SimpleNamespace(processor=SimpleNamespace(), prompt=lambda question: f"<image> {question}")
-    assert read_messages(model, user_turn([DOT], "what"), "a test").text == "<image> what"
+    assert (
+        read_messages(model, user_turn([DOT], "what\nAnswer briefly."), "a test").text
+        == "<image> what\nAnswer briefly."
+    )
     for messages in (
         user_turn([], "what"),
         user_turn([DOT, DOT], "what"),
@@ -145,8 +181,9 @@ def test_forced_tokens_are_written_and_scored():
     assert forced(None, logits).argmax(-1).tolist() == [1, 0, 0]
     assert forced(None, logits).argmax(-1).tolist() == [2, 0, 0]
     high, low = logits[0].log_softmax(-1)[[1, 0]].tolist()
-    (first, second, third) = forced.scores
-    assert first == (pytest.approx(high + low), False) and second == (pytest.approx(high), True) and third == (0, True)
+    first, second, third = forced.losses
+    assert first == (pytest.approx(-(high + low) / 2), False) and second == (pytest.approx(-high), True)
+    assert third == (0, True)
 
 
 def test_time_to_the_first_token_is_that_of_the_first():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +17,7 @@ import crop
 from crop import embedded
 from crop.cli.options import UsageError
 from crop.integrations.generation import limit_pixels
+from tests.integrations import benchmarks
 from tests.integrations.conftest import chat_request, give_documents, questions
 
 pytest.importorskip("tqdm")
@@ -99,6 +104,28 @@ def test_what_a_sample_took_is_written_beside_it(lmms, ask):
     assert "reasoning_tokens" not in found
 
 
+def test_counts_of_a_sample_are_those_of_its_images(lmms, ask, chatty, monkeypatch):
+    """In a batch whose samples have one image, two, none and one."""
+    scene = questions(1)[0][0].image
+    model = lmms.CropModel(chatty, "none", device="cpu", batch_size=4)
+    counts = {
+        "tokens_before": [1, 20, 300, 4000],
+        "tokens_after_ilp": [5, 60, 700, 8000],
+        "layer_average": [2, 30, 4, 5],
+    }
+
+    @contextlib.contextmanager
+    def counted(*_, **__):
+        yield SimpleNamespace(**counts)
+
+    monkeypatch.setattr(lmms, "patch", counted)
+    asked = [("a b c d", [scene]), ("a b c", [scene] * 2), ("a b", []), ("a", [scene])]
+    found = [result.token_counts for result in ask(model, asked, {"max_new_tokens": 1})]
+    assert [one.vision_tokens for one in found] == [1, 320, 0, 4000]
+    assert [one.vision_tokens_kept for one in found] == [5, 760, 0, 8000]
+    assert [one.vision_tokens_average for one in found] == [2, 34, 0, 5]
+
+
 def test_each_image_has_its_region(lmms, ask, chatty, monkeypatch, tmp_path):
     """Also where requests with several images and with one are answered together."""
     corner = {"red": (0, 0, 0.5, 0.5), "green": (0.5, 0, 1, 0.5), "blue": (0, 0.5, 0.5, 1)}
@@ -180,13 +207,13 @@ def test_continuations_are_scored_as_they_would_be_generated(lmms, method):
             output = net.generate(**inputs, max_new_tokens=count, do_sample=False, output_logits=True,
                                   return_dict_in_generate=True)  # fmt: skip
         assert processor.decode(output.sequences[0, -count:]) == question.answer
-        expected = sum(logits.log_softmax(-1).max().item() for logits in output.logits)
+        expected = -sum(logits.log_softmax(-1).max().item() for logits in output.logits) / count
         assert result.text == (pytest.approx(expected, abs=1e-4), True)
         assert result.token_counts.output_tokens == count
         if method == "none":
             whole = processor(images=scene.image, text=f"{text} {question.answer}", return_tensors="pt")
             logits = net(**whole).logits[0, -count - 1 : -1].log_softmax(-1)
-            one = logits.gather(1, whole["input_ids"][0, -count:, None]).sum().item()
+            one = -logits.gather(1, whole["input_ids"][0, -count:, None]).mean().item()
             assert result.text[0] == pytest.approx(one, abs=1e-4)
 
 
@@ -202,14 +229,14 @@ def test_a_wrong_continuation_is_unlikely_and_a_batch_scores_as_singles(lmms):
         )
     for one, other in zip(found[3], found[1], strict=True):
         assert one.text == (pytest.approx(other.text[0], abs=1e-4), other.text[1])
-        assert one.text[0] < math.log(0.5) and one.text[1] is False
+        assert one.text[0] > math.log(2) and one.text[1] is False
 
 
 def test_a_choice_is_scored_without_a_question_too(lmms, chatty):
     """As tasks that compare with the choice alone ask for it; older requests have no document then."""
     model = lmms.SimpleCropModel(chatty, "crop", 0.3, device="cpu")
     (result,) = model.loglikelihood([SimpleNamespace(args=("", "red dog"))])
-    assert result.text[0] < 0 and result.token_counts.vision_tokens == 0
+    assert result.text[0] > 0 and result.token_counts.vision_tokens == 0
 
 
 def test_the_older_form_gives_the_same_answers(lmms, ask):
@@ -328,3 +355,25 @@ def test_memory_comes_back_before_a_judge_is_loaded(lmms):
     assert not [value for value in vars(model).values() if isinstance(value, torch.nn.Module)] and not hasattr(
         model, "asker"
     )
+
+
+# ---------------------------------------------------------------------------------------------------------- README
+@pytest.mark.fast
+def test_commands_of_the_page_are_ones_that_run(lmms):
+    """Known options and methods; only tasks whose files the dry runs read, and all of them."""
+    page = (Path(lmms.__file__).parent / "README.md").read_text()
+    known = inspect.signature(lmms.CropModel).parameters.keys() - {"unknown"}
+    tables, named = re.findall(r"```bash\n(for .*?)```", page, re.S), set()
+    assert len(tables) == 4
+    for table in tables:
+        (hows,) = re.findall(r"for how in (.*); do", table)
+        (arguments,) = re.findall(r"--model_args (\S+)", table)
+        named |= set(re.findall(r"--tasks (\S+)", table)[0].split(","))
+        for how in hows.split():
+            given = dict(pair.split("=") for pair in arguments.replace("$how", how).split(","))
+            assert given.keys() <= known
+            crop.by_name(given["method"], float(given.get("keep", 1)), 32)
+    assert named == set(benchmarks.TASKS)
+    rows = re.findall(r"^\| (`.*?) \|", page.split("## What it does")[0], re.M)
+    written = set(re.findall(r"`(\w+)`", " ".join(rows)))
+    assert written == known - {"device", "batch_size", "max_batch_size"}  # these are lmms-eval's own

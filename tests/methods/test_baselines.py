@@ -44,6 +44,7 @@ from tests.support.cases import (
 )
 from tests.support.families.entry import NUM_LAYERS
 from tests.support.oracle import Oracle
+from tests.support.snapshot import assert_unchanged, snapshot
 from tests.support.tiny_families import FAMILIES, THOROUGH
 
 names = pytest.mark.parametrize("name", list(BASELINES))
@@ -206,9 +207,23 @@ def test_pooling_by_features_follows_beams_and_many_images():
         assert torch.equal(kept[beam], stats.kept[images * sample + image])
 
 
-def test_towers_without_fitting_tokens_are_refused():
-    with pytest.raises(ValueError, match="needs a tower of clip_vision_model"):
-        patched(get_model("qwen2_5_vl"), VisionZip(0.2), standard_batch("qwen2_5_vl", "single", 1)).__enter__()
+TOWERS = {
+    "qwen2_5_vl": "needs a tower of clip_vision_model",
+    "gemma3": "vision_feature_layer must be one layer for this method, got None",
+    "llava_next": "a row of it for every image, got 'llava_next', whose images are cut into tiles",
+    "llava_onevision": "a row of it for every image, got 'llava_onevision'",
+    "aya_vision": "a row of it for every image, got 'aya_vision'",
+}
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_towers_without_fitting_tokens_are_refused(family):
+    """When the block is entered, before anything is changed."""
+    model = get_model(family)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=TOWERS[family]):
+        patched(model, VisionZip(0.2), standard_batch(family, "single", 1)).__enter__()
+    assert_unchanged(before, model)
 
 
 def test_what_is_observed_is_the_towers_attention():

@@ -14,7 +14,7 @@ import torch
 
 from crop.geometry.layout import NEWLINE, PATCH, VisionLayout
 from crop.models import Prompt, families
-from tests.support.pictures import grids, squares, tiles
+from tests.support.pictures import grids, more, squares, tiles
 from tests.support.pictures.colours import MARK
 from tests.support.written import WRITERS, ovis2_markers, written
 
@@ -22,7 +22,7 @@ from tests.support.written import WRITERS, ovis2_markers, written
 # token: the others resize to whole tokens.
 SIZES = [(320, 320), (500, 300), (300, 500), (403, 267), (900, 260)]
 BREAK = 1
-CASES = squares.CASES | grids.CASES | tiles.CASES
+CASES = squares.CASES | grids.CASES | tiles.CASES | more.CASES
 UNTESTED: dict[str, str] = {}  # a family without a case -> the reason
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from crop.geometry.region import Region
 from crop.methods import InnerLLMPruning, PreLLMCompression
-from crop.models import families
+from crop.models import families, family_of
+from crop.models.refused import REFUSED
 from crop.models.tiles import tiled_check
 from crop.patching.hf import refuse_transformers
 from crop.patching.patch import patch
@@ -40,6 +44,18 @@ def test_readme_lists_what_the_contract_runs_over(page):
 @pytest.mark.fast
 def test_every_family_is_in_the_contract():
     assert {get_config(name).model_type for name in FAMILIES} == set(families())
+
+
+@pytest.mark.fast
+def test_every_model_type_that_reads_images_is_supported_or_refused_with_a_reason():
+    """Of all that transformers knows as such; what is refused is so by name, not as a stranger."""
+    known = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    assert not known - set(families()) - set(REFUSED) and not set(families()) & set(REFUSED)
+    for model_type, reason in REFUSED.items():
+        model = torch.nn.Linear(1, 1)
+        model.config = SimpleNamespace(model_type=model_type)
+        with pytest.raises(ValueError, match=re.escape(f"got {model_type!r}: {reason}")):
+            family_of(model)
 
 
 @pytest.mark.fast
@@ -99,7 +115,7 @@ def test_a_region_among_tiles_needs_processor_and_size(name):
     refused(model, "image_size must be given once per image, got 3 for 2 images", batch.inputs,
             processor=make(), image_size=few)  # fmt: skip
     message = r"an image of 30 x 30 pixels must have . tiles .*, got 3 in the prompt; .* set on the processor itself"
-    if name != "perception_lm":  # the tiny one's arrangements are of two tiles each
+    if name not in ("perception_lm", "lfm2_vl"):  # the tiny one's arrangements are of two tiles each
         refused(model, message, batch.inputs, processor=make(), image_size=[(30, 30)] * 2)
 
 
@@ -187,19 +203,19 @@ def test_sight_is_judged_by_the_prompt():
 
 
 def test_text_models_that_attend_otherwise():
-    """Attention sinks take a share that scores would not know of; windows are known where `layer_types` tells them."""
+    """Attention sinks take a share that scores would not know of; chunks end where no mask of ours is cut."""
     config = FAMILIES["internvl"].config()
     config.text_config = transformers.GptOssConfig(**TEXT, head_dim=8, num_local_experts=2)
     refused(transformers.InternVLForConditionalGeneration(config).eval(), "must be without sinks, got .* GptOssModel")
-    config = FAMILIES["pixtral"].config()
-    config.text_config = transformers.MistralConfig(**TEXT, sliding_window=20)
-    model = transformers.LlavaForConditionalGeneration(config).eval()
-    refused(model, "a sliding window that layer_types tells, got sliding_window=20")
+    config.text_config = transformers.LlamaConfig(**TEXT)
+    config.text_config.layer_types = ["chunked_attention"] * 4
+    model = transformers.InternVLForConditionalGeneration(config).eval()
+    refused(model, r"must be of full attention or of a sliding window, got \['chunked_attention'\]")
 
 
 def test_a_video_elsewhere():
-    inputs = dict(standard_batch("glm4v", "left", 1).inputs, pixel_values_videos=torch.zeros(1))
-    refused(build_model("glm4v"), "must hold images only, got video; give the frames as images", inputs)
+    inputs = dict(standard_batch("paddleocr_vl", "left", 1).inputs, pixel_values_videos=torch.zeros(1))
+    refused(build_model("paddleocr_vl"), "must hold images only, got video; give the frames as images", inputs)
 
 
 def test_a_video_is_one_entry_with_a_view_per_frame():

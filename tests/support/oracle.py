@@ -24,7 +24,12 @@ from crop.geometry.layout import PATCH
 from crop.methods.base import FeaturePooling, Features
 from tests.support.batches import Sample
 from tests.support.decision import Decision, Kept, Steps, choose
-from tests.support.families.entry import Family
+from tests.support.families.entry import PAD, Family
+from tests.support.sight import visible
+
+GRIDS = {  # what positions follow from: argument of the model -> of `get_rope_index`
+    name: name for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "target_sizes")
+} | {"video_second_per_grid": "second_per_grids"}
 
 
 class Oracle:
@@ -37,7 +42,9 @@ class Oracle:
         self.decoder = getattr(model.model, family.decoder)
         self.num_layers = len(self.decoder.layers)
         config = self.decoder.config
-        self.kinds = getattr(config, "layer_types", None) or ["full_attention"] * self.num_layers
+        every = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+        self.kinds = getattr(config, "layer_types", None) or [every] * self.num_layers
+        self.axes = len((getattr(config, "rope_parameters", None) or {}).get("mrope_section", "thw"))
         layers = [layer for layer in family.cuts if layer >= 2]
         self.default_layer = layers[0] if layers else family.cuts[-1]
         self.shares = "shared_kv_states" in inspect.signature(self.decoder.layers[0].forward).parameters
@@ -62,6 +69,8 @@ class Oracle:
                     self._markers[prompt] = list(zip(self.model.config.visual_indicator_token_ids, marks, strict=True))
                 levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
                 token = getattr(self.model.config, f"{name}_token_id")
+                if token not in prompt.ids:  # image tokens stand for GLM's frames
+                    token = self.model.config.image_token_id
                 streams.append((inputs["input_ids"][0] == token, [_rows(level) for level in levels]))
             is_vision = sum((here for here, _ in streams), torch.zeros(len(prompt.ids), dtype=torch.bool))
             levels = [torch.zeros(len(prompt.ids), level.shape[1]) for level in streams[0][1]] if streams else []
@@ -86,43 +95,19 @@ class Oracle:
         """Original position ids, (tokens,) or (3, tokens) for multi-axis rotary embeddings."""
         if not hasattr(self.model.model, "get_rope_index"):
             return torch.arange(len(sample.ids)) + self.family.first_position
-        inputs = sample.prompt().inputs()
-        more = {
-            name: inputs[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if name in inputs
-        }
+        index, inputs = self.model.model.get_rope_index, sample.prompt().inputs()
+        more = {asked: inputs[name] for name, asked in GRIDS.items() if name in inputs}
         if not more:
-            return torch.arange(len(sample.ids)).expand(3, -1)
-        found, _ = self.model.model.get_rope_index(
-            inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"], **more
-        )
+            return torch.arange(len(sample.ids)).expand(self.axes, -1)
+        if "mm_token_type_ids" in inspect.signature(index).parameters:
+            more["mm_token_type_ids"] = inputs["mm_token_type_ids"]
+        found, _ = index(inputs["input_ids"], attention_mask=inputs["attention_mask"], **more)
         behind = found.max() + 1 + torch.arange(len(sample.ids) - sample.prompt_length)
-        return torch.cat([found[:, 0], behind.expand(3, -1)], 1)
+        return torch.cat([found[:, 0], behind.expand(self.axes, -1)], 1)
 
     def visible(self, sample: Sample, places: Tensor, kind: str) -> Tensor | None:
-        """(rows, rows) bool: which of the rows at the original positions `places` each sees in a layer of this kind; None
-        where a layer is no attention."""
-        if kind not in ("full_attention", "sliding_attention"):
-            return None
-        row, key = places[:, None], places[None]
-        seen = key <= row
-        if self.family.mask == "prefix":
-            seen = seen | (key < sample.prompt_length)
-        same = torch.zeros_like(seen)
-        if "image" in self.family.mask:
-            same = self.same_image(sample, row, key)
-        if self.family.mask == "image" or (self.family.mask == "image in windows" and kind == "sliding_attention"):
-            seen = seen | same
-        if kind == "sliding_attention":
-            seen = seen & (row - key < self.decoder.config.sliding_window)
-        return seen | same if self.family.mask == "image beyond windows" else seen
-
-    @staticmethod
-    def same_image(sample: Sample, row: Tensor, key: Tensor) -> Tensor:
-        """Which positions are of one image, or of one frame of a video: vision tokens without text between them."""
-        vision = torch.zeros(len(sample.ids), dtype=torch.bool)
-        vision[[position for span in sample.spans() for position in span]] = True
-        block = torch.where(vision, (~vision).cumsum(0), -1)
-        return (block[row] == block[key]) & vision[row]
+        """Which of the rows at the original positions `places` each sees in a layer of this kind, see `sight.visible`."""
+        return visible(self.family.mask, sample, places, kind, self.decoder.config)
 
     # ------------------------------------------------------------------------------ one forward
     def rows(self, sample: Sample, decision: Decision) -> list[tuple[tuple[int, ...], int]]:
@@ -190,6 +175,7 @@ class Oracle:
             weight = self.weights(full, sample, decision)
             extra = self.per_layer(sample, rows)
             hidden, *added = (self.pool(level, rows, decision.mode, weight) for level in (full, *added))
+            hidden = hidden * getattr(self.decoder.config, "embedding_multiplier", 1.0)
             places = torch.tensor([leader for _, leader in rows])
             unseen = torch.tensor(self.dropped(sample, decision, decision.kept), dtype=torch.int64)
             attention, cuts, shared = None, dict(decision.cuts), {}
@@ -215,14 +201,9 @@ class Oracle:
         """What every layer adds to each row for the sake of its token, an image's being padding: (rows, layers, dim)."""
         if not getattr(self.decoder.config, "hidden_size_per_layer_input", 0):
             return None
-        config = self.model.config
-        ids = [
-            config.text_config.pad_token_id
-            if sample.ids[leader] in (config.image_token_id, config.video_token_id)
-            else sample.ids[leader]
-            for _, leader in rows
-        ]
-        return self.decoder.get_per_layer_inputs(torch.tensor(ids))
+        vision = {position for span in sample.spans() for position in span}
+        ids = [PAD if leader in vision else sample.ids[leader] for _, leader in rows]
+        return self.decoder.get_per_layer_inputs(torch.tensor(ids), None)
 
     def layer(
         self, index: int, hidden: Tensor, ids: Tensor, mask: Tensor | None, **given: Any
@@ -231,7 +212,12 @@ class Oracle:
         module, seen = self.decoder.layers[index], []
         by_kind = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
         more = {"layer_type": self.kinds[index]} if by_kind else {}
-        rotary = self.decoder.rotary_emb(hidden[None], ids.unsqueeze(-2), **more)
+        kind = (
+            (getattr(self.decoder.config, "rope_parameters", None) or {}).get(self.kinds[index], {}) if by_kind else {}
+        )
+        rotary = (
+            None if kind is None or mask is None else self.decoder.rotary_emb(hidden[None], ids.unsqueeze(-2), **more)
+        )
         if mask is None:
             return _first(module(hidden[None], attention_mask=None, position_embeddings=rotary))[0], None
         added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)[None, None]
@@ -249,7 +235,7 @@ class Oracle:
         if key not in self._forwards:
             hidden, places, _ = self.run(sample, decision, self.num_layers, prompt)
             with torch.set_grad_enabled(self.grad):
-                self._forwards[key] = self.model.lm_head(self.decoder.norm(hidden)), places.tolist()
+                self._forwards[key] = self.model.lm_head(norm_of(self.decoder)(hidden)), places.tolist()
         return self._forwards[key]
 
     def logits_by_position(self, sample: Sample, decision: Decision) -> dict[int, Tensor]:
@@ -399,6 +385,11 @@ def _rows(features: Any) -> Tensor:
     if not isinstance(features, Tensor):
         return torch.cat([_rows(part) for part in features])
     return features.reshape(-1, features.shape[-1])
+
+
+def norm_of(decoder: Any) -> Any:
+    """The norm behind the last layer."""
+    return getattr(decoder, "norm", None) or decoder.embedding_norm
 
 
 def _first(out: Any) -> Tensor:

@@ -1,17 +1,21 @@
-"""Tables of families in the pages, from what the contract runs over: `python -m tests.support.readme_table` writes them."""
+"""Tables in the pages, from what the tests run over: `python -m tests.support.readme_table` writes them."""
 
 from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from crop.models import families
 from tests.support.families.entry import Family
 from tests.support.tiny_families import FAMILIES, get_config
+from tests.support.ways import WAYS
 
 ROOT = Path(__file__).resolve().parents[2]
-FENCES = "<!-- families: written by `python -m tests.support.readme_table` -->\n", "<!-- families: end -->\n"
+FENCES = re.compile(
+    r"(<!-- \w+: written by `python -m tests\.support\.readme_table` -->\n)(.*?)(<!-- \w+: end -->\n)", re.S
+)
 
 
 def what_is_supported() -> str:
@@ -53,14 +57,41 @@ def refused(family: Family, model_type: str) -> str:
     return ", ".join(found + [what for name, what in named.items() if name in family.refuses]) or "-"
 
 
-TABLES = {ROOT / "README.md": what_is_supported, ROOT / "crop" / "models" / "README.md": where_layouts_are}
+def what_works() -> str:
+    """The table of crop/patching/README.md: every way of use, and where it is refused."""
+    lines = ["| way of use | in a block |", "|---|---|"]
+    for way in WAYS.values():
+        found = f"refused: {way.why}" if way.refused else "right"
+        if way.cache == "uniform":
+            found += ", where the family has static caches"
+        if way.unable:
+            found += "; transformers itself fails for " + "; ".join(
+                f"{', '.join(title(FAMILIES[name]) for name in names)} ({why})"
+                for why, names in grouped(way.unable).items()
+            )
+        lines.append(f"| {way.title} | {found} |")
+    return "\n".join(lines) + "\n"
+
+
+def grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Those that share a reason."""
+    found: dict[str, list[str]] = {}
+    for name, why in reasons.items():
+        found.setdefault(why, []).append(name)
+    return found
+
+
+TABLES = {
+    ROOT / "README.md": what_is_supported,
+    ROOT / "crop" / "models" / "README.md": where_layouts_are,
+    ROOT / "crop" / "patching" / "README.md": what_works,
+}
 
 
 def now(page: Path) -> tuple[str, str, str]:
     """A page before its table, the table, the page after it."""
-    before, rest = page.read_text().split(FENCES[0])
-    table, after = rest.split(FENCES[1])
-    return before + FENCES[0], table, FENCES[1] + after
+    before, begin, table, end, after = FENCES.split(page.read_text(encoding="utf-8"))
+    return before + begin, table, end + after
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class ByTowerAttention(ByFeatures):
                 f"got {kind!r}"
             )
         layers = next(m.layers for m in tower.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList))
-        feature = config.vision_feature_layer
+        feature = getattr(config, "vision_feature_layer", None)
         if not isinstance(feature, int):
             raise ValueError(f"patch: vision_feature_layer must be one layer for this method, got {feature!r}")
         first = int(kind == "clip_vision_model")  # the class token

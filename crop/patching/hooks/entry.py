@@ -31,6 +31,11 @@ class EntryHook(ModelHook):
         """Register the hooks, and their removal with ``undo``."""
 
         def watch(module: nn.Module, read: Callable[..., Tensor]) -> None:
+            if self.family.tiles:
+                raise ValueError(
+                    "patch: a method that observes the vision tower needs a row of it for every image, got "
+                    f"{self.family.model_type!r}, whose images are cut into tiles; use another method"
+                )
             number = self.context.watches
             self.context.watches += 1
 

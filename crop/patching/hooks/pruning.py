@@ -18,7 +18,7 @@ from crop.patching import hf
 from crop.patching.batch_plan import PruneStep
 from crop.patching.context import ModelHook, PatchContext, hook, replace_method
 from crop.patching.hooks.pooling import spread
-from crop.patching.masks import gather, key_positions, pad_columns
+from crop.patching.masks import gather, gather_own, key_positions, pad_columns
 from crop.patching.positions import given_ids
 from crop.patching.scoring import cut, restore, score
 from crop.patching.state import ForwardState, LayerState, gather_positions
@@ -42,7 +42,8 @@ class PruningHook(ModelHook):
         """Register the hooks, and their removal with ``undo``."""
         for index, layer in enumerate(self.layers):
             hook(undo, layer.register_forward_pre_hook, self._enter_layer, index, with_kwargs=True)
-        hook(undo, self.language_model.norm.register_forward_pre_hook, self._enter_norm)
+        norm = getattr(self.language_model, self.family.traits.norm)
+        hook(undo, norm.register_forward_pre_hook, self._enter_norm)
         if self.family.traits.deepstack_method is not None:
             replace_method(self.language_model, self.family.traits.deepstack_method, self._add_level, undo)
         for one in self.method.cuts:
@@ -103,7 +104,8 @@ class PruningHook(ModelHook):
                 ("mask", index in self.recurrent, self.windows[index], queries),
                 lambda mask: self._fit_mask(state, here, index, call.hidden, mask),
             )
-        if whole and (here.kept_index is not None or here.position_ids is not None and index):
+        moved = here.kept_index is not None or here.position_ids is not None and index
+        if whole and call.rotary is not None and moved:
             call.rotary = here.fitted(call.rotary, "rotary", lambda old: self._fit_rotary(here, call.hidden, old))
         if whole and here.kept_index is not None and call.per_layer is not None:
             call.per_layer = ops.compact([call.per_layer], here.kept_index.to(call.per_layer.device))[0]
@@ -155,13 +157,15 @@ class PruningHook(ModelHook):
         self, state: ForwardState, here: LayerState, index: int, hidden: Tensor, mask: Tensor | None
     ) -> Tensor | None:
         """A mask for what a layer holds: made over input tokens by the multimodal model, else over pooled ones."""
-        if index in self.recurrent:
-            return _fit_recurrent(here, mask)
         batch, queries = hidden.shape[:2]
         maps = [state.pooled, here.tokens] if self.planner.makes_masks else [here.tokens]
         total = state.past + state.added if self.planner.makes_masks else state.pooled_total
         keys = key_positions(maps, batch, total, state.entries(index), self.windows[index])
         full = all(tokens is None or tokens.full for tokens in maps)
+        if index in self.recurrent:
+            pooled = self.planner.makes_masks and state.plan is not None and state.plan.pool is not None
+            moved = pooled or here.kept_index is not None
+            return gather_own(mask, keys[:, -queries:], total) if moved and not (mask is None and full) else mask
         mask = gather(mask, keys, full, queries, total, hf.is_flash(self.language_model.config))
         return pad_columns(mask, hf.capacity_of(state.cache))
 
@@ -175,11 +179,3 @@ class PruningHook(ModelHook):
         if state is None:
             return None
         return (restore(state, args[0], len(self.layers) - 1), *args[1:])
-
-
-def _fit_recurrent(here: LayerState, mask: Tensor | None) -> Tensor | None:
-    """A layer that carries a state masks the tokens of its call alone; fillers before the first leave the state empty."""
-    if here.kept_index is None or (mask is None and here.tokens.full):
-        return mask
-    real = here.kept_index >= 0
-    return real if mask is None else real & mask.bool().gather(1, here.kept_index.clamp(min=0).to(mask.device))

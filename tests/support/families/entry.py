@@ -84,6 +84,7 @@ class Family:
         types: ids -> further arguments that follow from the ids.
         processor: () -> the image processor of `crop.patch`; None where the family needs none.
         tower, decoder: attributes of the multimodal model.
+        beside: its further modules, which a repeated image runs through again, or which no image does.
         mask: what a token sees: "causal"; "image", all of its own image, too, within its window, "image in windows", only
             in layers that have one, "image beyond windows", whatever it is; "prefix", all of the prompt, too.
         first_position: position id of the first token.
@@ -106,6 +107,7 @@ class Family:
     processor: Callable[[], Any] | None = None
     tower: str = "vision_tower"
     decoder: str = "language_model"
+    beside: tuple[str, ...] = ()
     mask: Literal["causal", "image", "image in windows", "image beyond windows", "prefix"] = "causal"
     first_position: int = 0
     cuts: tuple[int, ...] = (1, 2, 3)

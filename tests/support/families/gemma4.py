@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,8 @@ def positioned(merge: int, video: bool = False) -> Callable[[tuple[int, int], in
         tokens, patches, place = frames((size[0] // 2, size[1] // 2), 2, merge, seed)
         arguments = {"pixel_values_videos": patches, "video_position_ids": place,
                      "num_frames_per_video": torch.tensor([2])}  # fmt: skip
+        if "num_frames_per_video" not in inspect.signature(transformers.Gemma4Model.get_video_features).parameters:
+            arguments = {"pixel_values_videos": patches[None], "video_position_ids": place[None]}
         shots = [(*text_tokens(3, seed + n), VISION_START, *[VIDEO] * tokens, VISION_END) for n in range(2)]
         return Image(shots[0] + shots[1], arguments, size)
 
@@ -97,15 +100,15 @@ def positioned(merge: int, video: bool = False) -> Callable[[tuple[int, int], in
 def family(title: str, config: Callable[[], Any], image: Any, mask: Any = "image in windows", **more: Any) -> Family:
     kind, name = ("gemma4_unified", "Gemma4Unified") if config is unified else ("gemma4", "Gemma4")
     refuses = MASKS | {"flash_attention_2": f"must be eager or sdpa for '{kind}'"}
-    return Family(f"Gemma 4 {title}", f"{name}ForConditionalGeneration", config, image, sizes=SIZES, types=vision_types,
+    return Family(f"Gemma 4{title}", f"{name}ForConditionalGeneration", config, image, sizes=SIZES, types=vision_types,
                   mask=mask, cuts=(2,), refuses=refuses, **more)  # fmt: skip
 
 
 FAMILIES = {
-    "gemma4": family("26B-A4B, images: experts, images see themselves", encoded(large(**EXPERTS)), positioned(2),
+    "gemma4": family(": 26B-A4B, experts, images see themselves", encoded(large(**EXPERTS)), positioned(2),
                      fast=True),
-    "gemma4_video": family("31B, video", encoded(large()), positioned(2, video=True)),
-    "gemma4_small": family("E2B and E4B: inputs per layer, shared keys", encoded(SMALL), positioned(2), "causal"),
-    "gemma4_unified": family("12B: no vision tower", unified, positioned(1), "image beyond windows",
+    "gemma4_video": family(": 31B, video", encoded(large()), positioned(2, video=True)),
+    "gemma4_small": family(": E2B and E4B, inputs per layer, shared keys", encoded(SMALL), positioned(2), "causal"),
+    "gemma4_unified": family(" 12B: no vision tower", unified, positioned(1), "image beyond windows",
                              tower="embed_vision"),
 }  # fmt: skip

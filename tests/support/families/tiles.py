@@ -274,7 +274,7 @@ FAMILIES = {
     ),
     "ovis2": Family(
         "Ovis2: tiles", "Ovis2ForConditionalGeneration", ovis2, ovis2_image, sizes=((48, 24), (20, 40)),
-        unable={"repeat": repeats_tiles},
+        beside=("visual_embeddings_table",), unable={"repeat": repeats_tiles},
     ),
     "perception_lm": Family(
         "Perception LM, images: tiles", "PerceptionLMForConditionalGeneration", perception_lm, perception_image,

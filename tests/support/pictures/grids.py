@@ -77,7 +77,10 @@ def see_lighton_ocr(size: tuple[int, int]) -> tuple:
 
 def see_gemma4(size: tuple[int, int]) -> tuple:
     """The model's own pooling joins patches, whatever padding stands behind them."""
-    config, processor = transformers.Gemma4Config(vision_config={}), Gemma4ImageProcessorPil(max_soft_tokens=140)
+    config, processor = (
+        transformers.Gemma4Config(vision_config={}),
+        Gemma4ImageProcessorPil(max_soft_tokens=140),
+    )
     out = processor(coordinates(*size), return_tensors="pt")
     colours, place = out["pixel_values"].unflatten(2, (-1, 3)).mean(2), out["image_position_ids"]
     joined, real = modeling_gemma4.Gemma4VisionPooler._avg_pool_by_positions(None, colours, place, 140)
