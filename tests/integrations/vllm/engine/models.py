@@ -255,7 +255,6 @@ MODELS: dict[str, Model] = {
     "onevision": Model("LlavaOnevisionForConditionalGeneration", onevision, onevision_processor),
     "glm4v": Model("Glm4vForConditionalGeneration", glm_config("Glm4vConfig", dict(GLM_TEXT, attention_bias=True)), glm_processor, GLM),
     "glm4v_moe": Model("Glm4vMoeForConditionalGeneration", glm_config("Glm4vMoeConfig", GLM_MOE), glm_processor, GLM),
-    "glm_ocr": Model("GlmOcrForConditionalGeneration", glm_config("GlmOcrConfig", GLM_TEXT), glm_processor, GLM),
     "qwen3_5": Model("Qwen3_5ForConditionalGeneration", qwen3_5, QWEN3, QWEN),
     "qwen3_vl_moe": Model("Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe, QWEN3, QWEN),
 }  # fmt: skip
