@@ -47,6 +47,8 @@ def server(tmp_path_factory) -> Iterator[Any]:
     finally:
         process.terminate()
         process.wait(timeout=60)
+        with pytest.raises(ConnectionRefusedError):  # the server has ended with it
+            socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
 @pytest.fixture(scope="module")
