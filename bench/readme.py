@@ -62,6 +62,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "attention-pass": _of(latency.attention_pass, "prefill_576.json"),
     "small": _of(latency.small, "small.json"),
     "scale": _of(latency.scale, "scale.json"),
+    "serving": _of(latency.serving, "serving.json"),
     "ops": _of(kernels.ops, "ops.json"),
     "ops-region-topk": _of(kernels.ops, "ops_region_topk.json"),
     "localizers": _of(localizers.localizers, "localizers.json"),

@@ -89,3 +89,18 @@ def attention_pass(content: dict[str, Any]) -> list[str]:
     rows = [row for row in content["rows"] if row["contender"].startswith("localizer: attention of ")]
     table = [[row["contender"].partition(" of ")[2], f"{row['own work %']:.1f} %"] for row in rows]
     return markdown([f"attention read at ({rows[0]['vision tokens']} tokens)", "of the unpruned prefill"], table)
+
+
+def serving(content: dict[str, Any]) -> list[str]:
+    """Requests, times to the first token and KV blocks of every arm at every concurrency."""
+    table = [
+        [
+            f"{row['concurrency']} at a time, {row['arm']}",
+            f"{row['requests/s']:.2f}",
+            _times(row["times as many"]),
+            f"{row['TTFT p50, s']:.1f} / {row['TTFT p95, s']:.1f}",
+            str(row["KV blocks"]),
+        ]
+        for row in content["rows"]
+    ]
+    return markdown(["requests", "a second", "times as many", "first token, s: p50 / p95", "KV blocks in use"], table)

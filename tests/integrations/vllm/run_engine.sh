@@ -17,7 +17,7 @@ if ! "$CROP_ENGINE_VENV/bin/python" -c "import vllm" 2>/dev/null; then
     "$CROP_ENGINE_VENV/bin/pip" install -q --no-deps -e . # vLLM finds plug-ins by their entry points
 fi
 export PATH="$CROP_ENGINE_VENV/bin:$PATH" PYTHONPATH="$PWD:$PWD/tests/integrations/vllm/site"
-export CROP_ENGINE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=2
+export CROP_ENGINE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 if [ "${1:-}" != families ]; then
     VLLM_ENABLE_V1_MULTIPROCESSING=0 exec python -m pytest -q -rs tests/integrations/vllm
 fi
