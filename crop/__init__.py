@@ -5,7 +5,7 @@ from typing import Any
 
 from crop import baselines, reference
 from crop.cost.estimate import Estimate, estimate
-from crop.geometry import PoolPlan, Region, VisionLayout
+from crop.geometry import Pieces, PoolPlan, Region, VisionLayout
 from crop.localizers.attention import AttentionLocalizer
 from crop.localizers.base import BoxLocalizer, Localizer, WholeLocalizer, encode
 from crop.localizers.registry import get_localizer, register_localizer
@@ -13,6 +13,7 @@ from crop.localizers.vision_cache import cache_vision
 from crop.methods import (
     Assignment,
     Compose,
+    EncoderPruning,
     FeaturePooling,
     Features,
     InnerLLMPruning,
@@ -48,6 +49,7 @@ __all__ = [
     "BoxLocalizer",
     "Compose",
     "DecoderTraits",
+    "EncoderPruning",
     "Estimate",
     "FeaturePooling",
     "Features",
@@ -56,6 +58,7 @@ __all__ = [
     "MergeView",
     "Method",
     "ModelFamily",
+    "Pieces",
     "PoolPlan",
     "PreLLMCompression",
     "PrefillStats",

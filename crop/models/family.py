@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from crop.geometry.layout import VisionLayout
+from crop.geometry.pieces import Encoding, Pieces
 
 Size = tuple[int, int]
 Placed = list[tuple[int, VisionLayout]]
@@ -98,6 +99,19 @@ class DecoderTraits:
     recurrent: tuple[str, ...] = ()
 
 
+class Encoder(Protocol):
+    """One way for a tower to get less than it is called with; ``images``: those of one call of it, in its order."""
+
+    def pieces(self, prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
+        """What can be left out of each image of a prompt."""
+
+    def take(self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]) -> tuple[tuple, dict]:
+        """The arguments of a call of the tower, for the pieces that are taken."""
+
+    def put(self, output: Any, images: Sequence[Encoding]) -> Any:
+        """Its output at full length, zeros where nothing was encoded."""
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """One family of Hugging Face vision-language models.
@@ -112,6 +126,7 @@ class ModelFamily:
         projector: attribute of the multimodal model that maps the tower's features to tokens, called once per forward;
             None: the tower does it itself.
         videos: ``images`` places videos too; otherwise they are refused.
+        encoder: how the tower takes part of the pictures (``models.encoders``); None: it cannot.
         traits: of the decoder.
     """
 
@@ -122,6 +137,7 @@ class ModelFamily:
     decoder: str = "language_model"
     projector: str | None = "multi_modal_projector"
     videos: bool = False
+    encoder: Encoder | None = None
     traits: DecoderTraits = DecoderTraits()
 
     def is_vision(self, config: Any, ids: Tensor) -> Tensor:

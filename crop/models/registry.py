@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from crop.models.anyres import next_images, onevision_images
+from crop.models.anyres import anyres_images, anyres_pieces
+from crop.models.encoders import EQUAL_TILES, TileEncoder
 from crop.models.family import DecoderTraits, ModelFamily
 from crop.models.fixed import fast_vlm_images, gemma3_images, llava_check, llava_images, paligemma_images
 from crop.models.grids import merged_images, pixtral_images
@@ -21,9 +22,11 @@ from crop.models.tiles import (
 
 _VISUAL: dict[str, Any] = dict(tower="visual", projector=None)
 
-_IDEFICS: dict[str, Any] = dict(tower="vision_model", decoder="text_model", projector="connector")
+_IDEFICS: dict[str, Any] = dict(tower="vision_model", decoder="text_model", projector="connector", encoder=EQUAL_TILES)
 
 _DEEPSTACK = DecoderTraits(deepstack_method="_deepstack_process")
+
+_ANYRES = TileEncoder(anyres_pieces)
 
 _COHERE = DecoderTraits(unrotated=("full_attention",))
 
@@ -43,8 +46,8 @@ def families() -> dict[str, ModelFamily]:
 
 
 for _family in (
-    ModelFamily("aya_vision", downsampled_images, tiled_check, traits=_COHERE),
-    ModelFamily("cohere2_vision", downsampled_images, tiled_check, traits=_COHERE),
+    ModelFamily("aya_vision", downsampled_images, tiled_check, encoder=EQUAL_TILES, traits=_COHERE),
+    ModelFamily("cohere2_vision", downsampled_images, tiled_check, encoder=EQUAL_TILES, traits=_COHERE),
     ModelFamily("fast_vlm", fast_vlm_images, llava_check),
     ModelFamily("gemma3", gemma3_images, traits=DecoderTraits(mask="image")),
     ModelFamily("glm4v", merged_images, **_VISUAL),
@@ -52,17 +55,17 @@ for _family in (
     ModelFamily("glm4v_moe", merged_images, **_VISUAL),
     ModelFamily("glm_ocr", merged_images, **_VISUAL),
     ModelFamily("idefics3", idefics3_images, tiled_check, **_IDEFICS),
-    ModelFamily("internvl", internvl_images, tiled_check),
+    ModelFamily("internvl", internvl_images, tiled_check, encoder=EQUAL_TILES),
     ModelFamily("lighton_ocr", pixtral_images, tower="vision_encoder", projector="vision_projection"),
     ModelFamily("llava", llava_images, llava_check),
-    ModelFamily("llava_next", next_images),
-    ModelFamily("llava_onevision", onevision_images),
+    ModelFamily("llava_next", anyres_images, encoder=_ANYRES),
+    ModelFamily("llava_onevision", anyres_images, encoder=_ANYRES),
     ModelFamily("mistral3", pixtral_images),
     # Its table is looked up twice in a forward, for images and for markers: one memory would serve neither.
-    ModelFamily("ovis2", ovis2_images, projector=None),
+    ModelFamily("ovis2", ovis2_images, projector=None, encoder=EQUAL_TILES),
     ModelFamily("paddleocr_vl", merged_images, tower="visual", projector="projector"),
     ModelFamily("paligemma", paligemma_images, traits=DecoderTraits(mask="prefix")),
-    ModelFamily("perception_lm", perception_images, tiled_check),
+    ModelFamily("perception_lm", perception_images, tiled_check, encoder=EQUAL_TILES),
     ModelFamily("qwen2_vl", merged_images, **_VISUAL, videos=True),
     ModelFamily("qwen2_5_vl", merged_images, **_VISUAL, videos=True),
     ModelFamily("qwen3_vl", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -68,6 +69,21 @@ class Steps:
 
     tokens: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+
+
+def encoded(method: Any, layout: Any, region: Any, pieces: Any) -> list[int]:
+    """Ascending indices of an image's tokens all of whose pieces are encoded; `pieces` None: all.
+
+    A newline has none; it goes with its row, of which something must be encoded.
+    """
+    taken = None if pieces is None else method.encode(layout, region, pieces)
+    if taken is None or taken.all():
+        return list(range(len(layout)))
+    made_of = [[p for p in row if p >= 0] for row in pieces.of_token.tolist()]
+    known = [n for n, own in enumerate(made_of) if own and all(taken[p] for p in own)]
+    rows = {(int(layout.view[n]), int(layout.row[n])) for n in known}
+    newlines = [n for n, own in enumerate(made_of) if not own]
+    return sorted(known + [n for n in newlines if (int(layout.view[n]), int(layout.row[n])) in rows])
 
 
 def choose(

@@ -23,7 +23,7 @@ from torch import Tensor
 from crop.geometry.layout import PATCH
 from crop.methods.base import FeaturePooling, Features
 from tests.support.batches import Sample
-from tests.support.decision import Decision, Kept, Steps, choose
+from tests.support.decision import Decision, Kept, Steps, choose, encoded
 from tests.support.families.entry import Family
 
 
@@ -261,41 +261,53 @@ class Oracle:
         """
         method, decision, pooled = method.with_layer(self.default_layer), previous or Decision(), []
         fresh = range(len(decision.cells), len(decision.cells) + len(regions))
-        for number, region, layout in zip(fresh, regions, layouts, strict=True):
-            cells, after = self._cells(method.plan(layout, region), sample, number, layout)
+        pieces = sample.pieces()[fresh.start :] if method.encodes and fresh else [None] * len(fresh)
+        known = [encoded(method, layout, *more) for layout, *more in zip(layouts, regions, pieces, strict=True)]
+        for number, region, layout, mine in zip(fresh, regions, layouts, known, strict=True):
+            part = layout.take(torch.tensor(mine))
+            cells, after = self._cells(method.plan(part, region), sample, number, part, mine, layout)
             cuts = tuple((first, (*kept, tuple(range(len(cells))))) for first, kept in decision.cuts)
             decision = replace(decision, cells=(*decision.cells, cells), cuts=cuts)
             pooled.append(after)
         mode = getattr(method, "pool_mode", "mean")
         if mode == "distinct":
-            found = [tuple(torch.nonzero(layout.kind == PATCH).flatten().tolist()) for layout in layouts]
+            found = [
+                tuple(n for n in mine if layout.kind[n] == PATCH) for layout, mine in zip(layouts, known, strict=True)
+            ]
             decision = replace(decision, patches=(*decision.patches, *found))
         decision = replace(decision, mode=mode)
         for number, cut in enumerate(method.cuts):
             decision = self._decide_cut(sample, decision, cut, fresh, pooled, regions, later=number > 0)
         return decision
 
-    def _cells(self, plan: Any, sample: Sample, number: int, layout: Any) -> tuple[tuple, Any]:
-        """(members, leader) of every cell of one image, and its layout after pooling."""
+    def _cells(
+        self, plan: Any, sample: Sample, number: int, part: Any, known: list[int], whole: Any
+    ) -> tuple[tuple, Any]:
+        """(members, leader) of every cell of one image, and its layout after pooling; `known`: its tokens that are
+        encoded, of which `part` is the layout and for which `plan` was made."""
         if plan is None:
-            return tuple(((n,), n) for n in range(len(sample.spans()[number]))), layout
+            return tuple(((n,), n) for n in known), part
         if isinstance(plan, FeaturePooling):
-            return self._cells_by_features(plan, sample, number), layout
+            return self._cells_by_features(plan, sample, number, known), whole
         edges, members, leaders = plan.offsets.tolist(), plan.members.tolist(), plan.leader.tolist()
-        cells = tuple((tuple(members[edges[c] : edges[c + 1]]), leader) for c, leader in enumerate(leaders))
-        return cells, layout.pool(plan, torch.arange(len(leaders)))
+        cells = tuple(
+            (tuple(known[m] for m in members[edges[c] : edges[c + 1]]), known[leader])
+            for c, leader in enumerate(leaders)
+        )
+        return cells, part.pool(plan, torch.arange(len(leaders)))
 
-    def _cells_by_features(self, plan: FeaturePooling, sample: Sample, number: int) -> tuple:
+    def _cells_by_features(self, plan: FeaturePooling, sample: Sample, number: int, known: list[int]) -> tuple:
         """Cells of an image whose method decides by features, from features computed here."""
         rows, _ = self.embed(sample)
         spans, image = sample.spans(), sample.images[number]
         observed = None
         if self.family.tower_attention:
             observed = self.tower_attention(image.arguments["pixel_values"])
-        found = plan.decide(Features(rows[list(spans[number])], rows[spans[-1][-1] + 1 :], observed))
+        mine = [spans[number][n] for n in known]
+        found = plan.decide(Features(rows[mine], rows[spans[-1][-1] + 1 :], observed))
         cell = found.cell.tolist()
         return tuple(
-            (tuple(n for n, c in enumerate(cell) if c == own), leader)
+            (tuple(known[n] for n, c in enumerate(cell) if c == own), known[leader])
             for own, leader in enumerate(found.leader.tolist())
         )
 
