@@ -75,3 +75,96 @@ def equal_tiles(prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]
 
 
 EQUAL_TILES = TileEncoder(equal_tiles)
+
+
+class GridEncoder:
+    """Qwen2-VL and its kin: patches of all images in one sequence, merged squarewise into tokens behind the last layer.
+
+    Where layers attend inside windows a piece is a window, elsewhere a token. What the tower derives from the grids of whole
+    images is handed to it instead: positions, borders of images and windows.
+    """
+
+    def pieces(self, prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
+        """Windows in reading order, frame by frame."""
+        vision = prompt.config.vision_config
+        side = 1
+        if hasattr(vision, "window_size"):
+            side = vision.window_size // vision.patch_size // vision.spatial_merge_size
+        found = []
+        for layout in layouts:
+            frames, *tokens = layout.extent
+            rows, columns = (-(-count // side) for count in tokens)
+            piece = (layout.view.long() * rows + layout.row // side) * columns + layout.col // side
+            place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2).repeat(frames, 1)
+            found.append(Pieces(piece[:, None], torch.zeros(len(place), dtype=torch.bool), place))
+        return found
+
+    def take(self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]) -> tuple[tuple, dict]:
+        """Patches of the tokens that are taken, and where they stand.
+
+        Raises:
+            RuntimeError: the tower gets another number of patches.
+        """
+        merge, pixels = tower.spatial_merge_size, args[0]
+        tokens = torch.cat([image.tokens for image in images])
+        if len(pixels) != len(tokens) * merge**2:
+            raise RuntimeError(
+                f"patch: the vision tower must get the {len(tokens) * merge**2} patches of the prompt, got {len(pixels)}"
+            )
+        patches = _patches(torch.nonzero(tokens).flatten(), merge)
+        counts = [torch.bincount(image.left.view) for image in images]
+        given = {
+            "position_ids": torch.cat([_positions(image.left, merge) for image in images]),
+            "cu_seqlens": _borders(torch.cat(counts) * merge**2),
+        }
+        if hasattr(tower, "window_size"):
+            given["window_index"], given["cu_window_seqlens"] = _windows(images, merge)
+        if hasattr(tower, "num_grid_per_side"):  # learned positions, interpolated
+            from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+            indices, weights = get_vision_interpolation_indices_and_weights(
+                kwargs["grid_thw"].cpu(),
+                num_grid_per_side=tower.num_grid_per_side,
+                mode=tower.interpolation_mode,
+                align_corners=tower.interpolation_align_corners,
+                spatial_merge_size=merge,
+            )
+            given["interp_indices"], given["interp_weights"] = indices[patches], weights[patches]
+        given = {name: value.to(pixels.device, non_blocking=True) for name, value in given.items()}
+        pixels = pixels[patches.to(pixels.device, non_blocking=True)]
+        return (pixels, *args[1:]), kwargs | given
+
+    def put(self, output: Any, images: Sequence[Encoding]) -> Any:
+        """Merged tokens, and those of further levels."""
+        return put_rows(output, torch.cat([image.tokens for image in images]))
+
+
+def _patches(tokens: Tensor, merge: int) -> Tensor:
+    """Places of the patches of some tokens: those of a token follow each other."""
+    return (tokens[:, None] * merge**2 + torch.arange(merge**2)).flatten()
+
+
+def _positions(layout: VisionLayout, merge: int) -> Tensor:
+    """(patches, 2) row and column of every patch of the tokens of a layout."""
+    corner = torch.stack([layout.row, layout.col], 1).long() * merge
+    inside = torch.cartesian_prod(torch.arange(merge), torch.arange(merge)).view(-1, 2)
+    return (corner[:, None] + inside).flatten(0, 1)
+
+
+def _borders(counts: Tensor) -> Tensor:
+    """Where sequences of these lengths begin and end; empty ones are left out."""
+    return nn.functional.pad(counts[counts > 0].cumsum(0), (1, 0)).int()
+
+
+def _windows(images: Sequence[Encoding], merge: int) -> tuple[Tensor, Tensor]:
+    """Tokens that are taken in the order of their windows, and the borders of these in patches."""
+    order, counts, start = [], [], 0
+    for image in images:
+        window = image.pieces.of_token[image.tokens, 0]
+        order.append(window.argsort(stable=True) + start)
+        counts.append(torch.bincount(window) * merge**2)
+        start += len(window)
+    return torch.cat(order), _borders(torch.cat(counts))
+
+
+GRID = GridEncoder()

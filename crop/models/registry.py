@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from crop.models.anyres import anyres_images, anyres_pieces
-from crop.models.encoders import EQUAL_TILES, TileEncoder
+from crop.models.encoders import EQUAL_TILES, GRID, TileEncoder
 from crop.models.family import DecoderTraits, ModelFamily
 from crop.models.fixed import fast_vlm_images, gemma3_images, llava_check, llava_images, paligemma_images
 from crop.models.grids import merged_images, pixtral_images
@@ -20,7 +20,7 @@ from crop.models.tiles import (
     tiled_check,
 )
 
-_VISUAL: dict[str, Any] = dict(tower="visual", projector=None)
+_VISUAL: dict[str, Any] = dict(tower="visual", projector=None, encoder=GRID)
 
 _IDEFICS: dict[str, Any] = dict(tower="vision_model", decoder="text_model", projector="connector", encoder=EQUAL_TILES)
 

@@ -18,6 +18,7 @@ class Decision:
     Attributes:
         mode: "mean", "max" or "distinct" pooling.
         patches: per image, the indices of its tokens that are no padding and no newline.
+        encoded: per image, the indices of its tokens that the encoder made; empty: all of all.
         cells: per image, one (members, leader) per token after pooling, as indices in the image.
         cuts: (first decoder layer without the others, cells that are left per image), ascending.
         scores: per image, the float64 attention mass of every cell at the last cut (empty where not computed).
@@ -26,6 +27,7 @@ class Decision:
 
     mode: str = "mean"
     patches: tuple[tuple[int, ...], ...] = ()
+    encoded: tuple[tuple[int, ...], ...] = ()
     cells: tuple[tuple[tuple[tuple[int, ...], int], ...], ...] = ()
     cuts: tuple[tuple[int, Kept], ...] = ()
     scores: tuple[tuple[float, ...], ...] = ()

@@ -25,6 +25,7 @@ from crop.methods.base import FeaturePooling, Features
 from tests.support.batches import Sample
 from tests.support.decision import Decision, Kept, Steps, choose, encoded
 from tests.support.families.entry import Family
+from tests.support.masked_tower import attending_to
 
 
 class Oracle:
@@ -40,22 +41,29 @@ class Oracle:
         self.kinds = getattr(config, "layer_types", None) or ["full_attention"] * self.num_layers
         layers = [layer for layer in family.cuts if layer >= 2]
         self.default_layer = layers[0] if layers else family.cuts[-1]
-        self._features: dict[Sample, tuple[Tensor, list[Tensor]]] = {}
+        self._features: dict[tuple, tuple[Tensor, list[Tensor]]] = {}
         self._markers: dict[Sample, list[tuple[int, Tensor]]] = {}
         self._forwards: dict[tuple, tuple[Tensor, list[int]]] = {}
 
     # ------------------------------------------------------------------------------ full sequence
-    def features(self, prompt: Sample) -> tuple[Tensor, list[Tensor]]:
+    def features(self, prompt: Sample, encoded: tuple[tuple[int, ...], ...] = ()) -> tuple[Tensor, list[Tensor]]:
         """(tokens,) which rows stand for an image or a video; rows of the vision encoder for them, in prompt order, and
-        those of every further level that the decoder adds between its layers."""
-        if prompt not in self._features:
+        those of every further level that the decoder adds between its layers. `encoded`: as in `Decision`."""
+        key = prompt, encoded
+        if key not in self._features:
             inputs, base, streams = prompt.inputs(), self.model.model, []
             for name, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
                 if pixels not in inputs:
                     continue
                 encode = getattr(base, f"get_{name}_features")
                 wanted = [*inspect.signature(encode).parameters, "image_sizes"]
-                out = encode(**{key: value for key, value in inputs.items() if key in wanted}, return_dict=True)
+                mine = [
+                    (len(span), own)
+                    for image, span, own in zip(prompt.images, prompt.spans(), encoded, strict=False)
+                    if pixels in image.arguments
+                ]
+                with attending_to(getattr(base, self.family.tower), mine, inputs.get(f"{name}_grid_thw")):
+                    out = encode(**{one: value for one, value in inputs.items() if one in wanted}, return_dict=True)
                 marks = getattr(out, "visual_indicator_features", None)  # what markers between tiles are to Ovis2
                 if marks is not None:
                     self._markers[prompt] = list(zip(self.model.config.visual_indicator_token_ids, marks, strict=True))
@@ -66,14 +74,14 @@ class Oracle:
             levels = [torch.zeros(len(prompt.ids), level.shape[1]) for level in streams[0][1]] if streams else []
             for here, found in streams:
                 levels = [full.index_put((here,), level) for full, level in zip(levels, found, strict=True)]
-            self._features[prompt] = is_vision, [level[is_vision] for level in levels]
-        return self._features[prompt]
+            self._features[key] = is_vision, [level[is_vision] for level in levels]
+        return self._features[key]
 
-    def embed(self, sample: Sample) -> tuple[Tensor, list[Tensor]]:
+    def embed(self, sample: Sample, encoded: tuple[tuple[int, ...], ...] = ()) -> tuple[Tensor, list[Tensor]]:
         """Input embeddings of the whole sequence, (tokens, hidden): text rows and vision rows; what the decoder adds to
         the rows after its first layers, one (tokens, hidden) per layer."""
         rows = self.model.get_input_embeddings()(torch.tensor(sample.ids))
-        is_vision, levels = self.features(sample.prompt())
+        is_vision, levels = self.features(sample.prompt(), encoded)
         is_vision = torch.cat([is_vision, is_vision.new_zeros(len(sample.ids) - len(is_vision))])
         if levels:
             rows = rows.index_put((is_vision,), levels[0])
@@ -177,7 +185,7 @@ class Oracle:
         `prompt`: in every layer the rows from this position on see what the last cut leaves (a uniform cache).
         """
         with torch.set_grad_enabled(self.grad):
-            rows, (full, added) = self.rows(sample, decision), self.embed(sample)
+            rows, (full, added) = self.rows(sample, decision), self.embed(sample, decision.encoded)
             weight = self.weights(full, sample, decision)
             hidden, *added = (self.pool(level, rows, decision.mode, weight) for level in (full, *added))
             places = torch.tensor([leader for _, leader in rows])
@@ -263,9 +271,15 @@ class Oracle:
         fresh = range(len(decision.cells), len(decision.cells) + len(regions))
         pieces = sample.pieces()[fresh.start :] if method.encodes and fresh else [None] * len(fresh)
         known = [encoded(method, layout, *more) for layout, *more in zip(layouts, regions, pieces, strict=True)]
+        if method.encodes:
+            decision = replace(decision, encoded=(*decision.encoded, *map(tuple, known)))
         for number, region, layout, mine in zip(fresh, regions, layouts, known, strict=True):
             part = layout.take(torch.tensor(mine))
-            cells, after = self._cells(method.plan(part, region), sample, number, part, mine, layout)
+            plan = method.plan(part, region)
+            if isinstance(plan, FeaturePooling):
+                cells, after = self._cells_by_features(plan, sample, number, mine, decision.encoded), layout
+            else:
+                cells, after = self._cells(plan, part, mine)
             cuts = tuple((first, (*kept, tuple(range(len(cells))))) for first, kept in decision.cuts)
             decision = replace(decision, cells=(*decision.cells, cells), cuts=cuts)
             pooled.append(after)
@@ -280,25 +294,21 @@ class Oracle:
             decision = self._decide_cut(sample, decision, cut, fresh, pooled, regions, later=number > 0)
         return decision
 
-    def _cells(
-        self, plan: Any, sample: Sample, number: int, part: Any, known: list[int], whole: Any
-    ) -> tuple[tuple, Any]:
+    def _cells(self, plan: Any, part: Any, known: list[int]) -> tuple[tuple, Any]:
         """(members, leader) of every cell of one image, and its layout after pooling; `known`: its tokens that are
         encoded, of which `part` is the layout and for which `plan` was made."""
         if plan is None:
             return tuple(((n,), n) for n in known), part
-        if isinstance(plan, FeaturePooling):
-            return self._cells_by_features(plan, sample, number, known), whole
-        edges, members, leaders = plan.offsets.tolist(), plan.members.tolist(), plan.leader.tolist()
-        cells = tuple(
-            (tuple(known[m] for m in members[edges[c] : edges[c + 1]]), known[leader])
-            for c, leader in enumerate(leaders)
-        )
+        edges, leaders = plan.offsets.tolist(), [known[n] for n in plan.leader.tolist()]
+        members = [known[n] for n in plan.members.tolist()]
+        cells = tuple((tuple(members[edges[c] : edges[c + 1]]), leader) for c, leader in enumerate(leaders))
         return cells, part.pool(plan, torch.arange(len(leaders)))
 
-    def _cells_by_features(self, plan: FeaturePooling, sample: Sample, number: int, known: list[int]) -> tuple:
+    def _cells_by_features(
+        self, plan: FeaturePooling, sample: Sample, number: int, known: list[int], encoded: tuple
+    ) -> tuple:
         """Cells of an image whose method decides by features, from features computed here."""
-        rows, _ = self.embed(sample)
+        rows, _ = self.embed(sample, encoded)
         spans, image = sample.spans(), sample.images[number]
         observed = None
         if self.family.tower_attention:
