@@ -13,7 +13,19 @@ from crop.geometry.pieces import Encoding, Pieces
 from crop.models.family import Prompt
 
 
-class TileEncoder:
+class AtTheInput:
+    """What is left out is left out before the first layer."""
+
+    def layers(self, tower: nn.Module) -> Sequence[nn.Module]:
+        """None."""
+        return ()
+
+    def take_at(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """As they are."""
+        return args, kwargs
+
+
+class TileEncoder(AtTheInput):
     """Every tile is an image of its own to the tower: one row of its input and of its output.
 
     Args:
@@ -41,7 +53,7 @@ class TileEncoder:
 
         return tuple(map(part, args)), {name: part(value) for name, value in kwargs.items()}
 
-    def put(self, output: Any, images: Sequence[Encoding]) -> Any:
+    def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
         """Rows of every tensor that has one per tile."""
         return put_rows(output, torch.cat([image.taken for image in images]))
 
@@ -77,7 +89,7 @@ def equal_tiles(prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]
 EQUAL_TILES = TileEncoder(equal_tiles)
 
 
-class GridEncoder:
+class GridEncoder(AtTheInput):
     """Qwen2-VL and its kin: patches of all images in one sequence, merged squarewise into tokens behind the last layer.
 
     Where layers attend inside windows a piece is a window, elsewhere a token. What the tower derives from the grids of whole
@@ -134,7 +146,7 @@ class GridEncoder:
         pixels = pixels[patches.to(pixels.device, non_blocking=True)]
         return (pixels, *args[1:]), kwargs | given
 
-    def put(self, output: Any, images: Sequence[Encoding]) -> Any:
+    def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
         """Merged tokens, and those of further levels."""
         return put_rows(output, torch.cat([image.tokens for image in images]))
 
@@ -168,3 +180,97 @@ def _windows(images: Sequence[Encoding], merge: int) -> tuple[Tensor, Tensor]:
 
 
 GRID = GridEncoder()
+
+
+class LayerEncoder:
+    """CLIP and SigLIP, where every layer attends to the whole image: tokens leave at the input of a late layer.
+
+    Args:
+        depth: where in the tower, as a fraction of its layers. At the default the embedded model answers as if the encoder
+            saw everything to the end; earlier it does not (bench/README.md).
+    """
+
+    KEY = "encoded_tokens"  # argument that carries (index, no filler in it, layers) from the tower's call to its layers
+
+    def __init__(self, depth: float = 0.8) -> None:
+        self.depth = depth
+
+    def cut(self, count: int) -> int:
+        """The layer of ``count`` at whose input tokens leave."""
+        return min(max(round(self.depth * count), 0), count - 1)
+
+    def pieces(self, prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
+        """Tokens.
+
+        Raises:
+            ValueError: another tower.
+        """
+        kind = prompt.config.vision_config.model_type
+        if kind not in ("clip_vision_model", "siglip_vision_model"):
+            raise ValueError(
+                "patch: a method that prunes in the encoder needs a tower of clip_vision_model or siglip_vision_model, got "
+                f"{kind!r}; leave EncoderPruning out"
+            )
+        return [
+            Pieces(
+                torch.arange(len(layout))[:, None],
+                torch.zeros(len(layout), dtype=torch.bool),
+                torch.stack([layout.row, layout.col], 1).long(),
+            )
+            for layout in layouts
+        ]
+
+    def take(self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]) -> tuple[tuple, dict]:
+        """Everything, and which tokens the late layers are to have."""
+        device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device
+        index = _index(tower, images)
+        given = index.to(device, non_blocking=True), bool((index >= 0).all()), len(self.layers(tower))
+        return args, kwargs | {self.KEY: given}
+
+    def layers(self, tower: nn.Module) -> Sequence[nn.Module]:
+        """All of them, because all get what is meant for the late ones."""
+        return next(m.layers for m in tower.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList))
+
+    def take_at(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Tokens that are taken; where images have more or less of them, a mask over the fillers."""
+        kwargs = dict(kwargs)
+        (index, full, count), (hidden, *rest) = kwargs.pop(self.KEY), args
+        if number < self.cut(count):
+            return args, kwargs
+        if number == self.cut(count):
+            hidden = hidden.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+        if not full:
+            real = index >= 0
+            rest = [torch.zeros(real.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~real, -torch.inf)]
+            rest[0] = rest[0][:, None, None].expand(-1, 1, real.shape[1], -1)
+        return (hidden, *rest), kwargs
+
+    def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
+        """Hidden states behind the cut."""
+        index = _index(tower, images)
+        total = len(images[0].layout) + _extra(tower)
+
+        def full(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(map(full, value))
+            if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[:2] != index.shape:
+                return value
+            place = torch.where(index >= 0, index, total).to(value.device, non_blocking=True)
+            found = value.new_zeros(len(value), total + 1, value.shape[2])
+            return found.scatter(1, place[..., None].expand_as(value), value)[:, :-1]
+
+        for name, value in list(output.items()):
+            output[name] = full(value)
+        return output
+
+
+def _extra(tower: nn.Module) -> int:
+    """Tokens of a tower that stand for no part of the picture, at its begin."""
+    return int(tower.config.model_type == "clip_vision_model")
+
+
+def _index(tower: nn.Module, images: Sequence[Encoding]) -> Tensor:
+    """(images, most) int64 places of the tokens that are taken, -1 = filler at the end; the class token always is."""
+    extra = _extra(tower)
+    taken = [torch.cat([torch.arange(extra), torch.nonzero(image.tokens).flatten() + extra]) for image in images]
+    return nn.utils.rnn.pad_sequence(taken, batch_first=True, padding_value=-1)

@@ -100,16 +100,22 @@ class DecoderTraits:
 
 
 class Encoder(Protocol):
-    """One way for a tower to get less than it is called with; ``images``: those of one call of it, in its order."""
+    """How a tower gets less than it is called with; ``images``: those of one call of it, in its order."""
 
     def pieces(self, prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
         """What can be left out of each image of a prompt."""
 
     def take(self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]) -> tuple[tuple, dict]:
-        """The arguments of a call of the tower, for the pieces that are taken."""
+        """The arguments of a call of the tower, for the pieces that are taken; all that decides what it will return."""
 
-    def put(self, output: Any, images: Sequence[Encoding]) -> Any:
-        """Its output at full length, zeros where nothing was encoded."""
+    def layers(self, tower: nn.Module) -> Sequence[nn.Module]:
+        """Layers at whose input tokens may leave, or nothing does later."""
+
+    def take_at(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of a call of ``layers(tower)[number]``."""
+
+    def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
+        """The tower's output at full length, zeros where nothing was encoded."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from crop.models.anyres import anyres_images, anyres_pieces
-from crop.models.encoders import EQUAL_TILES, GRID, TileEncoder
+from crop.models.encoders import EQUAL_TILES, GRID, LayerEncoder, TileEncoder
 from crop.models.family import DecoderTraits, ModelFamily
 from crop.models.fixed import fast_vlm_images, gemma3_images, llava_check, llava_images, paligemma_images
 from crop.models.grids import merged_images, pixtral_images
@@ -57,7 +57,7 @@ for _family in (
     ModelFamily("idefics3", idefics3_images, tiled_check, **_IDEFICS),
     ModelFamily("internvl", internvl_images, tiled_check, encoder=EQUAL_TILES),
     ModelFamily("lighton_ocr", pixtral_images, tower="vision_encoder", projector="vision_projection"),
-    ModelFamily("llava", llava_images, llava_check),
+    ModelFamily("llava", llava_images, llava_check, encoder=LayerEncoder()),
     ModelFamily("llava_next", anyres_images, encoder=_ANYRES),
     ModelFamily("llava_onevision", anyres_images, encoder=_ANYRES),
     ModelFamily("mistral3", pixtral_images),
@@ -73,7 +73,7 @@ for _family in (
     ModelFamily("qwen3_5", merged_images, **_VISUAL, videos=True, traits=_GATED_DELTA),
     ModelFamily("qwen3_5_moe", merged_images, **_VISUAL, videos=True, traits=_GATED_DELTA),
     ModelFamily("smolvlm", idefics3_images, tiled_check, **_IDEFICS),
-    ModelFamily("vipllava", llava_images, llava_check),
+    ModelFamily("vipllava", llava_images, llava_check, encoder=LayerEncoder()),
 ):
     register_family(_family)
 

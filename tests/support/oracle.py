@@ -39,6 +39,7 @@ class Oracle:
         self.num_layers = len(self.decoder.layers)
         config = self.decoder.config
         self.kinds = getattr(config, "layer_types", None) or ["full_attention"] * self.num_layers
+        self.tower_cut: int | None = None  # layer of the tower from which on it attends to what is encoded alone
         layers = [layer for layer in family.cuts if layer >= 2]
         self.default_layer = layers[0] if layers else family.cuts[-1]
         self._features: dict[tuple, tuple[Tensor, list[Tensor]]] = {}
@@ -62,7 +63,9 @@ class Oracle:
                     for image, span, own in zip(prompt.images, prompt.spans(), encoded, strict=False)
                     if pixels in image.arguments
                 ]
-                with attending_to(getattr(base, self.family.tower), mine, inputs.get(f"{name}_grid_thw")):
+                with attending_to(
+                    getattr(base, self.family.tower), mine, inputs.get(f"{name}_grid_thw"), self.tower_cut
+                ):
                     out = encode(**{one: value for one, value in inputs.items() if one in wanted}, return_dict=True)
                 marks = getattr(out, "visual_indicator_features", None)  # what markers between tiles are to Ovis2
                 if marks is not None:
