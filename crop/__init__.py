@@ -8,6 +8,7 @@ from crop.cost.estimate import Estimate, estimate
 from crop.geometry import Pieces, PoolPlan, Region, VisionLayout
 from crop.localizers.attention import AttentionLocalizer
 from crop.localizers.base import BoxLocalizer, Localizer, WholeLocalizer, encode
+from crop.localizers.coarse import CoarseLocalizer, zoom
 from crop.localizers.registry import get_localizer, register_localizer
 from crop.localizers.vision_cache import cache_vision
 from crop.methods import (
@@ -47,6 +48,7 @@ __all__ = [
     "Assignment",
     "AttentionLocalizer",
     "BoxLocalizer",
+    "CoarseLocalizer",
     "Compose",
     "DecoderTraits",
     "EncoderPruning",
@@ -88,4 +90,5 @@ __all__ = [
     "select",
     "share_vision",
     "use_backend",
+    "zoom",
 ]
