@@ -126,7 +126,7 @@ def get_localizer(
         path: for "head" the file of its weights; for "clip", "detector" and "vlm" the folder (or hub name) of a model.
         min_confidence: below it the whole image is returned; None: the localizer's own default. Not for "box", "union", "whole".
         coarse: for "attention" and "head": look at a copy of the picture with sides so many times smaller
-            (``CoarseLocalizer``).
+            (``CoarseLocalizer``); of tiles, "attention" then looks at the view of the whole picture alone.
     Raises:
         ValueError: unknown name, or something it needs is missing. FileNotFoundError, OSError: nothing to load at
             ``path``. ImportError: an extra is not installed.
@@ -141,4 +141,6 @@ def get_localizer(
         raise ValueError(f"get_localizer: coarse must be left out for {name!r}, got {coarse}")
     if min_confidence is not None:
         localizer = replace(localizer, min_confidence=min_confidence)
-    return localizer if coarse == 1 else CoarseLocalizer(localizer, coarse)
+    if coarse == 1:
+        return localizer
+    return CoarseLocalizer(replace(localizer, overview=True) if name == "attention" else localizer, coarse)

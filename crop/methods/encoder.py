@@ -39,3 +39,12 @@ class EncoderPruning(Method):
         """The pieces of region and ring, and those that stand for the rest."""
         taken = pieces.needed(layout.levels(region, self.ring) < 2) | pieces.overview
         return taken if pieces.place is None else taken | (pieces.place % self.every == 0).all(1)
+
+
+@dataclass(frozen=True)
+class OverviewOnly(Method):
+    """Encode nothing but the view of the whole image, where the encoder has one; else everything."""
+
+    def encode(self, layout: VisionLayout, region: Region, pieces: Pieces) -> Tensor | None:
+        """That view."""
+        return pieces.overview if pieces.overview.any() else None

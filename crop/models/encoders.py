@@ -14,7 +14,11 @@ from crop.models.family import Prompt
 
 
 class AtTheInput:
-    """What is left out is left out before the first layer."""
+    """What is left out is left out before the first layer, in all models of a family."""
+
+    def fits(self, config: Any) -> bool:
+        """Always."""
+        return True
 
     def layers(self, tower: nn.Module) -> Sequence[nn.Module]:
         """None."""
@@ -199,18 +203,12 @@ class LayerEncoder:
         """The layer of ``count`` at whose input tokens leave."""
         return min(max(round(self.depth * count), 0), count - 1)
 
-    def pieces(self, prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
-        """Tokens.
+    def fits(self, config: Any) -> bool:
+        """Not where the tower is Pixtral's."""
+        return config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
 
-        Raises:
-            ValueError: another tower.
-        """
-        kind = prompt.config.vision_config.model_type
-        if kind not in ("clip_vision_model", "siglip_vision_model"):
-            raise ValueError(
-                "patch: a method that prunes in the encoder needs a tower of clip_vision_model or siglip_vision_model, got "
-                f"{kind!r}; leave EncoderPruning out"
-            )
+    def pieces(self, prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
+        """Tokens."""
         return [
             Pieces(
                 torch.arange(len(layout))[:, None],

@@ -102,6 +102,9 @@ class DecoderTraits:
 class Encoder(Protocol):
     """How a tower gets less than it is called with; ``images``: those of one call of it, in its order."""
 
+    def fits(self, config: Any) -> bool:
+        """Whether the tower of a model is one for it."""
+
     def pieces(self, prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
         """What can be left out of each image of a prompt."""
 
@@ -160,6 +163,10 @@ class ModelFamily:
     def vision_tower(self, base: nn.Module) -> nn.Module:
         """The image encoder. ValueError: the model has no such attribute."""
         return self._part(base, "tower", self.tower)
+
+    def encoder_of(self, config: Any) -> Encoder | None:
+        """How the tower of a model with this configuration takes part of the pictures; None: it cannot."""
+        return self.encoder if self.encoder is not None and self.encoder.fits(config) else None
 
     def vision_modules(self, base: nn.Module) -> list[nn.Module]:
         """What makes image features: the encoder and, where it is a module of its own, the projector behind it.

@@ -58,7 +58,8 @@ class Planner:
         self.slides = self.makes_masks and self.family.traits.mask == "causal"  # the language model makes them
         self.method = method or Method()
         self.prunes = prunes(self.method)
-        if self.method.encodes and self.family.encoder is None:
+        self.encoder = self.family.encoder_of(model.config)
+        if self.method.encodes and self.encoder is None:
             able = ", ".join(sorted(name for name, one in families().items() if one.encoder is not None))
             raise ValueError(
                 "patch: a method that prunes before the encoder needs a family whose encoder takes part of a picture, one "
@@ -130,7 +131,7 @@ class Planner:
         images = _repeated(placed, copies)
         if not self.method.encodes:
             return [None] * len(images)
-        pieces = self.family.encoder.pieces(prompt, [layout for _, layout in placed])
+        pieces = self.encoder.pieces(prompt, [layout for _, layout in placed])
         owners = [sample for sample, _ in placed]
         pieces = _repeated(list(zip(owners, pieces, strict=True)), copies)
         video = getattr(prompt.config, "video_token_id", None) if self.family.videos else None

@@ -49,6 +49,7 @@ def test_by_name():
     scene = embedded.scene(2)
     question = next(question for question in scene.questions if question.local)
     assert found(scene.image, question.text) == found.localizer(small_copy(scene.image, 2, 112), question.text)
+    assert crop.get_localizer("attention", **given, coarse=4).localizer.overview
     assert isinstance(crop.get_localizer("attention", **given), crop.AttentionLocalizer)
     with pytest.raises(ValueError, match="coarse must be left out for 'whole', got 4"):
         crop.get_localizer("whole", coarse=4)

@@ -36,11 +36,7 @@ from tests.support.tiny_families import FAMILIES, build_model, get_config
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
-ABLE = [
-    name
-    for name in FAMILIES
-    if known_families()[get_config(name).model_type].encoder is not None and name != "pixtral"  # as llava, without CLIP
-]
+ABLE = [name for name in FAMILIES if known_families()[get_config(name).model_type].encoder_of(get_config(name))]
 TILES = [name for name in ABLE if name in ("internvl", "llava_next", "llava_onevision", "idefics3", "ovis2")]
 NEAR, FAR = Region.box(0.05, 0.05, 0.4, 0.45), Region.box(0.55, 0.6, 0.95, 0.95)
 ENCODER = EncoderPruning(ring=0)

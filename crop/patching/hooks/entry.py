@@ -53,7 +53,7 @@ class EntryHook(ModelHook):
         for name in ("__deepcopy__", "__reduce_ex__"):
             replace_method(self.model, name, self._refuse, undo, "be copied or saved; leave the block first")
         hook(undo, self.tower.register_forward_pre_hook, self._enter_tower, with_kwargs=True)
-        for number, layer in enumerate(self.family.encoder.layers(self.tower) if self.method.encodes else ()):
+        for number, layer in enumerate(self.planner.encoder.layers(self.tower) if self.method.encodes else ()):
             hook(undo, layer.register_forward_pre_hook, self._enter_tower_layer, number, with_kwargs=True)
         hook(undo, self.tower.register_forward_hook, self._leave_tower)
         for name in ("_call_impl", "_compiled_call_impl"):
@@ -114,20 +114,20 @@ class EntryHook(ModelHook):
             return None
         vision.marks = [mark(next(module.parameters()).device)]
         vision.running = vision.encodings.pop(0) if vision.encodings else None
-        return None if vision.running is None else self.family.encoder.take(module, args, kwargs, vision.running)
+        return None if vision.running is None else self.planner.encoder.take(module, args, kwargs, vision.running)
 
     def _enter_tower_layer(
         self, number: int, module: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
         vision = self.context.vision
-        return None if vision is None or vision.running is None else self.family.encoder.take_at(number, args, kwargs)
+        return None if vision is None or vision.running is None else self.planner.encoder.take_at(number, args, kwargs)
 
     def _leave_tower(self, module: nn.Module, args: tuple, output: Any) -> Any:
         vision = self.context.vision
         if vision is None:
             return None
         if vision.running is not None:
-            output = self.family.encoder.put(module, output, vision.running)
+            output = self.planner.encoder.put(module, output, vision.running)
         vision.marks.append(mark(next(module.parameters()).device))
         return output
 
