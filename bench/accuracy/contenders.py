@@ -17,6 +17,7 @@ from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Se
 from crop.methods.registry import POOL_SHARE
 
 BUDGETS = (0.5, 0.33, 0.22, 0.11, 0.055)
+DOWNSAMPLED = "down-sampled image"
 CUT = 2  # decoder layer at whose input inner pruning drops tokens
 # Fraction of the tokens averaged over the layers, number of layers -> method; None: that budget cannot be met.
 Make = Callable[[float, int], Method | None]
@@ -181,7 +182,7 @@ def _both_average(budget: float, layers: int) -> Method:
 def contenders() -> list[Contender]:
     """All rows but the unpruned one."""
     rows = [
-        Contender("down-sampled image", "none", lambda b, _: CornerOnly(b), prepare=shrink),
+        Contender(DOWNSAMPLED, "none", lambda b, _: CornerOnly(b), prepare=shrink),
     ]
     for name, make in others().items():
         if make(0.5, 8).cuts:

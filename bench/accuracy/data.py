@@ -33,7 +33,7 @@ class Item:
     """One question.
 
     Args:
-        key: unique in its set and the same in every run.
+        key: unique in its set and the same in every run. image: of the picture, the same for all its questions.
         question, answers: text; any of the answers is right. Empty answers: a grounding question.
         group: kind of question, a row of the table.
         metric: what ``score`` reports: "exact", "anls", "relaxed" or "iou".
@@ -44,6 +44,7 @@ class Item:
     """
 
     key: str
+    image: str
     question: str
     answers: tuple[str, ...]
     group: str
@@ -82,6 +83,7 @@ def rendered(first: int, count: int, *, grounding: bool = True) -> Iterator[Item
                 is_box = question.kind == BOX_KIND
                 yield Item(
                     key=f"{seed} {group} {number}",
+                    image=str(seed),
                     question=question.text,
                     answers=(question.answer,),
                     group=group,
@@ -121,6 +123,7 @@ def json_lines(path: Path, metric: str) -> Iterator[Item]:
                 raise ValueError(f"{row.place}: box: {error}") from error
         yield Item(
             key=f"{path.stem} {row.number}",
+            image=str(place),
             question=question,
             answers=answers,
             group=row.text("group") if row.fields.get("group") is not None else "all" if answers else "grounding",

@@ -81,6 +81,7 @@ def ask_batch(
         {
             "job": job.key,
             "item": item.key,
+            "picture": item.image,
             "group": item.group,
             "answer": text,
             "score": round(item.score(text), 4),

@@ -1,4 +1,4 @@
-"""From the journal to figures: means with bootstrap intervals, a table, JSON and plots."""
+"""From the journal to figures: means with intervals by picture, paired leads, a table, JSON and plots."""
 
 from __future__ import annotations
 
@@ -9,24 +9,13 @@ from typing import Any
 
 import numpy as np
 
-DRAWS, LEVEL = 2000, 0.95
+from bench.accuracy.contenders import DOWNSAMPLED
+from bench.accuracy.statistics import difference_interval, exact_test, interval, questions_needed
+
 OVERALL = "overall"
-
-
-def interval(scores: np.ndarray, base: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the ratio of means of paired scores.
-
-    Args:
-        scores, base: (n,) of the same questions, pruned and unpruned.
-    Returns:
-        (low, high); NaN where the unpruned model scores nothing.
-    Source: Efron (1979); questions are drawn with replacement, each with both its scores.
-    """
-    drawn = np.random.default_rng(seed).integers(0, len(scores), (DRAWS, len(scores)))
-    top, bottom = scores[drawn].mean(1), base[drawn].mean(1)
-    ratio = np.divide(top, bottom, out=np.full(DRAWS, np.nan), where=bottom > 0)
-    tail = 100 * (1 - LEVEL) / 2
-    return tuple(float(value) for value in np.nanpercentile(ratio, (tail, 100 - tail)))
+HARD = (
+    "wrong after down-sampling"  # to the same budget: where pruning has to earn its keep (VTC-Bench, arXiv 2510.07143)
+)
 
 
 def _by_job(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -51,32 +40,44 @@ def leads(rows: Sequence[dict[str, Any]], ours: Sequence[str], baselines: Sequen
     Args:
         rows: of the journal. ours, baselines: contenders.
     Returns:
-        Rows with contender, budget, baseline (the best one), lead, low, high (its interval), in parts of the unpruned
-        score; none where no baseline meets the budget. The baseline was chosen by its score on these very questions, which favours it.
-    Source: paired percentile bootstrap, as ``interval``.
+        Rows with contender, budget, group (all questions, or those that are wrong after down-sampling), n, baseline (the best
+        one), lead, low, high (its interval, by picture), in parts of the unpruned score, p (exact paired test), needed
+        (questions for a power of 80 %); none where no baseline meets the budget. The baseline was chosen by its score on
+        these very questions, which favours it.
     """
     by_job = _by_job(rows)
     unpruned = next(answers for job, answers in by_job.items() if job.startswith("unpruned|"))
-    items, out = list(unpruned), []
-    plain = np.mean([unpruned[item]["score"] for item in items])
-    scores: dict[tuple[str, float], np.ndarray] = {}
+    scores: dict[tuple[str, float], dict[str, float]] = {}
     for job, answers in by_job.items():
         contender, budget, counted = job.split("|")
         if counted == "average":
-            scores[contender, float(budget)] = np.array([answers[item]["score"] for item in items])
-    drawn = np.random.default_rng(0).integers(0, len(items), (DRAWS, len(items)))
-    tail = 100 * (1 - LEVEL) / 2
+            scores[contender, float(budget)] = {item: row["score"] for item, row in answers.items()}
+    out = []
     for budget in sorted({budget for _, budget in scores}, reverse=True):
         rivals = [name for name in baselines if (name, budget) in scores]
-        best = max(rivals, key=lambda name: scores[name, budget].mean(), default=None)
-        for name in ours:
-            if best is not None and (name, budget) in scores:
-                ahead = (scores[name, budget] - scores[best, budget]) / plain
-                low, high = np.percentile(ahead[drawn].mean(1), (tail, 100 - tail))
+        easy = scores.get((DOWNSAMPLED, budget))
+        groups = {OVERALL: list(unpruned)}
+        if easy is not None:
+            groups[HARD] = [item for item in unpruned if easy[item] < 1]
+        for group, items in groups.items():
+            plain = np.mean([unpruned[item]["score"] for item in items]) if items else 0
+            if not plain:
+                continue
+
+            def of(name: str, items: list[str] = items, budget: float = budget) -> np.ndarray:
+                return np.array([scores[name, budget][item] for item in items])
+
+            best = max(rivals, key=lambda name: of(name).mean(), default=None)
+            for name in ours if best is not None else ():
+                if (name, budget) not in scores:
+                    continue
+                ahead = (of(name) - of(best)) / plain
+                low, high = difference_interval(ahead, [unpruned[item]["picture"] for item in items])
                 out.append(
                     {
-                        "contender": name, "budget": budget, "baseline": best, "lead": round(float(ahead.mean()), 4),
-                        "low": round(float(low), 4), "high": round(float(high), 4),
+                        "contender": name, "budget": budget, "group": group, "n": len(items), "baseline": best,
+                        "lead": round(float(ahead.mean()), 4), "low": round(low, 4), "high": round(high, 4),
+                        "p": float(f"{exact_test(ahead):.2g}"), "needed": questions_needed(ahead),
                     }
                 )  # fmt: skip
     return out
@@ -88,7 +89,8 @@ def summarise(rows: Sequence[dict[str, Any]], times: dict[str, dict[str, float]]
     Args:
         rows: of the journal. times: of ``timing.measure``, may be empty.
     Returns:
-        Rows with contender, budget, counted, group, n, score, relative (to the unpruned model), low, high (its interval),
+        Rows with contender, budget, counted, group (of the questions; of contenders with a budget also those questions that
+        are wrong after down-sampling to it), n, score, relative (to the unpruned model), low, high (its interval),
         tokens, average (layer average of vision tokens), both as fractions of the image's, ms and time (relative).
     Raises:
         ValueError: no unpruned answers to compare with, or no question that all have answered.
@@ -100,15 +102,18 @@ def summarise(rows: Sequence[dict[str, Any]], times: dict[str, dict[str, float]]
     out = []
     for job, answers in by_job.items():
         contender, budget, counted = job.split("|")
+        easy = by_job.get(f"{DOWNSAMPLED}|{budget}|average", {})
         groups: dict[str, list[str]] = defaultdict(list)
         for item, row in answers.items():
             groups[OVERALL].append(item)
             groups[row["group"]].append(item)
+            if item in easy and easy[item]["score"] < 1:
+                groups[HARD].append(item)
         for group, items in groups.items():
             mine = [answers[item] for item in items]
             scores = np.array([row["score"] for row in mine])
             base = np.array([plain[item]["score"] for item in items])
-            low, high = interval(scores, base)
+            low, high = interval(scores, base, [row["picture"] for row in mine])
             out.append(
                 {
                     "contender": contender, "budget": float(budget), "counted": counted, "group": group,

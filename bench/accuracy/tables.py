@@ -46,7 +46,7 @@ def accuracy(content: dict[str, Any]) -> list[str]:
 
 def accuracy_leads(content: dict[str, Any]) -> list[str]:
     """Ours with a predicted region against the best baseline, in points, with 95 % intervals."""
-    leads = content["leads"]
+    leads = [row for row in content["leads"] if row.get("group", OVERALL) == OVERALL]
     budgets = list(dict.fromkeys(row["budget"] for row in leads))
     found: dict[str, dict[float, str]] = {}
     for row in leads:

@@ -1,1 +1,1 @@
-"""The command line: ``crop ask``, ``crop demo``, ``crop info``."""
+"""The command line: ``crop ask``, ``crop demo``, ``crop app``, ``crop info``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
-from crop.cli.options import UsageError
+from crop.cli.options import UsageError, choose_device
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.localizers.base import Localizer, chat, encode
+from crop.localizers.base import Localizer, WholeLocalizer, begin_once, chat, encode
 from crop.localizers.pretrained import damage, explain, model_source
 from crop.localizers.registry import get_localizer
 from crop.localizers.vision_cache import cache_vision
@@ -26,6 +27,7 @@ from crop.models import families, family_of
 from crop.patching.patch import patch
 
 EMBEDDED = "embedded"
+THOUGHTS_END = ("</think>", "<channel|>")  # what models write between thoughts and answer: Qwen, GLM, Kimi; Gemma 4
 STAGES = ("preprocess", "localizer", "plan", "vision", "prefill", "decode", "total")
 
 
@@ -94,6 +96,11 @@ class Asker:
         """Of the decoder."""
         return len(family_of(self.model).language_model(self.model).layers)
 
+    @property
+    def default_localizer(self) -> str:
+        """Name of the one to begin with."""
+        return "attention" if self.head is None else "head"
+
     def localizer(
         self, name: str, region: Region | None = None, *, path: str | Path | None = None, **more: Any
     ) -> Localizer:
@@ -115,9 +122,14 @@ class Asker:
             texts = [chat(self.processor, question, len(row)) for row, question in zip(images, questions, strict=True)]
         else:
             raise ValueError("encode_batch: prompt must be given for a processor without a chat template, got None")
+        return self.encode_texts(images, texts)
+
+    def encode_texts(self, images: Sequence[Sequence[Image]], texts: Sequence[str]) -> Any:
+        """As ``encode_batch``, for texts that the chat template made already."""
         self.processor.tokenizer.padding_side = "left"
         pictures = [list(row) for row in images] if any(len(row) for row in images) else None
-        return self.processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+        once = begin_once(self.processor, texts[0])
+        return self.processor(images=pictures, text=list(texts), padding=True, return_tensors="pt", **once)
 
     @torch.no_grad()
     def ask(
@@ -173,8 +185,40 @@ class Asker:
         counts = stats.tokens_before, stats.tokens_after_plc, stats.tokens_after_ilp, stats.layer_average
         tokens = map(Tokens, *counts)
         drawings = zip(stats.layouts, stats.plans, stats.kept, regions, strict=True)
-        text = self.tidy(self.processor.decode(new, skip_special_tokens=True))
+        text = self.tidy(_without_thoughts(self.processor, new))
         return Answer(text, list(map(Seen, regions, tokens, drawings)), seconds)
+
+    def compare(
+        self,
+        images: Image | Sequence[Image],
+        question: str,
+        *,
+        method: Method | None,
+        localizer: Localizer | Sequence[Localizer],
+        max_new_tokens: int = 32,
+    ) -> tuple[Answer, Answer]:
+        """Answers with and without pruning, both warmed up first, so that the times are fair; arguments as for ``ask``."""
+        for warm_up in (method, None):
+            self.ask(images, question, method=warm_up, localizer=localizer, max_new_tokens=1)
+        pruned = self.ask(images, question, method=method, localizer=localizer, max_new_tokens=max_new_tokens)
+        whole = WholeLocalizer()
+        return pruned, self.ask(images, question, method=None, localizer=whole, max_new_tokens=max_new_tokens)
+
+
+def _without_thoughts(processor: Any, ids: list[int]) -> str:
+    """What a model said after thinking; thoughts that did not end within the tokens of the answer, as they are."""
+    special = processor.tokenizer.get_added_vocab()
+    ends = [special[mark] for mark in THOUGHTS_END if mark in special]
+    first = max((place + 1 for place, token in enumerate(ids) if token in ends), default=0)
+    return processor.decode(ids[first:], skip_special_tokens=True)
+
+
+def load_chosen(options: argparse.Namespace) -> Asker:
+    """The model that the user chose by ``add_model_options``; UsageError: as ``load``, or no such device."""
+    given = {name: getattr(options, name) for name in ("device_map", "attn_implementation", "trust_remote_code")}
+    how = {name: value for name, value in given.items() if value}
+    device = "cpu" if options.device_map else choose_device(options.device)
+    return load(options.model, device, options.dtype, **how)
 
 
 def load(name: str, device: str, dtype: str, **how: Any) -> Asker:

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from crop.cli.options import (
-    DTYPES,
     UsageError,
+    add_model_options,
     check_options,
-    choose_device,
-    count,
     fraction,
     load_plugin,
     natural,
@@ -22,9 +20,8 @@ from crop.cli.options import (
     parse_region,
 )
 from crop.geometry.region import Region
-from crop.localizers.base import Localizer, WholeLocalizer
+from crop.localizers.base import Localizer
 from crop.localizers.pretrained import one_line
-from crop.methods.base import Method
 from crop.methods.registry import by_name
 
 if TYPE_CHECKING:
@@ -52,11 +49,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+",
                         help="picture file, PDF file (see --pages), or - for standard input; several are asked about together")  # fmt: skip
     parser.add_argument("question", metavar="QUESTION")
-    parser.add_argument(
-        "--model",
-        default="embedded",
-        help="embedded (default), a folder, or a Hugging Face hub name; Qwen-VL and others need the extra vision",
-    )
     parser.add_argument("--region", action="append", metavar="X0,Y0,X1,Y1",
                         help="where the answer is, as fractions of width and height, or px:X0,Y0,X1,Y1 in pixels; may be given "
                         "several times for one image, once for each of several (boxes joined by +, or whole)")  # fmt: skip
@@ -67,8 +59,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         "whole (nobody: prune by attention alone)")  # fmt: skip
     parser.add_argument("--localizer-model", metavar="PATH",
                         help="folder or hub name of the model for clip, detector or vlm; file of weights for head")  # fmt: skip
-    parser.add_argument("--plugin", action="append", default=[], metavar="FILE.py|MODULE",
-                        help="import this first: code that registers localizers or methods of your own")  # fmt: skip
     parser.add_argument("--layer", type=natural, metavar="N",
                         help="decoder layer whose attention finds the region (default: 1/16 of the depth, at least 1)")  # fmt: skip
     parser.add_argument("--min-confidence", type=fraction, metavar="FRACTION",
@@ -86,14 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         help="pages of a PDF file that has several (extra pdf)")  # fmt: skip
     parser.add_argument("--allow-url", action="store_true",
                         help="fetch an IMAGE that is an http(s) address, up to 64 MiB and 30 s")  # fmt: skip
-    parser.add_argument("--device-map", metavar="MAP",
-                        help="how accelerate places a large model, e.g. auto; instead of --device")  # fmt: skip
-    parser.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, ...")
-    parser.add_argument("--trust-remote-code", action="store_true",
-                        help="run code that comes with the model; without it, nothing of that kind runs or asks")  # fmt: skip
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto")
-    parser.add_argument("--max-new-tokens", type=count, default=32, metavar="N")
+    add_model_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -110,15 +93,12 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from crop.cli.ask import load
+    from crop.cli.ask import load_chosen
     from crop.cli.output import as_json, print_answer
 
     status = Console(stderr=True)
-    given = {name: getattr(options, name) for name in ("device_map", "attn_implementation", "trust_remote_code")}
-    how = {name: value for name, value in given.items() if value}
-    device = "cpu" if options.device_map else choose_device(options.device)
     with status.status(f"loading {escape(options.model)}"):
-        asker = load(options.model, device, options.dtype, **how)
+        asker = load_chosen(options)
     name = options.localizer or _default_localizer(options, asker)
     settings = {key: getattr(options, key) for key in ("layer", "min_confidence")}
     localizers = [
@@ -201,7 +181,7 @@ def _default_localizer(options: argparse.Namespace, asker: Asker) -> str:
         return "box"
     if options.method == "none":
         return "whole"
-    return "attention" if asker.head is None or options.layer is not None else "head"
+    return asker.default_localizer if options.layer is None else "attention"
 
 
 def _answers(
@@ -209,12 +189,7 @@ def _answers(
 ) -> tuple[Answer, Answer | None]:
     """Pruned, and unpruned where that is to be compared."""
     method = by_name(options.method, options.keep, asker.num_layers)
-
-    def ask(method: Method | None, localizer: Localizer | list[Localizer], length: int) -> Answer:
-        return asker.ask(pictures, options.question, method=method, localizer=localizer, max_new_tokens=length)
-
+    how = {"method": method, "localizer": localizers, "max_new_tokens": options.max_new_tokens}
     if options.compare:
-        for warm_up in (method, None):
-            ask(warm_up, localizers, 1)
-    pruned = ask(method, localizers, options.max_new_tokens)
-    return pruned, ask(None, WholeLocalizer(), options.max_new_tokens) if options.compare else None
+        return asker.compare(pictures, options.question, **how)
+    return asker.ask(pictures, options.question, **how), None

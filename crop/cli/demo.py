@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -12,13 +11,12 @@ from rich.text import Text
 
 from crop.cli.ask import EMBEDDED, Answer, load
 from crop.cli.visualize import contact_sheet, outlined, overlay
-from crop.embedded import scenes, things
+from crop.embedded import scenes
 from crop.localizers.base import WholeLocalizer
 from crop.methods.registry import by_name
 
 KEEP = 0.11
 LONGEST = 5  # tokens of an answer, with the one that ends it
-UNSEEN = 10_000_000  # the embedded model was trained on pictures of smaller seeds
 
 
 def demo(out: Path, *, count: int = 6, seed: int = 0) -> None:
@@ -37,11 +35,11 @@ def demo(out: Path, *, count: int = 6, seed: int = 0) -> None:
         asker = load(EMBEDDED, "cpu", "auto")
         find = asker.localizer("head")
         method, whole = by_name("crop", KEEP), WholeLocalizer()
-        first, question = next(_examples(seed, 1))
+        first, question = next(scenes.examples(1, seed))
         for each, localizer in ((method, find), (None, whole)):  # warm up, so that the times are fair
             asker.ask(first.image, question.text, method=each, localizer=localizer, max_new_tokens=LONGEST)
     rows, sheet = [], []
-    examples = track(_examples(seed, count), "asking", total=count, console=console, transient=True)
+    examples = track(scenes.examples(count, seed), "asking", total=count, console=console, transient=True)
     for number, (scene, question) in enumerate(examples):
         plain = asker.ask(scene.image, question.text, method=None, localizer=whole, max_new_tokens=LONGEST)
         pruned = asker.ask(scene.image, question.text, method=method, localizer=find, max_new_tokens=LONGEST)
@@ -55,14 +53,6 @@ def demo(out: Path, *, count: int = 6, seed: int = 0) -> None:
     _print(console, rows)
     written = f"Pictures: {out / 'contact_sheet.png'}, and beside it each picture and what was seen of it."
     console.print(written, soft_wrap=True, markup=False)
-
-
-def _examples(seed: int, count: int) -> Iterator[tuple[scenes.Scene, scenes.Question]]:
-    """Unseen pictures, each with the first of its questions that some part of it answers."""
-    for number in range(count):
-        picture = things.PICTURES[number % len(things.PICTURES)]
-        scene = scenes.scene(UNSEEN + 1000 * seed + number, picture=picture)
-        yield scene, next(question for question in scene.questions if question.local)
 
 
 def _print(console: Console, rows: list[tuple[scenes.Question, Answer, Answer]]) -> None:

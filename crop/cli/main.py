@@ -1,4 +1,4 @@
-"""The command ``crop``: ask a model about a picture, see a demo, see what was built."""
+"""The command ``crop``: ask a model about a picture, see a demo, try a page, see what was built."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from crop.cli import ask_command
-from crop.cli.options import UsageError, count, natural, need_packages
+from crop.cli import app_command, ask_command, bench_command, check_command, serve_command
+from crop.cli.options import REFUSED, count, natural, need_packages
 from crop.localizers.pretrained import one_line
 
 EXAMPLES = """\
@@ -16,8 +16,25 @@ examples:
   crop demo                                          six rendered pictures, pruned against unpruned
   crop ask receipt.png "what is the total"           the embedded model finds the region itself
   crop ask photo.jpg "what color is the car" --model llava-hf/llava-1.5-7b-hf --compare
+  crop app                                           a page in the browser to try it
+  crop check                                         is all of it right on this machine
+  crop bench kernels                                 how fast are they
   crop info                                          which kernels were built
 """
+
+
+COMMANDS = {  # name: module with EXAMPLES, add_options and run; in the list of commands; in its own help
+    "ask": (ask_command, "ask a model about a picture",
+            "Ask a model about a picture, with most vision tokens pruned away."),
+    "app": (app_command, "a page in the browser to try it",
+            "Serve a page: drop a picture, ask, draw a box; answers with and without pruning (extra app)."),
+    "serve": (serve_command, "an OpenAI-compatible server, with a region per request",
+              "Serve a model by vLLM; requests say where to look (extra vllm)."),
+    "check": (check_command, "does crop work here, and with this model",
+              "Verify the operators of this installation, and one model end to end."),
+    "bench": (bench_command, "how fast it is here",
+              "Time the operators, or a prefill, of this installation."),
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("crop: interrupted", file=sys.stderr)
         return 130
-    # What the package refuses, no such model, no extra, no room on the device.
-    except (UsageError, ValueError, OSError, ImportError, RuntimeError) as error:
+    except REFUSED as error:
         print(f"{options.parser.prog}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -54,15 +70,12 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"crop {crop.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    ask = commands.add_parser(
-        "ask",
-        help="ask a model about a picture",
-        description="Ask a model about a picture, with most vision tokens pruned away.",
-        epilog=ask_command.EXAMPLES,
-        formatter_class=style,
-    )
-    ask_command.add_options(ask)
-    ask.set_defaults(run=ask_command.run, parser=ask)
+    for name, (command, brief, description) in COMMANDS.items():
+        one = commands.add_parser(
+            name, help=brief, description=description, epilog=command.EXAMPLES, formatter_class=style
+        )
+        command.add_options(one)
+        one.set_defaults(run=command.run, parser=one)
 
     demo = commands.add_parser(
         "demo",

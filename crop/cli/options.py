@@ -18,11 +18,18 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 SECOND_MODELS = ("clip", "detector", "vlm")
 NO_PATH = ("attention", "box", "cascade", "ocr", "union", "whole")  # localizers that load nothing
 NO_LAYER = (*SECOND_MODELS, "head", "ocr", "cascade", "union", "box", "whole")
-NEEDED = {"transformers": "transformers", "PIL": "pillow", "rich": "rich"}
+NEEDED = {  # extra -> module -> package that brings it
+    "demo": {"transformers": "transformers", "PIL": "pillow", "rich": "rich"},
+    "app": {"transformers": "transformers", "PIL": "pillow", "gradio": "gradio"},
+}
 
 
 class UsageError(Exception):
     """Something the user can put right: a wrong path, a family that is not supported."""
+
+
+# What ends in one line for the user: wrong use, what the package refuses, no such model, no extra, no room on the device.
+REFUSED = (UsageError, ValueError, OSError, ImportError, RuntimeError)
 
 
 def number(kind: type, low: float, high: float, what: str) -> Callable[[str], float]:
@@ -45,11 +52,28 @@ count = number(int, 1, sys.maxsize, "a whole number of at least 1")
 natural = number(int, 0, sys.maxsize, "a whole number of at least 0")
 
 
-def need_packages(command: str) -> None:
+def need_packages(command: str, extra: str = "demo") -> None:
     """Refuse a command whose packages are missing. UsageError: names them and the extra that brings them."""
-    missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
+    missing = [name for module, name in NEEDED[extra].items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise UsageError(f'crop {command} needs {", ".join(missing)}: pip install "crop-vlm[demo]"')
+        raise UsageError(f'crop {command} needs {", ".join(missing)}: pip install "crop-vlm[{extra}]"')
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model answers, where and how: read by ``crop.cli.ask.load_chosen``; and ``--plugin``."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="embedded",
+                       help="embedded (default), a folder, or a Hugging Face hub name; Qwen-VL and others need the extra vision")  # fmt: skip
+    group.add_argument("--plugin", action="append", default=[], metavar="FILE.py|MODULE",
+                       help="import this first: code that registers localizers or methods of your own")  # fmt: skip
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is a GPU)")
+    group.add_argument("--dtype", choices=DTYPES, default="auto")
+    group.add_argument("--device-map", metavar="MAP",
+                       help="how accelerate places a large model, e.g. auto; instead of --device")  # fmt: skip
+    group.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, ...")
+    group.add_argument("--trust-remote-code", action="store_true",
+                       help="run code that comes with the model; without it, nothing of that kind runs or asks")  # fmt: skip
+    group.add_argument("--max-new-tokens", type=count, default=32, metavar="N", help="of an answer (default 32)")
 
 
 def load_plugin(name: str) -> None:
@@ -88,12 +112,13 @@ def check_options(options: argparse.Namespace) -> None:
         raise UsageError("--localizer box must come with --region X0,Y0,X1,Y1")
 
 
-def parse_region(texts: Sequence[str], size: tuple[int, int]) -> Region:
+def parse_region(texts: Sequence[str], size: tuple[int, int], name: str = "--region") -> Region:
     """What ``--region`` says of one image.
 
     Args:
         texts: boxes X0,Y0,X1,Y1 as fractions, or px:X0,Y0,X1,Y1 in pixels; several joined by "+"; "whole".
         size: (width, height) of the upright image.
+        name: of the option, for errors.
     Raises:
         UsageError: not four numbers, pixels without "px:", or no box of the image.
     """
@@ -108,17 +133,17 @@ def parse_region(texts: Sequence[str], size: tuple[int, int]) -> Region:
                 if len(box) != 4:
                     raise ValueError
             except ValueError:
-                raise UsageError(f"--region must be four numbers X0,Y0,X1,Y1, got {part!r}") from None
+                raise UsageError(f"{name} must be four numbers X0,Y0,X1,Y1, got {part!r}") from None
             if not pixels and max(box) >= 2:  # up to there it may reach a little over the edge
                 raise UsageError(
-                    f"--region must be fractions of width and height, got {part!r}; for pixels write px:{part}"
+                    f"{name} must be fractions of width and height, got {part!r}; for pixels write px:{part}"
                 )
             width, height = size if pixels else (1, 1)
             boxes.append((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
     try:
         return Region(tuple(boxes))
     except ValueError as error:
-        raise UsageError(f"--region: {error}") from error
+        raise UsageError(f"{name}: {error}") from error
 
 
 def page_numbers(text: str) -> tuple[int, ...]:

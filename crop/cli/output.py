@@ -52,6 +52,19 @@ def _region(region: Region) -> dict[str, Any]:
     }
 
 
+def where(region: Region, localizer: str) -> str:
+    """A region in words: its boxes, how sure, how large, by whom."""
+    boxes = "  ".join(",".join(f"{value:.3f}" for value in box) for box in region.boxes)
+    place = "whole image" if region.is_whole else boxes
+    return f"{place}  (confidence {region.confidence:.2f}, {region.area:.0%} of the image, by {localizer})"
+
+
+def speed(pruned: Answer, plain: Answer) -> str:
+    """How the total times compare."""
+    ratio = plain.seconds["total"] / pruned.seconds["total"]
+    return f"{ratio:.2f} times the speed of the unpruned run, localizer included"
+
+
 def print_answer(
     options: argparse.Namespace, localizer: str, pruned: Answer, plain: Answer | None, overlay: str | None
 ) -> None:
@@ -65,13 +78,10 @@ def print_answer(
     if plain is not None:
         facts.add_row("unpruned", Text(plain.text, "bold"))
     for number, image in enumerate(pruned.images, 1):
-        region = image.region
-        boxes = "  ".join(",".join(f"{value:.3f}" for value in box) for box in region.boxes)
-        where = "whole image" if region.is_whole else boxes
-        sure = f"confidence {region.confidence:.2f}, {region.area:.0%} of the image, by {localizer}"
-        facts.add_row("region" if len(pruned.images) == 1 else f"region {number}", Text(f"{where}  ({sure})"))
-        if region.reason:
-            facts.add_row("because", Text(region.reason))
+        title = "region" if len(pruned.images) == 1 else f"region {number}"
+        facts.add_row(title, Text(where(image.region, localizer)))
+        if image.region.reason:
+            facts.add_row("because", Text(image.region.reason))
     tokens = pruned.tokens
     facts.add_row(
         "tokens",
@@ -91,7 +101,6 @@ def print_answer(
     console.print()
     console.print(times)
     if plain is not None:
-        ratio = plain.seconds["total"] / pruned.seconds["total"]
-        console.print(f"\n{ratio:.2f} times the speed of the unpruned run, localizer included")
+        console.print(f"\n{speed(pruned, plain)}")
     if overlay:
         console.print(f"overlay written to {overlay}", soft_wrap=True, markup=False)

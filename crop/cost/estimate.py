@@ -24,9 +24,9 @@ class Cost:
 
     Args:
         tokens: vision tokens per image, averaged over the decoder layers.
-        flops: multiply-adds of all samples, times two.
+        flops: multiply-adds of all samples, times two; attention by its full square, as ``torch.utils.flop_counter`` counts.
         kv_bytes: keys and values of all samples after it.
-        seconds: predicted, the patch's own work included.
+        seconds: predicted, the patch's own work included; NaN for a model on the meta device, which cannot be timed.
     """
 
     tokens: list[float]
@@ -41,7 +41,7 @@ class Estimate:
 
     Args:
         before: the model as it is. after: under the method.
-        prune: whether the predicted saving, less ``localizer_seconds``, is worth it.
+        prune: whether the predicted saving, less ``localizer_seconds``, is worth it; by FLOPs where there are no seconds.
         advice: the same in words.
     """
 
@@ -66,7 +66,7 @@ def estimate(
 
     Args:
         model, method, processor, image_size: as for ``patch``.
-        inputs: what the model would be called with: ``input_ids``, ``pixel_values`` and so on.
+        inputs: what ``generate()`` would be called with: ``input_ids``, ``pixel_values`` and so on.
         region: as for ``patch``; None asks before a localizer has run, which tells the same of methods with a budget.
         localizer_seconds: what finding the region costs, to be earned back.
         plan: removed, must stay True.
@@ -101,8 +101,12 @@ def estimate(
     share = f"{1000 * before.seconds:.1f} ms of prefill, {1000 * after.seconds:.1f} ms pruned"
     if localizer_seconds:
         share += f" and {1000 * localizer_seconds:.1f} ms for the localizer"
-    verdict = "prune" if prune else "do not prune"
-    return Estimate(before, after, prune, f"{verdict}: {share} (predicted)")
+    source = "predicted"
+    if device.type == "meta":
+        prune = after.flops < (1 - MARGIN) * before.flops
+        share = f"{before.flops / 1e12:.2f} TFLOPs of prefill, {after.flops / 1e12:.2f} pruned"
+        source = "counted; there are no weights to time"
+    return Estimate(before, after, prune, f"{'prune' if prune else 'do not prune'}: {share} ({source})")
 
 
 def _lengths(plan: BatchPlan, real: list[int], layer: int) -> list[int]:
@@ -119,8 +123,8 @@ def _cost(
     """Of layers that see ``lengths[layer]`` tokens per sample; shorter samples are padded."""
     flops, seconds, held = 0.0, 0.0, 0
     for layer, counts in zip(geometry.layers, lengths, strict=True):
-        flops += layer.matrix_flops(sum(counts)) + sum(map(layer.attention_flops, counts))
-        seconds += speed.matrix_seconds(layer, len(counts) * max(counts))
+        flops += layer.matrix_flops(sum(map(layer.tokens, counts))) + sum(map(layer.attention_flops, counts))
+        seconds += speed.matrix_seconds(layer, len(counts) * layer.tokens(max(counts)))
         seconds += speed.attention * len(counts) * layer.attention_flops(max(counts))
         held += sum(layer.kv_bytes(count, element_size) for count in counts)
     return Cost(tokens, flops, held, seconds)
@@ -134,6 +138,6 @@ def _own_seconds(plan: BatchPlan, geometry: DecoderGeometry, speed: Speed, lengt
         if step.rows is not None:
             layer = geometry.layers[number - 1]
             scored = step.rows.shape[1] * sum(lengths[number - 1][sample] for sample in step.owners)
-            # Logits once; exponentials weigh as much again.
-            seconds += speed.attention * 2 * 2.0 * layer.num_heads * layer.head_dim * scored
+            # Logits once, no half of them spared; exponentials weigh as much again.
+            seconds += speed.attention * 2 * 2 * 2.0 * layer.num_heads * layer.head_dim * scored
     return seconds

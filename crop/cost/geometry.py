@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch import nn
+
+from crop.models import ModelFamily
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,33 @@ class Experts:
     weights: int  # elements of the matrices of one expert
 
 
+CHUNK = 64  # tokens that the gated delta rule takes at a time, in transformers and in flash-linear-attention
+
+
 @dataclass(frozen=True)
 class State:
     """What a recurrent layer (gated delta rule) carries on in the place of keys and values."""
 
-    size: int  # elements of the matrices of all heads, float32
+    heads: int  # each has a matrix of its own, float32
+    key_dim: int  # its rows
+    value_dim: int  # its columns
     inputs: int  # elements of the inputs that its convolution still sees
+
+    @property
+    def size(self) -> int:
+        """Elements of the matrices of all heads."""
+        return self.heads * self.key_dim * self.value_dim
+
+    def flops(self, length: int) -> float:
+        """Of the gated delta rule over whole chunks.
+
+        Every token meets the tokens of its chunk (keys with keys, queries with keys, and what the triangular systems make
+        of both and of the values) and the state (corrected, read, written). Convention: full squares inside a chunk,
+        triangular systems as the products with their inverses.
+        """
+        chunks = -(-length // CHUNK)
+        inside = CHUNK * (3 * self.key_dim + 2 * self.value_dim)
+        return 2.0 * chunks * CHUNK * self.heads * (inside + 3 * self.key_dim * self.value_dim)
 
 
 @dataclass(frozen=True)
@@ -37,11 +60,16 @@ class LayerGeometry:
 
     weights: int
     num_heads: int
-    num_kv_heads: int
+    num_kv_heads: int  # 0 where it reads the keys of another layer
     head_dim: int
     window: int | None = None  # tokens that a query sees at most, itself included; None: all before it
     experts: Experts | None = None  # of a mixture; None in a dense layer
     state: State | None = None  # of a recurrent layer; None where there is attention
+    last: bool = False  # generate() runs it on the last token of a prompt alone
+
+    def tokens(self, length: int) -> int:
+        """How many of a sample's tokens it runs on."""
+        return min(length, 1) if self.last else length
 
     @property
     def active_weights(self) -> int:
@@ -53,15 +81,19 @@ class LayerGeometry:
         return 2.0 * self.active_weights * tokens
 
     def attention_flops(self, length: int) -> float:
-        """Of both products of causal attention: half of the square, less what lies outside the window.
+        """Of both products of attention, or of what a recurrent layer has in their place.
 
-        Windows follow original positions, so that after a cut this is what they let through at most. Of a recurrent layer,
-        what every token does to each element: decay (1), read, write and query (2 each); kernels that work in chunks do more.
+        Convention: the full square, ``4 * num_heads * head_dim * length ** 2``, as ``torch.utils.flop_counter`` counts,
+        though causal kernels skip nearly half of it; under a window the part of the square that lies less than the window
+        off its diagonal; a row of it where the last token alone asks. Windows follow original positions, so that after a cut this is what they let through at most.
         """
         if self.state is not None:
-            return 7.0 * self.state.size * length
+            return self.state.flops(length)
+        if self.last:
+            return 4.0 * self.num_heads * self.head_dim * min(length, self.window or length)
         outside = 0 if self.window is None else max(length - self.window, 0)
-        return 2.0 * self.num_heads * self.head_dim * (length * length - outside * outside)
+        # Two triangles outside of the band, whose sides are shorter by the diagonal that is in neither.
+        return 4.0 * self.num_heads * self.head_dim * (length * length - outside * (outside + 1))
 
     def kv_bytes(self, length: int, element_size: int) -> int:
         """Of the keys and values that the cache keeps; a sliding layer's keeps what the next token will see."""
@@ -78,6 +110,11 @@ class DecoderGeometry:
     hidden: int  # width of its tokens
     layers: tuple[LayerGeometry, ...]  # from first to last; equal layers are one object
 
+    @property
+    def attending(self) -> LayerGeometry:
+        """The first layer with attention and keys of its own."""
+        return next(layer for layer in self.layers if layer.num_kv_heads)
+
     @staticmethod
     def of(language_model: nn.Module) -> DecoderGeometry:
         """Read off the modules and the configuration of a Hugging Face decoder; no weight is read.
@@ -86,24 +123,31 @@ class DecoderGeometry:
             ValueError: a mixture of experts whose configuration does not tell how many a token passes.
         """
         config = language_model.config
-        heads = config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        kinds: Sequence[str] = getattr(config, "layer_types", None) or [""] * len(language_model.layers)
+        kinds = ModelFamily.layer_kinds(config)
+        shortens = "logits_to_keep" in inspect.signature(language_model.forward).parameters  # where keys are reused
         shared = cache(LayerGeometry)
         layers = []
-        for number, layer in enumerate(language_model.layers):
+        for kind, layer in zip(kinds, language_model.layers, strict=True):
             dense, experts = _matrices(layer, config)
-            window = config.sliding_window if kinds[number] == "sliding_attention" else None
-            state = _state(config) if kinds[number] == "linear_attention" else None
-            layers.append(shared(dense, heads, kv_heads, head_dim, window, experts, state))
+            window = config.sliding_window if kind == "sliding_attention" else None
+            state = _state(config) if kind == "linear_attention" else None
+            heads = (0, 0, 0) if state else _heads(layer.self_attn, config)
+            last = shortens and state is None and heads[1] == 0
+            layers.append(shared(dense, *heads, window, experts, state, last))
         return DecoderGeometry(config.hidden_size, tuple(layers))
+
+
+def _heads(attention: nn.Module, config: Any) -> tuple[int, int, int]:
+    """Of queries, of keys in the cache (none where the layer reads another's), and their width, which may differ by layer."""
+    heads = config.num_attention_heads
+    reads = getattr(attention, "is_kv_shared_layer", False)
+    return heads, 0 if reads else heads // attention.num_key_value_groups, attention.head_dim
 
 
 def _state(config: Any) -> State:
     keys, values = config.linear_key_head_dim, config.linear_value_head_dim
     width = 2 * config.linear_num_key_heads * keys + config.linear_num_value_heads * values
-    return State(config.linear_num_value_heads * keys * values, width * config.linear_conv_kernel_dim)
+    return State(config.linear_num_value_heads, keys, values, width * config.linear_conv_kernel_dim)
 
 
 def _matrices(layer: nn.Module, config: Any) -> tuple[int, Experts | None]:
@@ -115,10 +159,11 @@ def _matrices(layer: nn.Module, config: Any) -> tuple[int, Experts | None]:
     held = found[0]
     rows = held if isinstance(held, nn.ModuleList) else next(p for p in held.parameters() if p.dim() == 3)
     count = len(rows)
-    per_token = getattr(config, "num_experts_per_tok", None)
+    names = ("num_experts_per_tok", "top_k_experts")
+    per_token = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
     if per_token is None:
         raise ValueError(
-            "estimate: the configuration of a mixture of experts must tell num_experts_per_tok, got "
+            "estimate: the configuration of a mixture of experts must tell num_experts_per_tok or top_k_experts, got "
             f"{type(config).__name__} without"
         )
     return total - _elements(held), Experts(count, per_token, _elements(held) // count)

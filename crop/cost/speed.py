@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Speed:
     """Measured on one device for one decoder and dtype; seconds."""
 
     matrices: tuple[float, ...]  # per element of a matrix that a number of tokens pass, at each of SIZES tokens
-    attention: float  # per FLOP of causal attention
+    attention: float  # per FLOP of causal attention, of which the full square is counted and half is done
     hook: float  # per hook: registered, called once, removed
     image: float  # of planning one image
     step: float  # of the operators of one cut or pooling on few tokens, which is what their calls cost
@@ -48,13 +49,18 @@ class Speed:
         return float(np.interp(tokens, SIZES, self.matrices)) * max(1.0, tokens / SIZES[-1])
 
 
+UNKNOWN = Speed((math.nan,) * len(SIZES), *[math.nan] * 4)  # of the meta device
+
+
 @lru_cache(maxsize=16)
 def measure_speed(geometry: DecoderGeometry, device: torch.device, dtype: torch.dtype) -> Speed:
     """Time a layer's worth of work: a few matrix products, one attention call, empty hooks; remembered per arguments.
 
     Source: own choice.
     """
-    layer = geometry.layers[0]
+    if device.type == "meta":
+        return UNKNOWN
+    layer = geometry.attending
     width = max(1, layer.active_weights // geometry.hidden // 8)  # an eighth of the layer is enough to time
     weight = torch.randn(width, geometry.hidden, device=device, dtype=dtype)
 
@@ -69,7 +75,7 @@ def measure_speed(geometry: DecoderGeometry, device: torch.device, dtype: torch.
         attention = _seconds(lambda: attend(query, query, query, is_causal=True), device)
         return Speed(
             matrices=tuple(map(per_element, SIZES)),
-            attention=attention / (2.0 * layer.num_heads * layer.head_dim * length * length),
+            attention=attention / (4.0 * layer.num_heads * layer.head_dim * length * length),
             hook=_hook_seconds(),
             image=_planning_seconds(),
             step=_step_seconds(geometry, device, dtype),
@@ -101,7 +107,7 @@ def _planning_seconds() -> float:
 
 
 def _step_seconds(geometry: DecoderGeometry, device: torch.device, dtype: torch.dtype) -> float:
-    layer, index = geometry.layers[0], torch.arange(16, device=device).unsqueeze(0)
+    layer, index = geometry.attending, torch.arange(16, device=device).unsqueeze(0)
     key = torch.randn(1, layer.num_kv_heads, 32, layer.head_dim, device=device, dtype=dtype)
     query = torch.randn(1, layer.num_heads, 4, layer.head_dim, device=device, dtype=dtype)
     hidden = torch.randn(1, 32, geometry.hidden, device=device, dtype=dtype)

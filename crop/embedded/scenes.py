@@ -20,6 +20,7 @@ from crop.geometry.region import Box, Region
 LOCAL_KINDS = tuple("digit word color shape where count sign price item total date shop".split())
 GLOBAL_KINDS = ("shapes", "picture", "receipt")
 WHOLE = ((0.0, 0.0, 1.0, 1.0),)
+UNSEEN = 10_000_000  # the embedded model was trained on pictures of smaller seeds
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,17 @@ def scene(seed: int, *, picture: str | None = None, hardness: float = 1.0) -> Sc
     questions = list(_questions(things, picture, rng))
     rng.shuffle(questions)
     return Scene(image, tuple(questions), picture, things, seed)
+
+
+def examples(count: int, seed: int = 0) -> Iterator[tuple[Scene, Question]]:
+    """Pictures that the embedded model was not trained on, each with the first of its questions that a part answers.
+
+    Args:
+        count: pictures; the kinds take turns. seed: which ones.
+    """
+    for number in range(count):
+        drawn = scene(UNSEEN + 1000 * seed + number, picture=PICTURES[number % len(PICTURES)])
+        yield drawn, next(question for question in drawn.questions if question.local)
 
 
 def _questions(things: tuple[Thing, ...], picture: str, rng: random.Random) -> Iterator[Question]:

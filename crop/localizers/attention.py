@@ -56,8 +56,9 @@ class AttentionLocalizer:
 
     Args:
         model: Hugging Face vision-language model of a supported family. processor: its processor.
-        layer: decoder layer whose attention is read, 0 = first. None: a sixteenth of the depth, at least 1, which keeps the
-            pass below 5 % of the prefill (see bench/README.md).
+        layer: decoder layer whose attention is read, 0 = first; it must see the whole prompt. None: the first such from a
+            sixteenth of the depth on, at least 1, which keeps the pass below 5 % of the prefill where all layers do (see
+            bench/README.md).
         prompt: as in ``encode``.
         stride: the pass runs on vision tokens averaged in blocks of this side, which costs a ``stride ** 2``-th.
         overview: the pass runs on the view of the whole image alone, where the encoder has tiles and such a view.
@@ -93,11 +94,28 @@ class AttentionLocalizer:
         count = len(family_of(self.model).language_model(self.model).layers)
         if self.layer is not None and not 0 <= self.layer < count:
             raise ValueError(f"{op}: layer must be in [0, num_layers={count}), got {self.layer}")
+        if self.layer is not None and self.layer not in self._seeing:
+            raise ValueError(
+                f"{op}: layer must be one that sees the whole prompt, by keys of its own: one of {self._seeing}, got {self.layer}"
+            )
         if self.rows < 1:
             raise ValueError(f"{op}: rows must be >= 1, got {self.rows}")
         check_ranges(op, self)
         if not 1 <= self.stride <= MAX_STRIDE:
             raise ValueError(f"{op}: stride must be in [1, {MAX_STRIDE}], got {self.stride}")
+
+    @property
+    def _seeing(self) -> list[int]:
+        family = family_of(self.model)
+        return family.scoring_layers(family.language_model(self.model).config)
+
+    @property
+    def scoring_layer(self) -> int:
+        """The decoder layer that is read: ``layer``, or the first after a sixteenth of the depth that sees the whole prompt."""
+        if self.layer is not None:
+            return self.layer
+        count = len(family_of(self.model).language_model(self.model).layers)
+        return next((one for one in self._seeing if one >= max(1, count // 16)), self._seeing[-1])
 
     def __call__(self, image: Image, question: str) -> Region:
         attention = self.attend(image, question)
@@ -111,9 +129,10 @@ class AttentionLocalizer:
         """
         inputs = encode(self.processor, image, question, self.prompt).to(self.model.device, dtype=self.model.dtype)
         found: list[Attention] = []
+        prefix = family_of(self.model).traits.mask == "prefix"
 
         def read(query: Tensor, key: Tensor, scale: float | None) -> None:
-            found.append(_attention(stats, query, key, scale, self.rows))
+            found.append(_attention(stats, query, key, scale, self.rows, prefix))
             raise Stop
 
         with self.reading(read, processor=self.processor, image_size=image.size) as stats:
@@ -130,11 +149,7 @@ class AttentionLocalizer:
             where: ``processor`` and ``image_size``, as for ``patch``.
         """
         family = family_of(self.model)
-        decoder = family.language_model(self.model)
-        layers, layer = decoder.layers, self.layer
-        if layer is None:
-            seeing = family.scoring_layers(decoder.config)
-            layer = next((one for one in seeing if one >= max(1, len(layers) // 16)), seeing[-1])
+        layers, layer = family.language_model(self.model).layers, self.scoring_layer
         scoring = layers[layer].self_attn
         method: Method = PreLLMCompression(inside=self.stride, context=self.stride, outside=self.stride, mode="mean")
         if self.overview and family.encoder_of(self.model.config) is not None:
@@ -180,8 +195,10 @@ def _without_rotation(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     return args, kwargs | {"position_embeddings": (torch.ones_like(cosine), torch.zeros_like(sine))}
 
 
-def _attention(stats: PruneStats, query: Tensor, key: Tensor, scale: float | None, count: int) -> Attention:
-    """Attention of the text after the only image, per head."""
+def _attention(
+    stats: PruneStats, query: Tensor, key: Tensor, scale: float | None, count: int, prefix: bool
+) -> Attention:
+    """Attention of the text after the only image, per head; ``prefix``: every row of it sees the whole prompt."""
     layout = only_image(stats.layouts, "attend")
     place = stats.pooled[0].position
     first = int(place[-1]) + 1
@@ -193,7 +210,7 @@ def _attention(stats: PruneStats, query: Tensor, key: Tensor, scale: float | Non
     key = key[0].repeat_interleave(heads // key.shape[1], 0).unsqueeze(1)
     index = place.to(query.device).expand(heads, -1)
     visible = torch.arange(first, first + num_rows, device=query.device) + 1
-    visible = visible.expand(heads, -1)
+    visible = (torch.full_like(visible, first + num_rows) if prefix else visible).expand(heads, -1)
     prior, asked = (
         ops.attention_mass(query[:, :, rows], key, index, scale=scale, visible_len=visible[:, rows])
         for rows in (slice(0, 1), slice(max(1, num_rows - count), None))

@@ -76,21 +76,31 @@ def encode(
         text = chat(processor, question, images=len(image) if isinstance(image, list) else 1)
     else:
         raise ValueError("encode: prompt must be given for a processor without a chat template, got None")
-    inputs = processor(images=image, text=text, return_tensors="pt")
+    inputs = processor(images=image, text=text, return_tensors="pt", **begin_once(processor, text))
     if last is not None:
         last[:] = [(image, asked, copy.copy(inputs))]  # moving inputs to a device writes into what is moved
     return inputs
 
 
+def begin_once(processor: Any, text: str) -> dict[str, bool]:
+    """Argument of a processor's call that keeps the tokenizer from adding a first token that the text holds already."""
+    first = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
+    return {"add_special_tokens": False} if first and text.startswith(first) else {}
+
+
 def chat(processor: Any, question: str, images: int) -> str:
-    """One user turn in the processor's chat template, the images first.
+    """One user turn in the processor's chat template, the images first, to be answered without thinking first.
+
+    Templates of models that can do either know ``enable_thinking``; others ignore it.
 
     Raises:
         ValueError: the template fails.
     """
     turn = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
     try:
-        return processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
+        return processor.apply_chat_template(
+            [{"role": "user", "content": turn}], add_generation_prompt=True, enable_thinking=False
+        )
     except Exception as error:  # a program of its own, which can fail in any way
         raise ValueError(
             "encode: the processor's chat template must take one user turn with parts of type image and text, got "

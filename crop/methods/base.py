@@ -102,7 +102,7 @@ class Features:
     Args:
         tokens: (N, dim) of one image, as the language model would get them.
         text: (M, dim) embeddings of the text after the sample's last image.
-        observed: (N, ...) what ``Method.observe`` read of this image; None: it reads nothing.
+        observed: (N, ...) what ``Method.observe`` read of this image, of several watches (N, watches); None: it reads nothing.
     """
 
     tokens: Tensor

@@ -48,7 +48,7 @@ def by_name(name: str, keep: float, num_layers: int | None = None) -> Method | N
             ``keep ** POOL_SHARE``, then pruning to ``keep``; "none" is the unpruned model; or a baseline's or registered
             method's name.
         keep: fraction in (0, 1]; 1.0 keeps everything (``plan`` and ``select`` return None).
-        num_layers: of the decoder, for methods whose layers are spread over the depth ("pyramiddrop").
+        num_layers: of the decoder, for methods whose layers are spread over the depth ("pyramiddrop", "autoprune").
     Returns:
         Method, or None for "none".
     Raises:

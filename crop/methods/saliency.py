@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from crop.geometry.layout import PATCH, VisionLayout
-from crop.geometry.pooling import PoolPlan
 
 SHARPNESS = 4.0  # a standard deviation more weighs exp(4) = 55 times; on the embedded model 3 to 6 answered alike
 FARTHEST = 8.0  # standard deviations that still make a difference: float32 holds the weights
@@ -30,12 +29,17 @@ def distinctness(tokens: Tensor) -> Tensor:
     return (distance - middle) / (spread.sqrt() + FLAT)
 
 
+def patch_weights(tokens: Tensor) -> Tensor:
+    """What the patches of an image (N, D), N >= 1, weigh in pooling: (N,) float32, ``exp(4 * distinctness)``."""
+    return (SHARPNESS * distinctness(tokens).clamp(-FARTHEST, FARTHEST)).exp()
+
+
 @torch.no_grad()
-def saliency_weights(plan: PoolPlan, images: Sequence[tuple[int, VisionLayout]], embeds: Tensor) -> Tensor:
+def saliency_weights(alone: Tensor, images: Sequence[tuple[int, VisionLayout]], embeds: Tensor) -> Tensor:
     """Weights for ``ops.adaptive_pool``, ``exp(4 * distinctness)``; constants for the gradient.
 
     Args:
-        plan: cells over the flattened tokens of a batch.
+        alone: (batch * seq_len,) bool, what is alone in its cell, on the device of ``embeds``.
         images: (sample, layout) of those that are pooled; each is judged by itself.
         embeds: (batch, seq_len, D).
     Returns:
@@ -48,7 +52,5 @@ def saliency_weights(plan: PoolPlan, images: Sequence[tuple[int, VisionLayout]],
             first, last = int(position[0]), int(position[-1])
             # Positions that follow each other are a view.
             place = slice(first, last + 1) if last - first == len(position) - 1 else position.to(embeds.device)
-            apart = distinctness(embeds[sample, place]).clamp(-FARTHEST, FARTHEST)
-            weight[sample, place] = (SHARPNESS * apart).exp()
-    alone = plan.counts[plan.inverse.long()] == 1
-    return weight.flatten().masked_fill(alone.to(embeds.device), 1.0)
+            weight[sample, place] = patch_weights(embeds[sample, place])
+    return weight.flatten().masked_fill(alone, 1.0)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from crop.geometry.layout import NEWLINE, PADDING, PATCH, VisionLayout
+from crop.geometry.layout import NEWLINE, VisionLayout
 from crop.geometry.pieces import Pieces
 from crop.models.family import Placed, Prompt, stack_views
 from crop.models.fixed import refuse_class_token
+from crop.models.newlines import markers, with_newlines
 
 
 def anyres_images(prompt: Prompt) -> Placed:
@@ -107,7 +107,7 @@ def _square_layout(config: Any, size: Sequence[int]) -> VisionLayout:
     # Integer halves, as the processor pastes the image.
     x, y = -((longest - width) // 2) / width, -((longest - height) // 2) / height
     center = VisionLayout.grid(side, side, box=(x, y, x + longest / width, y + longest / height)).center
-    return _with_newlines(center, side, side, [side - 1])
+    return with_newlines(center, side, side, [side - 1])
 
 
 def tiled_layout(config: Any, size: Sequence[int], most: int | None = None) -> VisionLayout:
@@ -134,28 +134,7 @@ def tiled_layout(config: Any, size: Sequence[int], most: int | None = None) -> V
     views = [VisionLayout.grid(side, side)]
     if rows and columns:
         center = center.flip(0).permute(1, 2, 0).reshape(-1, 2)
-        views.append(_with_newlines(center, rows, columns, range(rows)))
+        views.append(with_newlines(center, rows, columns, range(rows)))
     elif rows:  # too thin for a token: the rows' newlines are left
-        newlines = VisionLayout.grid(rows, 1)
-        views.append(replace(newlines, kind=torch.full_like(newlines.kind, NEWLINE)))
+        views.append(markers(rows))
     return stack_views(views)
-
-
-def _with_newlines(center: Tensor, rows: int, columns: int, ending: Sequence[int]) -> VisionLayout:
-    """A grid of patches with newlines behind the rows ``ending``."""
-    patches = VisionLayout.grid(rows, columns)
-    ending = torch.tensor(ending, dtype=torch.int32)
-    ends = center[ending * columns].clone()
-    ends[:, 0] += columns * (center[columns - 1, 0] - center[0, 0]) / max(columns - 1, 1)
-    kind = torch.where(((center < 0) | (center >= 1)).any(1), PADDING, PATCH)
-    row, col = torch.cat([patches.row, ending]), torch.cat([patches.col, torch.full_like(ending, columns)])
-    order = (row * (columns + 1) + col).argsort()
-    return VisionLayout(
-        position=torch.arange(len(order)),
-        center=torch.cat([center, ends])[order].float(),
-        row=row[order],
-        col=col[order],
-        view=torch.zeros_like(row),
-        kind=torch.cat([kind, torch.full((len(ending),), NEWLINE)])[order].to(torch.uint8),
-        num_original=len(order),
-    )

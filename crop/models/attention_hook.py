@@ -104,7 +104,10 @@ def undo_rope(module: nn.Module, query: Tensor, key: Tensor, tables: tuple[Tenso
         )
     cos, sin = (table.float() for table in tables)
     norm = (cos.square() + sin.square()).clamp(min=1e-12)  # 0 in the rows of fillers
-    return turn(query.float(), key.float(), cos / norm, -sin / norm)
+    cos, sin = cos / norm, -sin / norm
+    if list(inspect.signature(turn).parameters).index("cos") == 1:  # takes one tensor at a time (Gemma 4)
+        return turn(query.float(), cos, sin), turn(key.float(), cos, sin)
+    return turn(query.float(), key.float(), cos, sin)
 
 
 _aten = torch.ops.aten

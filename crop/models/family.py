@@ -85,18 +85,21 @@ class DecoderTraits:
     """What a family's decoder does differently; read by masks, planner, cost model and localizers.
 
     Args:
-        mask: what a token sees beside itself and what stands before it: "causal": nothing; "image": all of its image;
-            "prefix": all of its prompt. Beyond "causal" the multimodal model makes the masks, over the input.
+        mask: what a token sees beside itself and what stands before it: "causal": nothing; "image": its image, in some
+            layers or checkpoints at least; "prefix": its prompt. Beyond "causal" the multimodal model makes the masks,
+            over the input.
         deepstack_method: method of the language model, (hidden_states, vision mask, features), that adds vision features
             of further levels after its first layers; None: there is none.
         unrotated: kinds of layers (``layer_types``) whose queries and keys have no rotary embedding.
         recurrent: kinds of layers that carry a state on in the place of keys: they cannot score, and what came in stays.
+        norm: attribute of the language model that holds the norm behind its last layer.
     """
 
     mask: Literal["causal", "image", "prefix"] = "causal"
     deepstack_method: str | None = None
     unrotated: tuple[str, ...] = ()
     recurrent: tuple[str, ...] = ()
+    norm: str = "norm"
 
 
 class Encoder(Protocol):
@@ -135,6 +138,7 @@ class ModelFamily:
         projector: attribute of the multimodal model that maps the tower's features to tokens, called once per forward;
             None: the tower does it itself.
         videos: ``images`` places videos too; otherwise they are refused.
+        tiles: an image may go through the tower in several rows.
         encoder: how the tower takes part of the pictures (``models.encoders``); None: it cannot.
         traits: of the decoder.
     """
@@ -146,6 +150,7 @@ class ModelFamily:
     decoder: str = "language_model"
     projector: str | None = "multi_modal_projector"
     videos: bool = False
+    tiles: bool = False
     encoder: Encoder | None = None
     traits: DecoderTraits = DecoderTraits()
 
@@ -178,7 +183,7 @@ class ModelFamily:
         return found if self.projector is None else [*found, self._part(base, "projector", self.projector)]
 
     def language_model(self, model: nn.Module) -> nn.Module:
-        """The decoder: has ``layers``, ``norm`` and ``config``. ValueError: the model has no such attribute."""
+        """The decoder: has ``layers``, a norm and ``config``. ValueError: the model has no such attribute."""
         return self._part(self.base(model), "decoder", self.decoder)
 
     def _part(self, base: nn.Module, what: str, name: str) -> nn.Module:
@@ -190,21 +195,42 @@ class ModelFamily:
             )
         return found
 
-    def layer_kinds(self, config: Any) -> list[str]:
-        """What every decoder layer is, in transformers' words.
+    @staticmethod
+    def layer_kinds(config: Any) -> list[str]:
+        """What every decoder layer is, in transformers' words; as its caches do, where the configuration does not tell.
 
         Args:
             config: of the language model.
         """
-        return list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
+        slides = getattr(config, "sliding_window", None) is not None
+        every = "sliding_attention" if slides else "full_attention"
+        return list(getattr(config, "layer_types", None) or [every] * config.num_hidden_layers)
+
+    def shared_layers(self, config: Any) -> int:
+        """Decoder layers at the end that take keys and values of earlier layers, the last ones of their kind."""
+        return getattr(config, "num_kv_shared_layers", None) or 0
 
     def scoring_layers(self, config: Any) -> list[int]:
-        """Decoder layers whose attention sees the whole prompt, so that it can score for a cut behind them."""
-        return [layer for layer, kind in enumerate(self.layer_kinds(config)) if kind == "full_attention"]
+        """Decoder layers whose attention sees the whole prompt, so that it can score for a cut behind them.
+
+        Where every window slides, all of them: a prompt shorter than it is seen. Those that share keys are none of them:
+        transformers may give them the last tokens alone.
+        """
+        kinds = self.layer_kinds(config)
+        own = list(enumerate(kinds[: len(kinds) - self.shared_layers(config)]))
+        full = [layer for layer, kind in own if kind == "full_attention"]
+        return full or [layer for layer, kind in own if kind == "sliding_attention"]
+
+    def last_cut(self, config: Any) -> int:
+        """The last decoder layer at whose input tokens may leave: what later layers take keys from must hold no more than they."""
+        kinds = self.layer_kinds(config)
+        first = len(kinds) - self.shared_layers(config)
+        givers = [max(layer for layer in range(first) if kinds[layer] == kind) for kind in set(kinds[first:])]
+        return min(givers, default=len(kinds) - 1)
 
     def position_axes(self, config: Any) -> int:
-        """Axes of a language model's rotary embedding: 3 where its frequencies are shared out, else 1."""
-        return 3 if "mrope_section" in (getattr(config, "rope_parameters", None) or {}) else 1
+        """Axes of a language model's rotary embedding: as many as its frequencies are shared out to, else 1."""
+        return len((getattr(config, "rope_parameters", None) or {}).get("mrope_section", "1"))
 
     def windows(self, config: Any) -> list[int | None]:
         """Sliding window of every decoder layer, None where it sees everything."""
@@ -234,17 +260,14 @@ class ModelFamily:
                 "the model's attention; use a checkpoint with another text model"
             )
         if self.traits.mask == "causal":
-            kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-            known = {"full_attention", "sliding_attention", *self.traits.recurrent}
-            other = sorted(set(kinds) - known) if kinds else f"sliding_window={window}" if window else None
+            other = set(self.layer_kinds(config)) - {"full_attention", "sliding_attention", *self.traits.recurrent}
             if other:
                 raise ValueError(
-                    "patch: every decoder layer must be of full attention, or of a sliding window that layer_types tells, "
-                    f"got {other}"
+                    f"patch: every decoder layer must be of full attention or of a sliding window, got {sorted(other)}"
                 )
 
-    def check_states(self, config: Any, layers: Sequence[int | str], uniform: bool) -> None:
-        """Refuse what layers that carry states cannot do: ValueError.
+    def check_cuts(self, config: Any, layers: Sequence[int | str], uniform: bool) -> None:
+        """Refuse cuts that layers with states, or with keys of other layers, would get wrong: ValueError.
 
         A state cannot give back what went into it, and the first attention layer tells how much that was.
 
@@ -253,7 +276,8 @@ class ModelFamily:
                 hold the same tokens in the end.
         """
         states, first = self.recurrent_layers(config), next(iter(self.scoring_layers(config)), 0)
-        early = [layer for layer in layers if layer != "auto" and layer <= first]
+        asked, last = [layer for layer in layers if layer != "auto"], self.last_cut(config)
+        early, late = [layer for layer in asked if layer <= first], [layer for layer in asked if layer > last]
         if states and uniform:
             raise ValueError(
                 f"patch: {self.model_type!r}, whose layers carry states, needs cache='ragged', got cache='uniform'"
@@ -261,6 +285,11 @@ class ModelFamily:
         if states and early:
             raise ValueError(
                 f"patch: layer must be > {first}, the first with attention, for {self.model_type!r}, got {early[0]}"
+            )
+        if self.shared_layers(config) and late:
+            raise ValueError(
+                f"patch: layer must be <= {last} for this {self.model_type!r}, got {late[0]}: the last "
+                f"{self.shared_layers(config)} layers reuse the keys and values of earlier ones, of which {last} is the first"
             )
 
     def check_scoring(self, config: Any, layers: Sequence[int], total: int) -> None:
@@ -272,18 +301,23 @@ class ModelFamily:
         seen, states = self.windows(config), self.recurrent_layers(config)
         for layer in layers:
             if layer - 1 in states:
-                full = [number + 1 for number in self.scoring_layers(config) if number + 1 < len(seen)]
+                full = self._scored_cuts(config)
                 raise ValueError(
                     f"patch: layer must follow a layer with attention, i.e. be one of {full}, got {layer}: layer "
                     f"{layer - 1} is recurrent and cannot score"
                 )
             window = seen[layer - 1]
             if window is not None and total > window:
-                full = [number + 1 for number, width in enumerate(seen[:-1]) if width is None]
+                full = [number for number in self._scored_cuts(config) if seen[number - 1] is None]
+                where = f"i.e. be one of {full}" if full else "which none does (prune by PreLLMCompression instead)"
                 raise ValueError(
-                    f"patch: layer must follow a layer that sees all {total} tokens, i.e. be one of {full}, got {layer}: "
+                    f"patch: layer must follow a layer that sees all {total} tokens, {where}, got {layer}: "
                     f"layer {layer - 1} scores and has a sliding window of {window}"
                 )
+
+    def _scored_cuts(self, config: Any) -> list[int]:
+        """Layers that a scoring one stands before."""
+        return [layer + 1 for layer in self.scoring_layers(config) if layer < self.last_cut(config)]
 
     def default_layer(self, config: Any) -> int:
         """Decoder layer at whose input ``layer="auto"`` prunes: 2, or the first one that a scoring layer stands before.
@@ -291,13 +325,22 @@ class ModelFamily:
         Raises:
             ValueError: no layer of this decoder can score for a later one.
         """
-        cuts = [layer + 1 for layer in self.scoring_layers(config) if layer + 1 < config.num_hidden_layers]
+        cuts = self._scored_cuts(config)
         if not cuts:
             raise ValueError(
                 f"patch: layer must follow a layer with full attention, got a decoder of {config.num_hidden_layers} layers "
                 "without one before its last; prune before the language model (PreLLMCompression) instead"
             )
         return next((layer for layer in cuts if layer >= 2), cuts[-1])
+
+
+def need_picture(config: Any, processor: Any, sizes: Sequence[Size] | None, what: str) -> None:
+    """ValueError: the caller gave no processor or no sizes, by which alone a region is found; they decide ``what``."""
+    if processor is None or sizes is None:
+        name = "processor" if processor is None else "image_size"
+        raise ValueError(
+            f"patch: {name} must be given for {config.model_type!r} with a region, because it decides {what}, got None"
+        )
 
 
 def stack_views(layouts: Sequence[VisionLayout]) -> VisionLayout:

@@ -51,18 +51,24 @@ def fast_vlm_images(prompt: Prompt) -> Placed:
     return square_images(prompt, math.isqrt(prompt.config.image_seq_length), processor_view=True)
 
 
-def gemma3_images(prompt: Prompt) -> Placed:
-    """Gemma 3: the resized image, pooled to a square. Pan-and-scan crops are images of their own to the model.
+def janus_images(prompt: Prompt) -> Placed:
+    """Janus and DeepSeek-VL: the image, padded to a square, one token per patch."""
+    vision = prompt.config.vision_config
+    return square_images(prompt, vision.image_size // vision.patch_size, processor_view=True)
 
-    Raises:
-        ValueError: the processor makes such crops.
-    """
-    if getattr(prompt.processor, "do_pan_and_scan", False):
+
+def gemma3_images(prompt: Prompt) -> Placed:
+    """Gemma 3: the resized image, pooled to a square. Pan-and-scan crops are images of their own to the model."""
+    return square_images(prompt, math.isqrt(prompt.config.mm_tokens_per_image))
+
+
+def gemma3_check(config: Any, processor: Any, sizes: Sequence[Size] | None, whole: bool) -> None:
+    """The regions of a picture would not be those of its crops."""
+    if getattr(processor, "do_pan_and_scan", False):
         raise ValueError(
             "patch: do_pan_and_scan of the image processor must be off, got True: its crops stand in the prompt as "
             "images of their own; crop the picture yourself and give each part its region"
         )
-    return square_images(prompt, math.isqrt(prompt.config.mm_tokens_per_image))
 
 
 def paligemma_images(prompt: Prompt) -> Placed:

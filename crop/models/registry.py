@@ -9,12 +9,33 @@ from torch import nn
 from crop.models.anyres import anyres_images, anyres_pieces
 from crop.models.encoders import EQUAL_TILES, GRID, LayerEncoder, TileEncoder
 from crop.models.family import DecoderTraits, ModelFamily
-from crop.models.fixed import fast_vlm_images, gemma3_images, llava_check, llava_images, paligemma_images
-from crop.models.grids import merged_images, pixtral_images
+from crop.models.fixed import (
+    fast_vlm_images,
+    gemma3_check,
+    gemma3_images,
+    janus_images,
+    llava_check,
+    llava_images,
+    paligemma_images,
+)
+from crop.models.grids import (
+    gemma4_images,
+    glm_images,
+    hunyuan_images,
+    kimi_check,
+    kimi_images,
+    merged_images,
+    pixtral_images,
+)
+from crop.models.refused import REFUSED
 from crop.models.tiles import (
+    docling_images,
     downsampled_images,
+    got_images,
     idefics3_images,
     internvl_images,
+    lfm2_images,
+    minicpm_images,
     ovis2_images,
     perception_images,
     tiled_check,
@@ -30,7 +51,11 @@ _ANYRES = TileEncoder(anyres_pieces)
 
 _COHERE = DecoderTraits(unrotated=("full_attention",))
 
+_IMAGE = DecoderTraits(mask="image")
+
 _GATED_DELTA = DecoderTraits(recurrent=("linear_attention",))
+
+_SHORT_CONVOLUTION = DecoderTraits(recurrent=("conv",), norm="embedding_norm")
 
 _families: dict[str, ModelFamily] = {}
 
@@ -46,33 +71,73 @@ def families() -> dict[str, ModelFamily]:
 
 
 for _family in (
-    ModelFamily("aya_vision", downsampled_images, tiled_check, encoder=EQUAL_TILES, traits=_COHERE),
-    ModelFamily("cohere2_vision", downsampled_images, tiled_check, encoder=EQUAL_TILES, traits=_COHERE),
+    ModelFamily("aya_vision", downsampled_images, tiled_check, tiles=True, encoder=EQUAL_TILES, traits=_COHERE),
+    ModelFamily("cohere2_vision", downsampled_images, tiled_check, tiles=True, encoder=EQUAL_TILES, traits=_COHERE),
     ModelFamily("fast_vlm", fast_vlm_images, llava_check),
-    ModelFamily("gemma3", gemma3_images, traits=DecoderTraits(mask="image")),
-    ModelFamily("glm4v", merged_images, **_VISUAL),
-    ModelFamily("glm46v", merged_images, **_VISUAL),
-    ModelFamily("glm4v_moe", merged_images, **_VISUAL),
-    ModelFamily("glm_ocr", merged_images, **_VISUAL),
-    ModelFamily("idefics3", idefics3_images, tiled_check, **_IDEFICS),
-    ModelFamily("internvl", internvl_images, tiled_check, encoder=EQUAL_TILES),
+    ModelFamily("gemma3", gemma3_images, gemma3_check, traits=_IMAGE),
+    ModelFamily("gemma4", gemma4_images, projector="embed_vision", videos=True, traits=_IMAGE),
+    ModelFamily("gemma4_unified", gemma4_images, tower="embed_vision", projector=None, videos=True, traits=_IMAGE),
+    ModelFamily("glm4v", glm_images, **_VISUAL, videos=True),
+    ModelFamily("glm46v", glm_images, **_VISUAL, videos=True),
+    ModelFamily("glm4v_moe", glm_images, **_VISUAL, videos=True),
+    ModelFamily("glm_ocr", glm_images, **_VISUAL, videos=True),
+    ModelFamily("idefics3", idefics3_images, tiles=True, **_IDEFICS),
+    ModelFamily("internvl", internvl_images, tiled_check, tiles=True, encoder=EQUAL_TILES),
     ModelFamily("lighton_ocr", pixtral_images, tower="vision_encoder", projector="vision_projection"),
     ModelFamily("llava", llava_images, llava_check, encoder=LayerEncoder()),
-    ModelFamily("llava_next", anyres_images, encoder=_ANYRES),
-    ModelFamily("llava_onevision", anyres_images, encoder=_ANYRES),
+    ModelFamily("llava_next", anyres_images, tiles=True, encoder=_ANYRES),
+    ModelFamily("llava_onevision", anyres_images, tiles=True, encoder=_ANYRES),
     ModelFamily("mistral3", pixtral_images),
     # Its table is looked up twice in a forward, for images and for markers: one memory would serve neither.
-    ModelFamily("ovis2", ovis2_images, projector=None, encoder=EQUAL_TILES),
+    ModelFamily("ovis2", ovis2_images, projector=None, tiles=True, encoder=EQUAL_TILES),
     ModelFamily("paddleocr_vl", merged_images, tower="visual", projector="projector"),
     ModelFamily("paligemma", paligemma_images, traits=DecoderTraits(mask="prefix")),
-    ModelFamily("perception_lm", perception_images, tiled_check, encoder=EQUAL_TILES),
+    ModelFamily("perception_lm", perception_images, tiled_check, tiles=True, encoder=EQUAL_TILES),
     ModelFamily("qwen2_vl", merged_images, **_VISUAL, videos=True),
     ModelFamily("qwen2_5_vl", merged_images, **_VISUAL, videos=True),
     ModelFamily("qwen3_vl", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
     ModelFamily("qwen3_vl_moe", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
     ModelFamily("qwen3_5", merged_images, **_VISUAL, videos=True, traits=_GATED_DELTA),
     ModelFamily("qwen3_5_moe", merged_images, **_VISUAL, videos=True, traits=_GATED_DELTA),
-    ModelFamily("smolvlm", idefics3_images, tiled_check, **_IDEFICS),
+    ModelFamily("smolvlm", idefics3_images, tiles=True, **_IDEFICS),
+    ModelFamily("exaone4_5", merged_images, **_VISUAL, videos=True),
+    ModelFamily("cosmos3_omni", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
+    ModelFamily("cosmos3_edge", merged_images, tower="visual", projector="projector", videos=True),
+    ModelFamily(
+        "cohere_compass",
+        merged_images,
+        **_VISUAL,
+        videos=True,
+        traits=DecoderTraits(deepstack_method="_deepstack_process", unrotated=("full_attention",)),
+    ),
+    ModelFamily("video_llama_3", merged_images, tower="vision_model", projector="projector"),
+    ModelFamily("hyperclovax_vision_v2", merged_images, tower="vision_model", projector="projector", videos=True),
+    ModelFamily("glmga", glm_images, **_VISUAL, videos=True),
+    ModelFamily("deepseek_vl", janus_images, llava_check, tower="vision_model", projector="aligner"),
+    ModelFamily("janus", janus_images, llava_check, tower="vision_model", projector="aligner"),
+    ModelFamily("kimi_k25", kimi_images, kimi_check, projector="mm_projector"),
+    ModelFamily("qwen2_5_omni_thinker", merged_images, **_VISUAL, videos=True),
+    ModelFamily("qwen3_omni_moe_thinker", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
+    ModelFamily("hunyuan_vl", hunyuan_images, projector=None),
+    ModelFamily("lfm2_vl", lfm2_images, tiled_check, traits=_SHORT_CONVOLUTION, tiles=True),
+    ModelFamily("lfm3_vl", merged_images, videos=True, traits=_SHORT_CONVOLUTION),
+    ModelFamily("got_ocr2", got_images, tiled_check, tiles=True),
+    ModelFamily("pp_chart2table", got_images, tiled_check, tiles=True),
+    ModelFamily("qianfan_ocr", internvl_images, tiled_check, tiles=True, encoder=EQUAL_TILES),
+    ModelFamily("llava_next_video", anyres_images, tiles=True, encoder=_ANYRES),
+    ModelFamily("deepseek_vl_hybrid", janus_images, llava_check, tower="vision_model", projector="aligner"),
+    ModelFamily(
+        "granite_docling",
+        docling_images,
+        tower="vision_model",
+        decoder="text_model",
+        projector=None,
+        traits=_DEEPSTACK,
+        tiles=True,
+    ),
+    ModelFamily("minicpmv4_6", minicpm_images, projector="merger", traits=_GATED_DELTA, tiles=True),
+    ModelFamily("minicpmv4_7", minicpm_images, projector="merger", traits=_GATED_DELTA, tiles=True),
+    ModelFamily("minicpm_ocr", minicpm_images, projector="merger", traits=_GATED_DELTA, tiles=True),
     ModelFamily("vipllava", llava_images, llava_check, encoder=LayerEncoder()),
 ):
     register_family(_family)
@@ -91,6 +156,8 @@ def family_of(model: Any) -> ModelFamily:
     if model_type in _families:
         return _families[model_type]
     known = ", ".join(sorted(_families))
+    if model_type in REFUSED:
+        raise ValueError(f"patch: model_type must be one of {known}, got {model_type!r}: {REFUSED[model_type]}")
     if getattr(config, "vision_config", None) is None:
         raise ValueError(
             f"patch: model must have a vision tower, got model_type {model_type!r} without vision_config; "

@@ -7,7 +7,7 @@ asked. All tensors of a plan are views into one host buffer, which goes to the d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,12 +73,14 @@ class PoolStep:
         kept_index: (batch, pooled length) int64 input position of each pooled token, -1 = filler.
         slot_of: (batch, seq_len) int64 pooled token that stands for each input position, -1 = padding or dropped.
         filled: (num_out,) int64 flat pooled position of each cell, or None where the cells fill the batch exactly.
+        alone: (batch * seq_len,) bool, tokens that are a cell of their own.
     """
 
     plan: PoolPlan
     kept_index: Tensor
     slot_of: Tensor
     filled: Tensor | None
+    alone: Tensor
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,10 @@ class BatchPlan:
         if device == self.device:
             return self
         storage = self.valid.untyped_storage()
-        buffer = torch.empty(0, dtype=torch.uint8).set_(storage).to(device, non_blocking=True)
+        buffer = torch.empty(0, dtype=torch.uint8).set_(storage)
+        if device.type == "cuda":
+            buffer = buffer.pin_memory()  # or the copy would wait for what the device has yet to do
+        buffer = buffer.to(device, non_blocking=True)
         return _map_tensors(self, lambda tensor: _view(buffer, tensor.storage_offset() * tensor.element_size(), tensor))
 
 
@@ -172,21 +177,30 @@ def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
     return buffer[start : start + like.numel() * like.element_size()].view(like.dtype).view(like.shape)
 
 
+# What of a plan is on the device; the rest describes single images, and numbers that the host knows.
+_ON_DEVICE = {
+    BatchPlan: ("valid", "pool", "prunes", "positions", "text"),
+    PoolStep: ("plan", "kept_index", "slot_of", "filled", "alone"),
+    PruneStep: ("stays", "sample", "candidates", "priority", "weight", "by_features", "rows", "first"),
+    PoolPlan: ("members", "offsets", "leader", "level"),
+}
+
+
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same plan with every tensor changed, in a fixed order; what describes single images stays on the host."""
+    """The same plan with every tensor changed, in a fixed order."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, PoolPlan):
-        arrays = (change(getattr(value, name)) for name in ("members", "offsets", "leader", "level"))
-        return PoolPlan(*arrays, value.num_tokens, check=False)
     if isinstance(value, dict):
         return {key: _map_tensors(entry, change) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
-        return type(value)(_map_tensors(entry, change) for entry in value)
-    if is_dataclass(value) and not isinstance(value, Method):
-        names = [field.name for field in fields(value)]
-        return replace(value, **{name: _map_tensors(getattr(value, name), change) for name in names})
-    return value
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map_tensors(entry, change) for entry in value])
+    names = _ON_DEVICE.get(type(value))
+    if names is None:
+        return value
+    found = {name: _map_tensors(getattr(value, name), change) for name in names}
+    if isinstance(value, PoolPlan):
+        return PoolPlan(**found, num_tokens=value.num_tokens, check=False)
+    return replace(value, **found)
 
 
 def plan_batch(
@@ -295,7 +309,9 @@ def pool_step(leader_of: Tensor, width: int, num_out: int) -> PoolStep:
     kept_index, slot = pack_right(leads.view(batch, seq_len), width)
     slot_of, cell = (torch.where(flat >= 0, table[flat.clamp(min=0)], -1) for table in (slot.flatten(), rank))
     filled = None if num_out == batch * width else leader // seq_len * width + slot_of[leader]
-    return PoolStep(PoolPlan.from_cells(cell, leader), kept_index, slot_of.view(batch, seq_len), filled)
+    plan = PoolPlan.from_cells(cell, leader)
+    alone = (plan.counts[cell.clamp(min=0)] == 1) & (cell >= 0)
+    return PoolStep(plan, kept_index, slot_of.view(batch, seq_len), filled, alone)
 
 
 def _ends(images: Sequence[ImagePlan], valid: Tensor, real: Tensor, pooled: bool) -> list[int]:

@@ -21,7 +21,7 @@ class PatchContext:
     """One ``patch`` block: what was asked for, what callers get to see, and the call that runs now."""
 
     def __init__(self, planner: Planner) -> None:
-        self.planner, self.observes = planner, False  # observes: whether the method reads the vision tower
+        self.planner, self.watches = planner, 0  # watches: modules of the vision tower that the method reads
         self.stats = PruneStats(lambda: None if self.call is None else self.call.stats)
 
     @property

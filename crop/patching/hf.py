@@ -116,12 +116,16 @@ def brings_images(arguments: Mapping[str, Any], videos: bool) -> bool:
     return images or frames
 
 
-def valid_tokens(arguments: Mapping[str, Any], ids: Tensor) -> Tensor:
-    """(batch, seq_len) bool on the CPU: the tokens of this call that are no padding."""
+def on_host(ids: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Token ids (batch, seq_len) int64 and which of them are no padding, bool, on the CPU; read from the device at once."""
     mask = caller_mask(arguments)
-    if mask is None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    return mask[:, mask.shape[1] - ids.shape[1] :].cpu().to(torch.bool)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:  # no mask, or one that ``refuse_unsupported`` refuses
+        ids = ids.cpu()
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    mask = mask[:, mask.shape[1] - ids.shape[1] :]
+    if mask.device == ids.device and mask.shape == ids.shape:
+        ids, mask = torch.stack([ids, mask.to(ids.dtype)]).cpu()
+    return ids.cpu(), mask.cpu().to(torch.bool)
 
 
 # ------------------------------------------------------------------------------ the language model and its layers
@@ -150,6 +154,25 @@ class DecoderCall:
     @deepstack.setter
     def deepstack(self, value: tuple[Tensor, list[Tensor]]) -> None:
         self.kwargs["visual_pos_masks"], self.kwargs["deepstack_visual_embeds"] = value
+
+    @property
+    def per_layer(self) -> Tensor | None:
+        """(batch, seq_len, layers, dim): what each layer adds to each token (Gemma 4); None: nothing."""
+        return self.kwargs.get("per_layer_inputs")
+
+    @per_layer.setter
+    def per_layer(self, value: Tensor) -> None:
+        self.kwargs["per_layer_inputs"] = value
+
+    @property
+    def last(self) -> int:
+        """So many tokens at the end are all that its later layers need to run on, in some models; 0: they run on all."""
+        kept = self.kwargs.get("logits_to_keep")
+        return kept if isinstance(kept, int) else 0
+
+    @last.setter
+    def last(self, value: int) -> None:
+        self.kwargs["logits_to_keep"] = value
 
     @property
     def cache(self) -> Any:
@@ -182,14 +205,15 @@ class DecoderCall:
 
 
 class LayerCall:
-    """One call of a decoder layer: ``hidden`` (batch, entries, dim), ``mask``, ``rotary`` (cos, sin)."""
+    """One call of a decoder layer: ``hidden`` (batch, entries, dim), ``mask``, ``rotary`` (cos, sin), ``per_layer`` (batch,
+    entries, dim)."""
 
     mask = _argument("attention_mask")
     rotary = _argument("position_embeddings")
     position_ids = _argument("position_ids")
 
-    def __init__(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, dict(kwargs)
+    def __init__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.module, self.args, self.kwargs = module, args, dict(kwargs)
 
     @property
     def hidden(self) -> Tensor:
@@ -202,6 +226,25 @@ class LayerCall:
             self.args = (value, *self.args[1:])
         else:
             self.kwargs["hidden_states"] = value
+
+    @property
+    def per_layer(self) -> Tensor | None:
+        """Positional or by name; None: nothing."""
+        if not _takes_per_layer(type(self.module)):
+            return None
+        return self.args[1] if len(self.args) > 1 else self.kwargs.get("per_layer_input")
+
+    @per_layer.setter
+    def per_layer(self, value: Tensor) -> None:
+        if len(self.args) > 1:
+            self.args = (self.args[0], value, *self.args[2:])
+        else:
+            self.kwargs["per_layer_input"] = value
+
+
+@functools.cache
+def _takes_per_layer(layer: type[nn.Module]) -> bool:
+    return "per_layer_input" in inspect.signature(layer.forward).parameters
 
 
 def past_length(cache: Any, mask: Any, added: int) -> int:
@@ -240,8 +283,8 @@ def refuse_generation(model: nn.Module, args: tuple, options: Mapping[str, Any],
             None if (name, value, given) == ("cache_implementation", "hybrid", None) and name not in options else value
         )
 
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-        if option(name) is not None:
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+        if option(name) not in (None, False):
             raise ValueError(
                 f"patch: generate() must not use assisted generation, got {name}={option(name)!r}: its draft tokens "
                 "would take part in the scoring; use plain decoding"
@@ -263,8 +306,17 @@ def refuse_unsupported(arguments: Mapping[str, Any], ids: Tensor, language_model
     """Arguments of a call with images that this patch would get wrong."""
     from transformers import DynamicCache, StaticCache
 
+    for name in ("output_attentions", "output_router_logits"):
+        asked = arguments.get(name)
+        if getattr(language_model.config, name, False) if asked is None else asked:
+            raise ValueError(
+                f"patch: {name} must be off, got True: every layer has them for the tokens that it holds, not for those of the "
+                "input; ask outside of the block"
+            )
     cache, mask = cache_of(arguments), caller_mask(arguments)
     got = type(cache).__name__
+    if getattr(cache, "offloading", False):
+        raise ValueError(f"patch: past_key_values must stay on its device, got a {got} with offloading=True")
     if isinstance(cache, StaticCache) and not uniform:
         raise ValueError(f"patch: past_key_values must be a DynamicCache, got {got}: {_UNEQUAL}")
     if isinstance(cache, StaticCache) and is_flash(language_model.config):

@@ -53,37 +53,39 @@ def pooled_valid(
     return torch.cat([earlier, later], dim=1)
 
 
-def key_positions(maps: Sequence[TokenMap | None], batch: int, total: int, queries: int, window: int | None) -> Tensor:
+def key_positions(maps: Sequence[TokenMap | None], batch: int, total: int, added: int, window: int | None) -> Tensor:
     """The positions, in the coordinates of a mask, of the keys that a layer's attention gets.
 
     Args:
         maps: how the layer's entries came about, one after the other; None: nothing was dropped there.
-        batch: samples. total: positions after this call. queries: entries of this call in the layer.
+        batch: samples. total: positions after this call. added: entries of this call in the layer.
         window: sliding window of the layer, whose cache holds one entry less; None: there is none.
     Returns:
-        (batch, keys) int64, -1 = filler; the last ``queries`` are those of this call.
+        (batch, keys) int64, -1 = filler; the last ``added`` are those of this call.
     """
-    positions = torch.arange(total, device="cpu").expand(batch, -1)
+    positions = None
     for tokens in maps:
-        if tokens is not None:
+        if tokens is not None and positions is None:
+            positions = tokens.sources(total)
+        elif tokens is not None:
             sources = tokens.sources(positions.shape[1])
             positions = look_up(positions.to(sources.device), sources)
+    if positions is None:
+        positions = torch.arange(total, device="cpu").expand(batch, -1)
     if window is not None:
-        positions = positions[:, -(min(positions.shape[1] - queries, window - 1) + queries) :]
+        positions = positions[:, -(min(positions.shape[1] - added, window - 1) + added) :]
     return positions
 
 
-def gather(
-    mask: Tensor | None, keys: Tensor, full: bool, queries: int, past: int, total: int, flash: bool
-) -> Tensor | None:
+def gather(mask: Tensor | None, keys: Tensor, full: bool, queries: int, total: int, flash: bool) -> Tensor | None:
     """Rows and columns of a mask for the tokens that a layer holds.
 
     Args:
-        mask: (batch, keys) for flash attention, (1 or batch, 1, tokens of this call, last of the ``total`` tokens) bool or
-            additive otherwise; None: plain causal.
+        mask: (batch, keys) for flash attention, (1 or batch, 1, last tokens, last of the ``total`` tokens) bool or additive
+            otherwise; None: plain causal.
         keys: as by ``key_positions``. full: there is no filler among them.
-        queries: the last of ``keys`` that are of this call.
-        past, total: positions before and after this call, in the mask's coordinates.
+        queries: the last of ``keys`` that ask.
+        total: positions after this call, in the mask's coordinates.
         flash: a mask that is made anew is one for flash attention.
     Returns:
         A mask of the same kind; None: plain causal still.
@@ -99,12 +101,26 @@ def gather(
     if mask.ndim == 2:
         return mask.gather(1, keys.clamp(min=0)).bool() & (keys >= 0)
     # A static cache has more columns than tokens, a sliding window fewer.
-    rows, columns = (keys[:, -queries:] - past).clamp(min=0), keys - max(0, total - mask.shape[-1])
+    rows, columns = (keys[:, -queries:] - (total - mask.shape[2])).clamp(min=0), keys - max(0, total - mask.shape[-1])
     real = ((keys >= 0) & (columns >= 0))[:, None, None, :]
     mask = mask.expand(len(keys), -1, -1, -1)
     mask = mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
     mask = mask.gather(3, columns.clamp(min=0)[:, None, None, :].expand(-1, mask.shape[1], queries, -1))
     return mask & real if mask.dtype == torch.bool else mask.masked_fill(~real, torch.finfo(mask.dtype).min)
+
+
+def gather_own(mask: Tensor | None, keys: Tensor, total: int) -> Tensor:
+    """The mask of a layer that carries a state, which is of the tokens of its call alone: (batch, entries) bool.
+
+    Fillers before the first token leave the state empty.
+
+    Args:
+        mask: (batch, last of the ``total`` tokens); None: all are real. keys: as by ``key_positions``, of this call.
+    """
+    if mask is None:
+        return keys >= 0
+    columns = (keys - (total - mask.shape[1])).clamp(min=0).to(mask.device)
+    return mask.bool().gather(1, columns) & (keys >= 0).to(mask.device)
 
 
 def pad_columns(mask: Tensor | None, capacity: int | None) -> Tensor | None:

@@ -49,9 +49,9 @@ def patch(
             cache that was pruned earlier be used.
         region: where the question looks: one Region per image or video, in prompt order over the whole batch, None for a
             whole one; one alone serves a single image. None: every image whole.
-        processor: the model's processor (or image processor). Needed by families whose token geometry it decides
-            unless every region is whole, and always where text stands between tiles (Idefics3, SmolVLM).
-        image_size: (width, height) of the original image, pixels, or one per image. Needed where the processor crops,
+        processor: the model's processor (or image processor), as it was called: options of a call must be set on it.
+            Needed by families whose token geometry it decides, unless every region is whole.
+        image_size: (width, height) of the original image, pixels, or one per image. Needed where that processor crops,
             pads or cuts into tiles.
         positions: "original": every token keeps its position ids, a pooled one takes those of its cell's leader;
             "compact": what is left is renumbered without gaps, from the layer on where tokens leave, and text follows.

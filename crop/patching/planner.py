@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crop.geometry.pieces import Encoding
 from crop.geometry.region import Region
@@ -68,7 +68,7 @@ class Planner:
         if self.prunes:  # else nothing can be wrong
             self.family.check_decoder(self.language_model)
             hf.refuse_decoder(self.family, config, self.positions, self.uniform)
-            self.family.check_states(config, [cut.layer for cut in self.method.cuts], self.uniform)
+            self.family.check_cuts(config, [cut.layer for cut in self.method.cuts], self.uniform)
         if any(cut.layer == "auto" for cut in self.method.cuts):
             self.method = self.method.with_layer(self.family.default_layer(config))
         check_method(self.method, len(self.language_model.layers))
@@ -98,28 +98,32 @@ class Planner:
             ValueError: as ``patch``.
         """
         with _on_the_host():
-            prompt = self._prompt(arguments, given, copies)
-            return None if prompt is None else self._plan(prompt, arguments, copies)
+            found = self._prompt(arguments, given, copies)
+            return None if found is None else self._plan(*found, arguments, copies)
 
     def encodings(self, arguments: Mapping[str, Any]) -> list[Encoding | None]:
         """What the encoder gets of each image, as in ``plan``; for calls of the tower alone, where nothing is repeated."""
         with _on_the_host():
-            prompt = self._prompt(arguments, None, 1) if self.method.encodes else None
-            return [] if prompt is None else self._encodings(prompt, self.family.images(prompt), 1)
+            found = self._prompt(arguments, None, 1)
+            return [] if found is None else self._encodings(found[0], self.family.images(found[0]), 1)
 
-    def _prompt(self, arguments: Mapping[str, Any], given: Mapping[str, Any] | None, copies: int) -> Prompt | None:
-        """What the family gets to see of a call, None where it holds no image."""
+    def _prompt(
+        self, arguments: Mapping[str, Any], given: Mapping[str, Any] | None, copies: int
+    ) -> tuple[Prompt, Tensor] | None:
+        """What the family gets to see of a call, and (batch, seq_len) which tokens are real; None where it holds no image."""
         ids = hf.token_ids(arguments)
-        if not hf.brings_images(arguments, self.family.videos):
+        if ids is None and self.prunes:
+            raise ValueError(
+                "patch: input_ids must be given, got inputs_embeds alone: which of them are vision tokens is not known; for "
+                "text use method=None"
+            )
+        if ids is None or not hf.brings_images(arguments, self.family.videos):
             return None
-        if ids is None and not self.prunes:
-            return None
-        if ids is None:
-            raise ValueError("patch: input_ids must be given with pixel_values, got inputs_embeds alone")
-        ids = ids.cpu()
+        ids, valid = hf.on_host(ids, arguments)
         if not self.family.is_vision(self.model.config, ids).any():
             return None
-        return Prompt(self.model.config, ids[::copies], given or arguments, self.image_processor, self.image_sizes)
+        prompt = Prompt(self.model.config, ids[::copies], given or arguments, self.image_processor, self.image_sizes)
+        return prompt, valid
 
     def _regions(self, images: Placed, copies: int) -> list[Region]:
         """One per image of a call."""
@@ -142,7 +146,7 @@ class Planner:
             for (sample, layout), (_, part), region in zip(images, pieces, self._regions(images, copies), strict=True)
         ]
 
-    def _plan(self, prompt: Prompt, arguments: Mapping[str, Any], copies: int) -> BatchPlan | None:
+    def _plan(self, prompt: Prompt, valid: Tensor, arguments: Mapping[str, Any], copies: int) -> BatchPlan | None:
         placed, ids = self.family.images(prompt), hf.token_ids(arguments)
         images = _repeated(placed, copies)
         if not images:
@@ -169,7 +173,7 @@ class Planner:
                 f"patch: rope must be True for an image that follows a cache, got False and {past} cached "
                 "tokens; score with positions, or process the whole conversation without a cache"
             )
-        plan = plan_batch(self.method, images, regions, hf.valid_tokens(arguments, ids), encodings)
+        plan = plan_batch(self.method, images, regions, valid, encodings)
         filled = plan.pool is None or plan.pool.filled is None
         if past and not (filled and all(step.full for step in plan.prunes.values())) and self._carries_states:
             # Fillers stand before the new tokens, where a state that is not empty decays.

@@ -40,7 +40,9 @@ def score(
     dropped = 0 if here.tokens is None else here.tokens.dropped
     key = key[:, :, : state.pooled_total - dropped]  # a static cache is longer
     past = key.shape[2] - query.shape[2]
-    row_key, candidates = torch.where(rows >= 0, rows + past, -1), torch.where(candidates >= 0, candidates + past, -1)
+    row_key = rows
+    if past:
+        row_key, candidates = (torch.where(index >= 0, index + past, -1) for index in (rows, candidates))
     real, start = layer_valid(state.valid, here.tokens, state.pooled_total), None
     if real is not None:
         real = real.to(device)
@@ -107,7 +109,12 @@ def cut(state: ForwardState, layer: int, step: PruneStep, scores: Tensor) -> tup
 
 
 def restore(state: ForwardState, hidden: Tensor, layer: int) -> Tensor:
-    """Hidden states behind ``layer`` at the pooled length: dropped tokens as they went into their cut."""
+    """Hidden states behind ``layer`` at the pooled length: dropped tokens as they went into their cut.
+
+    Those of the last tokens alone stay as they are.
+    """
+    if hidden.shape[1] < state.entries(max(layer, 0)):  # -1: the embeddings
+        return hidden
     for first, here in sorted(state.layers.items(), reverse=True):
         if first <= layer and here.hidden_before is not None:
             index = here.restore_index.to(hidden.device)

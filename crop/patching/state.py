@@ -26,14 +26,14 @@ class VisionRun:
 
     Args:
         marks: at the tower's last begin and end. decoder_start: at the language model's begin.
-        observed: what the method's ``observe`` read last, one row per image of the tower; None: nothing.
+        observed: what the method's ``observe`` read last, by number of its watch, one row per image of the tower each.
         encodings: the images of each call of the tower that is still to come, where it gets less than all of them.
         running: those of the call that runs now.
     """
 
     marks: list[Any] = field(default_factory=list)
     decoder_start: Any = None
-    observed: Tensor | None = None
+    observed: dict[int, Tensor] = field(default_factory=dict)
     encodings: list[list[Encoding]] = field(default_factory=list)
     running: list[Encoding] | None = None
 
@@ -156,6 +156,11 @@ class ForwardState:
     def at(self, layer: int) -> LayerState:
         """What decoder layer ``layer`` holds."""
         return self.layers[max(first for first in self.layers if first <= layer)]
+
+    def entries(self, layer: int) -> int:
+        """How many entries of this call decoder layer ``layer`` holds."""
+        kept = self.at(layer).kept_index
+        return self.pooled_length if kept is None else kept.shape[1]
 
     def continue_cut(self, layer: int) -> None:
         """Where only earlier calls were cut at ``layer``, the layers from there take what those before have of this one."""

@@ -61,15 +61,17 @@ class TokenMap:
 
     def sources(self, total: int) -> Tensor:
         """Source position of every entry once ``total`` source positions were seen: (batch, total - dropped)."""
+        if total == self.num_sources:
+            return self.index
         new = torch.arange(self.num_sources, total, device=self.index.device)
         return torch.cat([self.index, new.expand(self.index.shape[0], -1)], dim=1)
 
     @staticmethod
     def extended(old: TokenMap | None, past: int, kept_index: Tensor, added: int, full: bool) -> TokenMap:
         """Append a pruned call: ``kept_index`` (batch, n) into its ``added`` source positions, -1 = filler."""
-        shifted = torch.where(kept_index >= 0, kept_index + past, -1)
         if past == 0:
-            return TokenMap(shifted, added, full)
+            return TokenMap(kept_index, added, full)
+        shifted = torch.where(kept_index >= 0, kept_index + past, -1)
         old = old or TokenMap(shifted[:, :0], 0, True)
         merged = torch.cat([old.sources(past), shifted], dim=1)
         return TokenMap(merged, past + added, old.full and full)

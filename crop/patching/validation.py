@@ -56,7 +56,10 @@ def one_per_image(name: str, given: list, owners: list[int], copies: int) -> lis
     if len(given) == count:
         return given
     if len(given) * copies != count:
-        raise ValueError(f"patch: {name} must be given once per image, got {len(given)} for {count} images")
+        raise ValueError(
+            f"patch: {name} must be given once per image, got {len(given)} for {count} images; crops that a processor adds "
+            "(do_pan_and_scan) are images, too: leave them out, or give each its own"
+        )
     repeated: list = []
     first = [sample // copies for sample in owners if sample % copies == 0]
     for sample in dict.fromkeys(first):

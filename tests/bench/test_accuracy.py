@@ -12,7 +12,7 @@ from PIL import Image
 pytest.importorskip("tqdm")
 
 from bench import readme  # noqa: E402
-from bench.accuracy import data, metrics, summary  # noqa: E402
+from bench.accuracy import data, metrics, statistics, summary  # noqa: E402
 from bench.accuracy import run as running  # noqa: E402
 from bench.accuracy.contenders import BUDGETS, CornerOnly, WholeStaysWhole, jobs, shrink  # noqa: E402
 from bench.headline import headline  # noqa: E402
@@ -166,7 +166,7 @@ def test_every_contender_meets_its_budget(asker, tmp_path):
         slack = 8 if job.contender.prepare else 1
         assert -slack <= reached - 256 * job.budget <= 1, (job.key, reached)
     absent = {job.contender.name for job in wanted} - {j.contender.name for j in wanted if j.budget == 0.11 and j.counted == "average"}  # fmt: skip
-    assert absent == {"unpruned", "fastv", "sparsevlm", "pyramiddrop", "ILP, oracle", "ILP, predicted", "ILP strict, oracle", "ILP strict, predicted"}  # fmt: skip
+    assert absent == {"unpruned", "fastv", "sparsevlm", "pyramiddrop", "dart", "autoprune", "ILP, oracle", "ILP, predicted", "ILP strict, oracle", "ILP strict, predicted"}  # fmt: skip
 
 
 def test_a_killed_run_goes_on_and_shards_join(asker, tmp_path, monkeypatch):
@@ -226,12 +226,50 @@ def test_registered_methods_take_part(monkeypatch):
 
 def test_interval_covers_and_narrows():
     rng = np.random.default_rng(1)
-    base = np.ones(400)
+    base, alone = np.ones(400), [str(n) for n in range(400)]
     scores = (rng.random(400) < 0.8).astype(float)
-    low, high = summary.interval(scores, base)
-    few = summary.interval(scores[:40], base[:40])
+    low, high = statistics.interval(scores, base, alone)
+    few = statistics.interval(scores[:40], base[:40], alone[:40])
     assert low < scores.mean() < high and high - low < few[1] - few[0]
-    assert summary.interval(base, base) == (1.0, 1.0)
+    assert statistics.interval(base, base, alone) == (1.0, 1.0)
+
+
+def test_questions_of_one_picture_count_once():
+    """Four copies of every answer say no more than one of each."""
+    scores = (np.random.default_rng(2).random(100) < 0.7).astype(float)
+    once = statistics.interval(scores, np.ones(100), [str(n) for n in range(100)])
+    copies, pictures = scores.repeat(4), [str(n // 4) for n in range(400)]
+    assert statistics.interval(copies, np.ones(400), pictures) == once
+    assert statistics.difference_interval(copies - 1, pictures) == pytest.approx([end - 1 for end in once])
+
+
+@pytest.mark.parametrize("wins,losses,p", [(0, 0, 1.0), (5, 0, 0.0625), (1, 9, 0.021484375), (6, 6, 1.0)])
+def test_exact_test_by_hand(wins, losses, p):
+    assert statistics.exact_test(np.array([1.0] * wins + [-1.0] * losses + [0.0] * 7)) == pytest.approx(p)
+
+
+def test_questions_needed_show_the_difference_as_often_as_promised():
+    """Of data sets of that size, four fifths give p < 0.05."""
+    ahead = np.array([1.0] * 12 + [-1.0] * 4 + [0.0] * 84)
+    needed, rng = statistics.questions_needed(ahead), np.random.default_rng(0)
+    shown = [statistics.exact_test(rng.choice(ahead, needed)) < 0.05 for _ in range(400)]
+    assert 150 < needed < 260 and 0.7 < np.mean(shown) < 0.88
+    assert statistics.questions_needed(np.array([1.0, -1.0, 0.0])) is None
+
+
+def test_hard_questions_are_those_that_down_sampling_gets_wrong():
+    rows = made_rows()
+    easy = [{**row, "job": "down-sampled image|0.11|average", "score": float(int(row["item"]) < 30)}
+            for row in rows if row["job"].startswith("unpruned")]  # fmt: skip
+    (cell,) = (
+        row
+        for row in summary.summarise(rows + easy, {})
+        if row["group"] == summary.HARD and row["contender"] == "uniform"
+    )
+    mine = [row["score"] for row in rows if row["job"].startswith("uniform") and int(row["item"]) >= 30]
+    assert cell["n"] == 10 and cell["score"] == pytest.approx(np.mean(mine))
+    of_all, of_hard = summary.leads(rows + easy, ["both, predicted"], ["uniform"])
+    assert (of_all["n"], of_hard["n"], of_hard["group"]) == (40, 10, summary.HARD)
 
 
 def made_rows() -> list[dict]:
@@ -239,7 +277,7 @@ def made_rows() -> list[dict]:
     for job, chance in (("unpruned|1|", 1.0), ("uniform|0.11|average", 0.5), ("both, predicted|0.11|average", 0.9)):
         for item in range(40):
             right = float(rng.random() < chance)
-            rows.append({"job": job, "item": str(item), "group": ("a", "b")[item % 2], "answer": "", "score": right,
+            rows.append({"job": job, "item": str(item), "picture": str(item // 2), "group": ("a", "b")[item % 2], "answer": "", "score": right,
                          "tokens": 28, "average": 28.0, "before": 256, "whole": False})  # fmt: skip
     return rows
 

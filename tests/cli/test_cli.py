@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import runpy
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,7 +243,7 @@ def bert(tmp_path_factory) -> str:
 
 
 def test_missing_packages_are_named_with_the_extra(capsys, image, monkeypatch):
-    monkeypatch.setitem(options.NEEDED, "no_such_module", "no-such-package")
+    monkeypatch.setitem(options.NEEDED["demo"], "no_such_module", "no-such-package")
     for words in (["ask", image, "hi"], ["demo"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
@@ -270,13 +272,27 @@ def test_info_prints_what_was_built(capsys):
 
 @pytest.mark.fast
 def test_version_and_help_teach(capsys):
-    for words in (["--version"], ["--help"], ["ask", "--help"], ["demo", "--help"]):
+    for words in (["--version"], ["--help"], ["ask", "--help"], ["demo", "--help"], ["app", "--help"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
         assert ended.value.code == 0
     out = capsys.readouterr().out
     assert f"crop {crop.__version__}" in out
-    assert out.count("examples:") == 2 and "--region 0.1,0.6,0.9,0.8" in out
+    assert out.count("examples:") == 3 and "--region 0.1,0.6,0.9,0.8" in out
+
+
+@pytest.mark.fast
+def test_the_readme_beside_it_names_every_option(capsys):
+    def help_of(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            cli.main([*words, "--help"])
+        return capsys.readouterr().out
+
+    commands = re.findall(r"^    ([a-z]+) ", help_of(), re.M)
+    known = {name for command in commands for name in re.findall(r"^  (?:-h, )?(--[a-z-]+)", help_of(command), re.M)}
+    page = (Path(cli.__file__).with_name("README.md")).read_text(encoding="utf-8")
+    assert len(commands) >= 4 and all(f"`crop {command}" in page for command in commands)
+    assert len(known) > 20 and set(re.findall(r"--[a-z][a-z-]+", page)) == known
 
 
 def test_module_runs_as_a_program(capsys, monkeypatch):

@@ -71,7 +71,7 @@ def test_flops_by_hand(prompt: tuple[Any, dict[str, Any]]) -> None:
     weights = config.hidden_size * head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     weights += 3 * config.hidden_size * config.intermediate_size
     lengths = inputs["attention_mask"].sum(1).tolist()
-    per_layer = sum(2 * weights * n + 2 * config.num_attention_heads * head * n * n for n in lengths)
+    per_layer = sum(2 * weights * n + 4 * config.num_attention_heads * head * n * n for n in lengths)
     predicted = crop.estimate(model, inputs, crop.InnerLLMPruning(0.25, layer=1), regions(inputs))
     assert predicted.before.flops == per_layer * config.num_hidden_layers
 
@@ -178,11 +178,9 @@ def test_windows_bound_attention_and_cache() -> None:
     layers = DecoderGeometry.of(model).layers
     assert [layer.window for layer in layers] == [4, None, 4] and layers[0] is layers[2]
     length = 11
-    pairs = sum(
-        4 if row >= 4 else row + 0.5 for row in range(length)
-    )  # half of the square: a row counts itself by half
-    assert layers[1].attention_flops(length) == 4 * 4 * 8 * sum(row + 0.5 for row in range(length))
-    assert layers[0].attention_flops(length) == 4 * 4 * 8 * pairs
+    band = sum(abs(row - column) < 4 for row in range(length) for column in range(length))
+    assert layers[1].attention_flops(length) == 4 * 4 * 8 * length**2
+    assert layers[0].attention_flops(length) == 4 * 4 * 8 * band
     assert layers[0].attention_flops(3) == layers[1].attention_flops(3)
     with torch.no_grad():
         cache = model(input_ids=torch.arange(length)[None], use_cache=True).past_key_values
@@ -194,7 +192,7 @@ def test_a_state_does_not_grow() -> None:
     model, batch = build_model("qwen3_5"), standard_batch("qwen3_5", "single", 1)
     layers = DecoderGeometry.of(model.model.language_model).layers
     assert [layer.state is not None for layer in layers] == [True, False, True, False]
-    assert layers[0].attention_flops(20) == 2 * layers[0].attention_flops(10) == 7 * 4 * 8 * 8 * 20
+    assert layers[0].attention_flops(64) == layers[0].attention_flops(1) == layers[0].attention_flops(65) / 2
     assert layers[0].kv_bytes(10, 4) == layers[0].kv_bytes(20, 4)
     cache = model(**batch.inputs, use_cache=True).past_key_values.layers[0]
     held = [*_tensors(cache.conv_states), *_tensors(cache.recurrent_states)]

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity, normalize
+from transformers import DynamicCache
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, Method
 from crop.methods.base import Assignment, FeaturePooling, Features
-from crop.methods.baselines import BASELINES, CDPruner, DivPrune, TokenMerging, VisionZip
+from crop.methods.baselines import (
+    BASELINES,
+    CDPruner,
+    DivPrune,
+    HiPrune,
+    Scope,
+    TokenMerging,
+    VisionZip,
+    VisPruner,
+    auto_prune,
+)
 from crop.methods.baselines.controls import even_cells
+from crop.methods.baselines.tower import ByTowerAttention
 from tests.support.batches import standard_batch
 from tests.support.cases import (
     ATOL,
+    as_argument,
     assert_kept,
     assert_steps,
     decide,
@@ -29,7 +43,9 @@ from tests.support.cases import (
     regions_of,
 )
 from tests.support.families.entry import NUM_LAYERS
+from tests.support.masked_tower import class_token_attention
 from tests.support.oracle import Oracle
+from tests.support.snapshot import assert_unchanged, snapshot
 from tests.support.tiny_families import FAMILIES, THOROUGH
 
 names = pytest.mark.parametrize("name", list(BASELINES))
@@ -80,8 +96,41 @@ class SparseVLMOracle(Oracle):
         return merged
 
 
+class DartOracle(Oracle):
+    """Tokens in the order in which pivots take turns; keys from the cache of the layer before the cut."""
+
+    method: Method
+
+    def masses(self, sample, decision, cut, fresh):
+        attention, cache = self.decoder.layers[cut.layer - 1].self_attn, DynamicCache()
+        given = as_argument(attention, cache)
+        add = attention.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | given), with_kwargs=True)
+        _, places = self.attention(sample, decision, cut)
+        add.remove()
+        keys = cache.layers[attention.layer_idx].keys[0].transpose(0, 1).flatten(1).double()
+        places, length = places.tolist(), keys.abs().sum(1).tolist()
+        spans = [sample.spans()[number] for number in fresh]
+        text = [row for row, place in enumerate(places) if place > spans[-1][-1]]
+        text = sorted(text, key=lambda row: -length[row])[: self.method.pivots]
+        found = []
+        for span in spans:
+            rows = [places.index(place) for place in span]
+            own = sorted(rows, key=lambda row: -length[row])[: self.method.pivots]
+            score = {row: 1.0 for row in own}
+            rest = [row for row in rows if row not in own]
+            for pivot in (*own, *text):
+                alike = cosine_similarity(keys[rest], keys[pivot], dim=1).tolist()
+                for turn, which in enumerate(sorted(range(len(rest)), key=lambda n: alike[n])):
+                    score[rest[which]] = max(score.get(rest[which], -len(rows)), -turn)
+            found.append(tuple(float(score[row]) for row in rows))
+        return found
+
+
+ORACLES = {"sparsevlm": SparseVLMOracle, "dart": DartOracle}
+
+
 def usable(family: str, name: str) -> None:
-    if name == "visionzip" and not FAMILIES[family].tower_attention:
+    if isinstance(make(name, 0.5), ByTowerAttention) and not FAMILIES[family].tower_attention:
         pytest.skip("reads the tower's attention, which this family's tower gives for other tokens")
 
 
@@ -101,8 +150,8 @@ def test_equals_the_oracle(family, name):
     usable(family, name)
     model, oracle, batch = get_model(family), get_oracle(family), standard_batch(family, "left", 2)
     method = make(name, 0.3)
-    if name == "sparsevlm":
-        oracle = SparseVLMOracle(oracle.model, oracle.family)
+    if name in ORACLES:
+        oracle = ORACLES[name](oracle.model, oracle.family)
         oracle.method = method
     with patched(model, method, batch) as stats:
         out = greedy(model, batch, 3)
@@ -159,9 +208,23 @@ def test_pooling_by_features_follows_beams_and_many_images():
         assert torch.equal(kept[beam], stats.kept[images * sample + image])
 
 
-def test_towers_without_fitting_tokens_are_refused():
-    with pytest.raises(ValueError, match="needs a tower of clip_vision_model"):
-        patched(get_model("qwen2_5_vl"), VisionZip(0.2), standard_batch("qwen2_5_vl", "single", 1)).__enter__()
+TOWERS = {
+    "qwen2_5_vl": "needs a tower of clip_vision_model",
+    "gemma3": "vision_feature_layer must be one layer for this method, got None",
+    "llava_next": "a row of it for every image, got 'llava_next', whose images are cut into tiles",
+    "llava_onevision": "a row of it for every image, got 'llava_onevision'",
+    "aya_vision": "a row of it for every image, got 'aya_vision'",
+}
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_towers_without_fitting_tokens_are_refused(family):
+    """When the block is entered, before anything is changed."""
+    model = get_model(family)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=TOWERS[family]):
+        patched(model, VisionZip(0.2), standard_batch(family, "single", 1)).__enter__()
+    assert_unchanged(before, model)
 
 
 def test_what_is_observed_is_the_towers_attention():
@@ -175,7 +238,9 @@ def test_what_is_observed_is_the_towers_attention():
 
     with patched(model, Probe(0.5), batch):
         model(**batch.inputs)
-    wanted = oracle.tower_attention(batch.samples[0].images[0].arguments["pixel_values"])
+    wanted = class_token_attention(
+        oracle.model.model.vision_tower, batch.samples[0].images[0].arguments["pixel_values"]
+    )
     torch.testing.assert_close(seen[0], wanted, atol=1e-6, rtol=1e-4)
 
 
@@ -183,6 +248,8 @@ def test_what_is_observed_is_the_towers_attention():
 @pytest.mark.parametrize("name", BY_FEATURES)
 def test_cells_are_sound(name, count):
     given = features()
+    if name == "hiprune":  # two layers of the tower
+        given = replace(given, observed=torch.stack([given.observed, given.observed.flip(0)], 1))
     plan = make(name, count).plan(VisionLayout.grid(5, 8), Region.whole())
     found = plan.decide(given)
     assert plan.num_out == count == len(found.leader)
@@ -233,6 +300,57 @@ def test_visionzip_keeps_what_is_seen_and_merges_the_rest():
     for token in rest:
         near = max(targets, key=lambda t: cosine_similarity(given.tokens[token], given.tokens[t], dim=0).item())
         assert found.leader[found.cell[token]] == (token if token in targets else near)
+
+
+def test_scope_covers_greedily():
+    given = features()
+    alike = cosine_similarity(given.tokens[:, None], given.tokens[None], dim=-1).double()
+    covered, chosen = torch.zeros(40, dtype=torch.float64), []
+    while len(chosen) < 9:
+        gains = [sum(max(alike[j, i] - covered[j], 0) for j in range(40)) * given.observed[i] for i in range(40)]
+        best = max((i for i in range(40) if i not in chosen), key=lambda i: gains[i])
+        chosen.append(best)
+        covered = torch.maximum(covered, alike[best])
+    assert Scope(9).decide(given, 9).leader.tolist() == sorted(chosen)
+
+
+def test_vispruner_removes_duplicates():
+    given = features()
+    kept = VisPruner(20).decide(given, 20).leader.tolist()
+    order = given.observed.argsort(descending=True).tolist()
+    assert set(order[:10]) <= set(kept)
+    rest = sorted(order[10:])  # 30 in the first round, 22 in the second, 14 in the third, of which four leave
+    for leave in (8, 8, 4):
+        alike = {
+            a: max(cosine_similarity(given.tokens[a], given.tokens[b], dim=0).item() for b in rest[1::2])
+            for a in rest[::2]
+        }
+        gone = sorted(alike, key=lambda token: -alike[token])[:leave]
+        rest = [token for token in rest if token not in gone]
+    assert kept == sorted(order[:10] + rest)
+
+
+def test_hiprune_keeps_anchors_their_neighbours_and_registers():
+    layout, generator = VisionLayout.grid(6, 8), torch.Generator().manual_seed(1)
+    given = Features(torch.randn(48, 4), torch.randn(3, 4), torch.rand(48, 2, generator=generator))
+    plan = HiPrune(20, anchored=0.5).plan(layout, Region.whole())
+    middle, last = given.observed.T.tolist()
+    anchors = sorted(range(48), key=lambda n: -middle[n])[:2]
+    kept = set(anchors)
+    for anchor in anchors:
+        row, col = divmod(anchor, 8)
+        kept |= {8 * r + c for r, c in ((row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1))
+                 if 0 <= r < 6 and 0 <= c < 8}  # fmt: skip
+    rest = sorted((n for n in range(48) if n not in kept), key=lambda n: -last[n])
+    assert plan.decide(given).leader.tolist() == sorted([*kept, *rest[: 20 - len(kept)]])
+    assert HiPrune().depths(22) == (8, 22)  # CLIP of LLaVA-1.5: the ninth layer and the last but one
+
+
+def test_auto_prune_falls_along_a_logistic_curve():
+    shares = [stage.keep for stage in auto_prune(0.1, range(4, 14)).stages]
+    drops = [a - b for a, b in zip([1, *shares], shares, strict=False)]
+    assert shares[-1] == pytest.approx(0.1) and min(drops) > 0
+    assert 3 <= drops.index(max(drops)) <= 6 and max(drops) > 2 * max(drops[0], drops[-1])
 
 
 @pytest.mark.parametrize("height,width,count", [(4, 4, 4), (16, 16, 28), (5, 9, 44), (7, 3, 2), (1, 9, 5)])

@@ -9,7 +9,6 @@ import torch
 
 from crop import ops
 from crop.geometry.layout import NEWLINE, PADDING, VisionLayout
-from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods import PreLLMCompression
 from crop.methods.saliency import FARTHEST, distinctness, saliency_weights
@@ -38,7 +37,7 @@ def test_what_stands_out_represents_its_cell():
     tokens[[9, 30]] = odd
     layout = VisionLayout.grid(8, 8)
     batch = planned([(0, layout)], torch.ones(1, 64, dtype=torch.bool), Region.whole(), inside=4, context=4)
-    weight = saliency_weights(batch.pool.plan, placed(batch), tokens[None])
+    weight = saliency_weights(batch.pool.alone, placed(batch), tokens[None])
     pooled = ops.adaptive_pool(tokens, batch.pool.plan, "weighted", weight)
     alike = torch.cosine_similarity(pooled, odd[None], dim=-1)
     assert len(pooled) == 4
@@ -68,7 +67,7 @@ def test_a_single_outlier_among_very_many_stays_finite():
     layout = VisionLayout.grid(200, 200)
     batch = planned([(0, layout)], torch.ones(1, 40_000, dtype=torch.bool), Region.whole(), inside=4, context=4)
     assert float(distinctness(tokens).max()) > FARTHEST
-    weight = saliency_weights(batch.pool.plan, placed(batch), tokens[None])
+    weight = saliency_weights(batch.pool.alone, placed(batch), tokens[None])
     pooled = ops.adaptive_pool(tokens, batch.pool.plan, "weighted", weight)
     assert torch.isfinite(weight).all() and torch.isfinite(pooled).all()
     assert float(pooled[1, 0]) < -0.99
@@ -86,12 +85,12 @@ def test_each_image_is_judged_by_itself_and_text_is_left_alone():
     real[1, :20] = False
     images = [(sample, _moved(grid, start)) for sample, start in places]
     batch = planned(images, real, Region.whole(), inside=2, context=2)
-    weight = saliency_weights(batch.pool.plan, placed(batch), embeds).view(2, 40)
+    weight = saliency_weights(batch.pool.alone, placed(batch), embeds).view(2, 40)
     taken = torch.zeros(2, 40, dtype=torch.bool)
     for (sample, start), rows in zip(places, features, strict=True):
         alone = planned([(0, grid)], torch.ones(1, 16, dtype=torch.bool), Region.whole(), inside=2, context=2)
         here = weight[sample, start : start + 16]
-        assert torch.equal(here, saliency_weights(alone.pool.plan, placed(alone), rows[None]))
+        assert torch.equal(here, saliency_weights(alone.pool.alone, placed(alone), rows[None]))
         assert here.unique().numel() > 8
         taken[sample, start : start + 16] = True
     assert (weight[~taken] == 1).all()
@@ -108,9 +107,9 @@ def test_padding_and_newlines_are_not_part_of_the_picture():
     layout = replace(layout, kind=kind)
     tokens = torch.randn(16, 8, generator=torch.Generator().manual_seed(4))
     other = torch.where((kind == 0)[:, None], tokens, 100.0)
-    everything = PoolPlan.from_labels(torch.zeros(16, dtype=torch.int64), layout.row, layout.col, kind)
-    weight = saliency_weights(everything, [(0, layout)], tokens[None])
-    assert torch.equal(weight, saliency_weights(everything, [(0, layout)], other[None]))
+    alone = torch.zeros(16, dtype=torch.bool)
+    weight = saliency_weights(alone, [(0, layout)], tokens[None])
+    assert torch.equal(weight, saliency_weights(alone, [(0, layout)], other[None]))
     assert (weight[kind != 0] == 1).all() and (weight[kind == 0] != 1).all()
 
 
@@ -119,7 +118,9 @@ def test_what_is_alone_in_its_cell_keeps_its_bits():
     layout = VisionLayout.grid(8, 8)
     batch = planned([(0, layout)], torch.ones(1, 64, dtype=torch.bool), Region.box(0.1, 0.1, 0.4, 0.4))
     plan = batch.pool.plan
-    pooled = ops.adaptive_pool(tokens, plan, "weighted", saliency_weights(plan, placed(batch), tokens[None]))
+    pooled = ops.adaptive_pool(
+        tokens, plan, "weighted", saliency_weights(batch.pool.alone, placed(batch), tokens[None])
+    )
     single = plan.counts == 1
     assert 0 < int(single.sum()) < len(single)
     assert torch.equal(pooled[single], tokens[plan.leader[single].long()])

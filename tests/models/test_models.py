@@ -16,6 +16,7 @@ from tests.support.families.entry import PATCH
 from tests.support.families.squares import LLAVA_GRID
 from tests.support.processors import image_processor
 from tests.support.tiny_families import build_model
+from tests.support.written import TILES, written
 
 pytestmark = pytest.mark.fast
 
@@ -139,3 +140,23 @@ def test_a_wrong_attribute_is_named():
         message = f"{part} of family 'llava' must be an attribute of LlavaModel, got 'sight'; it has {names}"
         with pytest.raises(ValueError, match=re.escape(message)):
             use(replace(family, **{part: "sight"}))
+
+
+@pytest.mark.parametrize("kind", list(TILES))
+def test_images_beside_each_other_are_told_apart(kind):
+    """Prompts without a word between their images, and with one."""
+    config, grids = TILES[kind], [(2, 3), (1, 1), (1, 2), (3, 1)]
+    cut = [rows * columns > 1 for rows, columns in grids]
+    counts = [rows * columns + many for (rows, columns), many in zip(grids, cut, strict=True)]
+    rows, columns = ([side * many for side, many in zip(sides, cut, strict=True)] for sides in zip(*grids, strict=True))
+    told = {"num_patches": counts, "rows": [rows], "cols": [columns]}
+    images = [written(config, told, number)[:-1] for number in range(len(grids))]
+    for between in ([], [ord(".")]):
+        long = [token for image in images for token in (*image, *between)] + [ord("?")]
+        short = [ord("?"), *images[2], *between, *images[0], ord("?")]
+        ids = torch.tensor([long, [*short, *[0] * (len(long) - len(short))]])
+        found = families()[config.model_type].images(Prompt(config, ids, {}))
+        assert [sample for sample, _ in found] == [0, 0, 0, 0, 1, 1]
+        assert [len(layout) for _, layout in found] == [25 * counts[number] for number in (0, 1, 2, 3, 2, 0)]
+        if "Vision" not in kind:
+            assert [layout.extent for _, layout in found[:4]] == [(2, 10, 15), (1, 5, 5), (2, 5, 10), (2, 15, 5)]

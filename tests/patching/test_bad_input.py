@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
 from crop.patching.patch import patch
 from tests.support.batches import make_batch, make_sample, standard_batch
-from tests.support.cases import METHODS, REGIONS, families, get_model, greedy, patched, regions_of
-from tests.support.families.entry import NUM_LAYERS, TEXT
+from tests.support.cases import METHODS, REGIONS, as_argument, families, get_model, greedy, patched, regions_of
+from tests.support.families.entry import IMAGE, NUM_LAYERS, TEXT
 from tests.support.processors import image_processor
 from tests.support.snapshot import assert_unchanged, snapshot
 from tests.support.tiny_families import THOROUGH, build_model
@@ -233,6 +233,12 @@ def test_one_region_for_two_images_with_one_question():
     refused(get_model("llava", "sdpa"), inputs, ValueError, message, ILP, BOX, processor=image_processor("resize"))
 
 
+class Offloading(DynamicCache):
+    """As DynamicCache(offloading=True), which needs an accelerator."""
+
+    offloading = property(lambda self: True, lambda self, value: None)
+
+
 INPUTS = {
     "embeddings": ("llava", "input_ids must be given", lambda m, x: {
         **x, "input_ids": None, "inputs_embeds": m.get_input_embeddings()(x["input_ids"])}),
@@ -250,6 +256,10 @@ INPUTS = {
     "a video": ("llava", "must hold images only, got video", lambda m, x: {
         "input_ids": torch.tensor([[1, 91, 93, 93, 93, 93, 92, 4]]), "pixel_values_videos": torch.zeros(16, 96),
         "video_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": torch.tensor([[0, 0, 2, 2, 2, 2, 0, 0]])}),
+    "static cache": ("llava", "past_key_values must be .*got StaticCache", lambda m, x: x | as_argument(
+        m, StaticCache(config=m.config.get_text_config(), max_cache_len=128))),
+    "offloading cache": ("llava", "past_key_values must stay on its device, got a Offloading", lambda m, x: x | as_argument(
+        m, Offloading())),
 }  # fmt: skip
 
 
@@ -290,10 +300,17 @@ def test_generation_that_is_not_supported(family, case):
     assert_unchanged(before, model)
 
 
-def test_static_cache_object():
-    model, batch = get_model("llava", "sdpa"), standard_batch("llava", "single", 1)
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
-    refused(model, {**batch.inputs, "past_key_values": cache}, ValueError, "past_key_values must be .*StaticCache", ILP)
+@pytest.mark.parametrize("name", ["output_attentions", "output_router_logits"])
+def test_outputs_of_the_length_of_what_is_left(name):
+    """Asked for by the configuration, as training of mixtures of experts does."""
+    model, batch = build_model("qwen3_vl_moe", "eager"), standard_batch("qwen3_vl_moe", "single", 1)
+    setattr(model.config.text_config, name, True)
+    labels = batch.inputs["input_ids"].masked_fill(batch.inputs["input_ids"] >= IMAGE, -100)
+    plain = model(**batch.inputs, labels=labels).loss
+    with patch(model, ILP), pytest.raises(ValueError, match=f"patch: {name} must be off, got True"):
+        model(**batch.inputs, labels=labels)
+    with patch(model, None):
+        assert torch.equal(model(**batch.inputs, labels=labels).loss, plain)
 
 
 def test_flex_attention():

@@ -9,11 +9,13 @@ import torch
 from transformers import DynamicCache
 
 from crop.methods import InnerLLMPruning
+from crop.patching.hf import cache_of
 from tests.support.batches import make_batch, make_sample, standard_batch
 from tests.support.cases import (
     ATOL,
     METHODS,
     REGIONS,
+    as_argument,
     assert_steps,
     cache_lengths,
     decide,
@@ -103,7 +105,7 @@ def test_pads_in_the_middle(family, attention, padding, name):
             input_ids=ids,
             attention_mask=torch.cat([batch.inputs["attention_mask"], mask], 1),
             position_ids=positions + start,
-            past_key_values=cache,
+            **as_argument(model, cache),
         ).logits
     for row, expect in enumerate(wanted):
         count = len(questions[row])
@@ -129,7 +131,7 @@ def test_chunk_by_forward(family, attention, name):
             logits = model(
                 input_ids=torch.tensor([added] * len(mask)),
                 attention_mask=mask,
-                past_key_values=cache,
+                **as_argument(model, cache),
                 **position_arguments(oracle, samples, size),
             ).logits
             assert logits.shape[1] == size
@@ -155,7 +157,7 @@ def test_second_image(attention, name, second_block):
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             pixel_values=turn.images[0].arguments["pixel_values"],
-            past_key_values=first.past_key_values,
+            **as_argument(model, cache_of(first)),
             max_new_tokens=3,
             do_sample=False,
             output_logits=True,
@@ -189,7 +191,7 @@ def test_image_after_a_text_turn(attention, name):
     with patched(model, METHODS[name], make_batch([turn], "none"), REGIONS[0][0]) as stats:
         cache = model(torch.tensor([text.ids])).past_key_values
         logits = model(
-            torch.tensor([turn.ids]), pixel_values=turn.images[0].arguments["pixel_values"], past_key_values=cache
+            torch.tensor([turn.ids]), pixel_values=turn.images[0].arguments["pixel_values"], **as_argument(model, cache)
         ).logits
     sample = text.joined(turn)
     decision = decide(oracle, sample, METHODS[name], [REGIONS[0][0]])
@@ -215,7 +217,7 @@ def test_copied_cache(family, padding, name):
             ids = torch.tensor([question] * len(batch.samples))
             samples = [sample.extended(question) for sample in batch.samples]
             more = position_arguments(oracle, samples, 5)
-            logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache, **more).logits
+            logits = model(input_ids=ids, attention_mask=mask, **as_argument(model, cache), **more).logits
             logits = logits[:, -1]
             for row, expect in enumerate(wanted):
                 reference = oracle.forward(samples[row], expect.decision)[0][-1]
@@ -243,7 +245,7 @@ def test_repeated_cache(family, name):
         logits = model(
             input_ids=torch.tensor([question] * 3),
             attention_mask=mask,
-            past_key_values=cache,
+            **as_argument(model, cache),
             **position_arguments(oracle, samples, 5),
         ).logits[:, -1]
     for row, sample in enumerate(samples):
@@ -276,7 +278,7 @@ def test_own_cache_object(family, name):
     wanted = expected(batch, name)
     cache = DynamicCache(config=model.config.get_text_config())
     with patched(model, METHODS[name], batch, regions_of(batch)):
-        out = greedy(model, batch, past_key_values=cache)
+        out = greedy(model, batch, **as_argument(model, cache))
     assert_steps(out, [e.steps for e in wanted])
     assert out.past_key_values is cache
 
@@ -297,7 +299,7 @@ def test_a_placeholder_among_the_answers(family, attention, name):
             logits = model(
                 input_ids=torch.tensor([chunk]),
                 attention_mask=torch.ones(1, len(sample.ids)).long(),
-                past_key_values=cache,
+                **as_argument(model, cache),
                 **position_arguments(oracle, [sample], len(chunk)),
             ).logits[0, -1]
             reference = oracle.forward(sample, expect.decision)[0][-1]

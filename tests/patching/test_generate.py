@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 
-from crop.methods import InnerLLMPruning
 from tests.support.batches import standard_batch
 from tests.support.cases import (
     ATOL,
     METHODS,
-    assert_kept,
     assert_steps,
     decide,
     expected,
@@ -65,18 +61,6 @@ def search(model, batch, **more):
     )
 
 
-@pytest.mark.parametrize("padding", ["single", "left"])
-@families(THOROUGH)
-def test_beams_of_a_patch_that_keeps_all(family, padding):
-    model = get_model(family, "sdpa")
-    batch = standard_batch(family, padding, 1)
-    plain = search(model, batch, num_beams=2)
-    with patched(model, InnerLLMPruning(keep=1.0), batch, regions_of(batch)):
-        out = search(model, batch, num_beams=2)
-    assert torch.equal(out.sequences, plain.sequences)
-    assert torch.equal(out.sequences_scores, plain.sequences_scores)
-
-
 @pytest.mark.parametrize("name", ["plc", "strict"])
 @pytest.mark.parametrize("padding", ["single", "left"])
 @families(THOROUGH)
@@ -109,51 +93,3 @@ def test_beams_contain_the_oracles_scores(family, padding, name):
             sample = expect.sample.extended(tokens[:number])
             total += float(oracle.forward(sample, expect.decision)[0][-1].log_softmax(-1)[token])
         assert abs(total / len(tokens) - score) < ATOL  # length penalty 1
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize("name", ["budget", "compose"])
-@families(THOROUGH)
-def test_several_draws(family, name):
-    """num_return_sequences repeats the samples, and the regions with them."""
-    model = get_model(family, "sdpa")
-    batch = standard_batch(family, "left", 1)
-    wanted = expected(batch, name)
-    draws = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        with patched(model, METHODS[name], batch, regions_of(batch)) as stats:
-            draws.append(
-                model.generate(
-                    **batch.inputs,
-                    do_sample=True,
-                    top_k=10,
-                    max_new_tokens=4,
-                    num_return_sequences=2,
-                    output_logits=True,
-                    return_dict_in_generate=True,
-                )
-            )
-    assert torch.equal(draws[0].sequences, draws[1].sequences)
-    for row in range(2 * len(wanted)):  # the first step sees the prompt only
-        first = wanted[row // 2]
-        torch.testing.assert_close(draws[0].logits[0][row], first.steps.logits[0], atol=ATOL, rtol=0)
-    assert_kept(stats, [expect.decision for expect in wanted for _ in range(2)])
-
-
-@pytest.mark.parametrize("name", ["plc", "compose"])
-@families(THOROUGH)
-def test_generate_in_a_thread(family, name):
-    """As a streamer's caller does it: the block in one thread, generate() in another, without gradients there."""
-    model = get_model(family, "sdpa")
-    batch = standard_batch(family, "single", 1)
-    wanted = expected(batch, name)
-    results = []
-    with patched(model, METHODS[name], batch, regions_of(batch)):
-        thread = threading.Thread(target=lambda: results.append(greedy(model, batch)))
-        thread.start()
-        thread.join()
-        with torch.inference_mode():
-            results.append(greedy(model, batch))
-    for out in results:
-        assert_steps(out, [e.steps for e in wanted])

@@ -13,7 +13,7 @@ from crop.methods import Compose, InnerLLMPruning, PreLLMCompression
 from crop.patching.current import CALL, GENERATION
 from crop.patching.patch import patch
 from tests.support.batches import standard_batch
-from tests.support.cases import METHODS, get_model, greedy, patched, regions_of
+from tests.support.cases import METHODS, as_argument, get_model, greedy, patched, regions_of
 from tests.support.families.entry import text_tokens
 from tests.support.tiny_families import THOROUGH, build_model
 
@@ -40,14 +40,6 @@ def test_copies_of_the_model_are_refused_inside(family, way, method):
     assert COPIES["deepcopy"](model) is not model and not {"__deepcopy__", "__reduce_ex__"} & vars(model).keys()
 
 
-@families
-def test_continuous_batching_is_refused(family):
-    model = get_model(family, "sdpa")
-    with patch(model, None), pytest.raises(RuntimeError, match="run continuous batching; use generate"):
-        model.generate_batch([[5, 6, 7]])
-    assert "generate_batch" not in vars(model)
-
-
 @pytest.mark.parametrize("name", ["plc", "compose"])
 def test_a_pruned_cache_is_copied_saved_and_refused_outside(name, family="llava"):
     """A copy and a file go on as the cache itself; outside of a block nobody would follow what was pruned."""
@@ -62,10 +54,10 @@ def test_a_pruned_cache_is_copied_saved_and_refused_outside(name, family="llava"
         torch.save(cache, file)
         file.seek(0)
         caches = copy.deepcopy(cache), torch.load(file, weights_only=False), copy.deepcopy(cache), cache
-        logits = [model(**step, past_key_values=one).logits for one in (caches[0], caches[1], caches[3])]
+        logits = [model(**step, **as_argument(model, one)).logits for one in (caches[0], caches[1], caches[3])]
     assert torch.equal(logits[0], logits[2]) and torch.equal(logits[1], logits[2])
     with pytest.raises(RuntimeError, match="must be used inside a patch block .method=None prunes nothing more."):
-        model(**step, past_key_values=caches[2])
+        model(**step, **as_argument(model, caches[2]))
 
 
 @families
@@ -195,7 +187,7 @@ def test_a_uniform_block_on_a_ragged_cache_is_refused(family):
     mask = torch.ones(1, 2 * batch.inputs["input_ids"].shape[1], dtype=torch.int64)
     with patch(model, METHODS["budget"], cache="uniform"):
         with pytest.raises(ValueError, match="cache must be 'ragged' for a cache whose layers hold different tokens"):
-            model(**{**batch.inputs, "attention_mask": mask}, past_key_values=cache)
+            model(**{**batch.inputs, "attention_mask": mask}, **as_argument(model, cache))
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl_video", "qwen3_vl_video", "idefics3", "ovis2"])

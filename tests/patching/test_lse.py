@@ -14,7 +14,7 @@ from crop.methods import InnerLLMPruning, Pyramid
 from crop.models import attention_hook
 from tests.support.batches import standard_batch
 from tests.support.cases import get_model, patched, regions_of
-from tests.support.tiny_families import FAMILIES, SUPPORTED
+from tests.support.tiny_families import FAMILIES, SUPPORTED, get_config
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
@@ -37,6 +37,12 @@ def scored(monkeypatch):
     return found
 
 
+def narrow(family: str) -> bool:
+    """Values narrower than keys: torch's kernel on the CPU that tells its log-sum-exp wants them alike."""
+    config = get_config(family).get_text_config()
+    return getattr(config, "v_head_dim", 0) < getattr(config, "qk_head_dim", 0)
+
+
 @matrix("padding", ["left", "none"])
 @matrix("family,attention", SUPPORTED)
 def test_scores_are_the_same(family, attention, padding, scored):
@@ -47,7 +53,7 @@ def test_scores_are_the_same(family, attention, padding, scored):
         model(**batch.inputs)
     assert len(scored) == len(cuts)
     for given, mass, own in scored:
-        assert (given is None) == (attention == "eager")
+        assert (given is None) == (attention == "eager" or (attention == "sdpa" and narrow(family)))
         assert own.max() > 1e-3
         torch.testing.assert_close(mass, own, atol=1e-6, rtol=1e-5)
 

@@ -10,6 +10,7 @@ from tests.support.batches import standard_batch
 from tests.support.cases import (
     ATOL,
     REGIONS,
+    as_argument,
     assert_kept,
     assert_stats,
     assert_steps,
@@ -111,10 +112,10 @@ def test_second_image_is_cut_elsewhere(layers):
         cache = model(**prompt).past_key_values
         kept.append(stats.kept[0].tolist())
     with patched(model, second, batch, REGIONS[1][0]) as stats:
-        model(**prompt, past_key_values=cache)
+        model(**prompt, **as_argument(model, cache))
         kept.append(stats.kept[0].tolist())
     with patched(model, None, batch):
-        logits = model(torch.tensor([question]), past_key_values=cache).logits[0]
+        logits = model(torch.tensor([question]), **as_argument(model, cache)).logits[0]
 
     (once,) = batch.samples
     twice = once.joined(once)

@@ -9,7 +9,7 @@ import transformers
 from crop.methods import InnerLLMPruning
 from crop.models.registry import families as known
 from tests.support.batches import Batch, make_batch, make_sample, standard_batch
-from tests.support.cases import ATOL, METHODS, REGIONS, decide, get_model, get_oracle, patched
+from tests.support.cases import ATOL, METHODS, REGIONS, as_argument, decide, get_model, get_oracle, patched
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +38,7 @@ def test_second_image(name):
     second = make_batch([turn], "none")
     inputs = second.inputs | {"attention_mask": torch.ones(1, len(together.ids)), "position_ids": positions}
     with patched(model, METHODS[name], second, [other]):
-        logits = model(**inputs, past_key_values=cache).logits
+        logits = model(**inputs, **as_argument(model, cache)).logits
     wanted = oracle.forward(together, decision)[0]
     torch.testing.assert_close(logits[0, -6:], wanted[-6:], atol=ATOL, rtol=0)
 
@@ -56,7 +56,7 @@ def test_a_ragged_batch_behind_a_cache_is_refused():
             ValueError, match="equally many tokens in every sample .* got a ragged batch; process the samples"
         ),
     ):
-        model(**later.inputs | {"attention_mask": mask}, past_key_values=cache)
+        model(**later.inputs | {"attention_mask": mask}, **as_argument(model, cache))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.glm4v import modeling_glm4v
 from transformers.models.llama import modeling_llama
 
@@ -11,6 +12,7 @@ from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, Pyramid
 from crop.models.attention_hook import undo_rope
 from tests.support.batches import standard_batch
 from tests.support.cases import (
+    as_argument,
     assert_kept,
     assert_steps,
     decide,
@@ -90,16 +92,18 @@ def test_nothing_to_turn_back(family):
     assert torch.equal(*found) and sum(stats.tokens_after_ilp) < sum(stats.tokens_before)
 
 
-@pytest.mark.parametrize("module,rotary", [(modeling_llama, 16), (modeling_glm4v, 8)])
+@pytest.mark.parametrize("module,rotary", [(modeling_llama, 16), (modeling_glm4v, 8), (modeling_gemma4, 16)])
 @pytest.mark.parametrize("scale", [1.0, 1.3])
 def test_turned_back(module, rotary, scale):
-    """Halves (Llama) and interleaved pairs of a part of the head (GLM-4V), with a scale as YaRN has."""
+    """Halves (Llama; Gemma 4, one tensor a call), interleaved pairs of a part of the head (GLM-4V); scaled, as YaRN does."""
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, heads, 7, 16, generator=generator) for heads in (4, 2))
     angle = torch.rand(2, 7, rotary // 2, generator=generator) * 6
     angle = angle.repeat_interleave(2, -1) if module is modeling_glm4v else torch.cat([angle, angle], -1)
     tables = angle.cos() * scale, angle.sin() * scale
-    turned = module.apply_rotary_pos_emb(query, key, *tables)
+    turn = module.apply_rotary_pos_emb
+    single = module is modeling_gemma4
+    turned = (turn(query, *tables), turn(key, *tables)) if single else turn(query, key, *tables)
     attention = type("Attention", (torch.nn.Module,), {"__module__": module.__name__})()
     for got, wanted in zip(undo_rope(attention, *turned, tables), (query, key), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
@@ -117,6 +121,6 @@ def test_refused_after_a_cache():
         cache = model(torch.tensor([[5, 6, 7]])).past_key_values
         inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
         with pytest.raises(ValueError, match="rope must be True for an image that follows a cache, got .* 3 cached"):
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **as_argument(model, cache))
     with pytest.raises(TypeError, match="rope must be True or False, got 'no'"):
         InnerLLMPruning(rope="no")

@@ -11,6 +11,7 @@ from tests.support.batches import standard_batch
 from tests.support.cases import (
     ATOL,
     METHODS,
+    as_argument,
     cache_lengths,
     decide,
     expected,
@@ -73,7 +74,7 @@ def test_static_cache(family, name, attention, padding, images):
     model, batch = get_model(family, attention), standard_batch(family, padding, images)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=260)
     with patched(model, UNIFORM[name], batch, regions_of(batch), cache="uniform") as stats:
-        out, again = two_turns(model, batch, past_key_values=cache)
+        out, again = two_turns(model, batch, **as_argument(model, cache))
     assert_two_turns(batch, UNIFORM[name], out, again)
     used = {int(layer.cumulative_length) for layer in cache.layers}
     if padding == "single":
@@ -112,12 +113,12 @@ def test_reset_forgets():
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=160)
     attributes = set(vars(cache))
     with patched(model, METHODS["compose"], batch, regions_of(batch), cache="uniform"):
-        wanted = model(**batch.inputs, past_key_values=cache).logits
+        wanted = model(**batch.inputs, **as_argument(model, cache)).logits
         cache.reset()
-        torch.testing.assert_close(model(**batch.inputs, past_key_values=cache).logits, wanted, atol=ATOL, rtol=0)
+        torch.testing.assert_close(model(**batch.inputs, **as_argument(model, cache)).logits, wanted, atol=ATOL, rtol=0)
     cache.reset()
     assert type(cache) is StaticCache and set(vars(cache)) == attributes
-    torch.testing.assert_close(model(**batch.inputs, past_key_values=cache).logits, plain, atol=ATOL, rtol=0)
+    torch.testing.assert_close(model(**batch.inputs, **as_argument(model, cache)).logits, plain, atol=ATOL, rtol=0)
 
 
 @families(THOROUGH)
@@ -136,12 +137,12 @@ def test_refused():
         patched(model, plc, batch, cache="static").__enter__()
     static = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
     with patched(model, plc, batch), pytest.raises(ValueError, match="StaticCache: .* use patch.*cache='uniform'"):
-        model(**batch.inputs, past_key_values=static)
+        model(**batch.inputs, **as_argument(model, static))
     with patched(model, plc, batch), pytest.raises(ValueError, match="got 'static': .* cache='uniform'"):
         greedy(model, batch, cache_implementation="static")
     with patched(model, plc, batch, cache="uniform"), pytest.raises(ValueError, match="'static', got 'quantized'"):
         greedy(model, batch, cache_implementation="quantized")
     flash = get_model("llava", "flash_attention_2")
     with patched(flash, plc, batch, cache="uniform"), pytest.raises(ValueError, match="under flash attention"):
-        flash(**batch.inputs, past_key_values=static)
+        flash(**batch.inputs, **as_argument(flash, static))
     assert not static.is_initialized and NUM_LAYERS == len(static.layers)

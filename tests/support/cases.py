@@ -17,13 +17,13 @@ from crop.patching.hf import cache_of
 from crop.patching.patch import patch
 from tests.support.batches import Batch, Sample, standard_batch
 from tests.support.decision import Decision, Steps
-from tests.support.families.entry import NUM_LAYERS
 from tests.support.flash import flash_on_cpu
 from tests.support.oracle import Oracle
 from tests.support.tiny_families import FAMILIES, build_model, get_config
 
 ATOL = 1e-5  # patched against oracle; the pruning itself moves the logits by tenths
 STEPS = 4
+LEAVES = torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Linear
 METHODS = {
     "plc": PreLLMCompression(inside=1, context=2, outside=4, ring=1),
     "budget": InnerLLMPruning(keep=0.25, layer=2, ring=1),
@@ -90,14 +90,17 @@ def elsewhere(regions: Sequence[Region]) -> list[Region]:
     return [Region.box(1 - x1, 1 - y1, 1 - x0, 1 - y0) for region in regions for x0, y0, x1, y1 in region.boxes[:1]]
 
 
+def where(batch: Batch) -> dict[str, Any]:
+    """What `patch` and `estimate` need to know of the images of `batch`, if it holds some."""
+    sizes = [image.size for sample in batch.samples for image in sample.images]
+    processor = FAMILIES[batch.family].processor
+    return ({"image_size": sizes} if sizes else {}) | ({"processor": processor()} if sizes and processor else {})
+
+
 def patched(model: Any, method: Any, batch: Batch, regions: Any = None, **more: Any) -> Any:
     """`crop.patch` with what the family's geometry needs for the images of `batch`."""
-    sizes = [image.size for sample in batch.samples for image in sample.images]
-    if not sizes:
-        return patch(model, method, **more)
-    if FAMILIES[batch.family].processor is not None:
-        more.setdefault("processor", FAMILIES[batch.family].processor())
-    return patch(model, method, regions, image_size=sizes, **more)
+    known = where(batch)
+    return patch(model, method, **({"region": regions} if known else {}), **(known | more))
 
 
 @contextlib.contextmanager
@@ -105,7 +108,7 @@ def count_vision_calls(family: str, model: Any) -> Iterator[list[int]]:
     """A list that grows with every call of the tower's first weights, below the forward that may be cached."""
     calls: list[int] = []
     tower = getattr(model.model, FAMILIES[family].tower)
-    first = next(module for module in tower.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)))
+    first = next(module for module in tower.modules() if isinstance(module, LEAVES))
     handle = first.register_forward_hook(lambda *_: calls.append(1))
     try:
         yield calls
@@ -219,21 +222,22 @@ def assert_stats(stats: Any, decisions: Sequence[Decision]) -> None:
         assert (plan is None) == (before == pooled) or plan.num_out == pooled
     every = [(decision, image) for decision in decisions for image in range(len(decision.cells))]
     for (decision, image), average in zip(every, stats.layer_average, strict=True):
-        tokens = [len(decision.kept_at(layer)[image]) for layer in range(NUM_LAYERS)]
-        assert abs(average - sum(tokens) / NUM_LAYERS) < 1e-9
+        tokens = [len(decision.kept_at(layer)[image]) for layer in range(stats.num_layers)]
+        assert abs(average - sum(tokens) / stats.num_layers) < 1e-9
     assert stats.seconds and all(value >= 0 for value in stats.seconds.values())
 
 
 def cache_lengths(cache: Any) -> list[int]:
     """Physical number of keys per layer that holds any."""
-    return [layer.keys.shape[-2] for layer in cache.layers if hasattr(layer, "keys")]
+    return [layer.keys.shape[-2] for layer in cache.layers if getattr(layer, "keys", None) is not None]
 
 
 def expected_lengths(batch: Batch, decisions: Sequence[Decision], appended: int) -> list[int]:
     """Keys per layer after a prefill and `appended` single tokens: those of the longest sample, all columns of the prompt
     where nothing has left, and in a layer with a window no more than the next token may see."""
     oracle, lengths = get_oracle(batch.family), []
-    for layer, kind in enumerate(oracle.kinds):
+    shared = getattr(oracle.decoder.config, "num_kv_shared_layers", 0)
+    for layer, kind in enumerate(oracle.kinds[: oracle.num_layers - shared]):
         if kind not in ("full_attention", "sliding_attention"):
             continue
         kept = [sum(map(len, decision.kept_at(layer))) for decision in decisions]

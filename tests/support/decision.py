@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 NEAR_TIE = 1e-5  # relative gap below which float32 may decide otherwise
@@ -86,6 +87,17 @@ def encoded(method: Any, layout: Any, region: Any, pieces: Any) -> list[int]:
     rows = {(int(layout.view[n]), int(layout.row[n])) for n in known}
     newlines = [n for n, own in enumerate(made_of) if not own]
     return sorted(known + [n for n in newlines if (int(layout.view[n]), int(layout.row[n])) in rows])
+
+
+def cells_of(plan: Any, part: Any, known: list[int]) -> tuple[tuple, Any]:
+    """(members, leader) of every cell of one image, and its layout after pooling; `known`: its tokens that are encoded, of
+    which `part` is the layout and for which `plan` was made."""
+    if plan is None:
+        return tuple(((n,), n) for n in known), part
+    edges, leaders = plan.offsets.tolist(), [known[n] for n in plan.leader.tolist()]
+    members = [known[n] for n in plan.members.tolist()]
+    cells = tuple((tuple(members[edges[c] : edges[c + 1]]), leader) for c, leader in enumerate(leaders))
+    return cells, part.pool(plan, torch.arange(len(leaders)))
 
 
 def choose(

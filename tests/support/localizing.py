@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from PIL import Image
@@ -9,6 +10,7 @@ from transformers import BatchFeature
 
 from tests.support.batches import make_batch, make_sample
 from tests.support.processors import image_processor
+from tests.support.tiny_families import FAMILIES
 
 PICTURE = Image.new("RGB", (64, 48), "white")
 
@@ -25,6 +27,29 @@ class Processor:
 
     def __call__(self, images, text, return_tensors):
         return BatchFeature(dict(self.batch.inputs))
+
+
+class StandIn:
+    """Stands in for the processor of any family: one picture between texts, whose pixels are noise."""
+
+    chat_template = "{{ messages }}"
+
+    def __init__(self, family: str) -> None:
+        entry = FAMILIES[family]
+        size = entry.sizes[1]  # the wide one is a video in entries about videos
+        self.image_processor = SimpleNamespace(do_resize=True) if entry.processor is None else entry.processor()
+        self.tokenizer = SimpleNamespace(get_added_vocab=dict)
+        self.picture = Image.new("RGB", size, "white")
+        self.batch = make_batch([make_sample(family, [4, size, 9])], "none")
+
+    def __call__(self, images: Any, text: str, return_tensors: str) -> BatchFeature:
+        return BatchFeature(dict(self.batch.inputs))
+
+    def apply_chat_template(self, turns: list[Any], **how: Any) -> str:
+        return f"{turns} {how}"
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, ids))
 
 
 def state(model: Any) -> list[Any]:

@@ -73,3 +73,14 @@ def _in_one_sequence(tower: Any, images: Sequence[tuple[int, tuple[int, ...]]], 
         return (weight.nan_to_num(0.0) @ value).transpose(1, 2), None
 
     return attend
+
+
+@torch.no_grad()
+def class_token_attention(tower: Any, pixels: Tensor, method: Any = None) -> Tensor:
+    """(tokens,) attention from the class token of a CLIP tower in the layer before the last, from eager weights; of a
+    method that names several ``depths``, (tokens, depths)."""
+    out = tower(pixels, output_attentions=True)
+    last = len(out.attentions) - 2
+    depths = method.depths(last) if hasattr(method, "depths") else (last,)
+    found = [out.attentions[depth][0].double().mean(0)[0, 1:].float() for depth in depths]
+    return torch.stack(found, 1) if len(found) > 1 else found[0]

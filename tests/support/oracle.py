@@ -23,9 +23,14 @@ from torch import Tensor
 from crop.geometry.layout import PATCH
 from crop.methods.base import FeaturePooling, Features
 from tests.support.batches import Sample
-from tests.support.decision import Decision, Kept, Steps, choose, encoded
-from tests.support.families.entry import Family
-from tests.support.masked_tower import attending_to
+from tests.support.decision import Decision, Kept, Steps, cells_of, choose, encoded
+from tests.support.families.entry import PAD, Family
+from tests.support.masked_tower import attending_to, class_token_attention
+from tests.support.sight import visible
+
+GRIDS = {  # what positions follow from: argument of the model -> of `get_rope_index`
+    name: name for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "target_sizes")
+} | {"video_second_per_grid": "second_per_grids"}
 
 
 class Oracle:
@@ -38,11 +43,14 @@ class Oracle:
         self.decoder = getattr(model.model, family.decoder)
         self.num_layers = len(self.decoder.layers)
         config = self.decoder.config
-        self.kinds = getattr(config, "layer_types", None) or ["full_attention"] * self.num_layers
-        self.tower_cut: int | None = None  # layer of the tower from which on it attends to what is encoded alone
+        every = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+        self.kinds = getattr(config, "layer_types", None) or [every] * self.num_layers
+        self.axes = len((getattr(config, "rope_parameters", None) or {}).get("mrope_section", "thw"))
         layers = [layer for layer in family.cuts if layer >= 2]
         self.default_layer = layers[0] if layers else family.cuts[-1]
+        self.shares = "shared_kv_states" in inspect.signature(self.decoder.layers[0].forward).parameters
         self._features: dict[tuple, tuple[Tensor, list[Tensor]]] = {}
+        self.tower_cut: int | None = None  # layer of the tower from which on it attends to what is encoded alone
         self._markers: dict[Sample, list[tuple[int, Tensor]]] = {}
         self._forwards: dict[tuple, tuple[Tensor, list[int]]] = {}
 
@@ -72,6 +80,8 @@ class Oracle:
                     self._markers[prompt] = list(zip(self.model.config.visual_indicator_token_ids, marks, strict=True))
                 levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
                 token = getattr(self.model.config, f"{name}_token_id")
+                if token not in prompt.ids:  # image tokens stand for GLM's frames
+                    token = self.model.config.image_token_id
                 streams.append((inputs["input_ids"][0] == token, [_rows(level) for level in levels]))
             is_vision = sum((here for here, _ in streams), torch.zeros(len(prompt.ids), dtype=torch.bool))
             levels = [torch.zeros(len(prompt.ids), level.shape[1]) for level in streams[0][1]] if streams else []
@@ -96,35 +106,19 @@ class Oracle:
         """Original position ids, (tokens,) or (3, tokens) for multi-axis rotary embeddings."""
         if not hasattr(self.model.model, "get_rope_index"):
             return torch.arange(len(sample.ids)) + self.family.first_position
-        inputs = sample.prompt().inputs()
-        more = {
-            name: inputs[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if name in inputs
-        }
+        index, inputs = self.model.model.get_rope_index, sample.prompt().inputs()
+        more = {asked: inputs[name] for name, asked in GRIDS.items() if name in inputs}
         if not more:
-            return torch.arange(len(sample.ids)).expand(3, -1)
-        found, _ = self.model.model.get_rope_index(
-            inputs["input_ids"], mm_token_type_ids=inputs["mm_token_type_ids"], **more
-        )
+            return torch.arange(len(sample.ids)).expand(self.axes, -1)
+        if "mm_token_type_ids" in inspect.signature(index).parameters:
+            more["mm_token_type_ids"] = inputs["mm_token_type_ids"]
+        found, _ = index(inputs["input_ids"], attention_mask=inputs["attention_mask"], **more)
         behind = found.max() + 1 + torch.arange(len(sample.ids) - sample.prompt_length)
-        return torch.cat([found[:, 0], behind.expand(3, -1)], 1)
+        return torch.cat([found[:, 0], behind.expand(self.axes, -1)], 1)
 
     def visible(self, sample: Sample, places: Tensor, kind: str) -> Tensor | None:
-        """(rows, rows) bool: which of the rows at the original positions `places` each sees in a layer of this kind; None
-        where a layer is no attention."""
-        if kind not in ("full_attention", "sliding_attention"):
-            return None
-        row, key = places[:, None], places[None]
-        seen = key <= row
-        if self.family.mask == "prefix":
-            seen = seen | (key < sample.prompt_length)
-        if self.family.mask == "image":
-            image = torch.full((len(sample.ids),), -1)
-            for number, span in enumerate(sample.spans()):
-                image[list(span)] = number
-            seen = seen | ((image[row] == image[key]) & (image[row] >= 0))
-        if kind == "sliding_attention":
-            seen = seen & (row - key < self.decoder.config.sliding_window)
-        return seen
+        """Which of the rows at the original positions `places` each sees in a layer of this kind, see `sight.visible`."""
+        return visible(self.family.mask, sample, places, kind, self.decoder.config)
 
     # ------------------------------------------------------------------------------ one forward
     def rows(self, sample: Sample, decision: Decision) -> list[tuple[tuple[int, ...], int]]:
@@ -190,35 +184,57 @@ class Oracle:
         with torch.set_grad_enabled(self.grad):
             rows, (full, added) = self.rows(sample, decision), self.embed(sample, decision.encoded)
             weight = self.weights(full, sample, decision)
+            extra = self.per_layer(sample, rows)
             hidden, *added = (self.pool(level, rows, decision.mode, weight) for level in (full, *added))
+            hidden = hidden * getattr(self.decoder.config, "embedding_multiplier", 1.0)
             places = torch.tensor([leader for _, leader in rows])
             unseen = torch.tensor(self.dropped(sample, decision, decision.kept), dtype=torch.int64)
-            attention, cuts = None, dict(decision.cuts)
+            attention, cuts, shared = None, dict(decision.cuts), {}
+            if extra is not None:
+                extra = self.decoder.project_per_layer_inputs(hidden[None], extra[None])[0]
             for index in range(stop):
                 if index in cuts:
                     hidden = self.entering(index, hidden, places, sample, decision)
                     left = ~torch.isin(places, torch.tensor(self.dropped(sample, decision, cuts[index])))
                     hidden, places, *added = (tensor[left] for tensor in (hidden, places, *added))
+                    extra = None if extra is None else extra[left]
                 mask = self.visible(sample, places, self.kinds[index])
                 if mask is not None and prompt is not None:
                     mask = mask & ~((places >= prompt)[:, None] & torch.isin(places, unseen))
-                hidden, attention = self.layer(index, hidden, self.numbers(sample, places), mask)
+                more = {} if not self.shares else {"shared_kv_states": shared}
+                more |= {} if extra is None else {"per_layer_input": extra[None, :, index]}
+                hidden, attention = self.layer(index, hidden, self.numbers(sample, places), mask, **more)
                 if index < len(added):
                     hidden = hidden + added[index]
             return hidden, places, attention
 
-    def layer(self, index: int, hidden: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def per_layer(self, sample: Sample, rows: list[tuple]) -> Tensor | None:
+        """What every layer adds to each row for the sake of its token, an image's being padding: (rows, layers, dim)."""
+        if not getattr(self.decoder.config, "hidden_size_per_layer_input", 0):
+            return None
+        vision = {position for span in sample.spans() for position in span}
+        ids = [PAD if leader in vision else sample.ids[leader] for _, leader in rows]
+        return self.decoder.get_per_layer_inputs(torch.tensor(ids), None)
+
+    def layer(
+        self, index: int, hidden: Tensor, ids: Tensor, mask: Tensor | None, **given: Any
+    ) -> tuple[Tensor, Tensor | None]:
         """One decoder layer alone: its output and its attention weights (None where it is no attention)."""
         module, seen = self.decoder.layers[index], []
         by_kind = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
         more = {"layer_type": self.kinds[index]} if by_kind else {}
-        rotary = self.decoder.rotary_emb(hidden[None], ids.unsqueeze(-2), **more)
+        kind = (
+            (getattr(self.decoder.config, "rope_parameters", None) or {}).get(self.kinds[index], {}) if by_kind else {}
+        )
+        rotary = (
+            None if kind is None or mask is None else self.decoder.rotary_emb(hidden[None], ids.unsqueeze(-2), **more)
+        )
         if mask is None:
             return _first(module(hidden[None], attention_mask=None, position_embeddings=rotary))[0], None
         added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)[None, None]
         handle = module.self_attn.register_forward_hook(lambda _module, _given, out: seen.append(out[1][0]))
         try:
-            out = module(hidden[None], attention_mask=added, position_embeddings=rotary)
+            out = module(hidden[None], attention_mask=added, position_embeddings=rotary, **given)
         finally:
             handle.remove()
         return _first(out)[0], seen[0]
@@ -230,7 +246,7 @@ class Oracle:
         if key not in self._forwards:
             hidden, places, _ = self.run(sample, decision, self.num_layers, prompt)
             with torch.set_grad_enabled(self.grad):
-                self._forwards[key] = self.model.lm_head(self.decoder.norm(hidden)), places.tolist()
+                self._forwards[key] = self.model.lm_head(norm_of(self.decoder)(hidden)), places.tolist()
         return self._forwards[key]
 
     def logits_by_position(self, sample: Sample, decision: Decision) -> dict[int, Tensor]:
@@ -274,48 +290,37 @@ class Oracle:
         fresh = range(len(decision.cells), len(decision.cells) + len(regions))
         pieces = sample.pieces()[fresh.start :] if method.encodes and fresh else [None] * len(fresh)
         known = [encoded(method, layout, *more) for layout, *more in zip(layouts, regions, pieces, strict=True)]
-        if method.encodes:
-            decision = replace(decision, encoded=(*decision.encoded, *map(tuple, known)))
+        decision = replace(decision, encoded=(*decision.encoded, *map(tuple, known)) if method.encodes else ())
         for number, region, layout, mine in zip(fresh, regions, layouts, known, strict=True):
             part = layout.take(torch.tensor(mine))
             plan = method.plan(part, region)
             if isinstance(plan, FeaturePooling):
-                cells, after = self._cells_by_features(plan, sample, number, mine, decision.encoded), layout
+                cells, after = self._cells_by_features(plan, method, sample, number, mine, decision.encoded), layout
             else:
-                cells, after = self._cells(plan, part, mine)
+                cells, after = cells_of(plan, part, mine)
             cuts = tuple((first, (*kept, tuple(range(len(cells))))) for first, kept in decision.cuts)
             decision = replace(decision, cells=(*decision.cells, cells), cuts=cuts)
             pooled.append(after)
         mode = getattr(method, "pool_mode", "mean")
         if mode == "distinct":
-            found = [
-                tuple(n for n in mine if layout.kind[n] == PATCH) for layout, mine in zip(layouts, known, strict=True)
-            ]
+            pairs = zip(layouts, known, strict=True)
+            found = [tuple(n for n in mine if layout.kind[n] == PATCH) for layout, mine in pairs]
             decision = replace(decision, patches=(*decision.patches, *found))
         decision = replace(decision, mode=mode)
         for number, cut in enumerate(method.cuts):
             decision = self._decide_cut(sample, decision, cut, fresh, pooled, regions, later=number > 0)
         return decision
 
-    def _cells(self, plan: Any, part: Any, known: list[int]) -> tuple[tuple, Any]:
-        """(members, leader) of every cell of one image, and its layout after pooling; `known`: its tokens that are
-        encoded, of which `part` is the layout and for which `plan` was made."""
-        if plan is None:
-            return tuple(((n,), n) for n in known), part
-        edges, leaders = plan.offsets.tolist(), [known[n] for n in plan.leader.tolist()]
-        members = [known[n] for n in plan.members.tolist()]
-        cells = tuple((tuple(members[edges[c] : edges[c + 1]]), leader) for c, leader in enumerate(leaders))
-        return cells, part.pool(plan, torch.arange(len(leaders)))
-
     def _cells_by_features(
-        self, plan: FeaturePooling, sample: Sample, number: int, known: list[int], encoded: tuple
+        self, plan: FeaturePooling, method: Any, sample: Sample, number: int, known: list[int], encoded: tuple
     ) -> tuple:
         """Cells of an image whose method decides by features, from features computed here."""
         rows, _ = self.embed(sample, encoded)
         spans, image = sample.spans(), sample.images[number]
         observed = None
         if self.family.tower_attention:
-            observed = self.tower_attention(image.arguments["pixel_values"])
+            tower = getattr(self.model.model, self.family.tower)
+            observed = class_token_attention(tower, image.arguments["pixel_values"], method)
         mine = [spans[number][n] for n in known]
         found = plan.decide(Features(rows[mine], rows[spans[-1][-1] + 1 :], observed))
         cell = found.cell.tolist()
@@ -323,12 +328,6 @@ class Oracle:
             (tuple(known[n] for n, c in enumerate(cell) if c == own), known[leader])
             for own, leader in enumerate(found.leader.tolist())
         )
-
-    @torch.no_grad()
-    def tower_attention(self, pixels: Tensor) -> Tensor:
-        """(tokens,) attention from the class token of a CLIP tower in the layer before the last, from eager weights."""
-        out = getattr(self.model.model, self.family.tower)(pixels, output_attentions=True)
-        return out.attentions[-2][0].double().mean(0)[0, 1:].float()
 
     def _decide_cut(
         self,
@@ -389,6 +388,11 @@ def _rows(features: Any) -> Tensor:
     if not isinstance(features, Tensor):
         return torch.cat([_rows(part) for part in features])
     return features.reshape(-1, features.shape[-1])
+
+
+def norm_of(decoder: Any) -> Any:
+    """The norm behind the last layer."""
+    return getattr(decoder, "norm", None) or decoder.embedding_norm
 
 
 def _first(out: Any) -> Tensor:

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 import transformers
 
-from tests.support.families import grids, squares, tiles
+from tests.support.families import gemma4, grids, more_grids, more_tiles, squares, tiles
 from tests.support.families.entry import INIT, LAST_TEXT, PAD, Family
 
 SHARP = 2.5  # on the query and key weights: attention rests on 20 to 60 of 140 tokens
-FAMILIES: dict[str, Family] = squares.FAMILIES | grids.FAMILIES | tiles.FAMILIES
+FAMILIES: dict[str, Family] = (
+    squares.FAMILIES | grids.FAMILIES | more_grids.FAMILIES | gemma4.FAMILIES | tiles.FAMILIES | more_tiles.FAMILIES
+)
 THOROUGH = tuple(name for name, family in FAMILIES.items() if family.thorough)
 SUPPORTED = [(name, attention) for name, family in FAMILIES.items() for attention in family.attentions]
 
@@ -40,9 +42,14 @@ def build_model(name: str, attention: str = "sdpa", seed: int = 0) -> Any:
     The vision tower, which the patch leaves alone, stays eager: under flash attention the Pixtral tower of
     transformers 5.17 mixes the images of a batch.
     """
+    return build_as(name, FAMILIES[name].config(), attention, seed)
+
+
+def build_as(name: str, config: Any, attention: str, seed: int = 0) -> Any:
+    """The same with another configuration."""
     torch.manual_seed(seed)
     family = FAMILIES[name]
-    model = getattr(transformers, family.classes)(family.config()).eval().requires_grad_(False)
+    model = getattr(transformers, family.classes)(config).eval().requires_grad_(False)
     sharpen(model, decoder_of(name, model))
     set_attention(model, attention)
     set_attention(getattr(model.model, family.tower), "eager")

@@ -31,20 +31,25 @@ class EntryHook(ModelHook):
         """Register the hooks, and their removal with ``undo``."""
 
         def watch(module: nn.Module, read: Callable[..., Tensor]) -> None:
+            if self.family.tiles:
+                raise ValueError(
+                    "patch: a method that observes the vision tower needs a row of it for every image, got "
+                    f"{self.family.model_type!r}, whose images are cut into tiles; use another method"
+                )
+            number = self.context.watches
+            self.context.watches += 1
+
             @torch.no_grad()
             def note(query: Tensor, key: Tensor, scale: float | None) -> None:
-                self.context.vision.observed = read(query, key, scale)
+                self.context.vision.observed[number] = read(query, key, scale)
 
-            self.context.observes = True
             undo.enter_context(attention_hook(module, note, when=lambda: self.context.vision is not None))
 
         self.method.observe(self.tower, self.model.config, watch)
         if hasattr(self.model, hf.GENERATE):
             replace_method(self.model, hf.GENERATE, self._generate, undo)
             replace_method(self.model, hf.EXPAND, self._expand, undo)
-            if self.method.encodes and hasattr(
-                self.model, hf.ENCODE
-            ):  # transformers 5.17 encodes in the model's forward
+            if self.method.encodes and hasattr(self.model, hf.ENCODE):  # 5.17 encodes in the model's forward
                 replace_method(self.model, hf.ENCODE, self._encode, undo)
             replace_method(self.model, hf.PREPARE, self._prepare, undo)
             # For static caches generate() would make masks of the unpruned length; the language model makes its own.

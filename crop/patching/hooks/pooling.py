@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from crop import ops
 from crop.methods.saliency import saliency_weights
 from crop.patching import hf
-from crop.patching.batch_plan import PoolStep
+from crop.patching.batch_plan import BatchPlan, PoolStep
 from crop.patching.cache import make_uniform, store_state
 from crop.patching.context import ModelHook, hook
 from crop.patching.feature_pooling import settle
@@ -44,6 +44,8 @@ class PoolingHook(ModelHook):
             if len(state.vision.marks) == 2:
                 state.stats.add_span("vision", *state.vision.marks)
             state.vision.decoder_start = mark(call.embeds.device)
+        if call.last and state.plan is not None and call.last > text_tail(state.plan):
+            call.last = 0  # tokens of an image, or padding: the caller cuts off what it does not want
         valid = self._begin(state, call)
         self._note_positions(state, call)
         if state.plan is not None and state.plan.pool is not None:
@@ -90,13 +92,16 @@ class PoolingHook(ModelHook):
         mode, weight = self.method.pool_mode, None
         if mode == "distinct":
             pooled = [(image.sample, image.encoded) for image in state.plan.images if image.plan is not None]
-            mode, weight = "weighted", saliency_weights(pool.plan, pooled, call.embeds)
+            mode, weight = "weighted", saliency_weights(pool.alone, pooled, call.embeds)
         if call.deepstack is not None:
             is_vision, levels = call.deepstack
             kept = pool.kept_index.to(is_vision.device)
             chosen = is_vision.gather(1, kept.clamp(min=0)) & (kept >= 0)
             call.deepstack = chosen, [_pool(pool, spread(level, is_vision), mode, weight)[chosen] for level in levels]
         call.embeds = _pool(pool, call.embeds, mode, weight)
+        if call.per_layer is not None:  # of token ids, of which an image's are alike
+            rows, width = call.per_layer.flatten(2), call.per_layer.shape[2:]
+            call.per_layer = ops.compact([rows], pool.kept_index.to(rows.device))[0].unflatten(2, width)
         state.pooled = TokenMap.extended(
             state.before.pooled, state.past, pool.kept_index, state.added, full=pool.filled is None
         )
@@ -105,16 +110,18 @@ class PoolingHook(ModelHook):
     def _settle(self, state: ForwardState, embeds: Tensor) -> None:
         """Let features decide."""
         observed = None
-        if self.context.observes and state.vision.observed is None:
+        seen = [state.vision.observed.get(number) for number in range(self.context.watches)]
+        if any(one is None for one in seen):
             raise RuntimeError(
                 "patch: the vision tower must run for a method that observes it, got cached features (crop.cache_vision) or "
                 "features from elsewhere; ask without them"
             )
-        if state.vision.observed is not None:
+        if seen:
+            seen = torch.stack(seen, 2) if len(seen) > 1 else seen[0]
             samples = [image.sample for image in state.plan.images]
             copies = self.context.generation.copies if self.context.generation is not None else 1
-            rows = one_per_image("observation", list(range(len(state.vision.observed))), samples, copies)
-            observed = [state.vision.observed[row] for row in rows]
+            rows = one_per_image("observation", list(range(len(seen))), samples, copies)
+            observed = [seen[row] for row in rows]
         with torch.no_grad():
             state.plan, state.stats.decisions = settle(state.plan, embeds, observed)
         state.stats.positions = state.plan.positions
@@ -166,7 +173,7 @@ class PoolingHook(ModelHook):
 
         def at_input_length(hidden: Tensor, behind: int | None) -> Tensor:
             hidden = hidden if behind is None else restore(state, hidden, behind)
-            if pool is None:
+            if pool is None or hidden.shape[1] < state.pooled_length:
                 return hidden
             # Members of a cell share its output; padding takes whatever stands first (masked everywhere).
             slot = pool.slot_of.to(hidden.device).clamp(min=0).unsqueeze(-1)
@@ -190,6 +197,14 @@ class PoolingHook(ModelHook):
             shifts=state.before.shifts | shifts,
             whole_masks=self.planner.makes_masks,
         )
+
+
+def text_tail(plan: BatchPlan) -> int:
+    """So many tokens at the end of every sample are text; of a plan on the host."""
+    text = plan.valid.clone()
+    for image in plan.images:
+        text[image.sample, image.layout.position] = False
+    return int(text.flip(1).int().cumprod(1).sum(1).min())
 
 
 def spread(features: Tensor, is_vision: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from crop.patching import hf
 from crop.patching.batch_plan import PruneStep
 from crop.patching.context import ModelHook, PatchContext, hook, replace_method
 from crop.patching.hooks.pooling import spread
-from crop.patching.masks import gather, key_positions, pad_columns
+from crop.patching.masks import gather, gather_own, key_positions, pad_columns
 from crop.patching.positions import given_ids
 from crop.patching.scoring import cut, restore, score
 from crop.patching.state import ForwardState, LayerState, gather_positions
@@ -42,7 +42,8 @@ class PruningHook(ModelHook):
         """Register the hooks, and their removal with ``undo``."""
         for index, layer in enumerate(self.layers):
             hook(undo, layer.register_forward_pre_hook, self._enter_layer, index, with_kwargs=True)
-        hook(undo, self.language_model.norm.register_forward_pre_hook, self._enter_norm)
+        norm = getattr(self.language_model, self.family.traits.norm)
+        hook(undo, norm.register_forward_pre_hook, self._enter_norm)
         if self.family.traits.deepstack_method is not None:
             replace_method(self.language_model, self.family.traits.deepstack_method, self._add_level, undo)
         for one in self.method.cuts:
@@ -85,7 +86,7 @@ class PruningHook(ModelHook):
         state = self.context.call
         if state is None:
             return None
-        state.layer, call = index, hf.LayerCall(args, kwargs)
+        state.layer, call = index, hf.LayerCall(module, args, kwargs)
         step = self._step(index)
         if step is not None:
             call.hidden = self._prune(state, index, step, call.hidden)
@@ -93,17 +94,21 @@ class PruningHook(ModelHook):
             state.continue_cut(index)
         if index and index in state.layers and state.layers[0].position_ids is not None:
             state.renumber(index, close=state.plan is not None and self.planner.positions == "compact")
-        here = state.at(index)
+        here, queries = state.at(index), call.hidden.shape[1]
+        whole = queries == state.entries(index)  # else the model goes on with the last tokens alone, all of them text
         # Masks over input tokens do not fit a cache that was pruned anywhere: a sliding layer holds the last tokens only.
         pruned = state.pooled is not None or any(one.tokens is not None for one in state.layers.values())
         if pruned if self.planner.makes_masks else here.tokens is not None:
             call.mask = here.fitted(
                 call.mask,
-                ("mask", index in self.recurrent, self.windows[index]),
+                ("mask", index in self.recurrent, self.windows[index], queries),
                 lambda mask: self._fit_mask(state, here, index, call.hidden, mask),
             )
-        if here.kept_index is not None or here.position_ids is not None and index:
+        moved = here.kept_index is not None or here.position_ids is not None and index
+        if whole and call.rotary is not None and moved:
             call.rotary = here.fitted(call.rotary, "rotary", lambda old: self._fit_rotary(here, call.hidden, old))
+        if whole and here.kept_index is not None and call.per_layer is not None:
+            call.per_layer = ops.compact([call.per_layer], here.kept_index.to(call.per_layer.device))[0]
         if state.plan is not None and (call.position_ids is None or hf.is_flash(self.language_model.config)):
             call.position_ids = None  # gaps would send flash attention down its packed-sequence path
         elif here.kept_index is not None:
@@ -152,17 +157,16 @@ class PruningHook(ModelHook):
         self, state: ForwardState, here: LayerState, index: int, hidden: Tensor, mask: Tensor | None
     ) -> Tensor | None:
         """A mask for what a layer holds: made over input tokens by the multimodal model, else over pooled ones."""
-        if index in self.recurrent:
-            return _fit_recurrent(here, mask)
         batch, queries = hidden.shape[:2]
         maps = [state.pooled, here.tokens] if self.planner.makes_masks else [here.tokens]
-        past, added = (
-            (state.past, state.added) if self.planner.makes_masks else (state.pooled_past, state.pooled_length)
-        )
-        keys = key_positions(maps, batch, past + added, queries, self.windows[index])
+        total = state.past + state.added if self.planner.makes_masks else state.pooled_total
+        keys = key_positions(maps, batch, total, state.entries(index), self.windows[index])
         full = all(tokens is None or tokens.full for tokens in maps)
-        flash = hf.is_flash(self.language_model.config)
-        mask = gather(mask, keys, full, queries, past, past + added, flash)
+        if index in self.recurrent:
+            pooled = self.planner.makes_masks and state.plan is not None and state.plan.pool is not None
+            moved = pooled or here.kept_index is not None
+            return gather_own(mask, keys[:, -queries:], total) if moved and not (mask is None and full) else mask
+        mask = gather(mask, keys, full, queries, total, hf.is_flash(self.language_model.config))
         return pad_columns(mask, hf.capacity_of(state.cache))
 
     def _fit_rotary(self, here: LayerState, hidden: Tensor, old: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -175,11 +179,3 @@ class PruningHook(ModelHook):
         if state is None:
             return None
         return (restore(state, args[0], len(self.layers) - 1), *args[1:])
-
-
-def _fit_recurrent(here: LayerState, mask: Tensor | None) -> Tensor | None:
-    """A layer that carries a state masks the tokens of its call alone; fillers before the first leave the state empty."""
-    if here.kept_index is None or (mask is None and here.tokens.full):
-        return mask
-    real = here.kept_index >= 0
-    return real if mask is None else real & mask.bool().gather(1, here.kept_index.clamp(min=0).to(mask.device))

@@ -84,7 +84,9 @@ class Family:
         types: ids -> further arguments that follow from the ids.
         processor: () -> the image processor of `crop.patch`; None where the family needs none.
         tower, decoder: attributes of the multimodal model.
-        mask: what a token sees: "causal"; "image", all of its own image, too; "prefix", all of the prompt, too.
+        beside: its further modules, which a repeated image runs through again, or which no image does.
+        mask: what a token sees: "causal"; "image", all of its own image, too, within its window, "image in windows", only
+            in layers that have one, "image beyond windows", whatever it is; "prefix", all of the prompt, too.
         first_position: position id of the first token.
         cuts: decoder layers at which scores may cut: the layer before each sees the whole prompt.
         refuses: what the family cannot do -> what the error says: an attention, "uniform" (cache), "compact" (positions).
@@ -105,7 +107,8 @@ class Family:
     processor: Callable[[], Any] | None = None
     tower: str = "vision_tower"
     decoder: str = "language_model"
-    mask: Literal["causal", "image", "prefix"] = "causal"
+    beside: tuple[str, ...] = ()
+    mask: Literal["causal", "image", "image in windows", "image beyond windows", "prefix"] = "causal"
     first_position: int = 0
     cuts: tuple[int, ...] = (1, 2, 3)
     refuses: Mapping[str, str] = field(default_factory=dict)

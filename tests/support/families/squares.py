@@ -11,6 +11,7 @@ import transformers
 from tests.support.families.entry import (
     HIDDEN,
     IMAGE,
+    INIT,
     MASKS,
     PATCH,
     TEXT,
@@ -99,6 +100,54 @@ def square_image(side: int, marked: bool) -> Callable[[tuple[int, int], int, boo
     return image
 
 
+def janus_processor() -> Any:
+    from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+    return JanusImageProcessorPil(size={"height": 24, "width": 24})
+
+
+def janus() -> Any:
+    vision = dict(TOWER, image_size=24, mlp_ratio=1.5, projection_dim=HIDDEN)
+    table = dict(base_channels=32, channel_multiplier=[1], num_res_blocks=1, latent_channels=32, num_embeddings=8,
+                 projection_dim=HIDDEN, image_token_embed_dim=HIDDEN, num_patches=4)  # fmt: skip
+    return transformers.JanusConfig(
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config=transformers.JanusVisionConfig(**vision),
+        vq_config=transformers.JanusVQVAEConfig(**table),
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
+def deepseek_vl() -> Any:
+    return transformers.DeepseekVLConfig(
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=24, vision_use_head=False),
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
+def deepseek_vl_hybrid() -> Any:
+    high = transformers.SamVisionConfig(
+        hidden_size=16, output_channels=8, num_hidden_layers=2, num_attention_heads=2, mlp_dim=24, image_size=64,
+        patch_size=PATCH, window_size=2, global_attn_indexes=[1], initializer_range=INIT,
+    )  # fmt: skip
+    return transformers.DeepseekVLHybridConfig(
+        text_config=transformers.LlamaConfig(**TEXT),
+        vision_config=transformers.SiglipVisionConfig(**TOWER, image_size=24, vision_use_head=False),
+        high_res_vision_config=high,
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
+def hybrid_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
+    """The same picture twice, for either tower."""
+    image = square_image(6, False)(size, seed, alone)
+    return Image(image.ids, image.arguments | {"high_res_pixel_values": pixels(1, 3, 64, 64, seed=seed)}, size)
+
+
 FAMILIES = {
     "llava": Family(
         "LLaVA-1.5 (CLIP or SigLIP tower)",
@@ -144,5 +193,40 @@ FAMILIES = {
         mask="prefix",
         first_position=1,
         refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'paligemma'"},
+    ),
+    "janus": Family(
+        "Janus",
+        "JanusForConditionalGeneration",
+        janus,
+        square_image(6, False),
+        processor=janus_processor,
+        tower="vision_model",
+        beside=(
+            "vqmodel",
+            "generation_embeddings",
+            "generation_aligner",
+            "generation_head",
+        ),
+    ),
+    "deepseek_vl": Family(
+        "DeepSeek-VL",
+        "DeepseekVLForConditionalGeneration",
+        deepseek_vl,
+        square_image(6, False),
+        processor=janus_processor,
+        tower="vision_model",
+    ),
+    "deepseek_vl_hybrid": Family(
+        "DeepSeek-VL 7B",
+        "DeepseekVLHybridForConditionalGeneration",
+        deepseek_vl_hybrid,
+        hybrid_image,
+        processor=janus_processor,
+        tower="vision_model",
+        beside=(
+            "high_res_vision_model",
+            "high_res_vision_neck",
+            "high_res_vision_proj",
+        ),
     ),
 }

@@ -219,17 +219,13 @@ def smolvlm() -> Any:
                                       image_token_id=IMAGE, scale_factor=2, pad_token_id=0)  # fmt: skip
 
 
-def idefics3_processor() -> Any:
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-
-    return Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-
-
 def idefics3_image(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
-    """Two tiles and the whole, beside each other or one above the other; markers before each, a line end per row."""
-    tile = (VISION_START, MARK, *[IMAGE] * 16)
-    tiles = tile * 2 + (95,) if size[0] > size[1] else (tile + (95,)) * 2
-    return Image((*tiles, *tile, VISION_END), {"pixel_values": pixels(1, 3, 3, 32, 32, seed=seed)}, size)
+    """Two tiles and the whole, beside each other or one above the other: a marker and a tag before each, a line end behind
+    each row (two are one token), the marker behind the whole."""
+    tile, line = [IMAGE] * 16, 95
+    first, second, whole = ((VISION_START, tag, *tile) for tag in (82, 83, MARK))
+    tiles = (*first, *second, line) if size[0] > size[1] else (*first, line, *second, line)
+    return Image((*tiles, *whole, VISION_START), {"pixel_values": pixels(1, 3, 3, 32, 32, seed=seed)}, size)
 
 
 def images_per_sample(images: list[list[Image]]) -> dict[str, Tensor]:
@@ -278,7 +274,7 @@ FAMILIES = {
     ),
     "ovis2": Family(
         "Ovis2: tiles", "Ovis2ForConditionalGeneration", ovis2, ovis2_image, sizes=((48, 24), (20, 40)),
-        unable={"repeat": repeats_tiles},
+        beside=("visual_embeddings_table",), unable={"repeat": repeats_tiles},
     ),
     "perception_lm": Family(
         "Perception LM, images: tiles", "PerceptionLMForConditionalGeneration", perception_lm, perception_image,
@@ -286,11 +282,10 @@ FAMILIES = {
     ),
     "idefics3": Family(
         "Idefics3: tiles", "Idefics3ForConditionalGeneration", idefics3, idefics3_image, sizes=((48, 24), (20, 40)),
-        join=images_per_sample, processor=idefics3_processor, tower="vision_model", decoder="text_model",
+        join=images_per_sample, tower="vision_model", decoder="text_model",
     ),
     "smolvlm": Family(
         "SmolVLM, images: tiles", "SmolVLMForConditionalGeneration", smolvlm, idefics3_image,
-        sizes=((48, 24), (20, 40)), join=images_per_sample, processor=idefics3_processor, tower="vision_model",
-        decoder="text_model",
+        sizes=((48, 24), (20, 40)), join=images_per_sample, tower="vision_model", decoder="text_model",
     ),
 }  # fmt: skip

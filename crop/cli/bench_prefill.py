@@ -1,6 +1,4 @@
-"""Prefill of a mid-size random LLaVA: unpatched against ILP, PLC and both, with the theoretical FLOP ratio beside it.
-
-    python -m bench.latency.prefill [--tokens 576 2880] [--rounds 5] [--json out.json]
+"""Prefill of a mid-size random LLaVA: unpatched against ILP, PLC and both, with the ratio of FLOPs beside it.
 
 The decoder has about 300 M parameters (24 layers, width 1024, float32 on CPU, bfloat16 on CUDA); the vision tower is a
 stub of two narrow layers, so that the times are the language model's. Every image of 576 tokens (24 x 24) is pruned to
@@ -10,24 +8,28 @@ counts are the ones asked for. Contenders run interleaved, one round after anoth
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 import crop
-from bench.common import header, save, table
-from bench.methods import ours
 from crop.selftest.timing import interleave
 
+METHODS = {"ILP": "ilp", "PLC": "plc", "both": "crop"}  # names of the table
 LAYERS, WIDTH, HEADS, FFN, TEXT, IMAGE_TOKEN = 24, 1024, 16, 2816, 60, 999
 REGION = crop.Region.box(0.30, 0.25, 0.70, 0.55)
 KEEPS = (0.33, 0.22, 0.11)
 
 
-def build(device: str) -> Any:
+def measure_prefill(tokens: Sequence[int], device: torch.device, rounds: int, only: str) -> Iterator[dict[str, Any]]:
+    """Rows of every contender whose name holds ``only``, for prompts of so many vision tokens, multiples of 576."""
+    model = build(device)
+    for number in tokens:
+        yield from measure(model, number // 576, rounds, only)
+
+
+def build(device: torch.device) -> Any:
     """The model, from configuration alone."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -51,7 +53,7 @@ def build(device: str) -> Any:
         max_position_embeddings=8192,
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, vision_feature_layer=-1)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return LlavaForConditionalGeneration(config).eval().to(device=device, dtype=dtype)
 
 
@@ -63,12 +65,6 @@ def prompt(model: Any, images: int) -> dict[str, torch.Tensor]:
     pixels = torch.randn(images, 3, 336, 336, generator=generator)
     ids = torch.cat([text[:, :10], pictures, text[:, 10:]], dim=1).to(model.device)
     return {"input_ids": ids, "pixel_values": pixels.to(model.device, model.dtype)}
-
-
-def flops(tokens: list[int]) -> float:
-    """Multiply-adds of the decoder layers' matrices and causal attention; tokens: sequence length per layer."""
-    weights = 4 * WIDTH * WIDTH + 3 * WIDTH * FFN
-    return sum(weights * count + WIDTH * count * count for count in tokens)
 
 
 @torch.no_grad()
@@ -113,12 +109,12 @@ def measure(model: Any, images: int, rounds: int, only: str) -> list[dict[str, A
         layer, stride, skip_mlp = setting
         name = f"localizer: attention of layer {layer}, stride {stride}" + (", no MLP" if skip_mlp else "")
         contenders[name] = localize(*setting)
-    lengths: dict[str, list[int]] = {"unpatched": [TEXT + 576 * images] * LAYERS}
+    flops: dict[str, float] = {"unpatched": 1.0, "keep all": 1.0}
     contenders["keep all"] = pruned("keep all", crop.InnerLLMPruning(keep=1.0))
     contenders = {name: call for name, call in contenders.items() if only in name or call is plain}
-    lengths["keep all"] = lengths["unpatched"]
     for keep in KEEPS:
-        for kind, method in ours(keep).items():
+        for kind, known in METHODS.items():
+            method = crop.by_name(known, keep)
             name = f"{kind} {keep:.0%}"
             if only not in name:
                 continue
@@ -127,9 +123,8 @@ def measure(model: Any, images: int, rounds: int, only: str) -> list[dict[str, A
             want = [round(keep * 576)] * images
             if stats.tokens_after_ilp != want:
                 raise RuntimeError(f"bench: {name} must keep {want}, got {stats.tokens_after_ilp}")
-            seen = stats.tokens_from
-            first = [max(start for start in seen if start <= layer) for layer in range(LAYERS)]
-            lengths[name] = [TEXT + sum(seen[start]) for start in first]
+            found = crop.estimate(model, inputs, method, regions, processor=processor)
+            flops[name] = found.before.flops / found.after.flops
             contenders[name] = pruned(name, method)
     stages.clear()
     plain()
@@ -146,38 +141,10 @@ def measure(model: Any, images: int, rounds: int, only: str) -> list[dict[str, A
                 "p10": times[name].p10 * 1e3,
                 "p90": times[name].p90 * 1e3,
                 "speed-up": full / times[name].median,
-                "FLOP ratio": flops(lengths["unpatched"]) / flops(lengths[name]) if name in lengths else None,
+                "FLOP ratio": flops.get(name),
                 "own work %": 100 * (times[name].median if "localizer" in name else sorted(own)[len(own) // 2]) / full
                 if own or "localizer" in name
                 else None,
             }
         )
     return rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.latency.prefill",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--tokens", type=int, nargs="+", default=[576, 2880], help="vision tokens, multiples of 576")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    parser.add_argument("--only", default="", help="contenders whose name holds this (default: all)")
-    options = parser.parse_args()
-    model = build(options.device)
-    print(header())
-    rows: list[dict[str, Any]] = []
-    for tokens in options.tokens:
-        if tokens % 576:
-            parser.error(f"--tokens must be multiples of 576, got {tokens}")
-        rows += measure(model, tokens // 576, options.rounds, options.only)
-    print(table(rows))
-    if options.json:
-        save(options.json, rows)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,122 @@
+"""``crop serve``: a model behind an OpenAI-compatible server of vLLM, with a region per request."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import importlib.util
+import io
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from crop.cli.options import UsageError, fraction, number
+from crop.integrations.vllm.families import ENTRIES
+from crop.integrations.vllm.settings import LOCALIZERS, Settings
+from crop.methods.base import POOL_MODES
+from crop.patching.positions import POLICIES
+
+EXAMPLES = """\
+examples:
+  crop serve Qwen/Qwen2.5-VL-7B-Instruct --keep 0.11
+  crop serve Qwen/Qwen2.5-VL-7B-Instruct --localizer ocr
+      requests that say nothing are localized, too; one that says "crop_keep": 1.0 is not
+  crop serve llava-hf/llava-1.5-13b-hf -- --tensor-parallel-size 2 --dtype bfloat16
+      what stands behind -- are vLLM's own options
+"""
+SERVER = "vllm.entrypoints.openai.api_server"
+DEFAULTS = Settings()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``crop serve``."""
+    parser.add_argument("model", metavar="MODEL", help="a folder, a Hugging Face hub name, or embedded")
+    parser.add_argument("vllm", nargs="*", metavar="-- OPTION", help="further options of vLLM's server")
+    parser.add_argument("--keep", type=fraction, default=DEFAULTS.keep, metavar="F",
+                        help="budget of requests that bring a region and none of their own (default %(default)s)")  # fmt: skip
+    parser.add_argument("--mode", choices=POOL_MODES, default=DEFAULTS.mode, help="how tokens are pooled")
+    parser.add_argument("--localizer", choices=LOCALIZERS, help="for requests that say nothing; needs its extra")
+    parser.add_argument("--positions", choices=POLICIES, default=DEFAULTS.positions)
+    parser.add_argument("--feature-cache", type=number(float, 0, 1e6, "a number of GiB from 0 on"), metavar="GIB",
+                        default=DEFAULTS.feature_cache, help="vision features that are kept (default %(default)s)")  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default %(default)s)")
+    parser.add_argument("--port", type=number(int, 1, 65535, "a port from 1 to 65535"), default=8000, metavar="N")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until Ctrl-C; the exit status of the server. UsageError: no vLLM, or a model that it cannot serve pruned."""
+    if importlib.util.find_spec("vllm") is None:
+        raise UsageError('crop serve needs vllm: pip install "crop-vlm[vllm]"')
+    command = server_command(options)
+    check_model(command[command.index("--model") + 1])
+    print(shlex.join(command), flush=True)
+    server = subprocess.Popen(command)
+    address = f"http://{'127.0.0.1' if options.host == '0.0.0.0' else options.host}:{options.port}"
+    try:
+        while server.poll() is None and not ready(address):
+            time.sleep(1)
+        if server.poll() is None:
+            print(f"\nready; try:\n\n{curl(address, options.model)}\n", flush=True)
+        return server.wait()
+    finally:
+        if server.poll() is None:
+            server.send_signal(signal.SIGINT)
+            server.wait()
+
+
+def server_command(options: argparse.Namespace) -> list[str]:
+    """What starts vLLM's server."""
+    model, more = options.model, []
+    if model == "embedded":
+        from crop import embedded
+
+        model, more = str(embedded.WEIGHTS), ["--max-model-len", "1024", "--served-model-name", "embedded"]
+    names = ("keep", "mode", "localizer", "positions", "feature_cache")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    # A request's arguments are read only where the server trusts them: that is where a region stands.
+    own = ["--trust-request-mm-kwargs", "--hf-overrides", json.dumps({"crop": given})]
+    listen = ["--host", options.host, "--port", str(options.port)]
+    return [sys.executable, "-m", SERVER, "--model", model, *own, *listen, *more, *options.vllm]
+
+
+def check_model(model: str) -> None:
+    """Refuse a model of a family that would be served unpruned. UsageError."""
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(model).architectures or []
+    if not any(name.removeprefix("Crop") in ENTRIES for name in found):
+        raise UsageError(f"model {model!r} must be of one of {', '.join(ENTRIES)}, got {', '.join(found) or 'none'}")
+
+
+def ready(address: str) -> bool:
+    """Whether a server answers."""
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def curl(address: str, model: str) -> str:
+    """A request with a region, to be pasted: it brings a small picture along."""
+    from PIL import Image
+
+    picture, data = Image.new("RGB", (64, 64), "white"), io.BytesIO()
+    picture.paste((200, 30, 30), (8, 8, 32, 32))
+    picture.save(data, "PNG", optimize=True)
+    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what color is the square"}]
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 16,
+        "mm_processor_kwargs": {"crop_region": [0.1, 0.1, 0.55, 0.55]},
+    }
+    asked = shlex.quote(json.dumps(body))
+    return f"curl -s {address}/v1/chat/completions -H 'Content-Type: application/json' -d {asked}"

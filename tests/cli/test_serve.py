@@ -1,0 +1,109 @@
+"""`crop serve`: the command it starts, what it refuses, the line it prints. Engines are tests/integrations/vllm/engine."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.machinery
+import importlib.util
+import json
+import shlex
+import socket
+import sys
+
+import pytest
+import transformers
+
+from crop import embedded
+from crop.cli import serve_command
+from crop.cli.main import main
+from crop.cli.options import UsageError
+from crop.integrations.vllm.settings import Settings
+
+pytestmark = pytest.mark.fast
+HEALTH = """
+import http.server, sys, threading
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+        threading.Thread(target=server.shutdown).start()
+server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer)
+server.serve_forever()
+sys.exit(7)
+"""
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """As if it were installed."""
+    find = importlib.util.find_spec
+    spec = importlib.machinery.ModuleSpec("vllm", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: spec if name == "vllm" else find(name, *more))
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    serve_command.add_options(parser)
+    return parser.parse_intermixed_args(words)
+
+
+def settings(command: list[str]) -> Settings:
+    given = json.loads(command[command.index("--hf-overrides") + 1])
+    return Settings(**given["crop"])
+
+
+def test_the_command_carries_settings_and_vllms_own_options():
+    command = serve_command.server_command(parsed("--keep", "0.11", "some/model", "--port", "8123"))
+    assert command[:5] == [sys.executable, "-m", serve_command.SERVER, "--model", "some/model"]
+    assert "--trust-request-mm-kwargs" in command and command[-4:] == ["--host", "127.0.0.1", "--port", "8123"]
+    assert settings(command) == Settings(keep=0.11)
+    more = ["--mode", "max", "--localizer", "ocr", "--positions", "compact", "--feature-cache", "0"]
+    command = serve_command.server_command(parsed("M", *more, "--", "--tensor-parallel-size", "2"))
+    assert settings(command) == Settings(mode="max", localizer="ocr", positions="compact", feature_cache=0)
+    assert command[-2:] == ["--tensor-parallel-size", "2"]
+    command = serve_command.server_command(parsed("embedded"))
+    assert str(embedded.WEIGHTS) in command and command[-2:] == ["--served-model-name", "embedded"]
+
+
+def test_what_would_be_served_unpruned_is_refused(tmp_path):
+    serve_command.check_model(str(embedded.WEIGHTS))
+    config = transformers.LlamaConfig(architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="must be of one of LlavaForConditionalGeneration, .*got LlamaForCausalLM"):
+        serve_command.check_model(str(tmp_path))
+
+
+def test_wrong_use_is_one_line(capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "vllm" else find(name, *more))
+    for words, error in (
+        (["embedded"], r'crop serve needs vllm: pip install "crop-vlm[vllm]"'),
+        (["embedded", "--localizer", "attention"], "invalid choice: 'attention'"),
+        (["embedded", "--keep", "0"], "must be a number above 0 and at most 1, got 0"),
+        (["embedded", "--port", "0"], "must be a port from 1 to 65535, got 0"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["serve", *words])
+        assert ended.value.code == 2 and error in capsys.readouterr().err
+
+
+def test_it_waits_until_the_server_answers_prints_a_line_and_ends_with_it(vllm, capsys, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    stand_in = [sys.executable, "-c", HEALTH, port, "--model", str(embedded.WEIGHTS)]
+    monkeypatch.setattr(serve_command, "server_command", lambda options: stand_in)
+    assert main(["serve", "embedded", "--port", port]) == 7
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("curl "))
+    words = shlex.split(line)
+    body = json.loads(words[-1])
+    assert words[2] == f"http://127.0.0.1:{port}/v1/chat/completions" and body["model"] == "embedded"
+    assert len(body["mm_processor_kwargs"]["crop_region"]) == 4
+    assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def test_a_server_that_does_not_start_is_its_exit_status(vllm, capsys, monkeypatch):
+    stand_in = [sys.executable, "-c", "raise SystemExit(3)", "--model", str(embedded.WEIGHTS)]
+    monkeypatch.setattr(serve_command, "server_command", lambda options: stand_in)
+    assert main(["serve", "embedded", "--port", "1"]) == 3
+    assert "ready" not in capsys.readouterr().out

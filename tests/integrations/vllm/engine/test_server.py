@@ -1,0 +1,141 @@
+"""`crop serve` with the embedded model: its curl line, streams, broken requests and lost clients from 16 connections."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from crop import embedded
+from tests.integrations.vllm.engine import cases
+from tests.integrations.vllm.test_request import BOX, WRONG
+
+FIRST = 10_000_200
+ENGINE = ["--dtype", "float32", "--block-size", "32", "--max-num-seqs", "16", "--enforce-eager"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Any]:
+    """`crop serve embedded` in a process of its own, and what it printed until it was ready."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "crop", "serve", "embedded", "--keep", "0.11", "--port", str(port), "--", *ENGINE]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(400):
+            if "ready; try:" in log.read_text(errors="replace") or process.poll() is not None:
+                break
+            time.sleep(1)
+        assert "ready; try:" in log.read_text(errors="replace"), log.read_text(errors="replace")[-3000:]
+        yield SimpleNamespace(port=port, log=log, process=process)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[tuple[dict[str, Any], str]]:
+    """(body, answer of `crop.patch`) of questions about rendered pictures."""
+    model, processor = embedded.load()
+    found = []
+    for seed in range(FIRST, FIRST + 8):
+        scene = embedded.scene(seed)
+        question = next(question for question in scene.questions if question.boxes)
+        case = cases.Case(1, [[list(box) for box in question.boxes]], 0.11)
+        tokens, *_ = cases.answer(model, processor, embedded.prompt(question.text), [scene.image], case)
+        stop = tokens.index(2) if 2 in tokens else len(tokens)
+        answer = processor.decode(tokens[:stop], skip_special_tokens=True)
+        found.append((body(scene.image, question.text, crop_region=case.regions), answer.strip()))
+    return found
+
+
+def body(image: Any, question: str, **wishes: Any) -> dict[str, Any]:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    found = {"model": "embedded", "messages": [{"role": "user", "content": content}], "max_tokens": 6, "temperature": 0}
+    return found | {"mm_processor_kwargs": wishes}
+
+
+def post(server: Any, given: dict[str, Any]) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(given), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def text_of(found: tuple[int, bytes]) -> str:
+    assert found[0] == 200, found
+    return json.loads(found[1])["choices"][0]["message"]["content"].strip()
+
+
+def test_the_printed_line_works(server):
+    line = re.search(r"^curl .*$", server.log.read_text(errors="replace"), re.M).group()
+    found = json.loads(subprocess.run(line, shell=True, check=True, capture_output=True, text=True).stdout)
+    assert found["usage"]["prompt_tokens"] < 50 and found["choices"][0]["message"]["content"]
+
+
+def test_answers_whole_and_streamed(server, asked):
+    for given, answer in asked:
+        assert text_of(post(server, given)) == answer
+    given, answer = asked[0]
+    status, stream = post(server, given | {"stream": True})
+    parts = [json.loads(line[6:]) for line in stream.decode().splitlines() if line.startswith("data: {")]
+    assert status == 200 and "".join(p["choices"][0]["delta"].get("content") or "" for p in parts).strip() == answer
+
+
+def test_what_is_malformed_is_a_400_that_says_so(server, asked):
+    for count, wishes, error in WRONG:
+        if count != 1 or "10000000" in repr(wishes)[:60] or wishes.get("keep") == 10**5000:
+            continue
+        given = asked[0][0] | {"mm_processor_kwargs": {f"crop_{name}": value for name, value in wishes.items()}}
+        status, found = post(server, given)
+        assert status == 400 and re.search(error, json.loads(found)["error"]["message"]), (wishes, status, found)
+
+
+def lose(server: Any, given: dict[str, Any]) -> None:
+    """A client that goes away: before the answer, or in the middle of a stream."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
+    stream = json.dumps(given | {"stream": True, "max_tokens": 200, "ignore_eos": True})
+    connection.request("POST", "/v1/chat/completions", stream, {"Content-Type": "application/json"})
+    if random.random() < 0.5:
+        connection.getresponse().read(20)
+    connection.close()
+
+
+def test_200_requests_good_bad_and_lost_from_16_connections(server, asked):
+    def one(number: int) -> str:
+        given, answer = asked[number % len(asked)]
+        if number % 4 == 1:
+            status, found = post(server, given | {"mm_processor_kwargs": {"crop_region": [BOX, BOX]}})
+            return "" if status == 400 and b"one entry per image, got 2 for 1" in found else f"{status} {found}"
+        if number % 10 == 2:
+            lose(server, given)
+            return ""
+        got = text_of(post(server, given))
+        return "" if got == answer else f"{got!r} instead of {answer!r}"
+
+    with ThreadPoolExecutor(16) as pool:
+        assert [text for text in pool.map(one, range(200)) if text] == []
+    assert server.process.poll() is None
+    assert text_of(post(server, asked[0][0])) == asked[0][1]
