@@ -17,11 +17,13 @@ TILES = {  # of 5 x 5 tokens
     "Cohere2Vision": transformers.Cohere2VisionConfig(vision_config=_SIGLIP),
     "Idefics3": transformers.Idefics3Config(vision_config=dict(image_size=70, patch_size=7), scale_factor=2),
     "SmolVLM": transformers.SmolVLMConfig(vision_config=dict(image_size=70, patch_size=7), scale_factor=2),
+}
+SHAPED = {  # whose tiles have shapes of their own, or which need no view of the whole
     "GraniteDocling": transformers.GraniteDoclingConfig(
         vision_config=dict(image_size=70, patch_size=7, scale_factor=2, out_hidden_size=1024), text_config={}
     ),
     "Lfm2Vl": transformers.Lfm2VlConfig(),
-} | {  # of shapes that follow the picture
+} | {
     kind: getattr(transformers, f"{kind}Config")(image_token_id=1, video_token_id=2, downsample_mode="16x")
     for kind in ("MiniCPMV4_6", "MiniCPMV4_7", "MiniCPMOcr")
 }

@@ -32,7 +32,7 @@ from tests.support.pictures.colours import MARK, coordinates, needs_torchvision,
 from tests.support.pictures.grids import merged
 from tests.support.pictures.squares import SIDE, see_square
 from tests.support.pictures.tiles import PINPOINTS, anyres
-from tests.support.written import TILES
+from tests.support.written import SHAPED
 
 SAME = torch.nn.Identity()
 QWEN, QWEN3 = Qwen2VLImageProcessorPil(), Qwen2VLImageProcessorPil(patch_size=16)
@@ -107,7 +107,7 @@ def see_got(size: tuple[int, int]) -> tuple:
 
 
 def see_docling(size: tuple[int, int]) -> tuple:
-    config = TILES["GraniteDocling"]
+    config = SHAPED["GraniteDocling"]
     processor = GraniteDoclingImageProcessorPil(size={"height": 70, "width": 70}, max_patches=12)
     out = processor(coordinates(*size), return_tensors="pt")
     tiles = patch_colours(out["pixel_values"][0], processor, 7).flatten(1, 2)
@@ -124,7 +124,7 @@ def see_minicpm(kind: str, processor: Any) -> Any:
         patches = torch.as_tensor(out["pixel_values"])[0].unflatten(-1, (-1, 7)).mean((1, 3)).T
         merger = SimpleNamespace(merge_kernel_size=(2, 2), merger_times=2, mlp=[lambda x: x.view(-1, 4, 3).mean(1)] * 2)
         seen = modeling_minicpmv4_6.MiniCPMV4_6Merger.forward(merger, undone(patches, made)[None], out["target_sizes"])
-        return TILES[kind], made, out, torch.cat(seen), 0
+        return SHAPED[kind], made, out, torch.cat(seen), 0
 
     return see
 
@@ -147,7 +147,7 @@ def see_lfm2(size: tuple[int, int]) -> tuple:
     )
     encode = modeling_lfm2_vl.Lfm2VlModel.get_image_features.__wrapped__
     found = encode(model, out["pixel_values"], out["spatial_shapes"], out["pixel_attention_mask"])
-    return TILES["Lfm2Vl"], processor, out, torch.cat(found.pooler_output), 0
+    return SHAPED["Lfm2Vl"], processor, out, torch.cat(found.pooler_output), 0
 
 
 def minicpm_processor() -> Any:
