@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in parts, from a source tree and without network:
+# Everything that needs a GPU, in one call of nine minutes, from a source tree and without network:
 #
-#   bench/run_gpu.sh OUT [--only tests|sanitizer|kernels|e2e]...
+#   bench/run_gpu.sh OUT [--only e2e|tests|sanitizer|kernels]...
 #
-#   tests      operator tests on the GPU, graphs, streams, patched models on flash attention
+#   e2e        python -m bench.latency.e2e: LLaVA-NeXT-7B and LLaVA-1.5-7B of full size, 11 %, batch 1 and 8, alone on the GPU
+#   tests      operator tests on the GPU, graphs, streams, patched models on flash attention, beside
 #   sanitizer  compute-sanitizer memcheck, racecheck and synccheck on small shapes
 #   kernels    python -m bench.kernels.cuda
-#   e2e        python -m bench.latency.e2e: whole models of full size
 #
 # A part writes OUT/<part>.txt (benches also .json, row by row) and its line of OUT/summary.json; e2e keeps e2e.jsonl while rows
-# are missing. A part that has succeeded is not run again unless --only names it. Without a GPU a part says that it was skipped
-# and why; the kernel bench checks its contenders on small shapes. Settings: PYTHON (python3), CROP_CUDA_ARCHS (that of the GPU),
-# MAX_JOBS (all cores), TOTAL_SECONDS (530, of which the parts get equal shares of what the build and the parts before have
-# left), PART_SECONDS (that share), E2E_SECONDS (170: begins no row in the last 50; called again with --only e2e, it goes on with
-# those that are missing).
+# are missing: eight files at most. A part that has succeeded is not run again unless --only names it. Without a GPU it is a
+# rehearsal: e2e on tiny sizes, contenders of the kernel bench checked on small shapes, and a part that can do nothing says that
+# it was skipped and why. Settings: PYTHON (python3), CROP_COMMIT (what results name where there is no git), CROP_CUDA_ARCHS
+# (that of the GPU), MAX_JOBS (all cores), TOTAL_SECONDS (530), E2E_SECONDS (170: begins no row in the last 50; called again
+# with --only e2e, it goes on with those that are missing), KERNEL_SECONDS (100, kept for the kernels), GEOMETRIES and BATCHES.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 usage() { sed -n '4p' "$0" | cut -c3- >&2; exit 2; }
 
-parts=(tests sanitizer kernels e2e)
+parts=(e2e tests sanitizer kernels)
 [ $# -ge 1 ] && [[ "$1" != -* ]] || usage
 mkdir -p "$1" || exit 1
 out=$(cd "$1" && pwd)
@@ -50,11 +50,19 @@ skip() {
 # Tests that all skipped themselves prove nothing: so many summaries must say "passed".
 passed() { [ "$(grep -c '[0-9] passed' "$out/$1.log")" -ge "$2" ] || { echo "no test has run on the GPU"; return 1; }; }
 
+run_e2e() {
+    local sizes=()
+    [ -n "$arch" ] || sizes=(--reduce 64 8 --rounds 1 --decode 1)
+    # shellcheck disable=SC2086
+    limited "$python" -m bench.latency.e2e --geometry ${GEOMETRIES:-llava-next-7b llava-1.5-7b} --batch ${BATCHES:-1 8} \
+        --keep 0.11 --time $((seconds - 50)) --json "$out/e2e.json" "${sizes[@]}"
+}
+
 run_tests() {
-    limited "$python" -m pytest tests/ops tests/csrc/test_kernels.py -k cuda -rs --durations=5
-    local code=$?
-    [ $code -ne 0 ] && return $code
-    [ -n "$arch" ] || { skip "no GPU: every test above skipped itself"; return; }
+    [ -n "$arch" ] || { skip "no GPU: every test would skip itself"; return; }
+    local workers=()
+    "$python" -c 'import xdist' 2> /dev/null && workers=(-n 4)
+    limited "$python" -m pytest tests/ops tests/csrc/test_kernels.py -k cuda -rs --durations=5 "${workers[@]}" || return
     passed tests 1
 }
 
@@ -86,12 +94,6 @@ run_sanitizer() {
 
 run_kernels() { limited "$python" -m bench.kernels.cuda --time $((seconds - 20)) --json "$out/kernels.json"; }
 
-run_e2e() {
-    [ -n "$arch" ] || { skip "no GPU"; return; }
-    local most=${E2E_SECONDS:-170}
-    timeout "$most" "$python" -m bench.latency.e2e --time $((most - 50)) --json "$out/e2e.json"
-}
-
 note() { # part, status, seconds
     "$python" - "$out/summary.json" "$@" << 'END'
 import json, pathlib, sys
@@ -103,6 +105,38 @@ END
 }
 succeeded() { grep -q "\"status\": \"ok\"" <(grep -A1 "\"$1\"" "$out/summary.json" 2> /dev/null); }
 
+# Parts of one group run side by side: the seconds they may take, then their names.
+group() {
+    local seconds=$1 start=$SECONDS part code status pids=()
+    shift
+    [ "$seconds" -ge 60 ] || seconds=60
+    for part in "$@"; do
+        "run_$part" > "$out/$part.log" 2>&1 &
+        pids[${#pids[@]}]=$!
+    done
+    for part in "$@"; do
+        wait "${pids[0]}"
+        code=$?
+        pids=("${pids[@]:1}")
+        {
+            cat "$out/machine.txt" && echo && cat "$out/$part.log"
+            # A bench that was cut off has not printed its table, but written it.
+            [ $code -eq 0 ] || [ ! -e "$out/$part.json" ] || { echo && "$python" -m bench.show "$out/$part.json"; }
+        } > "$out/$part.new"
+        mv "$out/$part.new" "$out/$part.txt"
+        rm "$out/$part.log"
+        case $code in
+            0) status=ok ;;
+            77) status=skipped ;;
+            124) status="out of time" ;;
+            *) status=failed ;;
+        esac
+        note "$part" "$status" $((SECONDS - start))
+        echo "$part: $status, $((SECONDS - start)) s, $out/$part.txt"
+        [ $code -eq 0 ] || [ $code -eq 77 ] || { failed=1; tail -5 "$out/$part.txt" >&2; }
+    done
+}
+
 todo=()
 for part in "${only[@]:-${parts[@]}}"; do
     if [ ${#only[@]} -eq 0 ] && succeeded "$part"; then
@@ -111,34 +145,17 @@ for part in "${only[@]:-${parts[@]}}"; do
         todo+=("$part")
     fi
 done
+asked() { [[ " ${todo[*]} " == *" $1 "* ]]; }
 
-failed=0 total=${TOTAL_SECONDS:-530} left=${#todo[@]}
-[[ " ${todo[*]} " == *" e2e "* ]] && total=$((total - ${E2E_SECONDS:-170})) left=$((left - 1))
-for part in "${todo[@]}"; do
-    start=$SECONDS
-    if [ "$part" != e2e ]; then
-        seconds=${PART_SECONDS:-$(((total - SECONDS) / left))}
-        left=$((left - 1))
-        [ "$seconds" -ge 30 ] || seconds=30
-    fi
-    "run_$part" > "$out/$part.log" 2>&1
-    code=$?
-    {
-        cat "$out/machine.txt" && echo && cat "$out/$part.log"
-        # A bench that was cut off has not printed its table, but written it.
-        [ $code -eq 0 ] || [ ! -e "$out/$part.json" ] || { echo && "$python" -m bench.show "$out/$part.json"; }
-    } > "$out/$part.new"
-    mv "$out/$part.new" "$out/$part.txt"
-    rm "$out/$part.log"
-    case $code in
-        0) status=ok ;;
-        77) status=skipped ;;
-        124) status="out of time" ;;
-        *) status=failed ;;
-    esac
-    note "$part" "$status" $((SECONDS - start))
-    echo "$part: $status, $((SECONDS - start)) s, $out/$part.txt"
-    [ $code -eq 0 ] || [ $code -eq 77 ] || { failed=1; tail -5 "$out/$part.txt" >&2; }
-done
+failed=0 total=${TOTAL_SECONDS:-530}
+# Times are taken while nothing else runs; the checks may share the GPU.
+asked e2e && group "${E2E_SECONDS:-170}" e2e
+checks=()
+asked tests && checks+=(tests)
+asked sanitizer && checks+=(sanitizer)
+reserve=0
+asked kernels && reserve=${KERNEL_SECONDS:-100}
+[ ${#checks[@]} -eq 0 ] || group $((total - SECONDS - reserve)) "${checks[@]}"
+asked kernels && group $((total - SECONDS)) kernels
 rm "$out/machine.txt"
 exit $failed

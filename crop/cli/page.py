@@ -22,7 +22,7 @@ if tuple(map(int, gr.__version__.split(".")[:2])) < (6, 31):
 EXAMPLES = 6
 SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 STYLE = """
-#picture img { object-fit: contain; touch-action: none; cursor: crosshair }
+#picture img { object-fit: contain; touch-action: none; user-select: none; cursor: crosshair }
 #boxes { position: absolute; pointer-events: none; z-index: 2 }
 #boxes div { position: absolute; border: 2px solid rgb(255, 140, 0); box-shadow: 0 0 0 1px black, inset 0 0 0 1px black }
 #question button { background: var(--button-primary-background-fill); color: var(--button-primary-text-color) }
@@ -58,7 +58,7 @@ def page(app: App, model: str) -> gr.Blocks:
         )
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(label="Picture", format="png", height=380, sources=["upload", "clipboard"],
+                picture = gr.Image(label="Picture", show_label=False, format="png", height=380, sources=["upload", "clipboard"],
                                    buttons=[], elem_id="picture")  # fmt: skip
                 question = gr.Textbox(label="Question", submit_btn="Ask", elem_id="question")
                 examples = [[scene.image, asked.text] for scene, asked in scenes.examples(EXAMPLES)]

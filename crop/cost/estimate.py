@@ -66,7 +66,7 @@ def estimate(
 
     Args:
         model, method, processor, image_size: as for ``patch``.
-        inputs: what the model would be called with: ``input_ids``, ``pixel_values`` and so on.
+        inputs: what ``generate()`` would be called with: ``input_ids``, ``pixel_values`` and so on.
         region: as for ``patch``; None asks before a localizer has run, which tells the same of methods with a budget.
         localizer_seconds: what finding the region costs, to be earned back.
         plan: removed, must stay True.
@@ -123,8 +123,8 @@ def _cost(
     """Of layers that see ``lengths[layer]`` tokens per sample; shorter samples are padded."""
     flops, seconds, held = 0.0, 0.0, 0
     for layer, counts in zip(geometry.layers, lengths, strict=True):
-        flops += layer.matrix_flops(sum(counts)) + sum(map(layer.attention_flops, counts))
-        seconds += speed.matrix_seconds(layer, len(counts) * max(counts))
+        flops += layer.matrix_flops(sum(map(layer.tokens, counts))) + sum(map(layer.attention_flops, counts))
+        seconds += speed.matrix_seconds(layer, len(counts) * layer.tokens(max(counts)))
         seconds += speed.attention * len(counts) * layer.attention_flops(max(counts))
         held += sum(layer.kv_bytes(count, element_size) for count in counts)
     return Cost(tokens, flops, held, seconds)

@@ -292,26 +292,16 @@ class CropModel(lmms):
     def _try(self, jobs: Sequence[_Job]) -> list[_Reply] | None:
         """The replies of a batch; None where it must be smaller."""
         try:
-            return self._batch(jobs)
+            return self._answer(jobs)
         except RuntimeError as error:
             if not self.auto_batch or len(jobs) == 1 or not should_reduce_batch_size(error):
                 raise
             return None
 
-    def _batch(self, jobs: Sequence[_Job]) -> list[_Reply]:
-        """The replies of a batch; not every processor takes prompts with and without images together."""
-        prompts = [job.read() for job in jobs]
-        replies: dict[int, _Reply] = {}
-        for seeing in (True, False):
-            part = [number for number, prompt in enumerate(prompts) if bool(prompt.images) == seeing]
-            if part:
-                found = self._answer([jobs[number] for number in part], [prompts[number] for number in part])
-                replies |= zip(part, found, strict=True)
-        return [replies[number] for number in range(len(jobs))]
-
     @torch.no_grad()
-    def _answer(self, jobs: Sequence[_Job], prompts: Sequence[Prompt]) -> list[_Reply]:
+    def _answer(self, jobs: Sequence[_Job]) -> list[_Reply]:
         asker, model = self.asker, self.asker.model
+        prompts = [job.read() for job in jobs]
         scored = jobs[0].continuation is not None
         if scored:
             tokenizer, pairs = asker.processor.tokenizer, zip(prompts, jobs, strict=True)

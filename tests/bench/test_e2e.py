@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,20 @@ def test_a_row_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch, tmp_pa
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     assert [r.get("reason") for r in rows] == ["FAILED: ILP: wrong", None] and (tmp_path / "x.jsonl").exists()
     assert "FAILED: ILP: wrong" in report.text(rows)
+
+
+def test_an_output_that_is_not_as_planned_costs_no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def wrong(who: Contender, *_: object) -> str:
+        return "other bits" if who.name in ("keep all", "PLC") else ""
+
+    monkeypatch.setattr(sys.modules[command.measure.__module__], "verify", wrong)
+    path = tmp_path / "x.json"
+    with pytest.raises(SystemExit, match="keep 11%: keep all: other bits\n.*keep 11%: PLC: other bits"):
+        command.main(["--geometry", "llava-1.5-7b", "--no-twins", "--localizer", "none", "--json", str(path), *TINY])
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["problems"] == ["keep all: other bits", "PLC: other bits"]
+    assert all(one["first"] > 0 for one in row["contenders"].values())
+    assert "PROBLEM: PLC: other bits" in show.text(json.loads(path.read_text()))
 
 
 def test_fastv_in_its_usual_form_is_our_configuration_of_it() -> None:

@@ -54,7 +54,7 @@ def test_page_works_in_a_browser(tmp_path):
     path.write_text(path.read_text().replace("</body>", probe))
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
                "--virtual-time-budget=5000", "--dump-dom", path.as_uri()]  # fmt: skip
-    page = subprocess.run(command, capture_output=True, text=True, timeout=240).stdout
+    page = subprocess.run(command, capture_output=True, text=True).stdout
     title = re.search(r"<title>(.*?)</title>", page).group(1)
     assert title.startswith("[[3,3,2,0,1,1,3,1,3],true,"), title
     assert title.endswith('"3 of 3"]')

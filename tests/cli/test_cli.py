@@ -283,12 +283,15 @@ def test_version_and_help_teach(capsys):
 
 @pytest.mark.fast
 def test_the_readme_beside_it_names_every_option(capsys):
-    known = set()
-    for command in ("ask", "demo", "app", "info"):
+    def help_of(*words: str) -> str:
         with pytest.raises(SystemExit):
-            cli.main([command, "--help"])
-        known |= set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.M))
+            cli.main([*words, "--help"])
+        return capsys.readouterr().out
+
+    commands = re.findall(r"^    ([a-z]+) ", help_of(), re.M)
+    known = {name for command in commands for name in re.findall(r"^  (?:-h, )?(--[a-z-]+)", help_of(command), re.M)}
     page = (Path(cli.__file__).with_name("README.md")).read_text(encoding="utf-8")
+    assert len(commands) >= 4 and all(f"`crop {command}" in page for command in commands)
     assert len(known) > 20 and set(re.findall(r"--[a-z][a-z-]+", page)) == known
 
 

@@ -42,7 +42,8 @@ def counted(model: Any, decoder: Any, inputs: dict[str, Any]) -> tuple[float, An
     def see(module: Any, args: tuple, kwargs: dict) -> None:
         if getattr(module, "is_sliding", getattr(module, "sliding_window", None)):
             seen = kwargs["attention_mask"][0, 0] == 0
-            before["share"] = float((seen | seen.T).double().mean())
+            square = seen.shape[0] == seen.shape[1]  # else the last token alone asks
+            before["share"] = float((seen | seen.T if square else seen).double().mean())
 
     def leave(*_: Any) -> None:
         nonlocal total
@@ -56,7 +57,7 @@ def counted(model: Any, decoder: Any, inputs: dict[str, Any]) -> tuple[float, An
             if hasattr(layer, "self_attn"):
                 handles.append(layer.self_attn.register_forward_pre_hook(see, with_kwargs=True))
         with torch.no_grad():
-            cache = model(**inputs, use_cache=True).past_key_values
+            cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values  # as generate() does
     for handle in handles:
         handle.remove()
     return total, cache
@@ -71,9 +72,9 @@ def held(cache: Any) -> int:
 
 
 def _tensors(part: Any) -> list[torch.Tensor]:
-    """transformers 5.24 keeps several states of a layer by number; a convolution alone has no further ones."""
-    found = part.values() if isinstance(part, dict) else [part] if isinstance(part, torch.Tensor) else part or []
-    return [tensor for tensor in found if tensor is not None]
+    """transformers 5.24 keeps several states of a layer by number; a convolution has but one of the two."""
+    parts = part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else [part]
+    return [one for one in parts if one is not None]
 
 
 @functools.cache

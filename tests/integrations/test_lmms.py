@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import re
@@ -101,6 +102,28 @@ def test_what_a_sample_took_is_written_beside_it(lmms, ask):
     assert found["vision_tokens"] == 256 and found["vision_tokens_kept"] == stats.tokens_after_ilp[0] == 64
     assert found["vision_tokens_average"] == stats.layer_average[0] and 0 < found["time_to_first_token"] < 60
     assert "reasoning_tokens" not in found
+
+
+def test_counts_of_a_sample_are_those_of_its_images(lmms, ask, chatty, monkeypatch):
+    """In a batch whose samples have one image, two, none and one."""
+    scene = questions(1)[0][0].image
+    model = lmms.CropModel(chatty, "none", device="cpu", batch_size=4)
+    counts = {
+        "tokens_before": [1, 20, 300, 4000],
+        "tokens_after_ilp": [5, 60, 700, 8000],
+        "layer_average": [2, 30, 4, 5],
+    }
+
+    @contextlib.contextmanager
+    def counted(*_, **__):
+        yield SimpleNamespace(**counts)
+
+    monkeypatch.setattr(lmms, "patch", counted)
+    asked = [("a b c d", [scene]), ("a b c", [scene] * 2), ("a b", []), ("a", [scene])]
+    found = [result.token_counts for result in ask(model, asked, {"max_new_tokens": 1})]
+    assert [one.vision_tokens for one in found] == [1, 320, 0, 4000]
+    assert [one.vision_tokens_kept for one in found] == [5, 760, 0, 8000]
+    assert [one.vision_tokens_average for one in found] == [2, 34, 0, 5]
 
 
 def test_each_image_has_its_region(lmms, ask, chatty, monkeypatch, tmp_path):

@@ -1,8 +1,6 @@
-"""State belongs to a call: threads, calls inside calls and interleaved generations in one block."""
+"""State belongs to a call: calls inside calls and interleaved generations in one block; threads: `test_threads.py`."""
 
 from __future__ import annotations
-
-import threading
 
 import pytest
 import torch
@@ -33,42 +31,6 @@ def place_of(family, model, name):
         "cut": decoder.layers[2].input_layernorm,
         "norm": decoder.norm,
     }[name]
-
-
-@pytest.mark.parametrize("name", ["plc", "budget", "compose"])
-@families
-def test_threads_in_one_block(family, name):
-    """Two to eight threads, each with a batch and a number of beams of its own: every answer is that of a call alone."""
-    model = get_model(family, "sdpa")
-    work = [
-        (standard_batch(family, "left", 1), 1),
-        (standard_batch(family, "left", 2), 1),
-        (standard_batch(family, "left", 1), 2),
-    ]
-    wrong: list[object] = []
-    with patch(model, METHODS[name]) as stats:
-        wanted = [greedy(model, batch, num_beams=beams) for batch, beams in work]
-        known = [entry.tokens_after_ilp for entry in stats.prefills]
-        assert len(stats.prefills) == len(work)
-
-        def answer(number: int) -> None:
-            try:
-                batch, beams = work[number % 3]
-                if not same(greedy(model, batch, num_beams=beams), wanted[number % 3]):
-                    wrong.append(number)
-            except BaseException as error:  # noqa: BLE001, one in a thread would be lost
-                wrong.append(error)
-
-        for count in (2, 3, 5, 8):
-            del stats.prefills[:]
-            threads = [threading.Thread(target=answer, args=(number,)) for number in range(count)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert not wrong
-            found = sorted(entry.tokens_after_ilp for entry in stats.prefills)
-            assert found == sorted(known[number % 3] for number in range(count))
 
 
 @pytest.mark.parametrize("beams", [1, 2])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression
 from tests.support.batches import Batch, standard_batch
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 KEEP_ALL = Compose(PreLLMCompression(1, 1, 1), InnerLLMPruning(keep=1.0))
 CUT = METHODS["compose"]
+HOOKS_INSIDE = "__call__" in vars(GradientCheckpointingLayer)  # of the checkpoint, in older versions of transformers
 SLOW = ("compiled", "Trainer", "checkpointing")
 
 
@@ -48,6 +50,8 @@ def cases() -> list[Any]:
 def test_way(name: str, family: str) -> None:
     way = WAYS[name]
     batch = standard_batch(family, "single" if way.single else "left", 1)
+    if name == "checkpointing" and HOOKS_INSIDE:
+        pytest.skip("refused with this version of transformers: test_training.py")
     if family in way.unable:
         pytest.skip(f"{way.unable[family]}: transformers fails without a block, too")
 

@@ -54,7 +54,11 @@ def build(key: str) -> Any:
     """The unmodified class at full size, on the meta device. Missing: transformers is too old for it."""
     if model_type(key) not in transformers.CONFIG_MAPPING:
         raise Missing(f"transformers {transformers.__version__} has no {model_type(key)}")
-    config = transformers.AutoConfig.for_model(model_type(key), **PUBLISHED[key]["config"])
+    sizes = dict(PUBLISHED[key]["config"])
+    if "tower" in PUBLISHED[key]:
+        vision = dict(sizes["vision_config"])
+        sizes["vision_config"] = transformers.AutoConfig.for_model(vision.pop("model_type"), **vision)
+    config = transformers.AutoConfig.for_model(model_type(key), **sizes)
     with torch.device("meta"):
         return transformers.AutoModelForImageTextToText.from_config(config).eval()
 

@@ -19,36 +19,29 @@ FENCES = re.compile(
 
 
 def what_is_supported() -> str:
-    """README's table: families that refuse the same share a row."""
-    rows: dict[str, dict[str, None]] = {}
+    """README's table: families that need and refuse the same share a row."""
+    rows: dict[tuple[str, str], list[str]] = {}
     for name, family in FAMILIES.items():
-        model_type, called = get_config(name).model_type, title(family)
-        told = _plain(called) == _plain(model_type)
-        entry = called + (r"\*" if family.processor else "") + ("" if told else f" `{model_type}`")
-        rows.setdefault(refused(family, model_type), {})[entry] = None
-    lines = [
-        r"| family, `model_type` if not plain; \*: a region needs `processor`, `image_size` | refused |",
-        "|---|---|",
-    ]
-    lines += [f"| {', '.join(rows[without])} | {without} |" for without in sorted(rows, key=len)]
+        model_type = get_config(name).model_type
+        needs = "-" if family.processor is None else "`processor`, `image_size`"
+        rows.setdefault((needs, refused(family, model_type)), []).append(title(family))
+    lines = ["| family | with a region `patch` needs | refused |", "|---|---|---|"]
+    for (needs, without), members in sorted(rows.items(), key=lambda row: len(row[0][1])):
+        lines.append(f"| {', '.join(dict.fromkeys(members))} | {needs} | {without} |")
     return "\n".join(lines) + "\n"
-
-
-def _plain(name: str) -> str:
-    """Letters and digits alone."""
-    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def where_layouts_are() -> str:
     """The table of crop/models/README.md: which file has the `images` function of which family."""
-    files: dict[str, dict[str, None]] = {}
+    files: dict[str, dict[str, str]] = {}
     for name, family in FAMILIES.items():
-        module = families()[get_config(name).model_type].images.__module__
-        files.setdefault(module, {})[title(family)] = None
-    lines = ["| file | layouts | families |", "|---|---|---|"]
+        model_type = get_config(name).model_type
+        files.setdefault(families()[model_type].images.__module__, {})[title(family)] = model_type
+    lines = ["| file | layouts | families, `model_type` |", "|---|---|---|"]
     for module, names in files.items():
         about = str(importlib.import_module(module).__doc__).rstrip(".")
-        lines.append(f"| `{module.split('.')[-1]}.py` | {about} | {', '.join(names)} |")
+        named = ", ".join(f"{name} (`{model_type}`)" for name, model_type in names.items())
+        lines.append(f"| `{module.split('.')[-1]}.py` | {about} | {named} |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,8 +4,9 @@
     python -m bench.latency.e2e --geometry llava-next-7b --batch 1 8 --keep 0.33 0.22 0.11 --json out.json
 
 Models are unmodified Hugging Face classes of the published sizes with random weights, bfloat16 on a GPU; on CPU float32
-and narrower and shallower (--reduce). Each row is a model, a batch and a budget. Before it is timed, keep-all must give
-the unpatched output bit for bit, and every token count must be the one asked for. Ours is timed with the localizer in
+and narrower and shallower (--reduce). Each row is a model, a batch and a budget. Keep-all is to give
+the unpatched output bit for bit, and every token count is to be the one asked for: where not, the row says so, and the run ends
+with an error after the last one. Ours is timed with the localizer in
 front, on regions of real questions. With --json, rows go to a file beside it one by one (.jsonl), and the JSON is written
 anew after each: a killed run loses at most one row, the same command goes on.
 """
@@ -166,8 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         save(options.json, facts, rows)
         if log.exists() and not any(row.get("again") for row in rows):
             log.unlink()  # all of it is in the JSON; the next run measures anew
-    if failed := [row for row in rows if row.get("failed")]:
-        raise SystemExit("\n".join(f"{row_title(row)}: {row['reason']}" for row in failed))
+    bad = [f"{row_title(row)}: {row['reason']}" for row in rows if row.get("failed")]
+    bad += [f"{row_title(row)}: {problem}" for row in rows for problem in row.get("problems", ())]
+    if bad:
+        raise SystemExit("\n".join(bad))
 
 
 def save(path: Path, facts: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:

@@ -140,13 +140,14 @@ def _kv_bytes(output: Any) -> int:
     return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
 
 
-def verify(who: Contender, found: Answer, plain: Answer, work: Workload) -> str:
+def verify(who: Contender, found: Answer, plain: Answer | None, work: Workload) -> str:
     """Why a run is not what was planned; "" if it is."""
     wanted = [max(1, round(who.keep * work.model.geometry.tokens))] * len(work.regions)
     if found.tokens != wanted:
         return f"must keep {wanted}, got {found.tokens}"
     if not bool(torch.isfinite(found.logits).all()):
         return "logits must be finite"
-    if who.keep == 1.0 and not torch.equal(found.logits, plain.logits):
-        return "keep-all must be the unpatched model's output, bit for bit"
+    if plain is not None and who.keep == 1.0 and not torch.equal(found.logits, plain.logits):
+        far = float((found.logits - plain.logits).abs().max())
+        return f"keep-all must be the unpatched model's output, bit for bit, got {far:.2g} off"
     return ""

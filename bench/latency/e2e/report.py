@@ -70,16 +70,25 @@ def title(row: dict[str, Any]) -> str:
     return (
         f"{row['geometry']}, {size}, {row['tokens']} vision tokens, batch {row['batch']}, keep {row['keep']:.0%}, "
         f"localizer {row['localizer']}, {row['timed']} rounds, {row['dtype']} on {row['device']}; image processor "
-        f"{row['preprocess'] * MS:.3g} ms per picture; fused attentions of the unpatched model: "
+        f"{row['preprocess'] * MS:.3g} ms per picture;{_step(row)} fused attentions of the unpatched model: "
         f"{attention or 'none'}; regions {row['regions']}"
     )
+
+
+def _step(row: dict[str, Any]) -> str:
+    """A decode step of the unpatched model has next to nothing to compute: the host's time for a forward."""
+    seconds = row["contenders"]["unpatched"].get("per_token")
+    return "" if seconds is None else f" decode step {seconds * MS:.3g} ms, the host's floor of a forward;"
 
 
 def text(rows: Sequence[dict[str, Any]]) -> str:
     """All rows, then the bars."""
     blocks = []
     for row in rows:
-        blocks.append(f"{row_title(row)}\n{row['reason']}" if "reason" in row else f"{title(row)}\n{table(lines(row))}")
+        problems = "".join(f"PROBLEM: {problem}\n" for problem in row.get("problems", ()))
+        blocks.append(
+            f"{row_title(row)}\n{row['reason']}" if "reason" in row else f"{title(row)}\n{problems}{table(lines(row))}"
+        )
     return "\n\n".join([*blocks, table([vars_of(bar) for bar in bars(rows)])])
 
 

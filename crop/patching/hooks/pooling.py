@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from crop import ops
 from crop.methods.saliency import saliency_weights
 from crop.patching import hf
-from crop.patching.batch_plan import PoolStep
+from crop.patching.batch_plan import BatchPlan, PoolStep
 from crop.patching.cache import make_uniform, store_state
 from crop.patching.context import ModelHook, hook
 from crop.patching.feature_pooling import settle
@@ -44,8 +44,8 @@ class PoolingHook(ModelHook):
             if len(state.vision.marks) == 2:
                 state.stats.add_span("vision", *state.vision.marks)
             state.vision.decoder_start = mark(call.embeds.device)
-        if state.plan is not None:
-            call.need_tokens_before(state.plan.tail)
+        if call.last and state.plan is not None and call.last > text_tail(state.plan):
+            call.last = 0  # tokens of an image, or padding: the caller cuts off what it does not want
         valid = self._begin(state, call)
         self._note_positions(state, call)
         if state.plan is not None and state.plan.pool is not None:
@@ -91,7 +91,7 @@ class PoolingHook(ModelHook):
         pool = state.plan.pool
         mode, weight = self.method.pool_mode, None
         if mode == "distinct":
-            pooled = [(image.sample, image.layout) for image in state.plan.images if image.plan is not None]
+            pooled = [(image.sample, image.encoded) for image in state.plan.images if image.plan is not None]
             mode, weight = "weighted", saliency_weights(pool.alone, pooled, call.embeds)
         if call.deepstack is not None:
             is_vision, levels = call.deepstack
@@ -197,6 +197,14 @@ class PoolingHook(ModelHook):
             shifts=state.before.shifts | shifts,
             whole_masks=self.planner.makes_masks,
         )
+
+
+def text_tail(plan: BatchPlan) -> int:
+    """So many tokens at the end of every sample are text; of a plan on the host."""
+    text = plan.valid.clone()
+    for image in plan.images:
+        text[image.sample, image.layout.position] = False
+    return int(text.flip(1).int().cumprod(1).sum(1).min())
 
 
 def spread(features: Tensor, is_vision: Tensor) -> Tensor:

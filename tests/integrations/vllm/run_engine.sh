@@ -17,7 +17,7 @@ if ! "$CROP_ENGINE_VENV/bin/python" -c "import vllm" 2>/dev/null; then
     "$CROP_ENGINE_VENV/bin/pip" install -q --no-deps -e . # vLLM finds plug-ins by their entry points
 fi
 export PATH="$CROP_ENGINE_VENV/bin:$PATH" PYTHONPATH="$PWD:$PWD/tests/integrations/vllm/site"
-export CROP_ENGINE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=2
+export CROP_ENGINE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 if [ "${1:-}" != families ]; then
     VLLM_ENABLE_V1_MULTIPROCESSING=0 exec python -m pytest -q -rs tests/integrations/vllm
 fi
@@ -33,6 +33,7 @@ print(f"vllm {vllm.__version__}, transformers {transformers.__version__}, torch 
     families "original positions" all
     families "compact positions" llava qwen2_5_vl qwen3_vl llava_next pixtral --positions compact
     families "chunked prefill" llava qwen2_5_vl --options '{"max_num_batched_tokens": 48, "disable_chunked_mm_input": false}'
+    families "bfloat16" llava qwen2_5_vl --options '{"dtype": "bfloat16"}'
     export VLLM_ENABLE_V1_MULTIPROCESSING=1
     families "torch.compile" llava --options '{"enforce_eager": false}'
     families "torch.compile" qwen2_5_vl --options '{"enforce_eager": false}'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,7 @@ def prompt_of(name: str, case: Case) -> tuple[str, list[Image.Image]]:
 
 @torch.no_grad()
 def answer(model: Any, processor: Any, text: str, images: Any, case: Case, positions: str = "original") -> tuple:
-    """Greedy tokens and their log-probabilities by transformers, patched."""
+    """By transformers, patched: greedy tokens, their log-probabilities, and those of all words at each step."""
     inputs = processor(text=text, images=images, return_tensors="pt").to(dtype=model.dtype)
     sizes = [image.size for image in images]
     with crop.patch(model, case.method, case.region, processor=processor, image_size=sizes, positions=positions):
@@ -99,8 +100,8 @@ def answer(model: Any, processor: Any, text: str, images: Any, case: Case, posit
             eos_token_id=None,
         )  # fmt: skip
     tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    logs = [float(row[0].float().log_softmax(-1)[token]) for row, token in zip(out.logits, tokens, strict=True)]
-    return tokens, logs
+    rows = [row[0].float().log_softmax(-1) for row in out.logits]
+    return tokens, [float(row[token]) for row, token in zip(rows, tokens, strict=True)], rows
 
 
 def request_of(name: str, case: Case) -> dict[str, Any]:
@@ -134,8 +135,20 @@ def start(folder: Any, **options: Any) -> Any:
 
 
 def compare(got: tuple, wanted: tuple, tolerance: float = 1e-4) -> str:
-    """Empty where an answer is the wanted one; else what differs."""
-    if got[0] != wanted[0]:
-        return f"tokens {got[0]} instead of {wanted[0]}"
-    apart = max(abs(one - other) for one, other in zip(got[1], wanted[1], strict=True))
-    return "" if apart <= tolerance else f"log-probabilities {apart:.1e} apart"
+    """Empty where an answer is the wanted one; else what differs. Where rounding decides between two words either will do,
+    and what follows is another sentence."""
+    for step, (token, want) in enumerate(zip(got[0], wanted[0], strict=True)):
+        if token != want:
+            if len(wanted) > 2 and wanted[1][step] - float(wanted[2][step][token]) <= tolerance:
+                return ""
+            return f"tokens {got[0]} instead of {wanted[0]}"
+        apart = abs(got[1][step] - wanted[1][step])
+        if apart > tolerance:
+            return f"log-probabilities {apart:.1e} apart"
+    return ""
+
+
+def rounding(one: tuple, other: tuple) -> float:
+    """How far the log-probabilities of two answers are apart, as long as they are the same words."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one[0], other[0], strict=True))
+    return max((abs(one[1][step] - other[1][step]) for step, _ in enumerate(same)), default=0.0)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from crop import embedded
+from crop.geometry.region import Region
 from tests.integrations.vllm.engine import cases, families, models
 from tests.integrations.vllm.test_request import WRONG
 
@@ -95,7 +96,7 @@ def test_another_region_of_a_picture_is_another_answer_without_the_encoder(engin
     assert encoder(engine)[1] == misses and encoder(engine)[0] > hits
     engine.apply_model(lambda model: model.crop_features.clear())
     engine.reset_prefix_cache()
-    engine.reset_encoder_cache()
+    engine.llm_engine.reset_encoder_cache()
     assert cases.ask(engine, [other])[0][0] == first[0]
     assert encoder(engine)[1] == misses + 1
 
@@ -113,7 +114,7 @@ def test_nothing_is_reused_that_is_not_the_same(engine, asked):
     cold = []
     for request in requests:
         engine.reset_prefix_cache()
-        engine.reset_encoder_cache()
+        engine.llm_engine.reset_encoder_cache()
         engine.reset_mm_cache()
         engine.apply_model(lambda model: model.crop_features.clear())
         cold.append(cases.ask(engine, [request])[0])
@@ -124,18 +125,15 @@ def test_nothing_is_reused_that_is_not_the_same(engine, asked):
     assert len({tuple(got[1]) for got in cold}) == len(cold)
 
 
-@pytest.mark.parametrize("number", range(len(WRONG)))
-def test_what_is_malformed_is_refused_and_the_engine_lives(engine, asked, number):
+@pytest.mark.parametrize("wishes,error", [(wishes, error) for count, wishes, error in WRONG if count == 1])
+def test_what_is_malformed_is_refused(engine, asked, wishes, error):
     from vllm.exceptions import VLLMValidationError
 
-    count, wishes, error = WRONG[number]
-    if count != 1:
-        pytest.skip("about prompts of another number of images")
     with pytest.raises(VLLMValidationError, match=error):
         cases.ask(engine, [with_wishes(asked[0].request, **wishes)])
 
 
-def test_budgets_above_the_image_are_refused(engine, asked):
+def test_budgets_above_the_image_are_refused_and_the_engine_lives(engine, asked):
     from vllm.exceptions import VLLMValidationError
 
     with pytest.raises(VLLMValidationError, match="must be <= num_original=256, got 257"):
@@ -157,6 +155,36 @@ def test_text_alone_and_a_batch_of_all_kinds(engine, asked):
     found = cases.ask(engine, mixed)
     assert found[1][0] == alone[0]
     assert not cases.compare(found[0], asked[0].wanted) and not cases.compare(found[3], asked[2].wanted)
+
+
+def test_a_localizer_finds_the_region_in_the_front_process(engine, asked, monkeypatch, caplog):
+    from vllm.exceptions import VLLMValidationError
+
+    from crop.integrations.vllm import processor
+
+    seen = []
+
+    def locate(name: str, image: Any, question: str) -> Region:
+        seen.append((name, image.mode, image.size, question))
+        return Region(tuple(map(tuple, asked[0].boxes)))
+
+    monkeypatch.setattr(processor, "locate", locate)
+    monkeypatch.setattr(processor.logger, "propagate", True)
+    base = asked[0].request
+    for wishes in ({}, {"question": "the date"}):
+        found = cases.ask(engine, [with_wishes(base, localizer="ocr", keep=0.11, **wishes)])[0]
+        assert not cases.compare(found, asked[0].wanted)
+    size, text = base["multi_modal_data"]["image"].size, base["prompt"].removeprefix("<image>").strip()
+    assert [one[:3] for one in seen] == [("ocr", "RGB", size)] * 2
+    assert seen[0][3].strip() == text and seen[1][3] == "the date"
+    assert "localizer ocr took" in caplog.text
+
+    def fails(name: str, image: Any, question: str) -> Region:
+        raise ValueError("crop: crop_localizer 'ocr' must be installed where the server runs")
+
+    monkeypatch.setattr(processor, "locate", fails)
+    with pytest.raises(VLLMValidationError, match="must be installed where the server runs"):
+        cases.ask(engine, [with_wishes(base, localizer="ocr")])
 
 
 # ------------------------------------------------------------------------------------------- three axes
@@ -194,5 +222,7 @@ def test_images_that_change_places_or_are_known_in_part(qwen):
 
 
 def test_one_region_for_two_images_is_refused(qwen):
-    with pytest.raises(Exception, match="one entry per image, got 1 for 2 images"):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="one entry per image, got 1 for 2 images"):
         cases.ask(qwen.llm, [cases.request_of("qwen2_5_vl", cases.Case(2, [cases.BOX], 0.2))])
