@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import crop
 from crop.baselines import DivPrune, VisionZip
@@ -36,12 +37,19 @@ from tests.support.tiny_families import FAMILIES, build_model, get_config
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
-WHOLE = ("exaone4_5_video", "qwen2_5_omni_video")  # one window per frame: nothing can be left out
-ABLE = [
-    name
-    for name in FAMILIES
-    if name not in WHOLE and known_families()[get_config(name).model_type].encoder_of(get_config(name))
-]
+
+def takes_part(name):
+    """Whether the encoder of a family takes part of a picture, and of the one that tests have."""
+    if name in ("exaone4_5_video", "qwen2_5_omni_video"):  # one window per frame: nothing can be left out
+        return False
+    if not hasattr(transformers, FAMILIES[name].classes):  # 5.17 lacks some
+        return False
+    config = get_config(name)
+    return known_families()[config.model_type].encoder_of(config) is not None
+
+
+ABLE = [name for name in FAMILIES if takes_part(name)]
+SPLIT = [name for name in ABLE if name not in ("exaone4_5", "qwen2_5_omni")]  # pictures of more than two windows
 TILES = [name for name in ABLE if name in ("internvl", "llava_next", "llava_onevision", "idefics3", "ovis2")]
 NEAR, FAR = Region.box(0.05, 0.05, 0.4, 0.45), Region.box(0.55, 0.6, 0.95, 0.95)
 ENCODER = EncoderPruning(ring=0)
@@ -207,7 +215,7 @@ def test_second_image(family):
     torch.testing.assert_close(logits[0], oracle.forward(talk, wanted)[0][-1], atol=ATOL, rtol=0)
 
 
-@families(ABLE)
+@families(SPLIT)
 def test_cached_features_are_those_of_what_was_encoded(family):
     """Equal regions share a pass of the encoder, others do not, and an unpruned answer needs all of the picture."""
     model, batch = get_model(family), standard_batch(family, "single", 1)
