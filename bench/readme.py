@@ -65,6 +65,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "encoder-times": _of(latency.encoder_times, "first_token.json"),
     "small": _of(latency.small, "small.json"),
     "scale": _of(latency.scale, "scale.json"),
+    "serving": _of(latency.serving, "serving.json"),
     "ops": _of(kernels.ops, "ops.json"),
     "ops-region-topk": _of(kernels.ops, "ops_region_topk.json"),
     "localizers": _of(localizers.localizers, "localizers.json"),

@@ -91,6 +91,21 @@ def attention_pass(content: dict[str, Any]) -> list[str]:
     return markdown([f"attention read at ({rows[0]['vision tokens']} tokens)", "of the unpruned prefill"], table)
 
 
+def serving(content: dict[str, Any]) -> list[str]:
+    """Requests, times to the first token and KV blocks of every arm at every concurrency."""
+    table = [
+        [
+            f"{row['concurrency']} at a time, {row['arm']}",
+            f"{row['requests/s']:.2f}",
+            _times(row["times as many"]),
+            f"{row['TTFT p50, s']:.1f} / {row['TTFT p95, s']:.1f}",
+            str(row["KV blocks"]),
+        ]
+        for row in content["rows"]
+    ]
+    return markdown(["requests", "a second", "times as many", "first token, s: p50 / p95", "KV blocks in use"], table)
+
+
 def first_token(content: dict[str, Any]) -> list[str]:
     """FLOPs of every stage by what is pruned, as shares of the unpruned first token."""
     rows, table = content["rows"], []

@@ -160,7 +160,7 @@ class AttentionLocalizer:
                 undo.callback(scoring.register_forward_pre_hook(_without_rotation, with_kwargs=True).remove)
             if self.skip_mlp:
                 for earlier in layers[:layer]:
-                    _run_on_text(earlier.mlp, stats, undo)
+                    _run_on_text(earlier.mlp if hasattr(earlier, "mlp") else earlier.feed_forward, stats, undo)
             yield stats
 
 
