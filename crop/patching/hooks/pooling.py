@@ -91,7 +91,7 @@ class PoolingHook(ModelHook):
         pool = state.plan.pool
         mode, weight = self.method.pool_mode, None
         if mode == "distinct":
-            pooled = [(image.sample, image.layout) for image in state.plan.images if image.plan is not None]
+            pooled = [(image.sample, image.encoded) for image in state.plan.images if image.plan is not None]
             mode, weight = "weighted", saliency_weights(pool.alone, pooled, call.embeds)
         if call.deepstack is not None:
             is_vision, levels = call.deepstack
