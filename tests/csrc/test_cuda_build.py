@@ -31,7 +31,7 @@ BUDGET = {
     r"lse_fp32_kernel<(few|many)>": (168, 168, 18448, 12),
     r"lse_combine_kernel": (56, 64, 0, 32),
     r"select_kernel<256, 4, 1>": (48, 48, 3104, 40),
-    r"select_kernel<1024, (4, 1|8, 0|16, 1)>": (64, 64, 9248, 32),
+    r"select_kernel<1024, (4, 1|8, [01]|16, 1)>": (64, 64, 9248, 32),
     r"pack_kernel": (48, 48, 128, 32),
     r"saliency_mean_kernel<\w+>": (56, 56, 8320, 32),
     r"saliency_distance_kernel<\w+>": (56, 56, 0, 32),

@@ -43,6 +43,8 @@ def mass_sizes(run: Backend) -> None:
         [
             ((1, 2, 1, 3, 70, 64), BF16, True),
             ((1, 3, 1, 1, 33, 80), F16, False),
+            ((1, 3, 1, 2, 33, 72), BF16, True),
+            ((1, 3, 1, 2, 33, 72), F16, False),
             ((2, 4, 2, 9, 20, 96), BF16, False),
             ((1, 3, 3, 2, 35, 64), BF16, False),  # three heads for two warps
             ((1, 7, 1, 17, 300, 128), BF16, True),
@@ -101,6 +103,12 @@ def select_large(run: Backend) -> None:
     score = torch.rand(1, 17001) * 1e-3 + 1
     priority = torch.randint(-1, 3, (1, 17001)).to(torch.int8)
     same(run(ops.select, score, 4000, priority=priority), reference.select(score, 4000, priority=priority))
+
+
+def select_middling(run: Backend) -> None:
+    """Eight tokens a thread, the last of them short of a whole group of four."""
+    score = torch.randn(1, 4101).round(decimals=2)
+    same(run(ops.select, score, 1500), select_oracle(score, [1500]))
 
 
 def pack_slabs(run: Backend) -> None:
@@ -213,7 +221,7 @@ def pool_lies(run: Backend) -> None:
 
 CASES: dict[str, Callable[[Backend], None]] = {
     case.__name__: case
-    for case in (mass_sizes, mass_ragged, mass_lies, select_sizes, select_large, pack_slabs, pack_lies, compact_types, compact_lies,
+    for case in (mass_sizes, mass_ragged, mass_lies, select_sizes, select_middling, select_large, pack_slabs, pack_lies, compact_types, compact_lies,
                  saliency_sizes, saliency_lies, pool_modes, pool_lies)
 }  # fmt: skip
 RUNS = {  # test_ops*.py have the race build, forward
