@@ -24,12 +24,13 @@ from crop.models import registry as models
 
 ROOT = Path(crop.__file__).resolve().parents[1]
 README, FAMILIES, CONTRIBUTING = "README.md", "crop/models/README.md", ".github/CONTRIBUTING.md"
-WAYS = "crop/patching/README.md"
+WAYS, INSIDE = "crop/patching/README.md", "crop/README.md"
 PAGES = {
     README: ["", "crop/patching"],
     FAMILIES: ["", "crop/models"],
     CONTRIBUTING: [""],
     WAYS: ["", "crop/patching"],
+    INSIDE: ["", "crop"],
 }  # page -> what paths start from
 NOT_OURS = {"FILE.py", "center.py", "modular_X.py", "modeling_X.py", "processing_X.py"}  # of users, of transformers
 KEPT = 28  # 11 % of the embedded model's 256 vision tokens
@@ -67,7 +68,7 @@ def loaded() -> Iterator[tuple[Any, Any]]:
 # -------------------------------------------------------------------------------------------------------------- what stands there
 def test_lengths():
     assert len(text_of(README).splitlines()) < 200 and len(text_of(README).split()) < 2000
-    assert len(text_of(FAMILIES).splitlines()) < 110
+    assert len(text_of(FAMILIES).splitlines()) < 120
     assert len(block_of(README, "register_method").splitlines()) <= 12
     assert sum(map(bool, block_of(README, "register_localizer").splitlines())) <= 6
 
@@ -133,8 +134,9 @@ def test_nine_steps_name_every_file_of_a_prefill():
     patching = ROOT / "crop" / "patching"
     for path in patching.rglob("*.py"):
         assert path.name == "__init__.py" or f"`{path.relative_to(patching)}`" in steps, path.name
+    packages = text_of(INSIDE).split("## Packages")[1].split("## ")[0]
     for path in (ROOT / "crop").iterdir():
-        assert not path.is_dir() or path.name.startswith("__") or f"`crop/{path.name}`" in steps, path.name
+        assert not path.is_dir() or path.name.startswith("__") or f"`crop/{path.name}`" in packages, path.name
 
 
 def test_public_names():

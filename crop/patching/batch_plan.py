@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from crop.geometry.layout import PATCH, VisionLayout
+from crop.geometry.pieces import Encoding
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods.base import FeaturePooling, Method, Selection
-from crop.patching.token_map import pack_right
+from crop.methods.encoding import planned
+from crop.methods.saliency import patches_of
+from crop.patching.pool_step import PoolStep, pool_step
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class ImagePlan:
         pooled: its tokens after pooling, pooled positions.
         selections: by decoder layer, what stays there.
         by_features: what decides in the place of ``plan``, or None.
+        encoding: what the encoder gets of it; None: no method leaves anything out.
     """
 
     sample: int
@@ -39,6 +43,12 @@ class ImagePlan:
     pooled: VisionLayout
     selections: dict[int, Selection]
     by_features: FeaturePooling | None = None
+    encoding: Encoding | None = None
+
+    @property
+    def encoded(self) -> VisionLayout:
+        """Its tokens that are encoded, input positions."""
+        return self.layout if self.encoding is None else self.encoding.left
 
     @property
     def leaders(self) -> Tensor:
@@ -53,25 +63,6 @@ class ImagePlan:
 
 def _leaders(layout: VisionLayout, plan: PoolPlan | None) -> Tensor:
     return layout.position if plan is None else layout.position[plan.leader.long()]
-
-
-@dataclass(frozen=True)
-class PoolStep:
-    """Pre-LLM compression of a whole batch as one pooling.
-
-    Args:
-        plan: cells over the flattened (batch * seq_len) tokens; text tokens are cells of one, padding is in none.
-        kept_index: (batch, pooled length) int64 input position of each pooled token, -1 = filler.
-        slot_of: (batch, seq_len) int64 pooled token that stands for each input position, -1 = padding or dropped.
-        filled: (num_out,) int64 flat pooled position of each cell, or None where the cells fill the batch exactly.
-        alone: (batch * seq_len,) bool, tokens that are a cell of their own.
-    """
-
-    plan: PoolPlan
-    kept_index: Tensor
-    slot_of: Tensor
-    filled: Tensor | None
-    alone: Tensor
 
 
 @dataclass(frozen=True)
@@ -121,6 +112,7 @@ class BatchPlan:
         prunes: by decoder layer, the cuts at which a token leaves, ascending.
         positions: per image, (N,) int64 pooled positions of its pooled tokens.
         text: per sample, (M,) int64 input positions of the text after its last image; None where no feature decides.
+        patches: of the images that are pooled by ``saliency_weights``, as by ``patches_of``; None where none is.
     """
 
     images: list[ImagePlan]
@@ -129,6 +121,7 @@ class BatchPlan:
     prunes: dict[int, PruneStep]
     positions: list[Tensor]
     text: list[Tensor] | None = None
+    patches: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -170,8 +163,8 @@ def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
 
 # What of a plan is on the device; the rest describes single images, and numbers that the host knows.
 _ON_DEVICE = {
-    BatchPlan: ("valid", "pool", "prunes", "positions", "text"),
-    PoolStep: ("plan", "kept_index", "slot_of", "filled", "alone"),
+    BatchPlan: ("valid", "pool", "prunes", "positions", "text", "patches"),
+    PoolStep: ("plan", "kept_index", "slot_of", "filled", "alone", "source"),
     PruneStep: ("stays", "sample", "candidates", "priority", "weight", "by_features", "rows", "first"),
     PoolPlan: ("members", "offsets", "leader", "level"),
 }
@@ -199,6 +192,7 @@ def plan_batch(
     images: Sequence[tuple[int, VisionLayout]],
     regions: Sequence[Region],
     valid: Tensor,
+    encodings: Sequence[Encoding | None] | None = None,
 ) -> BatchPlan:
     """Turn regions into pooling cells and candidate lists.
 
@@ -207,9 +201,12 @@ def plan_batch(
         images: (sample, layout) per image in prompt order.
         regions: one per image.
         valid: (batch, seq_len) bool, False for padding.
+        encodings: what the encoder gets of each; None: all of all.
     """
+    encodings = encodings or [None] * len(images)
     made = [
-        _checked_plan(method.plan(layout, region), layout) for (_, layout), region in zip(images, regions, strict=True)
+        planned(method, layout, region, encoding)
+        for (_, layout), region, encoding in zip(images, regions, encodings, strict=True)
     ]
     by_features = [plan if isinstance(plan, FeaturePooling) else None for plan in made]
     plans = [plan if later is None else later.stand_in() for plan, later in zip(made, by_features, strict=True)]
@@ -230,16 +227,23 @@ def plan_batch(
             for (sample, layout), plan in zip(images, plans, strict=True)
         ]
     found = []
-    for (sample, layout), plan, after, region, later in zip(images, plans, pooled, regions, by_features, strict=True):
+    made = zip(images, plans, pooled, regions, by_features, encodings, strict=True)
+    for (sample, layout), plan, after, region, later, encoding in made:
         if later is not None:  # the kind of a stand-in's tokens says nothing about those that will take their places
             after = replace(after, kind=torch.full_like(after.kind, PATCH))
         selections = _selections(method, layout if later else after, region, len(after))
-        found.append(ImagePlan(sample, layout, plan, after, selections, later))
+        found.append(ImagePlan(sample, layout, plan, after, selections, later, encoding))
     text = _text_after(found, valid) if any(later is not None for later in by_features) else None
     ends = _ends(found, valid, real, pool is not None)
     steps = {cut.layer: _prune_step(cut, found, real, ends) for cut in method.cuts}
     prunes = {layer: step for layer, step in steps.items() if step is not None}
-    return BatchPlan(found, valid, pool, prunes, [image.pooled.position for image in found], text).packed()
+    patches = None
+    if pool is not None and method.pool_mode == "distinct":
+        patches = patches_of(
+            [(image.sample, image.encoded) for image in found if image.plan is not None], valid.shape[1]
+        )
+    positions = [image.pooled.position for image in found]
+    return BatchPlan(found, valid, pool, prunes, positions, text, patches).packed()
 
 
 def _selections(method: Method, layout: VisionLayout, region: Region, count: int) -> dict[int, Selection]:
@@ -276,42 +280,6 @@ def _text_after(images: Sequence[ImagePlan], valid: Tensor) -> list[Tensor]:
     for image in images:
         begin[image.sample] = int(image.layout.position[-1]) + 1
     return [torch.nonzero(row[first:]).flatten() + first for row, first in zip(valid, begin, strict=True)]
-
-
-def _checked_plan(plan: Any, layout: VisionLayout) -> PoolPlan | FeaturePooling | None:
-    if plan is None:
-        return None
-    if not isinstance(plan, (PoolPlan, FeaturePooling)):
-        raise TypeError(
-            f"patch: plan() of a method must return a PoolPlan, a FeaturePooling or None, got {type(plan).__name__}"
-        )
-    if isinstance(plan, FeaturePooling) and not 1 <= plan.num_out <= len(layout):
-        raise ValueError(f"patch: num_out of a FeaturePooling must be in [1, {len(layout)}], got {plan.num_out}")
-    if plan.num_tokens != len(layout):
-        raise ValueError(f"patch: plan() must cover the image's {len(layout)} tokens, got {plan.num_tokens}")
-    return plan
-
-
-def pool_step(leader_of: Tensor, width: int, num_out: int) -> PoolStep:
-    """One pooling of a batch; no host sync.
-
-    Args:
-        leader_of: (batch, seq_len) int64 flat position of the token that leads each token's cell, -1 = in none.
-        width: pooled tokens of the longest sample. num_out: of all samples.
-    """
-    batch, seq_len = leader_of.shape
-    flat = leader_of.flatten()
-    position = torch.arange(len(flat), device=flat.device)
-    leads = flat == position
-    rank = leads.cumsum(0) - 1
-    # One spare entry at the end swallows what does not lead.
-    leader = position.new_zeros(num_out + 1).scatter(0, torch.where(leads, rank, num_out), position)[:-1]
-    kept_index, slot = pack_right(leads.view(batch, seq_len), width)
-    slot_of, cell = (torch.where(flat >= 0, table[flat.clamp(min=0)], -1) for table in (slot.flatten(), rank))
-    filled = None if num_out == batch * width else leader // seq_len * width + slot_of[leader]
-    plan = PoolPlan.from_cells(cell, leader)
-    alone = (plan.counts[cell.clamp(min=0)] == 1) & (cell >= 0)
-    return PoolStep(plan, kept_index, slot_of.view(batch, seq_len), filled, alone)
 
 
 def _ends(images: Sequence[ImagePlan], valid: Tensor, real: Tensor, pooled: bool) -> list[int]:

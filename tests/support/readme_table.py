@@ -20,28 +20,28 @@ FENCES = re.compile(
 
 def what_is_supported() -> str:
     """README's table: families that need and refuse the same share a row."""
-    rows: dict[tuple[str, str], dict[str, str]] = {}
+    rows: dict[tuple[str, str], list[str]] = {}
     for name, family in FAMILIES.items():
         model_type = get_config(name).model_type
         needs = "-" if family.processor is None else "`processor`, `image_size`"
-        rows.setdefault((needs, refused(family, model_type)), {})[title(family)] = model_type
-    lines = ["| family and `model_type` | with a region `patch` needs | refused |", "|---|---|---|"]
+        rows.setdefault((needs, refused(family, model_type)), []).append(title(family))
+    lines = ["| family | with a region `patch` needs | refused |", "|---|---|---|"]
     for (needs, without), members in sorted(rows.items(), key=lambda row: len(row[0][1])):
-        named = ", ".join(f"{name} `{model_type}`" for name, model_type in members.items())
-        lines.append(f"| {named} | {needs} | {without} |")
+        lines.append(f"| {', '.join(dict.fromkeys(members))} | {needs} | {without} |")
     return "\n".join(lines) + "\n"
 
 
 def where_layouts_are() -> str:
     """The table of crop/models/README.md: which file has the `images` function of which family."""
-    files: dict[str, dict[str, None]] = {}
+    files: dict[str, dict[str, str]] = {}
     for name, family in FAMILIES.items():
-        module = families()[get_config(name).model_type].images.__module__
-        files.setdefault(module, {})[title(family)] = None
-    lines = ["| file | layouts | families |", "|---|---|---|"]
+        model_type = get_config(name).model_type
+        files.setdefault(families()[model_type].images.__module__, {})[title(family)] = model_type
+    lines = ["| file | layouts | families, `model_type` |", "|---|---|---|"]
     for module, names in files.items():
         about = str(importlib.import_module(module).__doc__).rstrip(".")
-        lines.append(f"| `{module.split('.')[-1]}.py` | {about} | {', '.join(names)} |")
+        named = ", ".join(f"{name} (`{model_type}`)" for name, model_type in names.items())
+        lines.append(f"| `{module.split('.')[-1]}.py` | {about} | {named} |")
     return "\n".join(lines) + "\n"
 
 

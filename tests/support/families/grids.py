@@ -228,7 +228,7 @@ FAMILIES = {
     ),
     "qwen2_5_vl_video": Family(
         "Qwen2.5-VL, video", "Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, film(False), types=vision_types,
-        tower="visual",
+        sizes=((128, 128), (40, 56)), tower="visual",
     ),
     "qwen3_vl": Family(
         "Qwen3-VL, images, DeepStack", "Qwen3VLForConditionalGeneration", qwen3_vl, patches_image, types=vision_types,
@@ -247,15 +247,15 @@ FAMILIES = {
         film(True), types=vision_types, tower="visual",
     ),
     "qwen3_5": Family(
-        "Qwen3.5, images", "Qwen3_5ForConditionalGeneration", qwen3_5, patches_image, types=vision_types,
+        "Qwen3.5 and 3.6, images", "Qwen3_5ForConditionalGeneration", qwen3_5, patches_image, types=vision_types,
         tower="visual", cuts=(2,), refuses=STATES,
     ),
     "qwen3_5_video": Family(
-        "Qwen3.5, video", "Qwen3_5ForConditionalGeneration", qwen3_5, film(True), types=vision_types,
+        "Qwen3.5 and 3.6, video", "Qwen3_5ForConditionalGeneration", qwen3_5, film(True), types=vision_types,
         tower="visual", cuts=(2,), refuses=STATES,
     ),
     "qwen3_5_moe": Family(
-        "Qwen3.5 MoE, images", "Qwen3_5MoeForConditionalGeneration", qwen3_5_moe, patches_image, types=vision_types,
+        "Qwen3.5 and 3.6 MoE, images", "Qwen3_5MoeForConditionalGeneration", qwen3_5_moe, patches_image, types=vision_types,
         tower="visual", cuts=(2,), refuses=STATES,
     ),
     "glm4v": Family(
