@@ -137,6 +137,7 @@ extern "C" int launch_attention_mass(const AttentionMassParams* params, void* st
         return fail("attention_mass: dtype must be float32, bfloat16 or float16, got code %d", p.dtype);
     switch (aligned ? p.head_dim : 0) {
         case 64: return launch_mma<64, false>(p, stream);
+        case 72:  // its last quarter of a step is zeros, as behind any 64 + 8 n up to 80
         case 80: return launch_mma<80, false>(p, stream);
         case 96: return launch_mma<96, false>(p, stream);
         case 128: return launch_mma<128, false>(p, stream);

@@ -33,7 +33,16 @@ FLAVOURS = {  # flags of kernels, of the runtime, of the linker
     "race": (["-O1", *RACE], ["-O2", "-DSIMT_RACE"], []),
 }  # fmt: skip
 POLICIES = {"forward": 0, "reverse": 1, "random": 2}
-OPERATORS = ("attention_mass", "select", "compact", "invert_index", "adaptive_pool", "adaptive_pool_backward")
+OPERATORS = (
+    "attention_mass",
+    "select",
+    "pack",
+    "compact",
+    "invert_index",
+    "saliency",
+    "adaptive_pool",
+    "adaptive_pool_backward",
+)
 
 
 def toolkit() -> Path | None:
