@@ -5,14 +5,16 @@ from typing import Any
 
 from crop import baselines, reference
 from crop.cost.estimate import Estimate, estimate
-from crop.geometry import PoolPlan, Region, VisionLayout
+from crop.geometry import Pieces, PoolPlan, Region, VisionLayout
 from crop.localizers.attention import AttentionLocalizer
 from crop.localizers.base import BoxLocalizer, Localizer, WholeLocalizer, encode
+from crop.localizers.coarse import CoarseLocalizer, zoom
 from crop.localizers.registry import get_localizer, register_localizer
 from crop.localizers.vision_cache import cache_vision
 from crop.methods import (
     Assignment,
     Compose,
+    EncoderPruning,
     FeaturePooling,
     Features,
     InnerLLMPruning,
@@ -46,8 +48,10 @@ __all__ = [
     "Assignment",
     "AttentionLocalizer",
     "BoxLocalizer",
+    "CoarseLocalizer",
     "Compose",
     "DecoderTraits",
+    "EncoderPruning",
     "Estimate",
     "FeaturePooling",
     "Features",
@@ -56,6 +60,7 @@ __all__ = [
     "MergeView",
     "Method",
     "ModelFamily",
+    "Pieces",
     "PoolPlan",
     "PreLLMCompression",
     "PrefillStats",
@@ -85,4 +90,5 @@ __all__ = [
     "select",
     "share_vision",
     "use_backend",
+    "zoom",
 ]

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.support.flash import FlashCalls, flash_on_cpu
 from tests.support.operators import BACKENDS, Backend
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")  # nothing fails for being slow
 
 FAST = ("twin", "avx2")  # of the operators' implementations, for `pytest -m fast`
 

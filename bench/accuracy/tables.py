@@ -78,6 +78,12 @@ def regions(content: dict[str, Any]) -> list[str]:
     return markdown([f"exact answers, % (unpruned {100 * plain:.0f})", *sources], table)
 
 
+def encoder(content: dict[str, Any]) -> list[str]:
+    """Exact answers by where in the encoder tokens leave."""
+    table = [[row["tokens leave"], f"{100 * row['exact']:.1f}", f"{row['tokens']:.0f}"] for row in content["rows"]]
+    return markdown([f"tokens leave ({content['run'][0]['questions']} questions)", "exact answers, %", "tokens"], table)
+
+
 def receipts(content: dict[str, Any]) -> list[str]:
     """Answers wholly inside the region per field, and over all fields area, IoU, lines read and time on a new image."""
     rows = {(row["localizer"], row["question"]): row for row in content["rows"]}

@@ -89,3 +89,45 @@ def attention_pass(content: dict[str, Any]) -> list[str]:
     rows = [row for row in content["rows"] if row["contender"].startswith("localizer: attention of ")]
     table = [[row["contender"].partition(" of ")[2], f"{row['own work %']:.1f} %"] for row in rows]
     return markdown([f"attention read at ({rows[0]['vision tokens']} tokens)", "of the unpruned prefill"], table)
+
+
+def serving(content: dict[str, Any]) -> list[str]:
+    """Requests, times to the first token and KV blocks of every arm at every concurrency."""
+    table = [
+        [
+            f"{row['concurrency']} at a time, {row['arm']}",
+            f"{row['requests/s']:.2f}",
+            _times(row["times as many"]),
+            f"{row['TTFT p50, s']:.1f} / {row['TTFT p95, s']:.1f}",
+            str(row["KV blocks"]),
+        ]
+        for row in content["rows"]
+    ]
+    return markdown(["requests", "a second", "times as many", "first token, s: p50 / p95", "KV blocks in use"], table)
+
+
+def first_token(content: dict[str, Any]) -> list[str]:
+    """FLOPs of every stage by what is pruned, as shares of the unpruned first token."""
+    rows, table = content["rows"], []
+    for row in rows:
+        plain = row["TFLOP"] / row["of unpruned"]
+        stages = ("encoder", "language model", "look")
+        table.append(
+            [
+                f"{row['model']}, {row['tokens']} tokens",
+                row["pruned"],
+                f"{row['TFLOP']:.1f}",
+                *(f"{100 * row[stage] / plain:.1f}" for stage in stages),
+                f"{100 * row['of unpruned']:.1f}",
+            ]
+        )
+    return markdown(["", "pruned", "TFLOP", "encoder, %", "language model, %", "look, %", "all, %"], table)
+
+
+def encoder_times(content: dict[str, Any]) -> list[str]:
+    """Time of a pruned encoder against the share that it encodes."""
+    table = [
+        [row["model"], *(f"{100 * row[name]:.1f}" for name in ("share", "time")), f"{row['per share']:.2f}"]
+        for row in content["times"]
+    ]
+    return markdown(["encoder alone", "encoded, %", "time, %", "time per share"], table)

@@ -21,7 +21,7 @@ from crop.localizers.base import encode
 from crop.localizers.pretrained import one_line
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression
 from crop.methods.registry import by_name
-from crop.models import family_of
+from crop.models import ModelFamily, family_of
 from crop.patching.hf import refuse_transformers
 from crop.patching.patch import patch
 from crop.selftest.check import Finding
@@ -135,10 +135,10 @@ def _pruned(asker: Asker, picture: Image) -> str:
     """A pruned answer with its cache, against the unpatched model that is made to lose the same tokens, without a cache."""
     model, (inputs, where) = asker.model, _inputs(asker, picture)
     family = family_of(model)
-    layer = _cut_behind_features(asker)
+    layer = family.default_layer(family.language_model(model).config)
     # Where prompts see themselves, an answer must not be read as one.
     steps = 1 if family.traits.mask == "prefix" else STEPS
-    with patch(model, InnerLLMPruning(KEEP, layer=layer), REGION, **where) as stats:
+    with patch(model, InnerLLMPruning(KEEP), REGION, **where) as stats:
         out = model.generate(**inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, output_logits=True,
                              return_dict_in_generate=True)  # fmt: skip
     (layout,), (kept,) = stats.layouts, stats.kept
@@ -151,7 +151,7 @@ def _pruned(asker: Asker, picture: Image) -> str:
         if isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape and name != "input_ids":
             fill = torch.full_like(ids[:, length:], int(name == "attention_mask"), dtype=value.dtype)
             longer[name] = torch.cat([value, fill], 1)
-    with _without(family.language_model(model), layer, torch.nonzero(stays).flatten()):
+    with _without(family, family.language_model(model), layer, stays):
         rows = model(**longer, use_cache=False).logits[0, -steps:]
     plain = model(**longer, use_cache=False).logits[0, -steps:]
     found = torch.cat(out.logits)
@@ -163,27 +163,17 @@ def _pruned(asker: Asker, picture: Image) -> str:
     )
 
 
-def _cut_behind_features(asker: Asker) -> int:
-    """The default cut; behind the layers that vision features are added to, where the recomputation must not cut."""
-    family, config = family_of(asker.model), asker.model.config
-    own = family.language_model(asker.model).config
-    added = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
-    first = max(family.default_layer(own), added)
-    return next(
-        (n + 1 for n in family.scoring_layers(own) if first <= n + 1 < asker.num_layers), family.default_layer(own)
-    )
-
-
 @contextmanager
-def _without(decoder: nn.Module, layer: int, stays: Tensor) -> Iterator[None]:
-    """Let a decoder go on with some tokens alone from a layer on; nothing of the patch takes part."""
+def _without(family: ModelFamily, decoder: nn.Module, layer: int, stays: Tensor) -> Iterator[None]:
+    """Let a decoder go on with some tokens alone, ``stays`` (seq_len,), from a layer on; nothing of the patch takes part."""
+    kept = torch.nonzero(stays).flatten()
 
     def part(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(part, value))
         if not isinstance(value, Tensor) or value.dim() < 1:
             return value
-        index = stays.to(value.device)
+        index = kept.to(value.device)
         if value.dim() == 4:  # masks: rows and columns
             return value.index_select(2, index).index_select(3, index)
         # Positions and masks end with the tokens; states and angles have their channels behind them.
@@ -194,12 +184,25 @@ def _without(decoder: nn.Module, layer: int, stays: Tensor) -> Iterator[None]:
         shorter = first if module is not decoder.layers[layer] else part(first)
         return (shorter, *map(part, rest)), {name: part(value) for name, value in kwargs.items()}
 
+    name = family.traits.deepstack_method
+    add = getattr(decoder, name) if name else None
+
+    def added(states: Tensor, vision: Tensor, features: Tensor) -> Tensor:
+        """Features of the tokens that are left."""
+        if states.shape[1] != vision.shape[1]:
+            vision, features = part(vision), features[stays.to(vision.device)[vision[0]]]
+        return add(states, vision, features)
+
     handles = [each.register_forward_pre_hook(enter, with_kwargs=True) for each in decoder.layers[layer:]]
+    if name:
+        setattr(decoder, name, added)
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        if name:
+            delattr(decoder, name)
 
 
 def _far(found: Tensor, expected: Tensor) -> float:

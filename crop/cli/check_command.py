@@ -18,7 +18,7 @@ exit status: 0 where all is right (slow or missing parts allowed), 1 where somet
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``crop check``."""
-    add_model_options(parser)
+    add_model_options(parser, answers=False)
 
 
 def run(options: argparse.Namespace) -> int:

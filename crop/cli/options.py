@@ -59,8 +59,12 @@ def need_packages(command: str, extra: str = "demo") -> None:
         raise UsageError(f'crop {command} needs {", ".join(missing)}: pip install "crop-vlm[{extra}]"')
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model answers, where and how: read by ``crop.cli.ask.load_chosen``; and ``--plugin``."""
+def add_model_options(parser: argparse.ArgumentParser, answers: bool = True) -> None:
+    """Which model answers, where and how: read by ``crop.cli.ask.load_chosen``; and ``--plugin``.
+
+    Args:
+        answers: it answers in words, so many at most.
+    """
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="embedded",
                        help="embedded (default), a folder, or a Hugging Face hub name; Qwen-VL and others need the extra vision")  # fmt: skip
@@ -73,7 +77,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--attn-implementation", metavar="NAME", help="sdpa, eager, flash_attention_2, ...")
     group.add_argument("--trust-remote-code", action="store_true",
                        help="run code that comes with the model; without it, nothing of that kind runs or asks")  # fmt: skip
-    group.add_argument("--max-new-tokens", type=count, default=32, metavar="N", help="of an answer (default 32)")
+    if answers:
+        group.add_argument("--max-new-tokens", type=count, default=32, metavar="N", help="of an answer (default 32)")
 
 
 def load_plugin(name: str) -> None:

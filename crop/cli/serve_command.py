@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     command = server_command(options)
     check_model(command[command.index("--model") + 1])
     print(shlex.join(command), flush=True)
+    before = signal.signal(signal.SIGTERM, _end)  # whoever ends this command ends the server
     server = subprocess.Popen(command)
     address = f"http://{'127.0.0.1' if options.host == '0.0.0.0' else options.host}:{options.port}"
     try:
@@ -68,6 +69,11 @@ def run(options: argparse.Namespace) -> int:
         if server.poll() is None:
             server.send_signal(signal.SIGINT)
             server.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(*_: Any) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def server_command(options: argparse.Namespace) -> list[str]:

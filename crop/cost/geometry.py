@@ -26,9 +26,9 @@ CHUNK = 64  # tokens that the gated delta rule takes at a time, in transformers 
 
 @dataclass(frozen=True)
 class State:
-    """What a recurrent layer (gated delta rule) carries on in the place of keys and values."""
+    """What a recurrent layer (gated delta rule, short convolution) carries on in the place of keys and values."""
 
-    heads: int  # each has a matrix of its own, float32
+    heads: int  # each has a matrix of its own, float32; 0 of a convolution alone
     key_dim: int  # its rows
     value_dim: int  # its columns
     inputs: int  # elements of the inputs that its convolution still sees
@@ -60,8 +60,9 @@ class LayerGeometry:
 
     weights: int
     num_heads: int
-    num_kv_heads: int  # 0 where it reads the keys of another layer
-    head_dim: int
+    head_dim: int  # of queries and keys
+    value_dim: int  # of values
+    cached: int  # elements that the cache keeps of a token; 0 where it reads those of another layer
     window: int | None = None  # tokens that a query sees at most, itself included; None: all before it
     experts: Experts | None = None  # of a mixture; None in a dense layer
     state: State | None = None  # of a recurrent layer; None where there is attention
@@ -83,24 +84,26 @@ class LayerGeometry:
     def attention_flops(self, length: int) -> float:
         """Of both products of attention, or of what a recurrent layer has in their place.
 
-        Convention: the full square, ``4 * num_heads * head_dim * length ** 2``, as ``torch.utils.flop_counter`` counts,
-        though causal kernels skip nearly half of it; under a window the part of the square that lies less than the window
-        off its diagonal; a row of it where the last token alone asks. Windows follow original positions, so that after a cut this is what they let through at most.
+        Convention: the full square, ``2 * num_heads * (head_dim + value_dim) * length ** 2``, as
+        ``torch.utils.flop_counter`` counts, though causal kernels skip nearly half of it; under a window the part of the
+        square that lies less than the window off its diagonal; a row of it where the last token alone asks. Windows follow
+        original positions, so that after a cut this is what they let through at most.
         """
         if self.state is not None:
             return self.state.flops(length)
+        pair = 2.0 * self.num_heads * (self.head_dim + self.value_dim)
         if self.last:
-            return 4.0 * self.num_heads * self.head_dim * min(length, self.window or length)
+            return pair * min(length, self.window or length)
         outside = 0 if self.window is None else max(length - self.window, 0)
         # Two triangles outside of the band, whose sides are shorter by the diagonal that is in neither.
-        return 4.0 * self.num_heads * self.head_dim * (length * length - outside * (outside + 1))
+        return pair * (length * length - outside * (outside + 1))
 
     def kv_bytes(self, length: int, element_size: int) -> int:
         """Of the keys and values that the cache keeps; a sliding layer's keeps what the next token will see."""
         if self.state is not None:
             return 4 * self.state.size + element_size * self.state.inputs
         held = length if self.window is None else min(length, self.window - 1)
-        return 2 * self.num_kv_heads * self.head_dim * element_size * held
+        return self.cached * element_size * held
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class DecoderGeometry:
     @property
     def attending(self) -> LayerGeometry:
         """The first layer with attention and keys of its own."""
-        return next(layer for layer in self.layers if layer.num_kv_heads)
+        return next(layer for layer in self.layers if layer.cached)
 
     @staticmethod
     def of(language_model: nn.Module) -> DecoderGeometry:
@@ -130,21 +133,31 @@ class DecoderGeometry:
         for kind, layer in zip(kinds, language_model.layers, strict=True):
             dense, experts = _matrices(layer, config)
             window = config.sliding_window if kind == "sliding_attention" else None
-            state = _state(config) if kind == "linear_attention" else None
-            heads = (0, 0, 0) if state else _heads(layer.self_attn, config)
-            last = shortens and state is None and heads[1] == 0
+            state = _state(kind, config)
+            heads = (0, 0, 0, 0) if state else _heads(layer.self_attn, config)
+            last = shortens and state is None and heads[-1] == 0
             layers.append(shared(dense, *heads, window, experts, state, last))
         return DecoderGeometry(config.hidden_size, tuple(layers))
 
 
-def _heads(attention: nn.Module, config: Any) -> tuple[int, int, int]:
-    """Of queries, of keys in the cache (none where the layer reads another's), and their width, which may differ by layer."""
+def _heads(attention: nn.Module, config: Any) -> tuple[int, int, int, int]:
+    """Number of query heads, width of queries and keys, of values, and what is cached of a token, which may differ by layer."""
     heads = config.num_attention_heads
-    reads = getattr(attention, "is_kv_shared_layer", False)
-    return heads, 0 if reads else heads // attention.num_key_value_groups, attention.head_dim
+    if hasattr(attention, "kv_lora_rank"):  # multi-head latent attention
+        keys, values = attention.qk_head_dim, attention.v_head_dim
+        latent = attention.kv_lora_rank + attention.qk_rope_head_dim
+        # Older transformers cache keys and values of every head.
+        return heads, keys, values, latent if hasattr(attention, "expand_kv") else heads * (keys + values)
+    reads, width = getattr(attention, "is_kv_shared_layer", False), attention.head_dim
+    return heads, width, width, 0 if reads else 2 * (heads // attention.num_key_value_groups) * width
 
 
-def _state(config: Any) -> State:
+def _state(kind: str, config: Any) -> State | None:
+    """Of a layer of this kind; None where it has none."""
+    if kind == "conv":  # a short convolution and nothing else
+        return State(0, 0, 0, config.hidden_size * config.conv_L_cache)
+    if kind != "linear_attention":
+        return None
     keys, values = config.linear_key_head_dim, config.linear_value_head_dim
     width = 2 * config.linear_num_key_heads * keys + config.linear_num_value_heads * values
     return State(config.linear_num_value_heads, keys, values, width * config.linear_conv_kernel_dim)

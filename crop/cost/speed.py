@@ -108,7 +108,7 @@ def _planning_seconds() -> float:
 
 def _step_seconds(geometry: DecoderGeometry, device: torch.device, dtype: torch.dtype) -> float:
     layer, index = geometry.attending, torch.arange(16, device=device).unsqueeze(0)
-    key = torch.randn(1, layer.num_kv_heads, 32, layer.head_dim, device=device, dtype=dtype)
+    key = torch.randn(1, layer.num_heads, 32, layer.head_dim, device=device, dtype=dtype)
     query = torch.randn(1, layer.num_heads, 4, layer.head_dim, device=device, dtype=dtype)
     hidden = torch.randn(1, 32, geometry.hidden, device=device, dtype=dtype)
 

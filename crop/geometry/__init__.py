@@ -4,7 +4,8 @@ Host code: numpy on the memory of CPU tensors, nothing of models; plans of cells
 """
 
 from crop.geometry.layout import NEWLINE, PADDING, PATCH, VisionLayout
+from crop.geometry.pieces import Encoding, Pieces
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Box, Region
 
-__all__ = ["NEWLINE", "PADDING", "PATCH", "Box", "PoolPlan", "Region", "VisionLayout"]
+__all__ = ["NEWLINE", "PADDING", "PATCH", "Box", "Encoding", "Pieces", "PoolPlan", "Region", "VisionLayout"]

@@ -174,6 +174,21 @@ class VisionLayout:
             level[newline] = lowest[view[newline], row[newline]]
         return torch.from_numpy(level)
 
+    def with_newlines(self, tokens: Tensor) -> Tensor:
+        """(N,) bool ``tokens`` with the newlines of those rows that hold a patch of them, and no other newlines."""
+        newline = self.kind.numpy() == NEWLINE
+        if not newline.any():
+            return tokens
+        found, (view, row, _) = tokens.numpy() & ~newline, self._index
+        rows = np.zeros(self.extent[:2], dtype=bool)
+        rows[view[found], row[found]] = True
+        return torch.from_numpy(np.where(newline, rows[view, row], found))
+
+    def take(self, tokens: Tensor) -> VisionLayout:
+        """The layout of some tokens, (N,) bool; ``num_original`` stays."""
+        names = ("position", "center", "row", "col", "view", "kind")
+        return replace(self, **{name: getattr(self, name)[tokens] for name in names})
+
     def _dilate(self, inside: np.ndarray, ring: int) -> np.ndarray:
         mask = np.zeros(self.extent, dtype=bool)
         mask[self._index] = inside

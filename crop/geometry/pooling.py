@@ -201,6 +201,12 @@ class PoolPlan:
             check=False,
         )
 
+    def among(self, index: Tensor, num_tokens: int) -> PoolPlan:
+        """The same cells for ``num_tokens`` tokens, of which these were planned: ``index`` (self.num_tokens,), ascending."""
+        place = index.int()
+        members, leader = place[self.members.long()], place[self.leader.long()]
+        return PoolPlan(members, self.offsets, leader, self.level, num_tokens, check=False)
+
     @staticmethod
     def concatenate(plans: Sequence[PoolPlan]) -> PoolPlan:
         """One plan for the tokens of several images laid one after the other, on one device.

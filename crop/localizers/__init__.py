@@ -8,6 +8,7 @@ from crop.localizers.base import BoxLocalizer, Localizer, WholeLocalizer, encode
 from crop.localizers.boxes import find_region
 from crop.localizers.cascade import CascadeLocalizer, UnionLocalizer
 from crop.localizers.clip import ClipLocalizer
+from crop.localizers.coarse import CoarseLocalizer, zoom
 from crop.localizers.detector import DetectorLocalizer
 from crop.localizers.head import Head, HeadLocalizer
 from crop.localizers.ocr.localizer import OCRLocalizer
@@ -21,6 +22,7 @@ __all__ = [
     "BoxLocalizer",
     "CascadeLocalizer",
     "ClipLocalizer",
+    "CoarseLocalizer",
     "DetectorLocalizer",
     "Head",
     "HeadLocalizer",
@@ -38,4 +40,5 @@ __all__ = [
     "localizer_names",
     "register_localizer",
     "score_tokens",
+    "zoom",
 ]

@@ -19,6 +19,9 @@ from crop.geometry.strides import MAX_STRIDE
 from crop.localizers.base import encode
 from crop.localizers.boxes import box_settings, check_ranges, find_region
 from crop.localizers.reading import Stop, only_image, run_until_stop
+from crop.methods.base import Method
+from crop.methods.compose import Compose
+from crop.methods.encoder import OverviewOnly
 from crop.methods.plc import PreLLMCompression
 from crop.models import family_of
 from crop.models.attention_hook import attention_hook
@@ -58,6 +61,7 @@ class AttentionLocalizer:
             bench/README.md).
         prompt: as in ``encode``.
         stride: the pass runs on vision tokens averaged in blocks of this side, which costs a ``stride ** 2``-th.
+        overview: the pass runs on the view of the whole image alone, where the encoder has tiles and such a view.
         skip_mlp: the feed-forward parts of the layers before run on the text alone, which saves most of the pass.
         rope: False scores by queries and keys without position; the layers before are as always.
         rows: the last text rows whose attention is averaged; they have read the whole question.
@@ -75,6 +79,7 @@ class AttentionLocalizer:
     layer: int | None = None
     prompt: Callable[[str], str] | None = None
     stride: int = 1
+    overview: bool = False
     skip_mlp: bool = True
     rope: bool = True
     rows: int = 2
@@ -143,16 +148,19 @@ class AttentionLocalizer:
                 raising ``Stop``.
             where: ``processor`` and ``image_size``, as for ``patch``.
         """
-        layers, layer = family_of(self.model).language_model(self.model).layers, self.scoring_layer
+        family = family_of(self.model)
+        layers, layer = family.language_model(self.model).layers, self.scoring_layer
         scoring = layers[layer].self_attn
-        pooling = PreLLMCompression(inside=self.stride, context=self.stride, outside=self.stride, mode="mean")
-        with patch(self.model, pooling, **where) as stats, ExitStack() as undo:
+        method: Method = PreLLMCompression(inside=self.stride, context=self.stride, outside=self.stride, mode="mean")
+        if self.overview and family.encoder_of(self.model.config) is not None:
+            method = Compose(method, encoder=OverviewOnly())
+        with patch(self.model, method, **where) as stats, ExitStack() as undo:
             undo.enter_context(attention_hook(scoring, read))
             if not self.rope:
                 undo.callback(scoring.register_forward_pre_hook(_without_rotation, with_kwargs=True).remove)
             if self.skip_mlp:
                 for earlier in layers[:layer]:
-                    _run_on_text(earlier.mlp, stats, undo)
+                    _run_on_text(earlier.mlp if hasattr(earlier, "mlp") else earlier.feed_forward, stats, undo)
             yield stats
 
 

@@ -53,12 +53,14 @@ def shared_encoding() -> Iterator[None]:
         _last.reset(token)
 
 
-def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], str] | None = None) -> Any:
-    """Model inputs for one image and one question; inside ``cache_vision`` equal ones are made once.
+def encode(
+    processor: Any, image: Image | list[Image], question: str, prompt: Callable[[str], str] | None = None
+) -> Any:
+    """Model inputs for one question and its image, or images; inside ``cache_vision`` equal ones are made once.
 
     Args:
-        image: RGB.
-        prompt: question -> the full text with the image placeholder; default: the processor's chat
+        image: RGB; several in the order of the prompt, such as those of ``crop.zoom``.
+        prompt: question -> the full text with a placeholder per image; default: the processor's chat
             template, one user turn.
     Returns:
         What the processor makes of it, on the CPU.
@@ -71,7 +73,7 @@ def encode(processor: Any, image: Image, question: str, prompt: Callable[[str], 
     if prompt is not None:
         text = prompt(question)
     elif getattr(processor, "chat_template", None):
-        text = chat(processor, question, images=1)
+        text = chat(processor, question, images=len(image) if isinstance(image, list) else 1)
     else:
         raise ValueError("encode: prompt must be given for a processor without a chat template, got None")
     inputs = processor(images=image, text=text, return_tensors="pt", **begin_once(processor, text))

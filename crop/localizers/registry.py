@@ -14,6 +14,7 @@ from crop.localizers.attention import AttentionLocalizer
 from crop.localizers.base import BoxLocalizer, Localizer, WholeLocalizer
 from crop.localizers.cascade import CascadeLocalizer, UnionLocalizer
 from crop.localizers.clip import ClipLocalizer
+from crop.localizers.coarse import CoarseLocalizer
 from crop.localizers.detector import DetectorLocalizer
 from crop.localizers.head import Head, HeadLocalizer
 from crop.localizers.ocr.localizer import OCRLocalizer
@@ -112,6 +113,7 @@ def get_localizer(
     layer: int | None = None,
     path: str | Path | None = None,
     min_confidence: float | None = None,
+    coarse: int = 1,
 ) -> Localizer:
     """A localizer by its name, with default settings.
 
@@ -123,6 +125,8 @@ def get_localizer(
         layer: for "attention".
         path: for "head" the file of its weights; for "clip", "detector" and "vlm" the folder (or hub name) of a model.
         min_confidence: below it the whole image is returned; None: the localizer's own default. Not for "box", "union", "whole".
+        coarse: for "attention" and "head": look at a copy of the picture with sides so many times smaller
+            (``CoarseLocalizer``); of tiles, "attention" then looks at the view of the whole picture alone.
     Raises:
         ValueError: unknown name, or something it needs is missing. FileNotFoundError, OSError: nothing to load at
             ``path``. ImportError: an extra is not installed.
@@ -131,8 +135,12 @@ def get_localizer(
     if build is None:
         raise ValueError(f"get_localizer: name must be one of {', '.join(localizer_names())}, got {name!r}")
     localizer = build(LocalizerArguments(name, region, model, processor, prompt, layer, path))
-    if min_confidence is None:
-        return localizer
-    if not hasattr(localizer, "min_confidence"):
+    if min_confidence is not None and not hasattr(localizer, "min_confidence"):
         raise ValueError(f"get_localizer: min_confidence must not be given for {name!r}, got {min_confidence}")
-    return replace(localizer, min_confidence=min_confidence)
+    if coarse != 1 and name not in ("attention", "head"):
+        raise ValueError(f"get_localizer: coarse must be left out for {name!r}, got {coarse}")
+    if min_confidence is not None:
+        localizer = replace(localizer, min_confidence=min_confidence)
+    if coarse == 1:
+        return localizer
+    return CoarseLocalizer(replace(localizer, overview=True) if name == "attention" else localizer, coarse)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from crop import ops
 from crop.geometry.layout import VisionLayout
+from crop.geometry.pieces import Pieces
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 
@@ -194,7 +195,7 @@ def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> No
 
 
 class Method:
-    """A pruning policy. The base keeps everything; a method overrides ``plan``, ``select`` or both.
+    """A pruning policy. The base keeps everything; a method overrides ``encode``, ``plan``, ``select`` or several of them.
 
     ``layer``: decoder layer at whose input ``select`` applies, "auto" for the family's default, None if it never does.
     ``rows``: queries that score the tokens: "text" (all after the sample's last image) or "last".
@@ -214,6 +215,11 @@ class Method:
     def cuts(self) -> tuple[Method, ...]:
         return () if self.layer is None else (self,)
 
+    @property
+    def encodes(self) -> bool:
+        """Whether it can leave parts of a picture out of the encoder."""
+        return type(self).encode is not Method.encode
+
     def with_layer(self, default: int) -> Method:
         """This method with ``default`` in the place of ``layer="auto"``."""
         if self.layer != "auto":
@@ -221,6 +227,13 @@ class Method:
         resolved = copy.copy(self)
         object.__setattr__(resolved, "layer", default)
         return resolved
+
+    def encode(self, layout: VisionLayout, region: Region, pieces: Pieces) -> Tensor | None:
+        """Which pieces of one image the vision encoder gets: (num_pieces,) bool, at least one; None: all of them.
+
+        Tokens that lack a piece are dropped: ``plan`` and ``select`` see the others only.
+        """
+        return None
 
     def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | FeaturePooling | None:
         """How to pool the tokens of one image before the language model; None: not at all."""
@@ -286,4 +299,4 @@ def check_method(method: Method, num_layers: int) -> None:
 
 def prunes(method: Method) -> bool:
     """Whether a method can drop or pool anything at all."""
-    return bool(method.cuts) or type(method).plan is not Method.plan
+    return bool(method.cuts) or method.encodes or type(method).plan is not Method.plan

@@ -1,16 +1,16 @@
-"""Methods made of methods: both stages, several cuts."""
+"""Methods made of methods: several stages, several cuts."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from crop.geometry.layout import VisionLayout
+from crop.geometry.pieces import Pieces
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods.base import FeaturePooling, Method, Selection
@@ -60,51 +60,66 @@ class Pyramid(Method):
 
 @dataclass(frozen=True)
 class Compose(Method):
-    """Both stages: one method pools before the language model, another prunes inside it.
+    """Several stages: one method says what is encoded, one pools before the language model, one prunes inside it.
 
     Args:
-        plc: gives ``plan`` and ``pool_mode``.
+        plc: gives ``plan``, ``pool_mode`` and ``observe``.
         ilp: gives ``cuts`` (or ``select``, ``layer`` and ``rows``); its fractions refer to the original tokens.
+        encoder: gives ``encode``.
     Raises:
-        TypeError: not methods.
-    Source: CROP (arXiv 2505.21233) names the two; joining them training-free is our choice.
+        TypeError: not methods of one stage each, fewer than two, or one that observes an encoder which another prunes.
+    Source: CROP (arXiv 2505.21233) names the two in the language model; joining them training-free, and the encoder, are
+        our choice.
     """
 
-    plc: Method
-    ilp: Method
+    plc: Method | None = None
+    ilp: Method | None = None
+    encoder: Method | None = None
 
     def __post_init__(self) -> None:
-        for name in ("plc", "ilp"):
-            if not isinstance(getattr(self, name), Method):
-                raise TypeError(f"Compose: {name} must be a Method, got {getattr(self, name)!r}")
-        pools = [type(one).plan is not Method.plan for one in (self.plc, self.ilp)]
-        if not self.ilp.cuts or self.plc.cuts or pools != [True, False]:
+        given = {name: stage for name in ("plc", "ilp", "encoder") if (stage := getattr(self, name)) is not None}
+        for name, stage in given.items():
+            if not isinstance(stage, Method):
+                raise TypeError(f"Compose: {name} must be a Method, got {stage!r}")
+        does = {
+            name: {"plc": type(stage).plan is not Method.plan, "ilp": bool(stage.cuts), "encoder": stage.encodes}
+            for name, stage in given.items()
+        }
+        if len(given) < 2 or any(here != (name == stage) for name in does for stage, here in does[name].items()):
             raise TypeError(
-                "Compose: plc must pool before the language model (override plan) alone and ilp prune inside it (have a layer) "
-                "alone, "
-                f"got {self.plc!r} and {self.ilp!r}"
+                "Compose: plc must pool before the language model (override plan) alone, ilp prune inside it (have a "
+                "layer) alone, and encoder leave out parts of a picture (override encode) alone, two of them at least, got "
+                + ", ".join(f"{name}={stage!r}" for name, stage in given.items())
             )
+        if self.encoder is not None and self.plc is not None and type(self.plc).observe is not Method.observe:
+            raise TypeError(f"Compose: plc must not observe the encoder that another stage prunes, got {self.plc!r}")
 
-    cuts = property(attrgetter("ilp.cuts"))
-    layer = property(attrgetter("ilp.layer"))
-    rows = property(attrgetter("ilp.rows"))
-    rope = property(attrgetter("ilp.rope"))
-    pool_mode = property(attrgetter("plc.pool_mode"))
+    cuts = property(lambda self: () if self.ilp is None else self.ilp.cuts)
+    layer = property(lambda self: None if self.ilp is None else self.ilp.layer)
+    rows = property(lambda self: (self.ilp or Method).rows)
+    rope = property(lambda self: (self.ilp or Method).rope)
+    pool_mode = property(lambda self: (self.plc or Method).pool_mode)
+    encodes = property(lambda self: self.encoder is not None)
 
     def with_layer(self, default: int) -> Compose:
         """``ilp`` with ``default`` in the place of ``layer="auto"``."""
         resolved = copy.copy(self)
-        object.__setattr__(resolved, "ilp", self.ilp.with_layer(default))
+        object.__setattr__(resolved, "ilp", None if self.ilp is None else self.ilp.with_layer(default))
         return resolved
 
     def observe(self, tower: nn.Module, config: Any, watch: Callable[..., None]) -> None:
         """As ``plc.observe``."""
-        self.plc.observe(tower, config, watch)
+        if self.plc is not None:
+            self.plc.observe(tower, config, watch)
+
+    def encode(self, layout: VisionLayout, region: Region, pieces: Pieces) -> Tensor | None:
+        """As ``encoder.encode``."""
+        return None if self.encoder is None else self.encoder.encode(layout, region, pieces)
 
     def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | FeaturePooling | None:
         """As ``plc.plan``."""
-        return self.plc.plan(layout, region)
+        return None if self.plc is None else self.plc.plan(layout, region)
 
     def select(self, layout: VisionLayout, region: Region) -> Selection | None:
         """As ``ilp.select``."""
-        return self.ilp.select(layout, region)
+        return None if self.ilp is None else self.ilp.select(layout, region)

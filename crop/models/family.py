@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from crop.geometry.layout import VisionLayout
+from crop.geometry.pieces import Encoding, Pieces
 
 Size = tuple[int, int]
 Placed = list[tuple[int, VisionLayout]]
@@ -101,6 +102,28 @@ class DecoderTraits:
     norm: str = "norm"
 
 
+class Encoder(Protocol):
+    """How a tower gets less than it is called with; ``images``: those of one call of it, in its order."""
+
+    def fits(self, config: Any) -> bool:
+        """Whether the tower of a model is one for it."""
+
+    def pieces(self, prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
+        """What can be left out of each image of a prompt."""
+
+    def take(self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]) -> tuple[tuple, dict]:
+        """The arguments of a call of the tower, for the pieces that are taken; all that decides what it will return."""
+
+    def layers(self, tower: nn.Module) -> Sequence[nn.Module]:
+        """Layers at whose input tokens may leave, or nothing does later."""
+
+    def take_at(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of a call of ``layers(tower)[number]``."""
+
+    def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
+        """The tower's output at full length, zeros where nothing was encoded."""
+
+
 @dataclass(frozen=True)
 class ModelFamily:
     """One family of Hugging Face vision-language models.
@@ -116,6 +139,7 @@ class ModelFamily:
             None: the tower does it itself.
         videos: ``images`` places videos too; otherwise they are refused.
         tiles: an image may go through the tower in several rows.
+        encoder: how the tower takes part of the pictures (``models.encoders``); None: it cannot.
         traits: of the decoder.
     """
 
@@ -127,6 +151,7 @@ class ModelFamily:
     projector: str | None = "multi_modal_projector"
     videos: bool = False
     tiles: bool = False
+    encoder: Encoder | None = None
     traits: DecoderTraits = DecoderTraits()
 
     def is_vision(self, config: Any, ids: Tensor) -> Tensor:
@@ -143,6 +168,10 @@ class ModelFamily:
     def vision_tower(self, base: nn.Module) -> nn.Module:
         """The image encoder. ValueError: the model has no such attribute."""
         return self._part(base, "tower", self.tower)
+
+    def encoder_of(self, config: Any) -> Encoder | None:
+        """How the tower of a model with this configuration takes part of the pictures; None: it cannot."""
+        return self.encoder if self.encoder is not None and self.encoder.fits(config) else None
 
     def vision_modules(self, base: nn.Module) -> list[nn.Module]:
         """What makes image features: the encoder and, where it is a module of its own, the projector behind it.

@@ -22,8 +22,8 @@ _REASONS = {
     "every layer is told of every token whether it is text or image, to choose its experts": ("ernie4_5_vl_moe",),
     "its hidden states run in several streams (AltUp)": ("gemma3n",),
     "image features stand before its text, where the prompt has no token for them": ("git",),
-    "a layer sees a chunk of the prompt, whatever a cut has left of it": ("llama4",),
-    "features of the image are added in many of its layers, each another part": ("granite4_vision",),
+    "layers without angles scale a query by its number among the tokens that are left, which a cut would change": ("llama4",),
+    "its images are no part of the embeddings, but added in many of its layers, each another part": ("granite4_vision",),
     "its cache keeps the prompt apart from what is written (reference sliding window)": ("unlimited_ocr",),
     "its layers are mixers of one kind each, of which most carry a state, and none has both attention and experts": (
         "nemotron_h_omni",

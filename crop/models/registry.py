@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from crop.models.anyres import next_images, onevision_images
+from crop.models.anyres import anyres_images, anyres_pieces
+from crop.models.encoders import EQUAL_TILES, GRID, LayerEncoder, TileEncoder
 from crop.models.family import DecoderTraits, ModelFamily
 from crop.models.fixed import (
     fast_vlm_images,
@@ -40,11 +41,13 @@ from crop.models.tiles import (
     tiled_check,
 )
 
-_VISUAL: dict[str, Any] = dict(tower="visual", projector=None)
+_VISUAL: dict[str, Any] = dict(tower="visual", projector=None, encoder=GRID)
 
-_IDEFICS: dict[str, Any] = dict(tower="vision_model", decoder="text_model", projector="connector")
+_IDEFICS: dict[str, Any] = dict(tower="vision_model", decoder="text_model", projector="connector", encoder=EQUAL_TILES)
 
 _DEEPSTACK = DecoderTraits(deepstack_method="_deepstack_process")
+
+_ANYRES = TileEncoder(anyres_pieces)
 
 _COHERE = DecoderTraits(unrotated=("full_attention",))
 
@@ -68,8 +71,8 @@ def families() -> dict[str, ModelFamily]:
 
 
 for _family in (
-    ModelFamily("aya_vision", downsampled_images, tiled_check, tiles=True, traits=_COHERE),
-    ModelFamily("cohere2_vision", downsampled_images, tiled_check, tiles=True, traits=_COHERE),
+    ModelFamily("aya_vision", downsampled_images, tiled_check, tiles=True, encoder=EQUAL_TILES, traits=_COHERE),
+    ModelFamily("cohere2_vision", downsampled_images, tiled_check, tiles=True, encoder=EQUAL_TILES, traits=_COHERE),
     ModelFamily("fast_vlm", fast_vlm_images, llava_check),
     ModelFamily("gemma3", gemma3_images, gemma3_check, traits=_IMAGE),
     ModelFamily("gemma4", gemma4_images, projector="embed_vision", videos=True, traits=_IMAGE),
@@ -79,17 +82,17 @@ for _family in (
     ModelFamily("glm4v_moe", glm_images, **_VISUAL, videos=True),
     ModelFamily("glm_ocr", glm_images, **_VISUAL, videos=True),
     ModelFamily("idefics3", idefics3_images, tiles=True, **_IDEFICS),
-    ModelFamily("internvl", internvl_images, tiled_check, tiles=True),
+    ModelFamily("internvl", internvl_images, tiled_check, tiles=True, encoder=EQUAL_TILES),
     ModelFamily("lighton_ocr", pixtral_images, tower="vision_encoder", projector="vision_projection"),
-    ModelFamily("llava", llava_images, llava_check),
-    ModelFamily("llava_next", next_images, tiles=True),
-    ModelFamily("llava_onevision", onevision_images, tiles=True),
+    ModelFamily("llava", llava_images, llava_check, encoder=LayerEncoder()),
+    ModelFamily("llava_next", anyres_images, tiles=True, encoder=_ANYRES),
+    ModelFamily("llava_onevision", anyres_images, tiles=True, encoder=_ANYRES),
     ModelFamily("mistral3", pixtral_images),
     # Its table is looked up twice in a forward, for images and for markers: one memory would serve neither.
-    ModelFamily("ovis2", ovis2_images, projector=None, tiles=True),
+    ModelFamily("ovis2", ovis2_images, projector=None, tiles=True, encoder=EQUAL_TILES),
     ModelFamily("paddleocr_vl", merged_images, tower="visual", projector="projector"),
     ModelFamily("paligemma", paligemma_images, traits=DecoderTraits(mask="prefix")),
-    ModelFamily("perception_lm", perception_images, tiled_check, tiles=True),
+    ModelFamily("perception_lm", perception_images, tiled_check, tiles=True, encoder=EQUAL_TILES),
     ModelFamily("qwen2_vl", merged_images, **_VISUAL, videos=True),
     ModelFamily("qwen2_5_vl", merged_images, **_VISUAL, videos=True),
     ModelFamily("qwen3_vl", merged_images, **_VISUAL, videos=True, traits=_DEEPSTACK),
@@ -120,8 +123,8 @@ for _family in (
     ModelFamily("lfm3_vl", merged_images, videos=True, traits=_SHORT_CONVOLUTION),
     ModelFamily("got_ocr2", got_images, tiled_check, tiles=True),
     ModelFamily("pp_chart2table", got_images, tiled_check, tiles=True),
-    ModelFamily("qianfan_ocr", internvl_images, tiled_check, tiles=True),
-    ModelFamily("llava_next_video", next_images, tiles=True),
+    ModelFamily("qianfan_ocr", internvl_images, tiled_check, tiles=True, encoder=EQUAL_TILES),
+    ModelFamily("llava_next_video", anyres_images, tiles=True, encoder=_ANYRES),
     ModelFamily("deepseek_vl_hybrid", janus_images, llava_check, tower="vision_model", projector="aligner"),
     ModelFamily(
         "granite_docling",
@@ -135,7 +138,7 @@ for _family in (
     ModelFamily("minicpmv4_6", minicpm_images, projector="merger", traits=_GATED_DELTA, tiles=True),
     ModelFamily("minicpmv4_7", minicpm_images, projector="merger", traits=_GATED_DELTA, tiles=True),
     ModelFamily("minicpm_ocr", minicpm_images, projector="merger", traits=_GATED_DELTA, tiles=True),
-    ModelFamily("vipllava", llava_images, llava_check),
+    ModelFamily("vipllava", llava_images, llava_check, encoder=LayerEncoder()),
 ):
     register_family(_family)
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from crop.geometry.layout import PATCH, VisionLayout
+from crop.geometry.pieces import Encoding
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods.base import FeaturePooling, Method, Selection
+from crop.methods.encoding import planned
 from crop.methods.saliency import patches_of
 from crop.patching.pool_step import PoolStep, pool_step
 
@@ -32,6 +34,7 @@ class ImagePlan:
         pooled: its tokens after pooling, pooled positions.
         selections: by decoder layer, what stays there.
         by_features: what decides in the place of ``plan``, or None.
+        encoding: what the encoder gets of it; None: no method leaves anything out.
     """
 
     sample: int
@@ -40,6 +43,12 @@ class ImagePlan:
     pooled: VisionLayout
     selections: dict[int, Selection]
     by_features: FeaturePooling | None = None
+    encoding: Encoding | None = None
+
+    @property
+    def encoded(self) -> VisionLayout:
+        """Its tokens that are encoded, input positions."""
+        return self.layout if self.encoding is None else self.encoding.left
 
     @property
     def leaders(self) -> Tensor:
@@ -183,6 +192,7 @@ def plan_batch(
     images: Sequence[tuple[int, VisionLayout]],
     regions: Sequence[Region],
     valid: Tensor,
+    encodings: Sequence[Encoding | None] | None = None,
 ) -> BatchPlan:
     """Turn regions into pooling cells and candidate lists.
 
@@ -191,9 +201,12 @@ def plan_batch(
         images: (sample, layout) per image in prompt order.
         regions: one per image.
         valid: (batch, seq_len) bool, False for padding.
+        encodings: what the encoder gets of each; None: all of all.
     """
+    encodings = encodings or [None] * len(images)
     made = [
-        _checked_plan(method.plan(layout, region), layout) for (_, layout), region in zip(images, regions, strict=True)
+        planned(method, layout, region, encoding)
+        for (_, layout), region, encoding in zip(images, regions, encodings, strict=True)
     ]
     by_features = [plan if isinstance(plan, FeaturePooling) else None for plan in made]
     plans = [plan if later is None else later.stand_in() for plan, later in zip(made, by_features, strict=True)]
@@ -214,11 +227,12 @@ def plan_batch(
             for (sample, layout), plan in zip(images, plans, strict=True)
         ]
     found = []
-    for (sample, layout), plan, after, region, later in zip(images, plans, pooled, regions, by_features, strict=True):
+    made = zip(images, plans, pooled, regions, by_features, encodings, strict=True)
+    for (sample, layout), plan, after, region, later, encoding in made:
         if later is not None:  # the kind of a stand-in's tokens says nothing about those that will take their places
             after = replace(after, kind=torch.full_like(after.kind, PATCH))
         selections = _selections(method, layout if later else after, region, len(after))
-        found.append(ImagePlan(sample, layout, plan, after, selections, later))
+        found.append(ImagePlan(sample, layout, plan, after, selections, later, encoding))
     text = _text_after(found, valid) if any(later is not None for later in by_features) else None
     ends = _ends(found, valid, real, pool is not None)
     steps = {cut.layer: _prune_step(cut, found, real, ends) for cut in method.cuts}
@@ -226,7 +240,7 @@ def plan_batch(
     patches = None
     if pool is not None and method.pool_mode == "distinct":
         patches = patches_of(
-            [(image.sample, image.layout) for image in found if image.plan is not None], valid.shape[1]
+            [(image.sample, image.encoded) for image in found if image.plan is not None], valid.shape[1]
         )
     positions = [image.pooled.position for image in found]
     return BatchPlan(found, valid, pool, prunes, positions, text, patches).packed()
@@ -266,20 +280,6 @@ def _text_after(images: Sequence[ImagePlan], valid: Tensor) -> list[Tensor]:
     for image in images:
         begin[image.sample] = int(image.layout.position[-1]) + 1
     return [torch.nonzero(row[first:]).flatten() + first for row, first in zip(valid, begin, strict=True)]
-
-
-def _checked_plan(plan: Any, layout: VisionLayout) -> PoolPlan | FeaturePooling | None:
-    if plan is None:
-        return None
-    if not isinstance(plan, (PoolPlan, FeaturePooling)):
-        raise TypeError(
-            f"patch: plan() of a method must return a PoolPlan, a FeaturePooling or None, got {type(plan).__name__}"
-        )
-    if isinstance(plan, FeaturePooling) and not 1 <= plan.num_out <= len(layout):
-        raise ValueError(f"patch: num_out of a FeaturePooling must be in [1, {len(layout)}], got {plan.num_out}")
-    if plan.num_tokens != len(layout):
-        raise ValueError(f"patch: plan() must cover the image's {len(layout)} tokens, got {plan.num_tokens}")
-    return plan
 
 
 def _ends(images: Sequence[ImagePlan], valid: Tensor, real: Tensor, pooled: bool) -> list[int]:

@@ -19,9 +19,12 @@ OLDEST = (5, 17)  # transformers
 
 _UNEQUAL = "a static cache needs layers of equal length; use patch(..., cache='uniform')"
 
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
 # Methods of a model that a block replaces.
-GENERATE, EXPAND, PREPARE, MAKE_MASKS, CONTINUOUS = (
+GENERATE, ENCODE, EXPAND, PREPARE, MAKE_MASKS, CONTINUOUS = (
     "generate",
+    "_maybe_prepare_encoder_kwargs_for_generation",
     "_expand_inputs_for_generation",
     "prepare_inputs_for_generation",
     "create_masks_for_generate",
@@ -70,6 +73,21 @@ def token_ids(arguments: Mapping[str, Any]) -> Tensor | None:
     return arguments.get("input_ids")
 
 
+def brings_pixels(arguments: Mapping[str, Any]) -> bool:
+    """Whether the model itself will call its vision tower."""
+    return any(arguments.get(name) is not None for name in PIXELS.values())
+
+
+def encoded_by_generate(encode: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """What the model is going to be called with, from a call of ``ENCODE``: ids behind the cache, pixels as they come."""
+    given = inspect.signature(encode).bind(*args, **kwargs).arguments
+    arguments = dict(given["model_kwargs"])
+    ids = given["inputs_tensor"] if given["model_input_name"] == "input_ids" else token_ids(arguments)
+    cache = cache_of(arguments)
+    past = 0 if cache is None else cache.get_seq_length()
+    return arguments | {"input_ids": None if ids is None else ids[:, past:]}
+
+
 def cache_of(arguments: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a call, under either name; None: there is none."""
     return arguments.get("cache") if arguments.get("cache") is not None else arguments.get("past_key_values")
@@ -92,8 +110,7 @@ def brings_images(arguments: Mapping[str, Any], videos: bool) -> bool:
         ValueError: it carries a video, and ``videos`` is False.
     """
     encoded = arguments.get("mm_encoder_outputs") or {}
-    images = arguments.get("pixel_values") is not None or encoded.get("image") is not None
-    frames = arguments.get("pixel_values_videos") is not None or encoded.get("video") is not None
+    images, frames = (arguments.get(name) is not None or encoded.get(kind) is not None for kind, name in PIXELS.items())
     if frames and not videos:
         raise ValueError("patch: the prompt must hold images only, got video; give the frames as images")
     return images or frames

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from crop.geometry.layout import VisionLayout
+from crop.geometry.pieces import Encoding
 from crop.geometry.region import Region
 from crop.methods.base import Method, check_choice, check_method, prunes
-from crop.models import ModelFamily, Prompt, family_of
+from crop.methods.encoding import encoding_of
+from crop.models import ModelFamily, Placed, Prompt, families, family_of
 from crop.patching import hf
 from crop.patching.batch_plan import BatchPlan, plan_batch
 from crop.patching.cache import cache_state
@@ -56,6 +58,13 @@ class Planner:
         self.slides = self.makes_masks and self.family.traits.mask == "causal"  # the language model makes them
         self.method = method or Method()
         self.prunes = prunes(self.method)
+        self.encoder = self.family.encoder_of(model.config)
+        if self.method.encodes and self.encoder is None:
+            able = ", ".join(sorted(name for name, one in families().items() if one.encoder is not None))
+            raise ValueError(
+                "patch: a method that prunes before the encoder needs a family whose encoder takes part of a picture, one "
+                f"of {able}, got {self.family.model_type!r}; leave EncoderPruning out"
+            )
         if self.prunes:  # else nothing can be wrong
             self.family.check_decoder(self.language_model)
             hf.refuse_decoder(self.family, config, self.positions, self.uniform)
@@ -88,11 +97,20 @@ class Planner:
         Raises:
             ValueError: as ``patch``.
         """
-        # A default device of the user's is not for the host's geometry.
-        with contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
-            return self._plan(arguments, given, copies)
+        with _on_the_host():
+            found = self._prompt(arguments, given, copies)
+            return None if found is None else self._plan(*found, arguments, copies)
 
-    def _plan(self, arguments: Mapping[str, Any], given: Mapping[str, Any] | None, copies: int) -> BatchPlan | None:
+    def encodings(self, arguments: Mapping[str, Any]) -> list[Encoding | None]:
+        """What the encoder gets of each image, as in ``plan``; for calls of the tower alone, where nothing is repeated."""
+        with _on_the_host():
+            found = self._prompt(arguments, None, 1)
+            return [] if found is None else self._encodings(found[0], self.family.images(found[0]), 1)
+
+    def _prompt(
+        self, arguments: Mapping[str, Any], given: Mapping[str, Any] | None, copies: int
+    ) -> tuple[Prompt, Tensor] | None:
+        """What the family gets to see of a call, and (batch, seq_len) which tokens are real; None where it holds no image."""
         ids = hf.token_ids(arguments)
         if ids is None and self.prunes:
             raise ValueError(
@@ -105,19 +123,35 @@ class Planner:
         if not self.family.is_vision(self.model.config, ids).any():
             return None
         prompt = Prompt(self.model.config, ids[::copies], given or arguments, self.image_processor, self.image_sizes)
-        images = _repeated(self.family.images(prompt), copies)
-        return self._plan_images(ids, valid, images, arguments, copies) if images else None
+        return prompt, valid
 
-    def _plan_images(
-        self,
-        ids: Tensor,
-        valid: Tensor,
-        images: list[tuple[int, VisionLayout]],
-        arguments: Mapping[str, Any],
-        copies: int,
-    ) -> BatchPlan:
+    def _regions(self, images: Placed, copies: int) -> list[Region]:
+        """One per image of a call."""
         regions = [Region.whole()] if self.regions is None else self.regions
-        regions = one_per_image("region", regions, [sample for sample, _ in images], copies)
+        return one_per_image("region", regions, [sample for sample, _ in images], copies)
+
+    def _encodings(self, prompt: Prompt, placed: Placed, copies: int) -> list[Encoding | None]:
+        """One per image of a call, whose samples are repeated after ``placed``; None where nothing is left out."""
+        images = _repeated(placed, copies)
+        if not self.method.encodes:
+            return [None] * len(images)
+        pieces = self.encoder.pieces(prompt, [layout for _, layout in placed])
+        owners = [sample for sample, _ in placed]
+        pieces = _repeated(list(zip(owners, pieces, strict=True)), copies)
+        video = getattr(prompt.config, "video_token_id", None) if self.family.videos else None
+        return [
+            encoding_of(
+                self.method, layout, region, part, int(prompt.ids[sample // copies, layout.position[0]]) == video
+            )
+            for (sample, layout), (_, part), region in zip(images, pieces, self._regions(images, copies), strict=True)
+        ]
+
+    def _plan(self, prompt: Prompt, valid: Tensor, arguments: Mapping[str, Any], copies: int) -> BatchPlan | None:
+        placed, ids = self.family.images(prompt), hf.token_ids(arguments)
+        images = _repeated(placed, copies)
+        if not images:
+            return None
+        regions, encodings = self._regions(images, copies), self._encodings(prompt, placed, copies)
         if self.prunes:
             hf.refuse_unsupported(arguments, ids, self.language_model, self.uniform)
         cache = hf.cache_of(arguments)
@@ -139,7 +173,7 @@ class Planner:
                 f"patch: rope must be True for an image that follows a cache, got False and {past} cached "
                 "tokens; score with positions, or process the whole conversation without a cache"
             )
-        plan = plan_batch(self.method, images, regions, valid)
+        plan = plan_batch(self.method, images, regions, valid, encodings)
         filled = plan.pool is None or plan.pool.filled is None
         if past and not (filled and all(step.full for step in plan.prunes.values())) and self._carries_states:
             # Fillers stand before the new tokens, where a state that is not empty decays.
@@ -152,9 +186,15 @@ class Planner:
         return plan
 
 
-def _repeated(images: list[tuple[int, VisionLayout]], copies: int) -> list[tuple[int, VisionLayout]]:
+def _repeated(images: Sequence[tuple[int, Any]], copies: int) -> list[tuple[int, Any]]:
+    """(sample, what is said of an image) each, as generate() repeats samples."""
     return [
-        (sample * copies + copy, layout)
+        (sample * copies + copy, image)
         for sample, own in itertools.groupby(images, key=lambda entry: entry[0])
-        for copy, layout in itertools.product(range(copies), [layout for _, layout in own])
+        for copy, image in itertools.product(range(copies), [image for _, image in own])
     ]
+
+
+def _on_the_host() -> AbstractContextManager[Any]:
+    """A default device of the user's is not for the host's geometry."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")

@@ -6,13 +6,14 @@ found through a context variable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from crop import ops
+from crop.geometry.pieces import Encoding
 from crop.patching.batch_plan import BatchPlan
 from crop.patching.cache import CacheState, cache_state
 from crop.patching.positions import close_gaps
@@ -27,11 +28,23 @@ class VisionRun:
     Args:
         marks: at the tower's last begin and end. decoder_start: at the language model's begin.
         observed: what the method's ``observe`` read last, by number of its watch, one row per image of the tower each.
+        encodings: the images of each call of the tower that is still to come, where it gets less than all of them.
+        running: those of the call that runs now.
     """
 
     marks: list[Any] = field(default_factory=list)
     decoder_start: Any = None
     observed: dict[int, Tensor] = field(default_factory=dict)
+    encodings: list[list[Encoding]] = field(default_factory=list)
+    running: list[Encoding] | None = None
+
+
+def by_tower_call(encodings: Sequence[Encoding | None]) -> list[list[Encoding]]:
+    """The images of each call of the tower: models encode pictures first, then videos; none where all of them is encoded."""
+    found = [one for one in encodings if one is not None]
+    if all(one.whole for one in found):
+        return []
+    return [call for kind in (False, True) if (call := [one for one in found if one.video == kind])]
 
 
 @dataclass

@@ -63,6 +63,11 @@ class PrefillStats:
         return [image.layout.num_original for image in self.images]
 
     @property
+    def tokens_encoded(self) -> list[int]:
+        """Vision tokens per image that the encoder made, newlines of their rows included."""
+        return [len(image.encoded) for image in self.images]
+
+    @property
     def tokens_after_plc(self) -> list[int]:
         """Vision tokens per image that enter the language model."""
         return [len(image.pooled) for image in self.images]
@@ -136,7 +141,7 @@ class PruneStats:
     """What a ``patch`` block did.
 
     Every attribute of :class:`PrefillStats` is here, too, and tells of the last prefill (inside a call of the model: of
-    that call's): ``layouts``, ``tokens_before``, ``tokens_after_plc``, ``tokens_after_ilp``, ``tokens_from``,
+    that call's): ``layouts``, ``tokens_before``, ``tokens_encoded``, ``tokens_after_plc``, ``tokens_after_ilp``, ``tokens_from``,
     ``layer_average``, ``plans``, ``pooled``, ``kept``, ``kept_at(layer)``, ``seconds``.
 
     Attributes:

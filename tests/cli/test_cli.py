@@ -21,7 +21,7 @@ from crop.cli import options
 from crop.cli.ask import STAGES
 from crop.embedded import scenes
 from crop.geometry.region import Region
-from crop.localizers.ocr.reader import PACKAGES
+from crop.localizers.ocr.engine import PACKAGES
 from tests.cli.conftest import SCENE
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loaded_once")

@@ -6,8 +6,10 @@ import argparse
 import importlib.machinery
 import importlib.util
 import json
+import os
 import shlex
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -107,3 +109,22 @@ def test_a_server_that_does_not_start_is_its_exit_status(vllm, capsys, monkeypat
     monkeypatch.setattr(serve_command, "server_command", lambda options: stand_in)
     assert main(["serve", "embedded", "--port", "1"]) == 3
     assert "ready" not in capsys.readouterr().out
+
+
+def test_who_ends_the_command_ends_the_server():
+    """The stand-in says its process id and sleeps."""
+    sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    code = f"""
+import importlib.util, sys
+from crop.cli import main, serve_command
+importlib.util.find_spec = lambda name: True
+serve_command.server_command = lambda options: [sys.executable, "-c", {sleeper!r}, "--model", "M"]
+serve_command.check_model = lambda model: None
+main.main(["serve", "M", "--port", "1"])
+"""
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    server = int(next(line for line in command.stdout if line.strip().isdigit()))
+    command.terminate()
+    assert command.wait(timeout=20) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)

@@ -58,7 +58,7 @@ def test_counts_are_those_of_the_run(prompt: tuple[Any, dict[str, Any]], method:
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     assert predicted.after.kv_bytes == held
     layers = DecoderGeometry.of(model.model.language_model).layers
-    token = sum(2 * layer.num_kv_heads * layer.head_dim * 4 for layer in layers)
+    token = sum(layer.cached * 4 for layer in layers)
     assert predicted.before.kv_bytes == token * inputs["input_ids"].numel()
     assert predicted.after.flops < predicted.before.flops
 
@@ -119,7 +119,7 @@ def test_localizer_must_be_earned_back(prompt: tuple[Any, dict[str, Any]], monke
 @pytest.mark.fast
 def test_speed_is_interpolated() -> None:
     speed = Speed(**FREE | dict(matrices=(1.0, 2.0, 4.0, 16.0)))
-    layer = LayerGeometry(weights=3, num_heads=1, num_kv_heads=1, head_dim=1)
+    layer = LayerGeometry(weights=3, num_heads=1, head_dim=1, value_dim=1, cached=2)
     found = [speed.matrix_seconds(layer, n) for n in (1, 16, 40, 64, 256, 1024, 2048)]
     assert found == [3, 3, 4.5, 6, 12, 48, 96]
 

@@ -72,10 +72,9 @@ def held(cache: Any) -> int:
 
 
 def _tensors(part: Any) -> list[torch.Tensor]:
-    """transformers 5.24 keeps several states of a layer by number."""
-    if part is None or isinstance(part, torch.Tensor):
-        return [] if part is None else [part]
-    return list(part.values() if isinstance(part, dict) else part)
+    """transformers 5.24 keeps several states of a layer by number; a convolution has but one of the two."""
+    parts = part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else [part]
+    return [one for one in parts if one is not None]
 
 
 @functools.cache

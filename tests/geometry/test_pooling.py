@@ -24,7 +24,7 @@ from tests.support.layouts import (
 
 pytestmark = pytest.mark.fast
 
-quick = settings(max_examples=150, deadline=None)
+quick = settings(max_examples=150)
 
 
 def int_tensor(*values: int) -> torch.Tensor:

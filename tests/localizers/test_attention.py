@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 from crop import ops
 from crop.cli.ask import EMBEDDED, load
@@ -15,10 +16,11 @@ from crop.localizers import (
 from crop.localizers.vision_cache import cache_vision
 from crop.models.attention_hook import attention_hook
 from crop.patching.patch import patch
+from tests.support.batches import make_batch, make_sample
 from tests.support.cases import count_vision_calls, families, get_model
 from tests.support.families.entry import ATTENTIONS, IMAGE, NUM_LAYERS
 from tests.support.localizing import PICTURE, Processor, names, state
-from tests.support.tiny_families import THOROUGH
+from tests.support.tiny_families import FAMILIES, THOROUGH
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 attentions = pytest.mark.parametrize("attention", ATTENTIONS)
@@ -251,3 +253,24 @@ def test_attention_of_the_carried_model_is_sure_of_parts_alone():
             found[question.region.is_whole].append(find(scene.image, question.text).is_whole)
     assert len(found[True]) > 15 and sum(found[True]) > 0.7 * len(found[True])  # the whole picture: measured 87 %
     assert len(found[False]) > 50 and sum(found[False]) < 0.1 * len(found[False])  # a part of it: measured 1 %
+
+
+def test_of_tiles_the_view_of_the_whole_image_is_enough():
+    """The encoder gets one tile, the decoder its tokens alone, and the region is one of the picture."""
+    model, family, seen = get_model("internvl"), FAMILIES["internvl"], []
+
+    class Tiles(Processor):
+        def __init__(self):
+            self.image_processor = family.processor()
+            self.batch = make_batch([make_sample("internvl", [4, family.sizes[0], 7])], "none")
+
+    first = next(part for part in model.model.vision_tower.modules() if isinstance(part, torch.nn.Conv2d))
+    handle = first.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    find = AttentionLocalizer(model, Tiles(), prompt=str, overview=True)
+    found = find.attend(Image.new("RGB", family.sizes[0]), "?")
+    handle.remove()
+    whole = found.layout.view == 1  # behind the tiles
+    assert whole.sum() == 16 and (found.question[:, whole] > 0).all() and (found.question[:, ~whole] == 0).all()
+    assert seen == [1]
+    every = localizer(get_model("llava"), "llava", overview=True).attend(PICTURE, "?")
+    assert (every.question > 0).all()  # no such view

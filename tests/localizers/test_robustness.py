@@ -19,10 +19,10 @@ from crop.cli import main as cli
 from crop.cli.ask import load
 from crop.cli.images import open_image, upright_size
 from crop.localizers import OCRLocalizer, get_localizer
-from crop.localizers.ocr import reader
+from crop.localizers.ocr.engine import PACKAGES
 from crop.localizers.ocr.reader import Page, Reader
 
-MISSING = [package for module, package in reader.PACKAGES.items() if importlib.util.find_spec(module) is None]
+MISSING = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
 extra = pytest.mark.skipif(bool(MISSING), reason=f"extra ocr is not installed: {', '.join(MISSING)}")
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREY = (np.arange(12).reshape(3, 4) * 20).astype(np.uint8)

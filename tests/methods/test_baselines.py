@@ -43,6 +43,7 @@ from tests.support.cases import (
     regions_of,
 )
 from tests.support.families.entry import NUM_LAYERS
+from tests.support.masked_tower import class_token_attention
 from tests.support.oracle import Oracle
 from tests.support.snapshot import assert_unchanged, snapshot
 from tests.support.tiny_families import FAMILIES, THOROUGH
@@ -237,7 +238,9 @@ def test_what_is_observed_is_the_towers_attention():
 
     with patched(model, Probe(0.5), batch):
         model(**batch.inputs)
-    wanted = oracle.tower_attention(batch.samples[0].images[0].arguments["pixel_values"])
+    wanted = class_token_attention(
+        oracle.model.model.vision_tower, batch.samples[0].images[0].arguments["pixel_values"]
+    )
     torch.testing.assert_close(seen[0], wanted, atol=1e-6, rtol=1e-4)
 
 

@@ -20,7 +20,7 @@ from tests.support.layouts import (
 
 pytestmark = pytest.mark.fast
 
-quick = settings(max_examples=80, deadline=None)
+quick = settings(max_examples=80)
 
 
 def kept_by(selection: Selection | None, scores: list[float]) -> list[int]:
@@ -128,7 +128,7 @@ def test_ilp_keeps_exactly_the_budget_and_the_region_first(layout, region, data)
 
 
 @given(layouts, regions, st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_ilp_is_monotone_in_keep(layout, region, data):
     scores = data.draw(st.lists(unit, min_size=len(layout), max_size=len(layout)))
     previous: set[int] = set()

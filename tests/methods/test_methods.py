@@ -23,7 +23,7 @@ from tests.support.layouts import (
 
 pytestmark = pytest.mark.fast
 
-quick = settings(max_examples=80, deadline=None)
+quick = settings(max_examples=80)
 
 
 @pytest.mark.parametrize("make", [lambda keep: PreLLMCompression(keep=keep), InnerLLMPruning])

@@ -26,7 +26,7 @@ from tests.support.layouts import (
 
 pytestmark = pytest.mark.fast
 
-quick = settings(max_examples=80, deadline=None)
+quick = settings(max_examples=80)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_fit_strides_is_the_first_that_fits(height, width, box, ring, budget):
 
 
 @given(layouts, regions)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_larger_budgets_are_never_coarser(layout, region):
     level = layout.levels(region, 2)
     previous = (math.inf,) * 3

@@ -16,7 +16,7 @@ from tests.support.families.entry import PATCH
 from tests.support.families.squares import LLAVA_GRID
 from tests.support.processors import image_processor
 from tests.support.tiny_families import build_model
-from tests.support.written import TILES, written
+from tests.support.written import SHAPED, TILES, written
 
 pytestmark = pytest.mark.fast
 
@@ -142,13 +142,15 @@ def test_a_wrong_attribute_is_named():
             use(replace(family, **{part: "sight"}))
 
 
-@pytest.mark.parametrize("kind", list(TILES))
+@pytest.mark.parametrize("kind", ["AyaVision", "Cohere2Vision", "Idefics3", "SmolVLM", "GraniteDocling"])
 def test_images_beside_each_other_are_told_apart(kind):
     """Prompts without a word between their images, and with one."""
     config, grids = TILES[kind], [(2, 3), (1, 1), (1, 2), (3, 1)]
     cut = [rows * columns > 1 for rows, columns in grids]
     counts = [rows * columns + many for (rows, columns), many in zip(grids, cut, strict=True)]
-    rows, columns = ([side * many for side, many in zip(sides, cut, strict=True)] for sides in zip(*grids, strict=True))
+    rows, columns = map(list, zip(*grids, strict=True))
+    if kind != "GraniteDocling":  # which writes one tile as a row of one
+        rows, columns = ([side * many for side, many in zip(sides, cut, strict=True)] for sides in (rows, columns))
     told = {"num_patches": counts, "rows": [rows], "cols": [columns]}
     images = [written(config, told, number)[:-1] for number in range(len(grids))]
     for between in ([], [ord(".")]):
@@ -160,3 +162,33 @@ def test_images_beside_each_other_are_told_apart(kind):
         assert [len(layout) for _, layout in found] == [25 * counts[number] for number in (0, 1, 2, 3, 2, 0)]
         if "Vision" not in kind:
             assert [layout.extent for _, layout in found[:4]] == [(2, 10, 15), (1, 5, 5), (2, 5, 10), (2, 15, 5)]
+
+
+@pytest.mark.parametrize("kind", list(SHAPED))
+def test_images_of_other_shapes_are_told_apart(kind):
+    """Tiles of 5 x 5 tokens; where it has a shape of its own, the whole is of 2 x 3."""
+    config, grids, order = SHAPED[kind], [(2, 3), (1, 1), (1, 2), (3, 1)], (0, 1, 2, 3, 2, 0)
+    cut = [rows * columns * (rows * columns > 1) for rows, columns in grids]
+    rows, columns = (list(sides) for sides in zip(*grids, strict=True))
+    told = {"rows": [rows], "cols": [columns], "image_rows": rows, "image_cols": columns, "image_sizes": [[28, 42]] * 4}
+    if kind == "Lfm2Vl":
+        shapes = [[[10, 10]] * count + [[4, 6]] for count in cut]
+        arguments = {"spatial_shapes": torch.tensor([shape for number in order for shape in shapes[number]])}
+    else:
+        shapes = [[[8, 12]] + [[20, 20]] * count for count in cut]
+        flat = torch.tensor([shape for image in shapes for shape in image])
+        whole = [list(grid) if count else [0, 0] for grid, count in zip(grids, cut, strict=True)]
+        told |= {"grids": whole, "num_patches_per_image": [count + 1 for count in cut], "target_sizes": flat}
+        arguments = {"target_sizes": torch.tensor([shape for number in order for shape in shapes[number]])}
+    images = [written(config, told, number)[:-1] for number in range(len(grids))]
+    alone = 25 if kind == "GraniteDocling" else 6
+    for between in ([], [ord(".")]):
+        long = [token for image in images for token in (*image, *between)] + [ord("?")]
+        short = [ord("?"), *images[2], *between, *images[0], ord("?")]
+        ids = torch.tensor([long, [*short, *[0] * (len(long) - len(short))]])
+        found = families()[config.model_type].images(Prompt(config, ids, arguments))
+        assert [sample for sample, _ in found] == [0, 0, 0, 0, 1, 1]
+        assert [len(layout) for _, layout in found] == [25 * cut[number] + alone for number in order]
+        if kind != "Lfm2Vl":  # it needs the processor for more
+            extents = {0: (2, 10, 15), 2: (2, 5, 10), 3: (2, 15, 5)}
+            assert all(found[number][1].extent == extent for number, extent in extents.items())

@@ -124,7 +124,7 @@ def select_arguments(draw: Any) -> tuple[Tensor, list[int], dict[str, Tensor]]:
     return grid(number, torch.float32), budget, kwargs
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(select_arguments())
 def test_select_properties(arguments: tuple[Tensor, list[int], dict[str, Tensor]]) -> None:
     score, budget, kwargs = arguments

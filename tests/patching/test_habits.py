@@ -137,7 +137,7 @@ def test_a_default_that_generate_drops_is_no_reason_to_refuse():
 
 
 def test_stages_the_wrong_way_round_are_refused():
-    with pytest.raises(TypeError, match="plc must pool before the language model .* and ilp prune inside it"):
+    with pytest.raises(TypeError, match="plc must pool before the language model .* ilp prune inside it"):
         Compose(InnerLLMPruning(0.1), PreLLMCompression(keep=0.5))
 
 

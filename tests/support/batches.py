@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from crop.geometry.layout import VisionLayout
+from crop.geometry.pieces import Pieces
 from crop.models import Prompt
 from crop.models.registry import families
 from tests.support.families.entry import PAD, Image, text_tokens
@@ -34,6 +35,11 @@ class Sample:
     def layouts(self) -> list[VisionLayout]:
         """Geometry of each image by the package's adapter, which tests of its own hold to the processors."""
         return list(_layouts(self.prompt()))
+
+    def pieces(self) -> list[Pieces]:
+        """What the family's encoder can leave out of each image; tests of their own hold it to the encoder."""
+        encoder = families()[get_config(self.family).model_type].encoder
+        return encoder.pieces(_prompt(self.prompt()), self.layouts())
 
     def spans(self) -> list[tuple[int, ...]]:
         """Positions of each image's vision tokens."""
@@ -61,14 +67,18 @@ class Sample:
 def _layouts(prompt: Sample) -> tuple[VisionLayout, ...]:
     if not prompt.images:
         return ()
-    family, config = FAMILIES[prompt.family], get_config(prompt.family)
-    processor, inputs = None if family.processor is None else family.processor(), prompt.inputs()
+    config = get_config(prompt.family)
     if config.model_type not in families():
         raise ValueError(
             f"{prompt.family}: model_type must be registered in crop/models/registry.py, got {config.model_type!r}"
         )
-    call = Prompt(config, inputs["input_ids"], inputs, processor, [image.size for image in prompt.images])
-    return tuple(layout for _, layout in families()[config.model_type].images(call))
+    return tuple(layout for _, layout in families()[config.model_type].images(_prompt(prompt)))
+
+
+def _prompt(prompt: Sample) -> Prompt:
+    family, inputs = FAMILIES[prompt.family], prompt.inputs()
+    processor, sizes = None if family.processor is None else family.processor(), [image.size for image in prompt.images]
+    return Prompt(get_config(prompt.family), inputs["input_ids"], inputs, processor, sizes)
 
 
 @dataclass

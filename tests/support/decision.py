@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 NEAR_TIE = 1e-5  # relative gap below which float32 may decide otherwise
@@ -17,6 +19,7 @@ class Decision:
     Attributes:
         mode: "mean", "max" or "distinct" pooling.
         patches: per image, the indices of its tokens that are no padding and no newline.
+        encoded: per image, the indices of its tokens that the encoder made; empty: all of all.
         cells: per image, one (members, leader) per token after pooling, as indices in the image.
         cuts: (first decoder layer without the others, cells that are left per image), ascending.
         scores: per image, the float64 attention mass of every cell at the last cut (empty where not computed).
@@ -25,6 +28,7 @@ class Decision:
 
     mode: str = "mean"
     patches: tuple[tuple[int, ...], ...] = ()
+    encoded: tuple[tuple[int, ...], ...] = ()
     cells: tuple[tuple[tuple[tuple[int, ...], int], ...], ...] = ()
     cuts: tuple[tuple[int, Kept], ...] = ()
     scores: tuple[tuple[float, ...], ...] = ()
@@ -68,6 +72,32 @@ class Steps:
 
     tokens: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+
+
+def encoded(method: Any, layout: Any, region: Any, pieces: Any) -> list[int]:
+    """Ascending indices of an image's tokens all of whose pieces are encoded; `pieces` None: all.
+
+    A newline has none; it goes with its row, of which something must be encoded.
+    """
+    taken = None if pieces is None else method.encode(layout, region, pieces)
+    if taken is None or taken.all():
+        return list(range(len(layout)))
+    made_of = [[p for p in row if p >= 0] for row in pieces.of_token.tolist()]
+    known = [n for n, own in enumerate(made_of) if own and all(taken[p] for p in own)]
+    rows = {(int(layout.view[n]), int(layout.row[n])) for n in known}
+    newlines = [n for n, own in enumerate(made_of) if not own]
+    return sorted(known + [n for n in newlines if (int(layout.view[n]), int(layout.row[n])) in rows])
+
+
+def cells_of(plan: Any, part: Any, known: list[int]) -> tuple[tuple, Any]:
+    """(members, leader) of every cell of one image, and its layout after pooling; `known`: its tokens that are encoded, of
+    which `part` is the layout and for which `plan` was made."""
+    if plan is None:
+        return tuple(((n,), n) for n in known), part
+    edges, leaders = plan.offsets.tolist(), [known[n] for n in plan.leader.tolist()]
+    members = [known[n] for n in plan.members.tolist()]
+    cells = tuple((tuple(members[edges[c] : edges[c + 1]]), leader) for c, leader in enumerate(leaders))
+    return cells, part.pool(plan, torch.arange(len(leaders)))
 
 
 def choose(

@@ -23,8 +23,9 @@ from torch import Tensor
 from crop.geometry.layout import PATCH
 from crop.methods.base import FeaturePooling, Features
 from tests.support.batches import Sample
-from tests.support.decision import Decision, Kept, Steps, choose
+from tests.support.decision import Decision, Kept, Steps, cells_of, choose, encoded
 from tests.support.families.entry import PAD, Family
+from tests.support.masked_tower import attending_to, class_token_attention
 from tests.support.sight import visible
 
 GRIDS = {  # what positions follow from: argument of the model -> of `get_rope_index`
@@ -48,22 +49,32 @@ class Oracle:
         layers = [layer for layer in family.cuts if layer >= 2]
         self.default_layer = layers[0] if layers else family.cuts[-1]
         self.shares = "shared_kv_states" in inspect.signature(self.decoder.layers[0].forward).parameters
-        self._features: dict[Sample, tuple[Tensor, list[Tensor]]] = {}
+        self._features: dict[tuple, tuple[Tensor, list[Tensor]]] = {}
+        self.tower_cut: int | None = None  # layer of the tower from which on it attends to what is encoded alone
         self._markers: dict[Sample, list[tuple[int, Tensor]]] = {}
         self._forwards: dict[tuple, tuple[Tensor, list[int]]] = {}
 
     # ------------------------------------------------------------------------------ full sequence
-    def features(self, prompt: Sample) -> tuple[Tensor, list[Tensor]]:
+    def features(self, prompt: Sample, encoded: tuple[tuple[int, ...], ...] = ()) -> tuple[Tensor, list[Tensor]]:
         """(tokens,) which rows stand for an image or a video; rows of the vision encoder for them, in prompt order, and
-        those of every further level that the decoder adds between its layers."""
-        if prompt not in self._features:
+        those of every further level that the decoder adds between its layers. `encoded`: as in `Decision`."""
+        key = prompt, encoded
+        if key not in self._features:
             inputs, base, streams = prompt.inputs(), self.model.model, []
             for name, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
                 if pixels not in inputs:
                     continue
                 encode = getattr(base, f"get_{name}_features")
                 wanted = [*inspect.signature(encode).parameters, "image_sizes"]
-                out = encode(**{key: value for key, value in inputs.items() if key in wanted}, return_dict=True)
+                mine = [
+                    (len(span), own)
+                    for image, span, own in zip(prompt.images, prompt.spans(), encoded, strict=False)
+                    if pixels in image.arguments
+                ]
+                with attending_to(
+                    getattr(base, self.family.tower), mine, inputs.get(f"{name}_grid_thw"), self.tower_cut
+                ):
+                    out = encode(**{one: value for one, value in inputs.items() if one in wanted}, return_dict=True)
                 marks = getattr(out, "visual_indicator_features", None)  # what markers between tiles are to Ovis2
                 if marks is not None:
                     self._markers[prompt] = list(zip(self.model.config.visual_indicator_token_ids, marks, strict=True))
@@ -76,14 +87,14 @@ class Oracle:
             levels = [torch.zeros(len(prompt.ids), level.shape[1]) for level in streams[0][1]] if streams else []
             for here, found in streams:
                 levels = [full.index_put((here,), level) for full, level in zip(levels, found, strict=True)]
-            self._features[prompt] = is_vision, [level[is_vision] for level in levels]
-        return self._features[prompt]
+            self._features[key] = is_vision, [level[is_vision] for level in levels]
+        return self._features[key]
 
-    def embed(self, sample: Sample) -> tuple[Tensor, list[Tensor]]:
+    def embed(self, sample: Sample, encoded: tuple[tuple[int, ...], ...] = ()) -> tuple[Tensor, list[Tensor]]:
         """Input embeddings of the whole sequence, (tokens, hidden): text rows and vision rows; what the decoder adds to
         the rows after its first layers, one (tokens, hidden) per layer."""
         rows = self.model.get_input_embeddings()(torch.tensor(sample.ids))
-        is_vision, levels = self.features(sample.prompt())
+        is_vision, levels = self.features(sample.prompt(), encoded)
         is_vision = torch.cat([is_vision, is_vision.new_zeros(len(sample.ids) - len(is_vision))])
         if levels:
             rows = rows.index_put((is_vision,), levels[0])
@@ -171,7 +182,7 @@ class Oracle:
         `prompt`: in every layer the rows from this position on see what the last cut leaves (a uniform cache).
         """
         with torch.set_grad_enabled(self.grad):
-            rows, (full, added) = self.rows(sample, decision), self.embed(sample)
+            rows, (full, added) = self.rows(sample, decision), self.embed(sample, decision.encoded)
             weight = self.weights(full, sample, decision)
             extra = self.per_layer(sample, rows)
             hidden, *added = (self.pool(level, rows, decision.mode, weight) for level in (full, *added))
@@ -277,54 +288,46 @@ class Oracle:
         """
         method, decision, pooled = method.with_layer(self.default_layer), previous or Decision(), []
         fresh = range(len(decision.cells), len(decision.cells) + len(regions))
-        for number, region, layout in zip(fresh, regions, layouts, strict=True):
-            cells, after = self._cells(method, region, sample, number, layout)
+        pieces = sample.pieces()[fresh.start :] if method.encodes and fresh else [None] * len(fresh)
+        known = [encoded(method, layout, *more) for layout, *more in zip(layouts, regions, pieces, strict=True)]
+        decision = replace(decision, encoded=(*decision.encoded, *map(tuple, known)) if method.encodes else ())
+        for number, region, layout, mine in zip(fresh, regions, layouts, known, strict=True):
+            part = layout.take(torch.tensor(mine))
+            plan = method.plan(part, region)
+            if isinstance(plan, FeaturePooling):
+                cells, after = self._cells_by_features(plan, method, sample, number, mine, decision.encoded), layout
+            else:
+                cells, after = cells_of(plan, part, mine)
             cuts = tuple((first, (*kept, tuple(range(len(cells))))) for first, kept in decision.cuts)
             decision = replace(decision, cells=(*decision.cells, cells), cuts=cuts)
             pooled.append(after)
         mode = getattr(method, "pool_mode", "mean")
         if mode == "distinct":
-            found = [tuple(torch.nonzero(layout.kind == PATCH).flatten().tolist()) for layout in layouts]
+            pairs = zip(layouts, known, strict=True)
+            found = [tuple(n for n in mine if layout.kind[n] == PATCH) for layout, mine in pairs]
             decision = replace(decision, patches=(*decision.patches, *found))
         decision = replace(decision, mode=mode)
         for number, cut in enumerate(method.cuts):
             decision = self._decide_cut(sample, decision, cut, fresh, pooled, regions, later=number > 0)
         return decision
 
-    def _cells(self, method: Any, region: Any, sample: Sample, number: int, layout: Any) -> tuple[tuple, Any]:
-        """(members, leader) of every cell of one image, and its layout after pooling."""
-        plan = method.plan(layout, region)
-        if plan is None:
-            return tuple(((n,), n) for n in range(len(sample.spans()[number]))), layout
-        if isinstance(plan, FeaturePooling):
-            return self._cells_by_features(plan, method, sample, number), layout
-        edges, members, leaders = plan.offsets.tolist(), plan.members.tolist(), plan.leader.tolist()
-        cells = tuple((tuple(members[edges[c] : edges[c + 1]]), leader) for c, leader in enumerate(leaders))
-        return cells, layout.pool(plan, torch.arange(len(leaders)))
-
-    def _cells_by_features(self, plan: FeaturePooling, method: Any, sample: Sample, number: int) -> tuple:
+    def _cells_by_features(
+        self, plan: FeaturePooling, method: Any, sample: Sample, number: int, known: list[int], encoded: tuple
+    ) -> tuple:
         """Cells of an image whose method decides by features, from features computed here."""
-        rows, _ = self.embed(sample)
+        rows, _ = self.embed(sample, encoded)
         spans, image = sample.spans(), sample.images[number]
         observed = None
         if self.family.tower_attention:
-            observed = self.tower_attention(image.arguments["pixel_values"], method)
-        found = plan.decide(Features(rows[list(spans[number])], rows[spans[-1][-1] + 1 :], observed))
+            tower = getattr(self.model.model, self.family.tower)
+            observed = class_token_attention(tower, image.arguments["pixel_values"], method)
+        mine = [spans[number][n] for n in known]
+        found = plan.decide(Features(rows[mine], rows[spans[-1][-1] + 1 :], observed))
         cell = found.cell.tolist()
         return tuple(
-            (tuple(n for n, c in enumerate(cell) if c == own), leader)
+            (tuple(known[n] for n, c in enumerate(cell) if c == own), known[leader])
             for own, leader in enumerate(found.leader.tolist())
         )
-
-    @torch.no_grad()
-    def tower_attention(self, pixels: Tensor, method: Any = None) -> Tensor:
-        """(tokens,) attention from the class token of a CLIP tower in the layer before the last, from eager weights; of a
-        method that names several ``depths``, (tokens, depths)."""
-        out = getattr(self.model.model, self.family.tower)(pixels, output_attentions=True)
-        last = len(out.attentions) - 2
-        depths = method.depths(last) if hasattr(method, "depths") else (last,)
-        found = [out.attentions[depth][0].double().mean(0)[0, 1:].float() for depth in depths]
-        return torch.stack(found, 1) if len(found) > 1 else found[0]
 
     def _decide_cut(
         self,

@@ -58,7 +58,7 @@ def test_greedy_is_generate(family):
 def attend_only() -> list[str]:
     """Families without recurrent layers, from which no mask hides what has been added to their state."""
     kinds = {name: getattr(get_config(name).get_text_config(), "layer_types", None) or () for name in FAMILIES}
-    return [name for name, found in kinds.items() if "linear_attention" not in found]
+    return [name for name, found in kinds.items() if {*found} <= {"full_attention", "sliding_attention"}]
 
 
 @pytest.mark.parametrize("layer", range(1, NUM_LAYERS))

@@ -23,9 +23,11 @@ from tests.support.families import gemma4, grids, more_grids, more_tiles, square
 from tests.support.families.entry import INIT, LAST_TEXT, PAD, Family
 
 SHARP = 2.5  # on the query and key weights: attention rests on 20 to 60 of 140 tokens
-FAMILIES: dict[str, Family] = (
+_ALL: dict[str, Family] = (
     squares.FAMILIES | grids.FAMILIES | more_grids.FAMILIES | gemma4.FAMILIES | tiles.FAMILIES | more_tiles.FAMILIES
 )
+FAMILIES = {name: family for name, family in _ALL.items() if hasattr(transformers, family.classes)}
+LACKING = {name: family.classes for name, family in _ALL.items() if name not in FAMILIES}  # by this transformers
 THOROUGH = tuple(name for name, family in FAMILIES.items() if family.thorough)
 SUPPORTED = [(name, attention) for name, family in FAMILIES.items() for attention in family.attentions]
 

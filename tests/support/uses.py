@@ -104,6 +104,15 @@ def given_cache(make: Callable[[Any], Any]) -> Use:
     return use
 
 
+def behind_a_text(model: Any, batch: Batch, block: Block) -> list[Row]:
+    """The first tokens of the prompt, as a system prompt, are in a cache already."""
+    ids = batch.inputs["input_ids"]
+    with block(model):
+        cache = model(ids[:, :3], use_cache=True).past_key_values
+        out = greedy(model, batch, STEPS, **as_argument(model, copy.deepcopy(cache)))
+    return rows_of(batch, out, ids.shape[1])
+
+
 def continued(blocks: int, change: Callable[[Any], Any] = lambda cache: cache) -> Use:
     """A question to the cache of a first answer, in the same block or another one."""
 

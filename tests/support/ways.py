@@ -18,6 +18,7 @@ from tests.support.uses import (
     Use,
     adapted,
     asking_for,
+    behind_a_text,
     compiled,
     continued,
     continuous,
@@ -93,6 +94,8 @@ WAYS = {
     "inference mode": Way("`torch.inference_mode`", in_inference_mode),
     "no cache": Way("`use_cache=False`", generate(use_cache=False), again=True),
     "cache": Way("a `DynamicCache` of one's own", given_cache(lambda config: DynamicCache(config=config))),
+    "prefix": Way("an image prompt behind a cached text", behind_a_text, single=True),
+    "own loop": Way("`custom_generate`", generate(custom_generate=lambda model: type(model)._sample)),
     "second turn": Way("a second turn on its cache", continued(blocks=1)),
     "second block": Way("a second turn in another block", continued(blocks=2)),
     "static": Way(

@@ -17,13 +17,21 @@ TILES = {  # of 5 x 5 tokens
     "Cohere2Vision": transformers.Cohere2VisionConfig(vision_config=_SIGLIP),
     "Idefics3": transformers.Idefics3Config(vision_config=dict(image_size=70, patch_size=7), scale_factor=2),
     "SmolVLM": transformers.SmolVLMConfig(vision_config=dict(image_size=70, patch_size=7), scale_factor=2),
-    "GraniteDocling": transformers.GraniteDoclingConfig(
+}
+_OF_SLICES = dict(image_token_id=1, video_token_id=2, downsample_mode="16x")
+_SHAPED: dict[str, dict[str, Any]] = {  # whose tiles have shapes of their own, or which need no view of the whole
+    "GraniteDocling": dict(
         vision_config=dict(image_size=70, patch_size=7, scale_factor=2, out_hidden_size=1024), text_config={}
     ),
-    "Lfm2Vl": transformers.Lfm2VlConfig(),
-} | {  # of shapes that follow the picture
-    kind: getattr(transformers, f"{kind}Config")(image_token_id=1, video_token_id=2, downsample_mode="16x")
-    for kind in ("MiniCPMV4_6", "MiniCPMV4_7", "MiniCPMOcr")
+    "Lfm2Vl": {},
+    "MiniCPMV4_6": _OF_SLICES,
+    "MiniCPMV4_7": _OF_SLICES,
+    "MiniCPMOcr": _OF_SLICES,
+}
+SHAPED = {  # those that this transformers has
+    kind: getattr(transformers, f"{kind}Config")(**given)
+    for kind, given in _SHAPED.items()
+    if hasattr(transformers, f"{kind}Config")
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crop.localizers.ocr.reader import installed
+from crop.localizers.ocr.engine import installed
 
 
 class Encoder:
@@ -24,7 +24,7 @@ class Encoder:
     Source: Sentence-BERT (arXiv 1908.10084) with the weights of sentence-transformers/all-MiniLM-L6-v2.
     """
 
-    def __init__(self, batch: int = 64) -> None:
+    def __init__(self, batch: int = 16) -> None:
         # Found, not imported: the module prints when it is imported and unpacks itself into the home folder.
         installed()
         spec = importlib.util.find_spec("all_minilm_l6_v2")

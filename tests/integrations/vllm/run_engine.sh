@@ -17,14 +17,14 @@ if ! "$CROP_ENGINE_VENV/bin/python" -c "import vllm" 2>/dev/null; then
     "$CROP_ENGINE_VENV/bin/pip" install -q --no-deps -e . # vLLM finds plug-ins by their entry points
 fi
 export PATH="$CROP_ENGINE_VENV/bin:$PATH" PYTHONPATH="$PWD:$PWD/tests/integrations/vllm/site"
-export CROP_ENGINE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=2
+export CROP_ENGINE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 if [ "${1:-}" != families ]; then
     VLLM_ENABLE_V1_MULTIPROCESSING=0 exec python -m pytest -q -rs tests/integrations/vllm
 fi
 log=tests/integrations/vllm/engine/families.log
 families() { # what it is called, then arguments; lines about the engine itself are left out
     echo "== $1"
-    python -m tests.integrations.vllm.engine.families "${@:2}" 2>/dev/null | grep -aE "equal|Error|^  " || true
+    python -m tests.integrations.vllm.engine.families "${@:2}" 2>/dev/null | grep --line-buffered -aE "equal|Error|^  " || true
 }
 {
     echo "commit $(git rev-parse --short HEAD), $(date -u +%F), $(python -c 'import torch, transformers, vllm
@@ -37,6 +37,7 @@ print(f"vllm {vllm.__version__}, transformers {transformers.__version__}, torch 
     export VLLM_ENABLE_V1_MULTIPROCESSING=1
     families "torch.compile" llava --options '{"enforce_eager": false}'
     families "torch.compile" qwen2_5_vl --options '{"enforce_eager": false}'
+    export VLLM_CPU_OMP_THREADS_BIND='0|1' # a core each
     families "tensor parallel 2" llava --options '{"tensor_parallel_size": 2}'
     families "tensor parallel 2" qwen2_5_vl --options '{"tensor_parallel_size": 2}'
 } | tee "$log"

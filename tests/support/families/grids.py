@@ -228,7 +228,7 @@ FAMILIES = {
     ),
     "qwen2_5_vl_video": Family(
         "Qwen2.5-VL, video", "Qwen2_5_VLForConditionalGeneration", qwen2_5_vl, film(False), types=vision_types,
-        tower="visual",
+        sizes=((128, 128), (40, 56)), tower="visual",
     ),
     "qwen3_vl": Family(
         "Qwen3-VL, images, DeepStack", "Qwen3VLForConditionalGeneration", qwen3_vl, patches_image, types=vision_types,

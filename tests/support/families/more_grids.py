@@ -225,15 +225,15 @@ FAMILIES = {
         tower="visual", cuts=(2,), refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'exaone4_5'"},
     ),
     "cosmos3_omni": Family(
-        "Cosmos 3, images, DeepStack", "Cosmos3OmniForConditionalGeneration", cosmos3_omni, patches_image,
+        "Cosmos3, images, DeepStack", "Cosmos3OmniForConditionalGeneration", cosmos3_omni, patches_image,
         types=vision_types, tower="visual",
     ),
     "cosmos3_edge": Family(
-        "Cosmos 3 Edge, images", "Cosmos3EdgeForConditionalGeneration", cosmos3_edge, edge_image, types=vision_types,
+        "Cosmos3-Edge, images", "Cosmos3EdgeForConditionalGeneration", cosmos3_edge, edge_image, types=vision_types,
         tower="visual",
     ),
     "cohere_compass": Family(
-        "North Micro Vision, images, DeepStack: sliding windows", "CohereCompassForConditionalGeneration",
+        "North-Micro-Vision, images, DeepStack: sliding windows", "CohereCompassForConditionalGeneration",
         cohere_compass, patches_image, types=vision_types, tower="visual", cuts=(2,),
         refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'cohere_compass'"},
     ),
@@ -242,22 +242,22 @@ FAMILIES = {
         sizes=((24, 16), (16, 20)), tower="vision_model",
     ),
     "hyperclovax_vision_v2": Family(
-        "HyperCLOVA X SEED Think, images", "HyperCLOVAXVisionV2ForConditionalGeneration", hyperclovax_vision_v2,
+        "HyperCLOVAX-SEED-Think, images", "HyperCLOVAXVisionV2ForConditionalGeneration", hyperclovax_vision_v2,
         patches_image, tower="vision_model",
     ),
     "glmga": Family(
         "GLM-GA", "Glm46VForConditionalGeneration", glmga, patches_image, types=vision_types, tower="visual",
     ),
     "kimi_k25": Family(
-        "Kimi K2.5 and K2.6, images: latent attention", "Kimi_K25ForConditionalGeneration", kimi_k25, paddle_image,
+        "Kimi-K2.5 and Kimi-K2.6, images: latent attention", "Kimi_K25ForConditionalGeneration", kimi_k25, paddle_image,
         processor=KimiProcessor,
     ),
     "qwen2_5_omni": Family(
-        "Qwen2.5-Omni thinker, images", "Qwen2_5OmniThinkerForConditionalGeneration", qwen2_5_omni, patches_image,
+        "Qwen2.5-Omni, images", "Qwen2_5OmniThinkerForConditionalGeneration", qwen2_5_omni, patches_image,
         tower="visual", beside=("audio_tower",),
     ),
     "qwen3_omni_moe": Family(
-        "Qwen3-Omni thinker, images, DeepStack", "Qwen3OmniMoeThinkerForConditionalGeneration", qwen3_omni_moe,
+        "Qwen3-Omni, images, DeepStack", "Qwen3OmniMoeThinkerForConditionalGeneration", qwen3_omni_moe,
         patches_image, tower="visual", beside=("audio_tower",),
     ),
     "hunyuan_vl": Family(
@@ -271,13 +271,14 @@ FAMILIES = {
     "glm46v_video": Family(
         "GLM-4.6V-Flash, video", "Glm46VForConditionalGeneration", glm46v, glm_film, sizes=((48, 32), (32, 48)),
         types=lambda ids: {"mm_token_type_ids": 2 * (ids == IMAGE).int()}, tower="visual",
+        unable={"repeat": lambda _: "transformers looks for the frames of a video under another id"},
     ),
     "exaone4_5_video": Family(
         "EXAONE 4.5, video: sliding windows", "Exaone4_5_ForConditionalGeneration", exaone4_5, film(True),
         tower="visual", cuts=(2,), refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'exaone4_5'"},
     ),
     "qwen2_5_omni_video": Family(
-        "Qwen2.5-Omni thinker, video", "Qwen2_5OmniThinkerForConditionalGeneration", qwen2_5_omni, omni_film,
+        "Qwen2.5-Omni, video", "Qwen2_5OmniThinkerForConditionalGeneration", qwen2_5_omni, omni_film,
         tower="visual", beside=("audio_tower",),
     ),
 }  # fmt: skip

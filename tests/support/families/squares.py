@@ -217,7 +217,7 @@ FAMILIES = {
         tower="vision_model",
     ),
     "deepseek_vl_hybrid": Family(
-        "DeepSeek-VL 7B",
+        "DeepSeek-VL-7B",
         "DeepseekVLHybridForConditionalGeneration",
         deepseek_vl_hybrid,
         hybrid_image,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 WORDS = [f"w{n}" for n in range(80)]
@@ -19,7 +20,6 @@ NAMED = {  # attributes of a tokenizer that processors ask for -> tokens
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<|video_pad|>",
 }
-PIXTRAL = {"image_token": "[IMG]", "image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]"}
 SPECIAL = ["<pad>", "<unk>", "<image>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<|image_pad|>", *NAMED.values(),
            "<|vision_start|>", "<|vision_end|>", "<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>",
            "<|begin_of_video|>", "<|end_of_video|>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
@@ -90,18 +90,11 @@ def mistral3() -> Any:
     )  # fmt: skip
 
 
-def lighton_ocr() -> Any:
-    return transformers.LightOnOcrConfig(vision_config=pixtral_tower(), text_config=transformers.Qwen3Config(**TEXT),
-                                         image_token_id=ID["[IMG]"])  # fmt: skip
-
-
-def pixtral_processor(merge: int, kind: str = "PixtralProcessor") -> Callable[[Any], Any]:
+def pixtral_processor(merge: int) -> Callable[[Any], Any]:
     def build(tokenizer: Any) -> Any:
-        patch = {"height": PATCH * (1 if kind == "PixtralProcessor" and merge == 1 else merge)} | {
-            "width": PATCH * merge
-        }
+        patch = {"height": PATCH * merge, "width": PATCH * merge}
         image = transformers.PixtralImageProcessor(size={"longest_edge": 64}, patch_size=patch)
-        return getattr(transformers, kind)(image, tokenizer, patch_size=PATCH, spatial_merge_size=merge)
+        return transformers.PixtralProcessor(image, tokenizer, patch_size=PATCH, spatial_merge_size=merge)
 
     return build
 
@@ -159,7 +152,7 @@ def qwen3_vl() -> Any:
 
 def qwen3_vl_moe() -> Any:
     vision = dict(QWEN3_TOWER, depth=3, deepstack_visual_indexes=[0, 1, 2])
-    text = dict(QWEN3_TEXT, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+    text = dict(QWEN3_TEXT, norm_topk_prob=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
     return transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **QWEN_IDS)
 
 
@@ -167,7 +160,7 @@ def qwen3_5() -> Any:
     rope = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25, mrope_section=[2, 1, 1],
                 mrope_interleaved=True)  # fmt: skip
     text = dict(TEXT, rope_parameters=rope, layer_types=["linear_attention", "full_attention"] * 2,
-                linear_key_head_dim=32, linear_value_head_dim=32, linear_num_key_heads=2,
+                linear_key_head_dim=128, linear_value_head_dim=128, linear_num_key_heads=2,
                 linear_num_value_heads=4)  # fmt: skip
     return transformers.Qwen3_5Config(text_config=text, vision_config=QWEN3_TOWER, **QWEN_IDS)
 
@@ -193,8 +186,11 @@ def glm_config(classes: str, text: dict[str, Any]) -> Callable[[], Any]:
     return build
 
 
-GLM_MOE = dict(MROPE, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, first_k_dense_replace=1,
-               rope_parameters=dict(MROPE["rope_parameters"], partial_rotary_factor=0.5, mrope_section=[4, 2, 2]))  # fmt: skip
+GLM_TEXT = dict(
+    MROPE, rope_parameters=dict(MROPE["rope_parameters"], partial_rotary_factor=0.5, mrope_section=[4, 2, 2])
+)
+GLM_MOE = dict(GLM_TEXT, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, first_k_dense_replace=1,
+               use_qk_norm=False)  # fmt: skip
 
 
 def glm_processor(tokenizer: Any) -> Any:
@@ -257,23 +253,20 @@ MODELS: dict[str, Model] = {
     "smolvlm": Model("SmolVLMForConditionalGeneration", idefics_config("SmolVLM"), idefics_processor("SmolVLM")),
     "mistral3": Model("Mistral3ForConditionalGeneration", mistral3, pixtral_processor(2), "[IMG]"),
     "onevision": Model("LlavaOnevisionForConditionalGeneration", onevision, onevision_processor),
-    "glm4v": Model("Glm4vForConditionalGeneration", glm_config("Glm4vConfig", MROPE), glm_processor, GLM),
+    "glm4v": Model("Glm4vForConditionalGeneration", glm_config("Glm4vConfig", dict(GLM_TEXT, attention_bias=True)), glm_processor, GLM),
     "glm4v_moe": Model("Glm4vMoeForConditionalGeneration", glm_config("Glm4vMoeConfig", GLM_MOE), glm_processor, GLM),
     "qwen3_5": Model("Qwen3_5ForConditionalGeneration", qwen3_5, QWEN3, QWEN),
     "qwen3_vl_moe": Model("Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe, QWEN3, QWEN),
-    "lighton_ocr": Model("LightOnOcrForConditionalGeneration", lighton_ocr,
-                         pixtral_processor(2, "LightOnOcrProcessor"), "[IMG]"),
 }  # fmt: skip
 
 
-def tokenizer(name: str) -> Any:
+def tokenizer() -> Any:
     """Words and all special tokens."""
     core = Tokenizer(models.WordLevel(ID, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
-    named = NAMED | (PIXTRAL if name == "lighton_ocr" else {})
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, extra_special_tokens=named, pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=core, extra_special_tokens=NAMED, pad_token="<pad>", unk_token="<unk>"
     )
 
 
@@ -296,6 +289,11 @@ def build(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[
     model.lm_head.weight[len(WORDS) :] = 0.0  # only words are ever generated
     model.generation_config = transformers.GenerationConfig(pad_token_id=ID["<pad>"])
     model.to(dtype).save_pretrained(folder)
-    family.processor(tokenizer(name)).save_pretrained(folder)
+    if name == "qwen3_vl_moe":  # experts lie the other way round in checkpoints
+        weights = load_file(Path(folder) / "model.safetensors")
+        for weight_name in [one for one in weights if ".experts." in one]:
+            weights[weight_name] = weights[weight_name].transpose(1, 2).contiguous()
+        save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})
+    family.processor(tokenizer()).save_pretrained(folder)
     processor = transformers.AutoProcessor.from_pretrained(folder)
-    return type(model).from_pretrained(folder, dtype=dtype).eval(), processor
+    return model, processor

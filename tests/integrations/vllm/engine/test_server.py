@@ -47,6 +47,8 @@ def server(tmp_path_factory) -> Iterator[Any]:
     finally:
         process.terminate()
         process.wait(timeout=60)
+        with pytest.raises(ConnectionRefusedError):  # the server has ended with it
+            socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +108,17 @@ def test_answers_whole_and_streamed(server, asked):
 
 def test_what_is_malformed_is_a_400_that_says_so(server, asked):
     for count, wishes, error in WRONG:
-        if count != 1 or "10000000" in repr(wishes)[:60] or wishes.get("keep") == 10**5000:
+        try:
+            text = json.dumps(wishes)
+        except ValueError:  # more digits than Python writes
+            continue
+        if count != 1:
             continue
         given = asked[0][0] | {"mm_processor_kwargs": {f"crop_{name}": value for name, value in wishes.items()}}
         status, found = post(server, given)
-        assert status == 400 and re.search(error, json.loads(found)["error"]["message"]), (wishes, status, found)
+        assert status == 400, (wishes, status, found)
+        if "NaN" not in text and "Infinity" not in text:  # no JSON: that is said before anyone looks
+            assert re.search(error, json.loads(found)["error"]["message"]), (wishes, found)
 
 
 def lose(server: Any, given: dict[str, Any]) -> None:

@@ -1,0 +1,274 @@
+"""How a vision tower takes part of the pictures, and where what it encodes lands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crop.geometry.layout import VisionLayout
+from crop.geometry.pieces import Encoding, Pieces
+from crop.models.family import Prompt
+
+
+class AtTheInput:
+    """What is left out is left out before the first layer, in all models of a family."""
+
+    def fits(self, config: Any) -> bool:
+        """Always."""
+        return True
+
+    def layers(self, tower: nn.Module) -> Sequence[nn.Module]:
+        """None."""
+        return ()
+
+    def take_at(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """As they are."""
+        return args, kwargs
+
+
+class TileEncoder(AtTheInput):
+    """Every tile is an image of its own to the tower: one row of its input and of its output.
+
+    Args:
+        find: (prompt, layouts) -> pieces of each image, its tiles in the order of the rows.
+    """
+
+    def __init__(self, find: Callable[[Prompt, Sequence[VisionLayout]], list[Pieces]]) -> None:
+        self.pieces = find
+
+    def take(self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]) -> tuple[tuple, dict]:
+        """Rows of every tensor that has one per tile.
+
+        Raises:
+            RuntimeError: the tower gets another number of tiles.
+        """
+        taken = torch.cat([image.taken for image in images])
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if not tensors or len(tensors[0]) != len(taken):
+            got = len(tensors[0]) if tensors else 0
+            raise RuntimeError(f"patch: the vision tower must get the {len(taken)} tiles of the prompt, got {got}")
+        rows = torch.nonzero(taken).flatten().to(tensors[0].device, non_blocking=True)
+
+        def part(value: Any) -> Any:
+            return value[rows] if isinstance(value, Tensor) and value.shape[:1] == taken.shape else value
+
+        return tuple(map(part, args)), {name: part(value) for name, value in kwargs.items()}
+
+    def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
+        """Rows of every tensor that has one per tile."""
+        return put_rows(output, torch.cat([image.taken for image in images]))
+
+
+def put_rows(output: Any, taken: Tensor) -> Any:
+    """A tower's output whose tensors have a row for each that was ``taken``, (rows,) bool, with zeros for the others."""
+    if isinstance(output, Tensor):
+        if len(output) != int(taken.sum()):
+            return output
+        rows = torch.nonzero(taken).flatten().to(output.device, non_blocking=True)
+        return output.new_zeros(len(taken), *output.shape[1:]).index_copy(0, rows, output)
+    if isinstance(output, (tuple, list)):
+        return type(output)(put_rows(part, taken) for part in output)
+    if hasattr(output, "items"):
+        for name, value in list(output.items()):
+            output[name] = put_rows(value, taken)
+    return output
+
+
+def equal_tiles(prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
+    """Tiles of equally many tokens in the order of the prompt; the smallest view, of one tile, is that of the whole image."""
+    found = []
+    for layout in layouts:
+        counts = torch.bincount(layout.view)
+        view = int(counts.argmin())
+        tile = torch.arange(len(layout)) // int(counts[view])
+        overview = torch.zeros(int(tile[-1]) + 1, dtype=torch.bool)
+        overview[tile[layout.view == view]] = True
+        found.append(Pieces(tile[:, None], overview))
+    return found
+
+
+EQUAL_TILES = TileEncoder(equal_tiles)
+
+
+class GridEncoder(AtTheInput):
+    """Qwen2-VL and its kin: patches of all images in one sequence, merged squarewise into tokens behind the last layer.
+
+    Where layers attend inside windows a piece is a window, elsewhere a token. What the tower derives from the grids of whole
+    images is handed to it instead: positions, borders of images and windows.
+    """
+
+    def pieces(self, prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
+        """Windows in reading order, frame by frame."""
+        vision = prompt.config.vision_config
+        side = 1
+        if hasattr(vision, "window_size"):
+            side = vision.window_size // vision.patch_size // vision.spatial_merge_size
+        found = []
+        for layout in layouts:
+            frames, *tokens = layout.extent
+            rows, columns = (-(-count // side) for count in tokens)
+            piece = (layout.view.long() * rows + layout.row // side) * columns + layout.col // side
+            place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2).repeat(frames, 1)
+            found.append(Pieces(piece[:, None], torch.zeros(len(place), dtype=torch.bool), place))
+        return found
+
+    def take(self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]) -> tuple[tuple, dict]:
+        """Patches of the tokens that are taken, and where they stand.
+
+        Raises:
+            RuntimeError: the tower gets another number of patches.
+        """
+        merge, pixels = tower.spatial_merge_size, args[0]
+        tokens = torch.cat([image.tokens for image in images])
+        if len(pixels) != len(tokens) * merge**2:
+            raise RuntimeError(
+                f"patch: the vision tower must get the {len(tokens) * merge**2} patches of the prompt, got {len(pixels)}"
+            )
+        patches = _patches(torch.nonzero(tokens).flatten(), merge)
+        counts = [torch.bincount(image.left.view) for image in images]
+        given = {
+            "position_ids": torch.cat([_positions(image.left, merge) for image in images]),
+            "cu_seqlens": _borders(torch.cat(counts) * merge**2),
+        }
+        if hasattr(tower, "window_size"):
+            given["window_index"], given["cu_window_seqlens"] = _windows(images, merge)
+        if hasattr(tower, "num_grid_per_side"):  # learned positions, interpolated
+            from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+            indices, weights = get_vision_interpolation_indices_and_weights(
+                kwargs["grid_thw"].cpu(),
+                num_grid_per_side=tower.num_grid_per_side,
+                mode=tower.interpolation_mode,
+                align_corners=tower.interpolation_align_corners,
+                spatial_merge_size=merge,
+            )
+            given["interp_indices"], given["interp_weights"] = indices[patches], weights[patches]
+        given = {name: value.to(pixels.device, non_blocking=True) for name, value in given.items()}
+        pixels = pixels[patches.to(pixels.device, non_blocking=True)]
+        return (pixels, *args[1:]), kwargs | given
+
+    def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
+        """Merged tokens, and those of further levels."""
+        return put_rows(output, torch.cat([image.tokens for image in images]))
+
+
+def _patches(tokens: Tensor, merge: int) -> Tensor:
+    """Places of the patches of some tokens: those of a token follow each other."""
+    return (tokens[:, None] * merge**2 + torch.arange(merge**2)).flatten()
+
+
+def _positions(layout: VisionLayout, merge: int) -> Tensor:
+    """(patches, 2) row and column of every patch of the tokens of a layout."""
+    corner = torch.stack([layout.row, layout.col], 1).long() * merge
+    inside = torch.cartesian_prod(torch.arange(merge), torch.arange(merge)).view(-1, 2)
+    return (corner[:, None] + inside).flatten(0, 1)
+
+
+def _borders(counts: Tensor) -> Tensor:
+    """Where sequences of these lengths begin and end; empty ones are left out."""
+    return nn.functional.pad(counts[counts > 0].cumsum(0), (1, 0)).int()
+
+
+def _windows(images: Sequence[Encoding], merge: int) -> tuple[Tensor, Tensor]:
+    """Tokens that are taken in the order of their windows, and the borders of these in patches."""
+    order, counts, start = [], [], 0
+    for image in images:
+        window = image.pieces.of_token[image.tokens, 0]
+        order.append(window.argsort(stable=True) + start)
+        counts.append(torch.bincount(window) * merge**2)
+        start += len(window)
+    return torch.cat(order), _borders(torch.cat(counts))
+
+
+GRID = GridEncoder()
+
+
+class LayerEncoder:
+    """CLIP and SigLIP, where every layer attends to the whole image: tokens leave at the input of a late layer.
+
+    Args:
+        depth: where in the tower, as a fraction of its layers. At the default the embedded model answers as if the encoder
+            saw everything to the end; earlier it does not (bench/README.md).
+    """
+
+    KEY = "encoded_tokens"  # argument that carries (index, no filler in it, layers) from the tower's call to its layers
+
+    def __init__(self, depth: float = 0.8) -> None:
+        self.depth = depth
+
+    def cut(self, count: int) -> int:
+        """The layer of ``count`` at whose input tokens leave."""
+        return min(max(round(self.depth * count), 0), count - 1)
+
+    def fits(self, config: Any) -> bool:
+        """Not where the tower is Pixtral's."""
+        return config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
+
+    def pieces(self, prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
+        """Tokens."""
+        return [
+            Pieces(
+                torch.arange(len(layout))[:, None],
+                torch.zeros(len(layout), dtype=torch.bool),
+                torch.stack([layout.row, layout.col], 1).long(),
+            )
+            for layout in layouts
+        ]
+
+    def take(self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]) -> tuple[tuple, dict]:
+        """Everything, and which tokens the late layers are to have."""
+        device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device
+        index = _index(tower, images)
+        given = index.to(device, non_blocking=True), bool((index >= 0).all()), len(self.layers(tower))
+        return args, kwargs | {self.KEY: given}
+
+    def layers(self, tower: nn.Module) -> Sequence[nn.Module]:
+        """All of them, because all get what is meant for the late ones."""
+        return next(m.layers for m in tower.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList))
+
+    def take_at(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Tokens that are taken; where images have more or less of them, a mask over the fillers."""
+        kwargs = dict(kwargs)
+        (index, full, count), (hidden, *rest) = kwargs.pop(self.KEY), args
+        if number < self.cut(count):
+            return args, kwargs
+        if number == self.cut(count):
+            hidden = hidden.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+        if not full:
+            real = index >= 0
+            rest = [torch.zeros(real.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~real, -torch.inf)]
+            rest[0] = rest[0][:, None, None].expand(-1, 1, real.shape[1], -1)
+        return (hidden, *rest), kwargs
+
+    def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
+        """Hidden states behind the cut."""
+        index = _index(tower, images)
+        total = len(images[0].layout) + _extra(tower)
+
+        def full(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(map(full, value))
+            if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[:2] != index.shape:
+                return value
+            place = torch.where(index >= 0, index, total).to(value.device, non_blocking=True)
+            found = value.new_zeros(len(value), total + 1, value.shape[2])
+            return found.scatter(1, place[..., None].expand_as(value), value)[:, :-1]
+
+        for name, value in list(output.items()):
+            output[name] = full(value)
+        return output
+
+
+def _extra(tower: nn.Module) -> int:
+    """Tokens of a tower that stand for no part of the picture, at its begin."""
+    return int(tower.config.model_type == "clip_vision_model")
+
+
+def _index(tower: nn.Module, images: Sequence[Encoding]) -> Tensor:
+    """(images, most) int64 places of the tokens that are taken, -1 = filler at the end; the class token always is."""
+    extra = _extra(tower)
+    taken = [torch.cat([torch.arange(extra), torch.nonzero(image.tokens).flatten() + extra]) for image in images]
+    return nn.utils.rnn.pad_sequence(taken, batch_first=True, padding_value=-1)
