@@ -211,8 +211,10 @@ class CropModel(lmms):
             RuntimeError: a task without an end.
         """
         answers: list[list[str]] = [[] for _ in requests]
-        for start in range(0, len(requests), self.batch_size):
-            running = {number: None for number in range(len(requests))[start : start + self.batch_size]}
+        waiting = list(range(len(requests)))
+        while waiting:
+            running = dict.fromkeys(waiting[: self.batch_size])
+            waiting = waiting[len(running) :]  # before the rounds, which can make the batch size smaller
             for turn in range(MAX_ROUNDS):
                 jobs = {}
                 for number, info in running.items():

@@ -5,6 +5,7 @@ An entry is keyed by model type, ``model_type, variant`` where a family has seve
     name         of the checkpoint on the Hugging Face hub
     parameters   in billions, tied weights once; of the text model where ``tower`` names a library that is not needed here,
                  for which another tower of the same width stands in
+    rounded      how far ``parameters`` may be off, in billions, where only a rounded number is published
     config       its config.json as far as it tells sizes, and the ids of image tokens
     processor    "module.Class" of the image processor, and what its preprocessor_config.json sets
     call         what the checkpoint's processor calls it with beside
@@ -31,12 +32,14 @@ from PIL import Image
 from tests.support.written import ovis2_markers, written
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text())
-# Families without an entry: the sizes of their checkpoints, or of their checkpoints' processors, could not be looked up.
-UNKNOWN = {
-    "cohere_compass", "cosmos3_edge", "cosmos3_omni", "exaone4_5", "glmga", "granite_docling", "hunyuan_vl",
-    "hyperclovax_vision_v2", "lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "pp_chart2table",
-    "qianfan_ocr",
-}  # fmt: skip
+UNKNOWN = {  # families without an entry: what of their checkpoint could not be looked up
+    "glmga": "no checkpoint has been named",
+    "hyperclovax_vision_v2": "the width of its tower's MLPs, and whether its embeddings are tied",
+    "lfm2_vl": "the depth of its tower",
+    "minicpm_ocr": "all of it",
+    "minicpmv4_7": "the vocabulary and the tower",
+    "qianfan_ocr": "the vocabulary, and whether its embeddings are tied",
+}
 PICTURE = (1024, 768)  # width, height
 BEFORE, AFTER = 20, 30  # text tokens around it
 
