@@ -62,7 +62,7 @@ def score(
     if lse is not None:
         lse = lse.gather(2, rows.clamp(min=0).unsqueeze(1).expand(-1, lse.shape[1], -1))
     query = ops.compact([query], rows, token_dim=2)[0]
-    found = step.method.score(query, key, ScoreView(candidates, sample, visible, start, scale, lse))
+    found = step.method.score(query, key, ScoreView(candidates, sample, visible, start, scale, lse, row_key))
     got = (found.dtype, tuple(found.shape)) if isinstance(found, Tensor) else type(found).__name__
     if got != (torch.float32, tuple(candidates.shape)):
         raise TypeError(f"patch: score() of a method must return float32 of shape {tuple(candidates.shape)}, got {got}")
