@@ -114,6 +114,16 @@ int select(bool cuda, int64_t target, Pointer score, Pointer weight, Pointer pri
     return launch(cuda, target, p, crop::launch_select_cpu, CROP_ON_CUDA(crop::launch_select));
 }
 
+int pack(bool cuda, int64_t target, Pointer stays, Pointer kept, Pointer sample, Pointer kept_index, Pointer slot_of,
+         int64_t batch, int64_t num_tokens, int64_t num_images, int64_t num_kept, int64_t width) {
+    const crop::PackParams p{to<uint8_t>(stays),   to<int64_t>(kept), to<int64_t>(sample), to<int64_t>(kept_index),
+                             to<int64_t>(slot_of), batch,             num_tokens,          num_images,
+                             num_kept,             width};
+    if (negative({batch, num_tokens, num_images, num_kept, width})) return fail("pack: sizes must not be negative");
+    if (!sample && num_images != batch && num_images) return fail("pack: sample must be given for images != batch");
+    return launch(cuda, target, p, crop::launch_pack_cpu, CROP_ON_CUDA(crop::launch_pack));
+}
+
 // source, target, outer, num_tokens, row_bytes, batch_stride, outer_stride, token_stride
 using CompactRow = std::tuple<Pointer, Pointer, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
@@ -136,6 +146,17 @@ int invert_index(bool cuda, int64_t target, Pointer index, Pointer inverse, int6
     if (negative({batch, num_kept, num_tokens})) return fail("invert_index: sizes must not be negative");
     const crop::InverseParams p{to<int64_t>(index), to<int64_t>(inverse), batch, num_kept, num_tokens};
     return launch(cuda, target, p, crop::launch_invert_index_cpu, CROP_ON_CUDA(crop::launch_invert_index));
+}
+
+int saliency(bool cuda, int64_t target, Pointer tokens, Pointer index, Pointer alone, Pointer mean, Pointer weight,
+             int64_t num_tokens, int64_t dim, int64_t num_images, int64_t num_places, int64_t token_stride,
+             const std::array<float, 3>& constants, int dtype) {
+    const crop::SaliencyParams p{to<void>(tokens), to<int64_t>(index), to<uint8_t>(alone), to<float>(mean),
+                                 to<float>(weight), num_tokens,        dim,                num_images,
+                                 num_places,       token_stride,       constants[0],       constants[1],
+                                 constants[2],     dtype};
+    if (negative({num_tokens, dim, num_images, num_places})) return fail("saliency: sizes must not be negative");
+    return launch(cuda, target, p, crop::launch_saliency_cpu, CROP_ON_CUDA(crop::launch_saliency));
 }
 
 int adaptive_pool(bool cuda, int64_t target, Pointer tokens, Pointer members, Pointer offsets, Pointer weight,
@@ -185,8 +206,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("attention_mass_scratch", &bind::attention_mass_scratch);
     m.def("attention_mass", &bind::attention_mass);
     m.def("select", &bind::select);
+    m.def("pack", &bind::pack);
     m.def("compact", &bind::compact);
     m.def("invert_index", &bind::invert_index);
+    m.def("saliency", &bind::saliency);
     m.def("adaptive_pool", &bind::adaptive_pool);
     m.def("adaptive_pool_backward", &bind::adaptive_pool_backward);
 }

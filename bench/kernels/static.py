@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-SOURCES = ("attention_mass", "select", "compact", "adaptive_pool")
+SOURCES = ("attention_mass", "select", "pack", "compact", "saliency", "adaptive_pool")
 REGISTERS, MAX_WARPS = 65536, {"86": 48, "89": 48, "120": 48}  # of an SM; 64 warps where nothing is said
 SHARED = {"80": 164, "86": 100, "89": 100, "90": 228, "100": 228, "120": 100}  # KiB of an SM
 DRIVER_SHARED = 1024  # bytes of every block that the driver keeps for itself
@@ -140,6 +140,8 @@ def threads_of(name: str) -> int:
         return 256 if int(values[0]) > 128 else 512
     if name.startswith("select"):
         return int(values[0])
+    if name.startswith(("pack", "invert_index", "saliency_weight")):
+        return 1024
     return 128 if name.startswith(("mass", "lse")) else 256
 
 

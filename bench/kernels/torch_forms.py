@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from crop import reference
 from crop.geometry.pooling import PoolPlan
 from crop.selftest.cases import Case
 from crop.selftest.timing import Call
@@ -37,6 +38,10 @@ def forms_of(case: Case) -> dict[str, Call]:
     if case.op == "compact":
         forms: dict[str, Call] = {"index_select each": partial(index_select, **given)}
         return forms if len(given["tensors"]) > 1 else forms | {"gather": partial(gather, **given)}
+    if case.op == "pack":
+        return {"torch flags + cumsum + scatter": partial(reference.pack, **given)}
+    if case.op == "saliency":
+        return {"torch image by image": partial(reference.saliency, **given)}
     plan, tokens = given["plan"], given["tokens"]
     members, offsets = plan.members.long(), plan.offsets.long()
     if case.op == "adaptive_pool, gradient":

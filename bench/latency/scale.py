@@ -81,10 +81,10 @@ def own_work(axis: str, size: int) -> Iterator[Case]:
     yield axis, "attention_mass", size, lambda: crop.attention_mass(query, key, step.candidates, sample=step.sample)
     yield axis, "select", size, lambda: crop.select(mass, step.num_keep, priority=step.priority)
     yield axis, "compact", size, lambda: crop.compact([hidden], keep)
-    embeds, pooling = tokens.view(samples, length, -1), made.pool.plan
+    embeds, pooling, alone, patches = tokens.view(samples, length, -1), made.pool.plan, made.pool.alone, made.patches
 
     def weigh() -> Tensor:
-        return saliency_weights(pooling, [(image.sample, image.layout) for image in made.images], embeds)
+        return saliency_weights(alone, patches, embeds)
 
     weight = weigh()
     yield axis, "distinct weights", size, weigh

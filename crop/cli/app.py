@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,10 +65,19 @@ class App:
         Returns:
             Answers with and without pruning, what the model saw, counts and times in Markdown.
         Raises:
-            UsageError: no picture, no question, no box. What the package refuses: ``REFUSED``.
+            UsageError: no picture, no question, no box; a name, text or number that the page would not send. What the package refuses: ``REFUSED``.
         """
         if not picture:
             raise UsageError("There is no picture yet: drop one, or click on an example.")
+        words = {"picture": picture, "question": question, "localizer": localizer, "box": box, "method": method}
+        for name, value in words.items():  # calls from outside of the page bring anything
+            if not isinstance(value, str):
+                raise UsageError(f"{name} must be a text, got {value!r}")
+        if isinstance(percent, bool) or not isinstance(percent, Real):
+            raise UsageError(f"percent must be a number in (0, 100], got {percent!r}")
+        known = (*self.localizers, "box")
+        if localizer not in known:
+            raise UsageError(f"localizer must be one of {', '.join(known)}, got {localizer!r}")
         if not question.strip():
             raise UsageError("There is no question yet: type one.")
         if localizer == "box" and not box.strip():

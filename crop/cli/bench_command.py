@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Time, print, write. Returns 0; 1 where a kernel is wrong. UsageError: options of the other bench."""
+    """Time, print, write. Returns 0; 1 where a kernel is wrong or fails. UsageError: options of the other bench."""
     need_packages("bench")
     import torch
 
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
             save(options.json, rows)  # what is measured stays, whatever comes
     if rows:
         print(table(rows))
-    return int(any("is wrong" in row.get("note", "") for row in rows))
+    return int(any(row.get("faults") for row in rows))
 
 
 def _kernels(options: argparse.Namespace, device: Any) -> Any:

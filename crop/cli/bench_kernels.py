@@ -25,7 +25,8 @@ def measure_kernels(
         only: names of ``CASES``. device: "cpu", or the current GPU.
         rounds: of timing. seconds: after which no case begins; None: all do. full: False, small tensors, for a rehearsal.
     Returns:
-        Microseconds per call, medians: on a GPU in graph replay with a cold L2 (eager where a call cannot be captured).
+        Microseconds per call, medians: on a GPU in graph replay with a cold L2 (eager where one of the two cannot be captured).
+        "timed": which of these, the same for both. "faults": how many of the two are wrong or fail; "note" says how.
         "floor us": the bytes of every implementation over the bandwidth of a copy, on a GPU.
     """
     bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
@@ -55,15 +56,19 @@ def _row(case: Case, device: torch.device, rounds: int, bandwidth: float | None)
             notes.append(f"{name} is wrong: off by {error:.3g}")
             continue
         calls[name] = lambda backend=backend: call(backend)
-    times = _times(calls, device, rounds)
+    row["timed"], times = _times(calls, device, rounds)
     row |= {f"{name} us": times.get(name) for name in BACKENDS}
-    both = len(times) == len(BACKENDS)
+    both = len(times) == len(BACKENDS) and times["kernel"] > 0
     row["times as fast"] = times["plain torch"] / times["kernel"] if both else None
-    return row | {"note": "; ".join(notes)}
+    return row | {"faults": len(notes), "note": "; ".join(notes)}
 
 
-def _times(calls: dict[str, Any], device: torch.device, rounds: int) -> dict[str, float]:
+def _times(calls: dict[str, Any], device: torch.device, rounds: int) -> tuple[str, dict[str, float]]:
+    """ "cold" or "eager", and microseconds of each: one kind of time, as they are to be compared."""
+    if not calls:
+        return "", {}
     if device.type == "cuda":
         found = {name: graph_times(call, rounds, device) for name, call in calls.items()}
-        return {name: one["cold"] or one["eager"] or 0.0 for name, one in found.items()}
-    return {name: 1e6 * one.median for name, one in interleave(calls, rounds=rounds).items()} if calls else {}
+        kind = "eager" if any(one["cold"] is None for one in found.values()) else "cold"
+        return kind, {name: one[kind] for name, one in found.items()}
+    return "eager", {name: 1e6 * one.median for name, one in interleave(calls, rounds=rounds).items()}

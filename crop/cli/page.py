@@ -46,7 +46,7 @@ def page(app: App, model: str) -> gr.Blocks:
 
     def answer(uploaded: dict[str, Any] | None, *chosen: Any) -> tuple:
         try:
-            return "", *app.answer(uploaded and uploaded["path"], *chosen)
+            return "", *app.answer(uploaded.get("path") if isinstance(uploaded, dict) else None, *chosen)
         except REFUSED as error:
             return f'<p role="alert">{html.escape(one_line(error))}</p>', "", "", None, ""
 

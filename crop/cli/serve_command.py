@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 
 from crop.cli.options import UsageError, fraction, number
@@ -32,6 +33,7 @@ examples:
 """
 SERVER = "vllm.entrypoints.openai.api_server"
 DEFAULTS = Settings()
+OWN = ("--model", "--host", "--port")  # this command needs to know them
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +56,8 @@ def run(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("vllm") is None:
         raise UsageError('crop serve needs vllm: pip install "crop-vlm[vllm]"')
     command = server_command(options)
-    check_model(command[command.index("--model") + 1])
+    further, _ = vllm_options(options.vllm)
+    check_model(command[command.index("--model") + 1], further.revision, bool(further.trust_remote_code))
     print(shlex.join(command), flush=True)
     before = signal.signal(signal.SIGTERM, _end)  # whoever ends this command ends the server
     server = subprocess.Popen(command)
@@ -76,8 +79,43 @@ def _end(*_: Any) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
 
+def vllm_options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Of vLLM's own options those that are read here, and the words without ``--hf-overrides``, which is a mapping then.
+
+    Raises:
+        UsageError: options that crop serve takes itself; overrides that are no JSON object, or have the key "crop".
+    """
+    names = [word.partition("=")[0].replace("_", "-") for word in words]  # vLLM takes both
+    if any(name.startswith("--hf-overrides.") for name in names):
+        raise UsageError("--hf-overrides must be one JSON object, got one of its keys as an option")
+    spelled = [
+        name + word[len(name) :] if name.startswith("--") else word for name, word in zip(names, words, strict=True)
+    ]
+    parser = argparse.ArgumentParser("crop serve", usage=argparse.SUPPRESS, add_help=False)
+    parser.add_argument("--hf-overrides", default="{}")
+    _, rest = parser.parse_known_args(spelled)
+    for name in (*OWN, "--revision"):
+        parser.add_argument(name)
+    parser.add_argument("--trust-remote-code", action=argparse.BooleanOptionalAction)
+    found, _ = parser.parse_known_args(spelled)
+    for name in OWN:
+        if getattr(found, name[2:]) is not None:
+            raise UsageError(f"{name} must stand before --, got it among vLLM's options; crop serve takes it itself")
+    text = found.hf_overrides
+    try:
+        found.hf_overrides = json.loads(text)
+    except json.JSONDecodeError:
+        found.hf_overrides = None
+    if not isinstance(found.hf_overrides, dict):
+        raise UsageError(f"--hf-overrides must be a JSON object, got {text}")
+    if "crop" in found.hf_overrides:
+        raise UsageError('--hf-overrides must come without "crop", which crop serve writes; use --keep, --mode, ...')
+    return found, rest
+
+
 def server_command(options: argparse.Namespace) -> list[str]:
-    """What starts vLLM's server."""
+    """What starts vLLM's server. UsageError: see ``vllm_options``."""
+    further, rest = vllm_options(options.vllm)
     model, more = options.model, []
     if model == "embedded":
         from crop import embedded
@@ -86,16 +124,19 @@ def server_command(options: argparse.Namespace) -> list[str]:
     names = ("keep", "mode", "localizer", "positions", "feature_cache")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     # A request's arguments are read only where the server trusts them: that is where a region stands.
-    own = ["--trust-request-mm-kwargs", "--hf-overrides", json.dumps({"crop": given})]
+    own = ["--trust-request-mm-kwargs", "--hf-overrides", json.dumps(further.hf_overrides | {"crop": given})]
     listen = ["--host", options.host, "--port", str(options.port)]
-    return [sys.executable, "-m", SERVER, "--model", model, *own, *listen, *more, *options.vllm]
+    return [sys.executable, "-m", SERVER, "--model", model, *own, *listen, *more, *rest]
 
 
-def check_model(model: str) -> None:
+def check_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
     """Refuse a model of a family that would be served unpruned. UsageError."""
     from transformers import AutoConfig
 
-    found = AutoConfig.from_pretrained(model).architectures or []
+    chosen = {} if revision is None else {"revision": revision}
+    # Neither True nor False asks the user, and waits.
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, **chosen)
+    found = config.architectures or []
     if not any(name.removeprefix("Crop") in ENTRIES for name in found):
         raise UsageError(f"model {model!r} must be of one of {', '.join(ENTRIES)}, got {', '.join(found) or 'none'}")
 

@@ -42,7 +42,7 @@ class Estimate:
     Args:
         before: the model as it is. after: under the method.
         prune: whether the predicted saving, less ``localizer_seconds``, is worth it; by FLOPs where there are no seconds.
-        advice: the same in words.
+        advice: the same in words, with what a localizer may take where it takes some.
     """
 
     before: Cost
@@ -98,10 +98,12 @@ def estimate(
     own = _own_seconds(found, geometry, speed, pruned)
     after = replace(after, seconds=after.seconds + own)
     # The patch's work counts twice: measured alone it is quicker than among the layers, and it is surely paid.
-    prune = before.seconds - after.seconds - localizer_seconds > MARGIN * before.seconds + own
+    spare = before.seconds - after.seconds - MARGIN * before.seconds - own
+    prune = spare > localizer_seconds
     share = f"{1000 * before.seconds:.1f} ms of prefill, {1000 * after.seconds:.1f} ms pruned"
     if localizer_seconds:
         share += f" and {1000 * localizer_seconds:.1f} ms for the localizer"
+        share += f", which may take {1000 * spare:.1f} ms" if spare > 0 else ""
     source = "predicted"
     if device.type == "meta":
         prune = after.flops < (1 - MARGIN) * before.flops

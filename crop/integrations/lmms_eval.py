@@ -15,6 +15,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -211,8 +212,10 @@ class CropModel(lmms):
             RuntimeError: a task without an end.
         """
         answers: list[list[str]] = [[] for _ in requests]
-        for start in range(0, len(requests), self.batch_size):
-            running = {number: None for number in range(len(requests))[start : start + self.batch_size]}
+        waiting = list(range(len(requests)))
+        while waiting:
+            running = dict.fromkeys(waiting[: self.batch_size])
+            waiting = waiting[len(running) :]  # before the rounds, which can make the batch size smaller
             for turn in range(MAX_ROUNDS):
                 jobs = {}
                 for number, info in running.items():
@@ -306,12 +309,14 @@ class CropModel(lmms):
         if scored:
             tokenizer, pairs = asker.processor.tokenizer, zip(prompts, jobs, strict=True)
             forced = Forced([continuation_ids(tokenizer, prompt.text, job.continuation) for prompt, job in pairs])
-            how: dict[str, Any] = {"generation_config": forced.config(model), "logits_processor": [forced]}
+            how: dict[str, Any] = {"logits_processor": [forced]}
             stops: list[str] = []
+            settings = forced.plain(model)
         else:
             how, stops = generation(jobs[0].options)
+            settings = nullcontext()
         first = FirstToken()
-        with cache_vision(model):
+        with settings, cache_vision(model):
             inputs = asker.encode_texts([prompt.images for prompt in prompts], [prompt.text for prompt in prompts])
             lengths = inputs["attention_mask"].sum(1).tolist()
             inputs = inputs.to(model.device, dtype=model.dtype)

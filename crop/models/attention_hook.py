@@ -1,8 +1,8 @@
 """Read the query, key and log-sum-exp of an attention call without changing what the model computes.
 
-The log-sum-exp saves the scores their first pass. Nothing is run in another way for it: torch's flash operators return it
-always and are only watched; flash-attn returns it on demand (``return_attn_probs``), of the same kernel. It covers what the
-model's own mask let each row see.
+The log-sum-exp saves the scores their first pass. No other kernel runs for it: torch's flash operators return it always and
+are only watched; cuDNN, the memory-efficient kernel (``compute_log_sumexp``, as in training) and flash-attn
+(``return_attn_probs``) write it on demand. It covers what the model's own mask let each row see.
 """
 
 from __future__ import annotations
@@ -111,9 +111,11 @@ def undo_rope(module: nn.Module, query: Tensor, key: Tensor, tables: tuple[Tenso
 
 
 _aten = torch.ops.aten
-WATCHED = {  # (output, log-sum-exp, ...)
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+WATCHED = {  # return (output, log-sum-exp, ...); the number of the argument that asks for the latter, None: it is always there
+    _aten._scaled_dot_product_flash_attention.default: None,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default: None,
+    _aten._scaled_dot_product_efficient_attention.default: 4,
+    _aten._scaled_dot_product_cudnn_attention.default: 4,
 }
 
 
@@ -143,7 +145,7 @@ def call_with_lse(function: Callable[..., Any], query: Tensor, call: Callable[..
 
 
 class _Watch(TorchDispatchMode):
-    """Notes what torch's flash operators return."""
+    """Notes what torch's fused attention returns, and has it return the log-sum-exp."""
 
     lse: Tensor | None = None
 
@@ -152,9 +154,14 @@ class _Watch(TorchDispatchMode):
         if func is _aten.scaled_dot_product_attention.default:  # in inference mode it comes in one piece
             with self:
                 return func.decompose(*args, **kwargs)
+        if func not in WATCHED:
+            return func(*args, **kwargs)
+        if (asks := WATCHED[func]) is not None:
+            args = (*args[:asks], True, *args[asks + 1 :])
         out = func(*args, **kwargs)
-        if func in WATCHED:
-            self.lse = out[1]
+        # cuDNN's has a last axis of one; the efficient kernel's rows are a multiple of 32.
+        self.lse = out[1][..., 0] if out[1].dim() == 4 else out[1]
+        self.lse = self.lse[..., : args[0].shape[2]]
         return out
 
 

@@ -18,7 +18,7 @@ from crop.ops import launchers, reference
 from crop.ops.dispatch import use_backend
 from crop.ops.launchers import DTYPES, MODES
 
-__all__ = ["adaptive_pool", "attention_mass", "compact", "region_topk", "select", "use_backend"]
+__all__ = ["adaptive_pool", "attention_mass", "compact", "pack", "region_topk", "saliency", "select", "use_backend"]
 
 _INTS, _FLOAT = (torch.int64, torch.int32), (torch.float32,)
 _MAX_HEAD_DIM = 256
@@ -141,6 +141,31 @@ def region_topk(
     return (kept, mass) if return_scores else kept
 
 
+def pack(
+    stays: Tensor,  # (B, L)
+    width: int,
+    *,
+    kept: Tensor | None = None,  # (I, K)
+    sample: Tensor | None = None,  # (I,)
+) -> tuple[Tensor, Tensor]:  # (B, width), (B, L)
+    op, device = "pack", stays.device if isinstance(stays, Tensor) else None
+    _check(op, "stays", stays, (torch.bool,), (None, None))
+    if isinstance(width, (bool, float)):
+        raise TypeError(f"{op}: width must be an int, got {width!r}")
+    if width < 0:
+        raise ValueError(f"{op}: width must be at least 0, got {width}")
+    batch = stays.shape[0]
+    if kept is None and sample is not None:
+        raise ValueError(f"{op}: sample must be left out without kept, got a tensor")
+    if kept is not None:
+        _check(op, "kept", kept, _INTS, (None, None), device)
+        if sample is None and len(kept) != batch:
+            raise ValueError(f"{op}: sample must be given unless images={len(kept)} equals batch={batch}, got None")
+        if sample is not None:
+            _check(op, "sample", sample, _INTS, (len(kept),), device)
+    return launchers.pack(stays, width, kept, sample)
+
+
 def compact(
     tensors: Sequence[Tensor],
     index: Tensor,  # (B, K)
@@ -161,6 +186,27 @@ def compact(
         if tensor.device != device:
             raise ValueError(f"{op}: tensors[{i}] must be on {device}, got {tensor.device}")
     return launchers.compact(tensors, index, dims)
+
+
+def saliency(
+    tokens: Tensor,  # (num_tokens, D)
+    index: Tensor,  # (I, N)
+    *,
+    alone: Tensor | None = None,  # (num_tokens,)
+    sharpness: float = reference.SHARPNESS,
+    farthest: float = reference.FARTHEST,
+    flat: float = reference.FLAT,
+) -> Tensor:  # (num_tokens,)
+    op = "saliency"
+    _check(op, "tokens", tokens, tuple(DTYPES), (None, None), unit_stride=True)
+    _check(op, "index", index, _INTS, (None, None), tokens.device)
+    if alone is not None:
+        _check(op, "alone", alone, (torch.bool,), (len(tokens),), tokens.device)
+    constants = [float(sharpness), float(farthest), float(flat)]
+    for name, value in zip(("sharpness", "farthest", "flat"), constants, strict=True):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{op}: {name} must be above 0 and finite, got {value}")
+    return launchers.saliency(tokens.detach(), index, alone, *constants)
 
 
 def adaptive_pool(
@@ -184,5 +230,5 @@ def adaptive_pool(
     return launchers.adaptive_pool(tokens, plan.members, plan.offsets, inverse, weight, mode)[0]
 
 
-for _name in ("adaptive_pool", "attention_mass", "compact", "region_topk", "select"):
+for _name in reference.__all__:
     globals()[_name].__doc__ = getattr(reference, _name).__doc__

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crop.ops import dispatch, reference
+from crop.ops import dispatch, reference, reference_pooling
 from crop.ops.dispatch import Target, as_int64, dense, pointer, raise_error, register
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -106,6 +106,26 @@ def select(score, num_keep, weight, priority, index, target: Target) -> Tensor:
     return kept
 
 
+@register(
+    "pack",
+    "(Tensor stays, SymInt width, Tensor? kept, Tensor? sample) -> (Tensor, Tensor)",
+    twin=reference.pack,
+    fake=lambda stays, width, *_: (
+        stays.new_empty((stays.shape[0], width), dtype=torch.int64),
+        stays.new_empty(stays.shape, dtype=torch.int64),
+    ),
+)
+def pack(stays, width, kept, sample, target: Target) -> tuple[Tensor, Tensor]:
+    batch, num_tokens = stays.shape
+    kept_index = stays.new_empty(batch, width, dtype=torch.int64)
+    slot_of = stays.new_empty(batch, num_tokens, dtype=torch.int64)
+    stays, kept, sample = dense(stays), as_int64(kept), as_int64(sample)
+    pointers = map(pointer, (stays, kept, sample, kept_index, slot_of))
+    images = (0, 0) if kept is None else kept.shape
+    raise_error(dispatch.native.pack(*target, *pointers, batch, num_tokens, *images, width))
+    return kept_index, slot_of
+
+
 def _compact_fake(tensors: list[Tensor], index: Tensor, token_dim: list[int]) -> list[Tensor]:
     layouts = (
         row_layout(tensor.shape, tensor.stride(), 1, dim, *index.shape, i)
@@ -153,6 +173,26 @@ def invert_index(index: Tensor, num_tokens: int, target: Target) -> Tensor:
     return inverse
 
 
+@register(
+    "saliency",
+    "(Tensor tokens, Tensor index, Tensor? alone, float sharpness, float farthest, float flat) -> Tensor",
+    twin=reference.saliency,
+    fake=lambda tokens, *_: tokens.new_empty(tokens.shape[:1], dtype=torch.float32),
+)
+def saliency(tokens, index, alone, sharpness, farthest, flat, target: Target) -> Tensor:
+    num_tokens, dim = tokens.shape
+    if not (index.numel() and tokens.numel()):
+        return tokens.new_ones(num_tokens, dtype=torch.float32)
+    weight = tokens.new_empty(num_tokens, dtype=torch.float32)
+    mean = weight.new_empty(index.shape[0], dim)
+    index, alone = as_int64(index), dense(alone)
+    pointers = map(pointer, (tokens, index, alone, mean, weight))
+    sizes = (num_tokens, dim, *index.shape, tokens.stride(0))
+    constants = (sharpness, farthest, flat)
+    raise_error(dispatch.native.saliency(*target, *pointers, *sizes, constants, DTYPES[tokens.dtype]))
+    return weight
+
+
 def _pool_fake(tokens, members, offsets, inverse, weight, mode) -> tuple[Tensor, Tensor]:
     num_out = offsets.shape[0] - 1
     out = tokens.new_empty((num_out, tokens.shape[1]))
@@ -163,13 +203,13 @@ def _pool_fake(tokens, members, offsets, inverse, weight, mode) -> tuple[Tensor,
 
 
 def _pool_twin(tokens, members, offsets, inverse, weight, mode) -> tuple[Tensor, Tensor]:
-    out, saved = reference.pool(tokens, members, offsets, weight, mode)
+    out, saved = reference_pooling.pool(tokens, members, offsets, weight, mode)
     return out, tokens.new_empty(0, dtype=torch.float32) if inverse is None else saved
 
 
 @register(
     "adaptive_pool",
-    # Second result, for the backward pass only (inverse given): see reference.pool.
+    # Second result, for the backward pass only (inverse given): see reference_pooling.pool.
     "(Tensor tokens, Tensor members, Tensor offsets, Tensor? inverse, Tensor? weight, str mode) -> (Tensor, Tensor)",
     twin=_pool_twin,
     fake=_pool_fake,
@@ -194,7 +234,7 @@ def _pool_backward_fake(grad, tokens, out, saved, offsets, inverse, weight, mode
     "adaptive_pool_backward",
     "(Tensor grad, Tensor? tokens, Tensor? out, Tensor saved, Tensor offsets, Tensor inverse, Tensor? weight, str mode)"
     " -> (Tensor, Tensor)",
-    twin=reference.pool_backward,
+    twin=reference_pooling.pool_backward,
     fake=_pool_backward_fake,
 )
 def adaptive_pool_backward(

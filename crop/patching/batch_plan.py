@@ -19,7 +19,8 @@ from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods.base import FeaturePooling, Method, Selection
 from crop.methods.encoding import planned
-from crop.patching.token_map import pack_right
+from crop.methods.saliency import patches_of
+from crop.patching.pool_step import PoolStep, pool_step
 
 
 @dataclass(frozen=True)
@@ -62,25 +63,6 @@ class ImagePlan:
 
 def _leaders(layout: VisionLayout, plan: PoolPlan | None) -> Tensor:
     return layout.position if plan is None else layout.position[plan.leader.long()]
-
-
-@dataclass(frozen=True)
-class PoolStep:
-    """Pre-LLM compression of a whole batch as one pooling.
-
-    Args:
-        plan: cells over the flattened (batch * seq_len) tokens; text tokens are cells of one, padding is in none.
-        kept_index: (batch, pooled length) int64 input position of each pooled token, -1 = filler.
-        slot_of: (batch, seq_len) int64 pooled token that stands for each input position, -1 = padding or dropped.
-        filled: (num_out,) int64 flat pooled position of each cell, or None where the cells fill the batch exactly.
-        alone: (batch * seq_len,) bool, tokens that are a cell of their own.
-    """
-
-    plan: PoolPlan
-    kept_index: Tensor
-    slot_of: Tensor
-    filled: Tensor | None
-    alone: Tensor
 
 
 @dataclass(frozen=True)
@@ -130,6 +112,7 @@ class BatchPlan:
         prunes: by decoder layer, the cuts at which a token leaves, ascending.
         positions: per image, (N,) int64 pooled positions of its pooled tokens.
         text: per sample, (M,) int64 input positions of the text after its last image; None where no feature decides.
+        patches: of the images that are pooled by ``saliency_weights``, as by ``patches_of``; None where none is.
     """
 
     images: list[ImagePlan]
@@ -138,6 +121,7 @@ class BatchPlan:
     prunes: dict[int, PruneStep]
     positions: list[Tensor]
     text: list[Tensor] | None = None
+    patches: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -179,8 +163,8 @@ def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
 
 # What of a plan is on the device; the rest describes single images, and numbers that the host knows.
 _ON_DEVICE = {
-    BatchPlan: ("valid", "pool", "prunes", "positions", "text"),
-    PoolStep: ("plan", "kept_index", "slot_of", "filled", "alone"),
+    BatchPlan: ("valid", "pool", "prunes", "positions", "text", "patches"),
+    PoolStep: ("plan", "kept_index", "slot_of", "filled", "alone", "source"),
     PruneStep: ("stays", "sample", "candidates", "priority", "weight", "by_features", "rows", "first"),
     PoolPlan: ("members", "offsets", "leader", "level"),
 }
@@ -253,7 +237,13 @@ def plan_batch(
     ends = _ends(found, valid, real, pool is not None)
     steps = {cut.layer: _prune_step(cut, found, real, ends) for cut in method.cuts}
     prunes = {layer: step for layer, step in steps.items() if step is not None}
-    return BatchPlan(found, valid, pool, prunes, [image.pooled.position for image in found], text).packed()
+    patches = None
+    if pool is not None and method.pool_mode == "distinct":
+        patches = patches_of(
+            [(image.sample, image.encoded) for image in found if image.plan is not None], valid.shape[1]
+        )
+    positions = [image.pooled.position for image in found]
+    return BatchPlan(found, valid, pool, prunes, positions, text, patches).packed()
 
 
 def _selections(method: Method, layout: VisionLayout, region: Region, count: int) -> dict[int, Selection]:
@@ -290,28 +280,6 @@ def _text_after(images: Sequence[ImagePlan], valid: Tensor) -> list[Tensor]:
     for image in images:
         begin[image.sample] = int(image.layout.position[-1]) + 1
     return [torch.nonzero(row[first:]).flatten() + first for row, first in zip(valid, begin, strict=True)]
-
-
-def pool_step(leader_of: Tensor, width: int, num_out: int) -> PoolStep:
-    """One pooling of a batch; no host sync.
-
-    Args:
-        leader_of: (batch, seq_len) int64 flat position of the token that leads each token's cell, -1 = in none.
-        width: pooled tokens of the longest sample. num_out: of all samples.
-    """
-    batch, seq_len = leader_of.shape
-    flat = leader_of.flatten()
-    position = torch.arange(len(flat), device=flat.device)
-    leads = flat == position
-    rank = leads.cumsum(0) - 1
-    # One spare entry at the end swallows what does not lead.
-    leader = position.new_zeros(num_out + 1).scatter(0, torch.where(leads, rank, num_out), position)[:-1]
-    kept_index, slot = pack_right(leads.view(batch, seq_len), width)
-    slot_of, cell = (torch.where(flat >= 0, table[flat.clamp(min=0)], -1) for table in (slot.flatten(), rank))
-    filled = None if num_out == batch * width else leader // seq_len * width + slot_of[leader]
-    plan = PoolPlan.from_cells(cell, leader)
-    alone = (plan.counts[cell.clamp(min=0)] == 1) & (cell >= 0)
-    return PoolStep(plan, kept_index, slot_of.view(batch, seq_len), filled, alone)
 
 
 def _ends(images: Sequence[ImagePlan], valid: Tensor, real: Tensor, pooled: bool) -> list[int]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from crop.methods.base import Assignment, Features
-from crop.patching.batch_plan import BatchPlan, PruneStep, pool_step
+from crop.patching.batch_plan import BatchPlan, PruneStep
+from crop.patching.pool_step import pool_step
 
 
 def settle(plan: BatchPlan, embeds: Tensor, observed: list[Tensor] | None) -> tuple[BatchPlan, dict[int, Assignment]]:

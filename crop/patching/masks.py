@@ -39,12 +39,13 @@ def pooled_valid(
         now: pooled tokens after this call; None: this call pools nothing.
         past: input tokens before this call. pooled_past, pooled_length: pooled tokens before and in it.
     """
-    valid = None if valid is None else valid.bool()
-    earlier = layer_valid(None if valid is None else valid[:, :past], before, past)
     if now is None:
-        later = None if valid is None else valid[:, past:]
+        later = None if valid is None else valid[:, past:].bool()
     else:
         later = None if now.full else now.index[:, -pooled_length:] >= 0
+    if pooled_past == 0:
+        return later
+    earlier = layer_valid(None if valid is None else valid[:, :past].bool(), before, past)
     if earlier is None and later is None:
         return None
     known = later if earlier is None else earlier

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from crop import ops
 from crop.methods.base import MergeView, Method, ScoreView
@@ -11,7 +12,7 @@ from crop.patching.batch_plan import PruneStep
 from crop.patching.cache import CacheState
 from crop.patching.masks import layer_valid
 from crop.patching.state import ForwardState, LayerState
-from crop.patching.token_map import TokenMap, look_up, pack_right
+from crop.patching.token_map import TokenMap, look_up
 
 
 def score(
@@ -51,7 +52,7 @@ def score(
             start = step.first.to(device) if here.kept_index is None else (~real).sum(1)
         else:
             # Real keys with holes between them: close the holes, so that each row sees one span.
-            keys, slot = pack_right(real, real.shape[1])
+            keys, slot = ops.pack(real, real.shape[1])
             key = ops.compact([key], keys, token_dim=2)[0]
             start = real.shape[1] - real.sum(1)
             row_key, candidates = look_up(slot, row_key), look_up(slot[sample], candidates)
@@ -59,9 +60,8 @@ def score(
     if state.prefix:
         end = key.shape[2] if start is None else (start + real.sum(1)).unsqueeze(1)
         visible = torch.where(rows >= 0, end, 0)
-    if lse is not None:
-        lse = lse.gather(2, rows.clamp(min=0).unsqueeze(1).expand(-1, lse.shape[1], -1))
-    query = ops.compact([query], rows, token_dim=2)[0]
+    query, *given = ops.compact([query] if lse is None else [query, lse.unsqueeze(-1)], rows, token_dim=2)
+    lse = given[0].squeeze(-1) if given else None
     found = step.method.score(query, key, ScoreView(candidates, sample, visible, start, scale, lse, row_key))
     got = (found.dtype, tuple(found.shape)) if isinstance(found, Tensor) else type(found).__name__
     if got != (torch.float32, tuple(candidates.shape)):
@@ -96,16 +96,12 @@ def cut(state: ForwardState, layer: int, step: PruneStep, scores: Tensor) -> tup
         return step.method.merge(hidden, MergeView(step.owners, step.num_keep, step.num_candidates, places))
 
     kept = best(step.num_keep)
-    # One spare entry at the end swallows the fillers of ``kept``.
-    flags = torch.cat([stays.flatten(), stays.new_zeros(1)])
-    flat = torch.where(kept >= 0, kept + step.sample.unsqueeze(1) * stays.shape[1], -1)
-    flags[flat.flatten()] = True
-    kept_index, slot_of = pack_right(flags[:-1].view_as(stays), step.width)
+    kept_index, slot_of = ops.pack(stays, step.width, kept=kept, sample=step.sample)
     earlier = CacheState.at(state.before.cuts, layer)
     tokens = TokenMap.extended(earlier, state.pooled_past, kept_index, state.pooled_length, step.full)
-    restore = slot_of if here.kept_index is None else look_up(slot_of, here.kept_index)
+    taken = kept_index if here.kept_index is None else look_up(here.slot_of, kept_index)
     merges = type(step.method).merge is not Method.merge
-    return kept, LayerState(tokens, kept_index, slot_of, restore_index=restore, merge=merge if merges else None)
+    return kept, LayerState(tokens, kept_index, slot_of, taken=taken, merge=merge if merges else None)
 
 
 def restore(state: ForwardState, hidden: Tensor, layer: int) -> Tensor:
@@ -117,7 +113,9 @@ def restore(state: ForwardState, hidden: Tensor, layer: int) -> Tensor:
         return hidden
     for first, here in sorted(state.layers.items(), reverse=True):
         if first <= layer and here.hidden_before is not None:
-            index = here.restore_index.to(hidden.device)
-            kept = ops.compact([hidden], index)[0]
-            hidden = torch.where((index >= 0).unsqueeze(-1), kept, here.hidden_before.to(hidden.device))
+            before, index = here.hidden_before.to(hidden), here.taken.to(hidden.device)
+            if not here.tokens.full:  # one spare entry at the end swallows the fillers
+                before, index = pad(before, (0, 0, 0, 1)), torch.where(index >= 0, index, before.shape[1])
+            restored = before.scatter(1, index.unsqueeze(-1).expand_as(hidden), hidden)
+            hidden = restored[:, : here.hidden_before.shape[1]]
     return hidden

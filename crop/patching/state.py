@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from crop import ops
 from crop.geometry.pieces import Encoding
 from crop.patching.batch_plan import BatchPlan
 from crop.patching.cache import CacheState, cache_state
@@ -72,7 +73,7 @@ class LayerState:
         kept_index: (batch, width) int64 pooled tokens of this call that they get, -1 = filler; None: all of them.
         slot_of: (batch, pooled length) int64 inverse of kept_index, -1 = dropped.
         hidden_before: hidden states that came to the cut, of which these layers take a part.
-        restore_index: (batch, hidden_before.shape[1]) int64 inverse of that, -1 = dropped.
+        taken: (batch, width) int64 places of that part in hidden_before, -1 = filler.
         position_ids: (axes, batch, width), where they are not the model's.
         shift: (batch,) int64 how far renumbered ids lie below: in layer 0 the caller's, later layer 0's; None: not renumbered.
         merge: what the method does to the hidden states before tokens leave, None: nothing.
@@ -83,7 +84,7 @@ class LayerState:
     kept_index: Tensor | None = None
     slot_of: Tensor | None = None
     hidden_before: Tensor | None = None
-    restore_index: Tensor | None = None
+    taken: Tensor | None = None
     position_ids: Tensor | None = None
     shift: Tensor | None = None
     merge: Callable[[Tensor], Tensor] | None = None
@@ -195,11 +196,13 @@ class ForwardState:
         return found
 
 
-def gather_positions(position_ids: Tensor | None, index: Tensor, past: int) -> Tensor:
-    """Position ids (..., 1 or batch, seq_len) of the tokens that ``index`` (batch, n) names; fillers get some."""
-    index = index.clamp(min=0)
+def gather_positions(position_ids: Tensor | None, index: Tensor, past: int, full: bool = False) -> Tensor:
+    """Position ids (..., 1 or batch, seq_len) of the tokens that ``index`` (batch, n) names, ascending; fillers get some.
+
+    ``full``: there are no fillers, known on the host.
+    """
     if position_ids is None:
-        return index + past
-    leading = position_ids.shape[:-2]
-    full = position_ids.expand(*leading, len(index), -1)
-    return full.gather(-1, index.expand(*leading, -1, -1))
+        index = index if full else index.clamp(min=0)
+        return index + past if past else index
+    full = position_ids.expand(*position_ids.shape[:-2], len(index), -1).movedim(-2, 0)
+    return ops.compact([full], index, token_dim=-1)[0].movedim(0, -2)

@@ -5,7 +5,8 @@
     layer    0     1     2 3       what a decoder layer behind a cut holds, also in its key-value cache
 
 A :class:`TokenMap` goes back along one arrow: for every entry on the lower line, its place on the line above. Entries are
-packed to the right end ("left-padded"), so the real tokens of a sample are contiguous and causal order is entry order.
+packed to the right end ("left-padded", :func:`crop.ops.pack`), so the real tokens of a sample are contiguous and causal
+order is entry order.
 """
 
 from __future__ import annotations
@@ -14,25 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-
-def pack_right(keep: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Index that moves the kept tokens of every sample, in order, to the right end of ``length`` entries; no host sync.
-
-    Args:
-        keep: (batch, seq_len) bool, at most ``length`` True per row.
-        length: number of entries.
-    Returns:
-        kept_index (batch, length) int64, source position of each entry, -1 = filler;
-        slot_of (batch, seq_len) int64, entry of each source position, -1 = dropped.
-    """
-    batch, seq_len = keep.shape
-    rank = keep.cumsum(1)
-    slot_of = torch.where(keep, rank - 1 + length - rank[:, -1:], -1) if seq_len else rank
-    kept_index = torch.full((batch, length + 1), -1, dtype=torch.int64, device=keep.device)
-    source = torch.arange(seq_len, device=keep.device).expand(batch, -1)
-    kept_index.scatter_(1, torch.where(keep, slot_of, length), source)
-    return kept_index[:, :length], slot_of
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:

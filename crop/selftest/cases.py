@@ -50,21 +50,24 @@ def _fit(size: int, full: bool, most: int = 96) -> int:
 
 SHAPES = [(1, 576, 1), (1, 576, 64), (1, 2304, 64), (1, 4096, 1), (1, 4096, 32), (1, 4096, 64), (1, 4096, 128)]
 SHAPES += [(1, 16384, 32), (8, 576, 64), (8, 4096, 32), (32, 576, 64), (32, 2304, 64)]
+SHAPES += [(1, 576, 64, 32), (1, 2880, 1, 32), (1, 2880, 64, 32), (8, 576, 64, 32)]  # a KV head for every query head
 
 
 class Cut:
     """A cut inside a decoder layer: scoring rows, keys, their log-sum-exp, candidates and what is to be moved."""
 
-    def __init__(self, batch: int, tokens: int, rows: int, device: torch.device, full: bool) -> None:
-        self.name = f"B{batch} N{tokens} M{rows}"
+    def __init__(
+        self, device: torch.device, full: bool, batch: int, tokens: int, rows: int, kv_heads: int = KV_HEADS
+    ) -> None:
+        self.name = f"B{batch} N{tokens} M{rows}" + ("" if kv_heads == KV_HEADS else f" {HEADS}/{kv_heads} heads")
         self.size = {"batch": batch, "tokens": tokens, "rows": rows}
-        self.bytes = 2.0 * batch * DIM * (KV_HEADS * tokens + HEADS * rows)
+        self.bytes = 2.0 * batch * DIM * (kv_heads * tokens + HEADS * rows)
         self.moved = 2.0 * batch * (tokens // 4) * WIDTH * 2
         self.exps = float(batch * HEADS * rows * tokens)
         batch, tokens, rows = _fit(batch, full, 2), _fit(tokens, full), _fit(rows, full, 3)
         options = {"generator": torch.Generator(device).manual_seed(0), "device": device, "dtype": BF16}
         self.query = torch.randn(batch, HEADS, rows, DIM, **options)
-        self.key = torch.randn(batch, KV_HEADS, tokens, DIM, **options)
+        self.key = torch.randn(batch, kv_heads, tokens, DIM, **options)
         self.hidden = torch.randn(batch, tokens, _fit(WIDTH, full, 64), **options)
         self.index = torch.arange(tokens, device=device).expand(batch, tokens).contiguous()
         self.keep = tokens // 4
@@ -74,7 +77,7 @@ class Cut:
         self.mass = torch.stack(masses)
 
     def _logits(self, sample: int) -> Tensor:
-        grouped = self.query[sample].unflatten(0, (KV_HEADS, -1)).double()
+        grouped = self.query[sample].unflatten(0, (self.key.shape[1], -1)).double()
         return torch.einsum("kgmd,ktd->kgmt", grouped, self.key[sample].double()) * DIM**-0.5
 
     def mass_error(self, mass: Tensor) -> float:
@@ -99,7 +102,7 @@ class Cut:
 def pipeline_cases(device: torch.device, full: bool) -> Iterator[Case]:
     """Score, select and compact one after another."""
     for shape in SHAPES:
-        cut = Cut(*shape, device, full)
+        cut = Cut(device, full, *shape)
         work = (cut.bytes + cut.moved, 2 * DIM * cut.exps, cut.exps)
         inputs = {"query": cut.query, "key": cut.key, "hidden": cut.hidden, "k": cut.keep}
         yield Case("score + select + compact", cut.name, cut.run, cut.moved_error, *work, cut.size, inputs)
@@ -108,7 +111,7 @@ def pipeline_cases(device: torch.device, full: bool) -> Iterator[Case]:
 def mass_cases(device: torch.device, full: bool) -> Iterator[Case]:
     """Attention mass, with the log-sum-exp of the rows given and without."""
     for shape in SHAPES:
-        cut = Cut(*shape, device, full)
+        cut = Cut(device, full, *shape)
         call = partial(ops.attention_mass, cut.query, cut.key, cut.index)
         work = (cut.bytes, 2 * DIM * cut.exps, cut.exps)
         inputs = {"query": cut.query, "key": cut.key, "lse": cut.lse}
@@ -133,6 +136,27 @@ def select_cases(device: torch.device, full: bool) -> Iterator[Case]:
         name, moved = f"B{batch} N{length} k{length // 4}", batch * (4.0 * length + 8 * (length // 4))
         size, inputs = {"batch": batch, "tokens": length}, {"score": score, "k": keep}
         yield Case("select", name, partial(ops.select, score, keep), error, moved, size=size, inputs=inputs)
+
+
+def pack_cases(device: torch.device, full: bool) -> Iterator[Case]:
+    """Every third token between ten of text on either side stays."""
+    for batch, length in ((1, 576), (1, 4096), (8, 4096), (1, 16384)):
+        tokens = _fit(length, full)
+        place = torch.arange(tokens + 20, device=device).expand(batch, -1)
+        stays = (place < 10) | (place >= tokens + 10)
+        kept = place[:, 10 : tokens + 10 : 3].contiguous()
+        width = kept.shape[1] + 25  # five fillers
+        row = torch.cat([kept.new_full((5,), -1), place[0, :10], kept[0], place[0, -10:]])
+
+        def error(result: tuple[Tensor, Tensor], row: Tensor = row) -> float:
+            slots = torch.full_like(result[1][0], -1)
+            slots[row[5:]] = torch.arange(5, len(row), device=row.device)
+            return float(not (bool((result[0] == row).all()) and bool((result[1] == slots).all())))
+
+        name, moved = f"B{batch} L{length + 20}", batch * (9.0 * length + 16 * (length // 3))
+        inputs = {"stays": stays, "width": width, "kept": kept}
+        size = {"batch": batch, "tokens": length}
+        yield Case("pack", name, partial(ops.pack, **inputs), error, moved, size=size, inputs=inputs)
 
 
 def compact_cases(device: torch.device, full: bool) -> Iterator[Case]:
@@ -173,6 +197,30 @@ def region_plan(side: int) -> PoolPlan:
     layout, box = VisionLayout.grid(side, side), (edge / side, 1 - edge / side)
     level = layout.levels(Region.box(box[0], box[0], box[1], box[1]), 4)
     return build_plan(layout, level, (1, 2, 4))
+
+
+def saliency_cases(device: torch.device, full: bool) -> Iterator[Case]:
+    """Weights of every image of a batch."""
+    g = torch.Generator(device).manual_seed(0)
+    for images, length, dim in ((1, 576, 4096), (8, 576, 4096), (1, 2880, 4096), (1, 4096, 3584), (1, 16384, 3584)):
+        tokens, width, count = _fit(length, full), _fit(dim, full, 64), _fit(images, full, 2)
+        common = torch.randn(width, generator=g, device=device)
+        x = (common + 0.7 * torch.randn(count * tokens, width, generator=g, device=device)).to(BF16)
+        index = torch.arange(count * tokens, device=device).view(count, tokens)
+        own = x.view(count, tokens, width).double()
+        near = torch.cosine_similarity(own, own.mean(1, keepdim=True), dim=2)
+        off = near.mean(1, keepdim=True) - near
+        z = off / (off.std(1, correction=0, keepdim=True) + ops.reference.FLAT)
+        exact = z.flatten()
+
+        def error(weight: Tensor, exact: Tensor = exact) -> float:
+            worst = float((weight.double().log() - exact).abs().max())
+            return 0.0 if worst < 1e-3 else worst  # float32 distances, in their standard deviations
+
+        size = {"images": images, "tokens": length, "dim": dim}
+        inputs = {"tokens": x, "index": index, "sharpness": 1.0}  # weights that a float32 error does not hide in
+        call, moved = partial(ops.saliency, **inputs), 4.0 * images * length * dim  # every token twice
+        yield Case("saliency", f"{images} x {length}x{dim}", call, error, moved, size=size, inputs=inputs)
 
 
 def pool_cases(device: torch.device, full: bool) -> Iterator[Case]:
@@ -216,6 +264,8 @@ CASES: dict[str, Callable[[torch.device, bool], Iterator[Case]]] = {
     "pipeline": pipeline_cases,
     "mass": mass_cases,
     "select": select_cases,
+    "pack": pack_cases,
     "compact": compact_cases,
+    "saliency": saliency_cases,
     "pool": pool_cases,
 }

@@ -14,18 +14,20 @@ from crop.ops.build_info import build_info
 from crop.ops.dispatch import native
 from crop.selftest.cases import CASES
 
+Status = Literal["ok", "slow", "missing", "refused", "WRONG"]
+
 
 @dataclass(frozen=True)
 class Finding:
     """What a check found out about one subject.
 
     Args:
-        status: "slow": right, but plain torch in the place of a kernel. "missing": something optional is not there.
+        status: "slow": right, but plain torch in the place of a kernel. "missing": something optional is not there, or this check cannot tell.
             "refused": crop does not work with it, and says why. "WRONG": a result is.
         detail: what was checked, or what is the matter and what to do.
     """
 
-    status: Literal["ok", "slow", "missing", "refused", "WRONG"]
+    status: Status
     subject: str
     detail: str
 

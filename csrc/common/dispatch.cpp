@@ -14,14 +14,16 @@ namespace crop {
     int attention_mass(const AttentionMassParams&, int threads);             \
     size_t attention_mass_scratch(const AttentionMassParams&);               \
     int select(const SelectParams&, int threads);                            \
+    int pack(const PackParams&, int threads);                                \
     int compact(const CompactParams&, int threads);                          \
     int invert_index(const InverseParams&, int threads);                     \
+    int saliency(const SaliencyParams&, int threads);                        \
     int adaptive_pool(const PoolParams&, int threads);                       \
     int adaptive_pool_backward(const PoolBackwardParams&, int threads);      \
     }
 #define CROP_KERNELS(isa)                                                                                        \
-    {#isa, isa::attention_mass, isa::attention_mass_scratch, isa::select, isa::compact, isa::invert_index,       \
-     isa::adaptive_pool, isa::adaptive_pool_backward}
+    {#isa, isa::attention_mass, isa::attention_mass_scratch, isa::select, isa::pack, isa::compact,               \
+     isa::invert_index, isa::saliency, isa::adaptive_pool, isa::adaptive_pool_backward}
 
 CROP_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -36,8 +38,10 @@ struct Kernels {
     int (*attention_mass)(const AttentionMassParams&, int);
     size_t (*attention_mass_scratch)(const AttentionMassParams&);
     int (*select)(const SelectParams&, int);
+    int (*pack)(const PackParams&, int);
     int (*compact)(const CompactParams&, int);
     int (*invert_index)(const InverseParams&, int);
+    int (*saliency)(const SaliencyParams&, int);
     int (*adaptive_pool)(const PoolParams&, int);
     int (*adaptive_pool_backward)(const PoolBackwardParams&, int);
 };
@@ -102,8 +106,10 @@ int set_isa(const char* name) {
 
 int launch_attention_mass_cpu(const AttentionMassParams& p, int threads) { return active->attention_mass(p, threads); }
 int launch_select_cpu(const SelectParams& p, int threads) { return active->select(p, threads); }
+int launch_pack_cpu(const PackParams& p, int threads) { return active->pack(p, threads); }
 int launch_compact_cpu(const CompactParams& p, int threads) { return active->compact(p, threads); }
 int launch_invert_index_cpu(const InverseParams& p, int threads) { return active->invert_index(p, threads); }
+int launch_saliency_cpu(const SaliencyParams& p, int threads) { return active->saliency(p, threads); }
 int launch_adaptive_pool_cpu(const PoolParams& p, int threads) { return active->adaptive_pool(p, threads); }
 int launch_adaptive_pool_backward_cpu(const PoolBackwardParams& p, int threads) {
     return active->adaptive_pool_backward(p, threads);

@@ -40,6 +40,17 @@ struct SelectParams {
     int64_t num_images, num_tokens, width;
 };
 
+// Where the tokens of a sample go that stay, by `stays` or because an image of the sample names them in `kept`: to the right end
+// of `width` entries, in order. slot_of is the inverse, -1 = does not stay.
+struct PackParams {
+    const uint8_t* stays;   // (batch, num_tokens) bool
+    const int64_t* kept;    // (num_images, num_kept), no place twice; negative = filler
+    const int64_t* sample;  // (num_images,) or null: image i belongs to sample i
+    int64_t* kept_index;    // (batch, width); -1 = filler
+    int64_t* slot_of;       // (batch, num_tokens)
+    int64_t batch, num_tokens, num_images, num_kept, width;
+};
+
 struct CompactTensor {
     const char* source;  // (batch, outer, num_tokens) rows
     char* target;        // (batch, outer, num_kept) rows, contiguous
@@ -59,6 +70,18 @@ struct InverseParams {
     const int64_t* index;  // (batch, num_kept), no place twice
     int64_t* inverse;      // (batch, num_tokens)
     int64_t batch, num_kept, num_tokens;
+};
+
+// Weights of the tokens of an image by how far they are from its mean, in standard deviations; 1 for all other tokens.
+struct SaliencyParams {
+    const void* tokens;    // (num_tokens, dim), rows `token_stride` apart
+    const int64_t* index;  // (num_images, num_places), no token twice; -1 = filler
+    const uint8_t* alone;  // (num_tokens,) bool, weight 1, or null
+    float* mean;           // (num_images, dim), scratch
+    float* weight;         // (num_tokens,)
+    int64_t num_tokens, dim, num_images, num_places, token_stride;
+    float sharpness, farthest, flat;
+    int dtype;
 };
 
 struct PoolParams {
@@ -88,8 +111,10 @@ struct PoolBackwardParams {
 
 int launch_attention_mass_cpu(const AttentionMassParams& params, int threads);
 int launch_select_cpu(const SelectParams& params, int threads);
+int launch_pack_cpu(const PackParams& params, int threads);
 int launch_compact_cpu(const CompactParams& params, int threads);
 int launch_invert_index_cpu(const InverseParams& params, int threads);
+int launch_saliency_cpu(const SaliencyParams& params, int threads);
 int launch_adaptive_pool_cpu(const PoolParams& params, int threads);
 int launch_adaptive_pool_backward_cpu(const PoolBackwardParams& params, int threads);
 size_t attention_mass_scratch_cpu(const AttentionMassParams& params);
@@ -97,8 +122,10 @@ size_t attention_mass_scratch_cpu(const AttentionMassParams& params);
 extern "C" {
 int launch_attention_mass(const AttentionMassParams* params, void* stream);
 int launch_select(const SelectParams* params, void* stream);
+int launch_pack(const PackParams* params, void* stream);
 int launch_compact(const CompactParams* params, void* stream);
 int launch_invert_index(const InverseParams* params, void* stream);
+int launch_saliency(const SaliencyParams* params, void* stream);
 int launch_adaptive_pool(const PoolParams* params, void* stream);
 int launch_adaptive_pool_backward(const PoolBackwardParams* params, void* stream);
 }

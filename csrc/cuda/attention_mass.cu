@@ -104,8 +104,9 @@ int launch_mma(const AttentionMassParams& params, void* stream) {
                                     (lse_mma_kernel<kDim, kChecked>), params, partial, splits);
         },
         [&](const AttentionMassParams& p, float unit) {
-            const int max_cluster = HAS_CLUSTERS((mass_mma_kernel<kDim, 1, kChecked>)) ? 8 : 1;
-            const MmaShape shape = mma_shape<kDim, kMaxTiles>(p, max_cluster);
+            const int one = LARGEST_CLUSTER((mass_mma_kernel<kDim, 1, kChecked>), (32 * kMmaWarps<kDim, 1>));
+            const int more = LARGEST_CLUSTER((mass_mma_kernel<kDim, kMaxTiles, kChecked>), (32 * kMmaWarps<kDim, kMaxTiles>));
+            const MmaShape shape = mma_shape<kDim, kMaxTiles>(p, std::min(one, more));
             if (shape.tiles == 1)
                 return LAUNCH_CLUSTER(shape.cluster, shape.blocks, 32 * shape.warps, 0, stream, (mass_mma_kernel<kDim, 1, kChecked>),
                                       p, shape.subtiles, shape.cluster, unit);
@@ -137,6 +138,7 @@ extern "C" int launch_attention_mass(const AttentionMassParams* params, void* st
         return fail("attention_mass: dtype must be float32, bfloat16 or float16, got code %d", p.dtype);
     switch (aligned ? p.head_dim : 0) {
         case 64: return launch_mma<64, false>(p, stream);
+        case 72:  // its last quarter of a step is zeros, as behind any 64 + 8 n up to 80
         case 80: return launch_mma<80, false>(p, stream);
         case 96: return launch_mma<96, false>(p, stream);
         case 128: return launch_mma<128, false>(p, stream);

@@ -27,6 +27,7 @@ extern "C" int launch_select(const SelectParams* params, void* stream) {
         int error = 0;
         if (p.num_tokens <= 1024) error = launch<256, 4, true>(p, count, first, vectors, budgets, stream);
         else if (p.num_tokens <= 4096) error = launch<1024, 4, true>(p, count, first, vectors, budgets, stream);
+        else if (p.num_tokens <= 8192) error = launch<1024, 8, true>(p, count, first, vectors, budgets, stream);
         else if (p.num_tokens <= 16384) error = launch<1024, 16, true>(p, count, first, vectors, budgets, stream);
         else error = launch<1024, 8, false>(p, count, first, vectors, budgets, stream);
         if (error) return error;

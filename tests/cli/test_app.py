@@ -69,6 +69,12 @@ REFUSED = {
     "text": (dict(picture=__file__), "The file must be a picture, got test_app.py"),
     "nothing kept": (dict(percent=0), "keep"),
     "too much kept": (dict(percent=101), "keep"),
+    "unknown localizer": (dict(localizer="magic"), "localizer must be one of "),
+    "a percent in words": (dict(percent="11"), "percent must be a number in (0, 100], got '11'"),
+    "yes percent": (dict(percent=True), "percent must be a number"),
+    "no box at all": (dict(box=None), "box must be a text, got None"),
+    "a list for a method": (dict(method=["crop"]), "method must be a text, got ['crop']"),
+    "a number for a question": (dict(question=1), "question must be a text, got 1"),
     "unknown method": (dict(method="magic"), "name must be one of crop"),
 }
 

@@ -12,7 +12,7 @@ import torch
 from crop import ops
 from crop.cli import bench_command, bench_kernels, bench_prefill, main, report
 from crop.ops import dispatch
-from crop.selftest.cases import CASES
+from crop.selftest.cases import CASES, Case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -52,6 +52,39 @@ def test_a_wrong_kernel_has_no_time_and_ends_with_an_error(
     content = json.loads(path.read_text())
     assert content["rows"] == rows and content["machine"]["commit"] == "0123abc"
     assert "is wrong" in capsys.readouterr().out
+
+
+def test_a_kernel_that_fails_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(ops, "select", fail)
+    row, *_ = rows = kernels(["select"])
+    assert row["note"] == "kernel fails: no room; plain torch fails: no room" and row["faults"] == 2
+    monkeypatch.setattr(bench_kernels, "measure_kernels", lambda *_: iter(rows))
+    assert main.main(["bench", "kernels", "--device", "cpu"]) == 1
+
+
+@pytest.mark.fast
+def test_times_that_are_compared_are_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernel and plain torch, as a GPU would time them; there the copy of a small tensor can take no time at all."""
+
+    def row(*found: dict[str, Any]) -> dict[str, Any]:
+        times = iter(found)
+        monkeypatch.setattr(bench_kernels, "graph_times", lambda *_: next(times))
+        case = Case("select", "tiny", lambda: None, lambda _: 0.0, bytes=1.0)
+        return bench_kernels._row(case, torch.device("cuda"), 1, None)
+
+    captured, not_captured = {"cold": 2.0, "eager": 8.0}, {"cold": None, "eager": 16.0}
+    for kernel, plain, kind, ratio in (
+        (captured, {"cold": 6.0, "eager": 9.0}, "cold", 3.0),
+        (captured, not_captured, "eager", 2.0),
+        ({"cold": 0.0, "eager": 8.0}, {"cold": 0.0, "eager": 8.0}, "cold", None),
+        ({"cold": 0.0, "eager": 8.0}, captured, "cold", None),
+    ):
+        found = row(kernel, plain)
+        assert found["timed"] == kind and found["times as fast"] == ratio
+        assert (found["kernel us"], found["plain torch us"]) == (kernel[kind], plain[kind])
 
 
 def test_rows_are_written_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

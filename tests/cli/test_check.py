@@ -5,6 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +19,9 @@ from crop import embedded, ops
 from crop.cli import check, main
 from crop.cli.ask import Asker
 from crop.embedded import scenes
+from crop.methods import PreLLMCompression
 from crop.ops import dispatch
+from crop.patching.patch import patch
 from crop.selftest import check as selftest
 from crop.selftest.check import check_kernels, check_operators
 from tests.support.cases import families, get_model
@@ -24,6 +31,7 @@ from tests.support.tiny_families import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 def found(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, str]]:
@@ -54,9 +62,47 @@ def test_a_pruned_run_that_is_not_the_recomputation_is_noticed(monkeypatch: pyte
         return without(family, decoder, layer, stays)
 
     monkeypatch.setattr(check, "_without", other)
-    results = found(Asker(get_model("llava"), StandIn("llava")), monkeypatch)
+    asker = Asker(get_model("llava"), StandIn("llava"))
+    results = found(asker, monkeypatch)
     assert results["pruned"][0] == "WRONG" and "must be those of a recomputation" in results["pruned"][1]
     assert results["keeping all"][0] == results["cost"][0] == "ok"
+    # A tolerance that is larger than what pruning does lets everything through: the effect decides then.
+    monkeypatch.setitem(check.TOLERANCE, torch.float32, 10.0)
+    status, detail = found(asker, monkeypatch)["pruned"]
+    assert status == "missing" and detail.startswith("cannot tell: ") and "--dtype float32" in detail
+
+
+@contextmanager
+def prunes_all_the_same(model: Any, method: Any, region: Any, **where: Any) -> Iterator[Any]:
+    """In the place of ``patch``."""
+    with patch(model, PreLLMCompression(keep=0.2), region, **where) as stats:
+        yield stats
+
+
+def test_what_is_wrong_is_found_by_python_without_assertions() -> None:
+    """``python -O`` leaves ``assert`` out, of this file, too."""
+    code = """
+from crop.cli import check
+from crop.cli.ask import load
+from crop.embedded.scenes import scene
+from tests.cli.test_check import prunes_all_the_same
+check.patch = prunes_all_the_same
+print(__debug__, *check.CHECKS["keeping all"](load("embedded", "cpu", "auto"), scene(0).image))
+"""
+    ended = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    if not ended.stdout.startswith("False WRONG logits must be those of the unpatched model"):
+        pytest.fail(ended.stdout + ended.stderr)
+
+
+def test_an_assertion_of_the_models_code_is_no_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("llava")
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("heads must divide the width")
+
+    model.lm_head.register_forward_pre_hook(refuse)
+    results = found(Asker(model, StandIn("llava")), monkeypatch)
+    assert results["layout"] == ("refused", "heads must divide the width") and list(results)[-1] == "layout"
 
 
 def test_bits_that_change_though_all_is_kept_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

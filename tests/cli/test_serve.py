@@ -66,6 +66,54 @@ def test_the_command_carries_settings_and_vllms_own_options():
     assert str(embedded.WEIGHTS) in command and command[-2:] == ["--served-model-name", "embedded"]
 
 
+@pytest.mark.parametrize("name", ["--hf-overrides", "--hf_overrides"])
+def test_overrides_of_the_user_and_settings_go_together(name):
+    words = ["M", "--keep", "0.11", "--", "-tp", "2", name, '{"text_config": {"x_y": 1}}', "--dtype=auto"]
+    command = serve_command.server_command(parsed(*words))
+    assert settings(command) == Settings(keep=0.11) and command[-3:] == ["-tp", "2", "--dtype=auto"]
+    assert sum("overrides" in word for word in command) == 1
+    assert json.loads(command[command.index("--hf-overrides") + 1])["text_config"] == {"x_y": 1}
+
+
+@pytest.mark.parametrize(
+    "words, error",
+    [
+        (["--hf-overrides", '{"crop": {"keep": 0.2}}'], '--hf-overrides must come without "crop"'),
+        (["--hf-overrides=[1]"], r"--hf-overrides must be a JSON object, got \[1\]"),
+        (["--hf-overrides", "{"], "--hf-overrides must be a JSON object, got {"),
+        (["--hf-overrides.crop.keep", "0.2"], "--hf-overrides must be one JSON object"),
+        (["--port", "8001"], "--port must stand before --"),
+        (["--host=0.0.0.0"], "--host must stand before --"),
+        (["--model", "other"], "--model must stand before --"),
+    ],
+)
+def test_options_of_vllm_that_would_undo_those_of_the_command(words, error):
+    with pytest.raises(UsageError, match=error):
+        serve_command.server_command(parsed("M", "--", *words))
+
+
+@pytest.mark.parametrize(
+    "words, wanted",
+    [
+        ([], {"trust_remote_code": False}),
+        (["--revision", "abc", "--trust_remote_code"], {"trust_remote_code": True, "revision": "abc"}),
+    ],
+)
+def test_the_configuration_is_read_as_the_server_will_and_nobody_is_asked(words, wanted, vllm, monkeypatch):
+    asked = []
+
+    def read(model, **given):
+        asked.append(given)
+        raise OSError("far enough")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", read)
+    with pytest.raises(SystemExit):
+        main(["serve", "M", "--", *words])
+    assert asked == [wanted]
+    command = serve_command.server_command(parsed("M", "--", *words))
+    assert command[len(command) - len(words) :] == [word.replace("_", "-") for word in words]
+
+
 def test_what_would_be_served_unpruned_is_refused(tmp_path):
     serve_command.check_model(str(embedded.WEIGHTS))
     config = transformers.LlamaConfig(architectures=["LlamaForCausalLM"])
@@ -119,12 +167,12 @@ import importlib.util, sys
 from crop.cli import main, serve_command
 importlib.util.find_spec = lambda name: True
 serve_command.server_command = lambda options: [sys.executable, "-c", {sleeper!r}, "--model", "M"]
-serve_command.check_model = lambda model: None
+serve_command.check_model = lambda *_: None
 main.main(["serve", "M", "--port", "1"])
 """
     command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     server = int(next(line for line in command.stdout if line.strip().isdigit()))
     command.terminate()
-    assert command.wait(timeout=20) == 143
+    assert command.wait(timeout=120) == 143
     with pytest.raises(ProcessLookupError):
         os.kill(server, 0)

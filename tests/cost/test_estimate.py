@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -113,7 +114,15 @@ def test_localizer_must_be_earned_back(prompt: tuple[Any, dict[str, Any]], monke
     free = crop.estimate(model, inputs, method, regions(inputs))
     saved = free.before.seconds - free.after.seconds
     dear = crop.estimate(model, inputs, method, regions(inputs), localizer_seconds=saved)
-    assert free.prune and not dear.prune and "localizer" in dear.advice
+    assert free.prune and not dear.prune and "localizer" not in free.advice
+    asked = re.search(r"ms for the localizer, which may take ([\d.]+) ms", dear.advice)
+    spare = float(asked[1]) / 1000
+    assert 0 < spare < saved
+    for share, prune in ((0.9, True), (1.1, False)):
+        found = crop.estimate(model, inputs, method, regions(inputs), localizer_seconds=share * spare)
+        assert found.prune is prune
+    keeps_all = crop.estimate(model, inputs, crop.InnerLLMPruning(1.0, layer=1), regions(inputs), localizer_seconds=1.0)
+    assert not keeps_all.prune and "for the localizer (predicted)" in keeps_all.advice
 
 
 @pytest.mark.fast

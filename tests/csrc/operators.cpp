@@ -79,6 +79,18 @@ int __wrap_launch_select(const SelectParams* params, void* stream) {
     return __real_launch_select(&p, stream);
 }
 
+int __real_launch_pack(const PackParams*, void*);
+int __wrap_launch_pack(const PackParams* params, void* stream) {
+    PackParams p = *params;
+    Device device;
+    device.in("stays", p.stays, p.batch * p.num_tokens);
+    device.in("kept", p.kept, p.num_images * p.num_kept);
+    device.in("sample", p.sample, p.num_images);
+    device.out("kept_index", p.kept_index, p.batch * p.width);
+    device.out("slot_of", p.slot_of, p.batch * p.num_tokens);
+    return __real_launch_pack(&p, stream);
+}
+
 int __real_launch_compact(const CompactParams*, void*);
 int __wrap_launch_compact(const CompactParams* params, void* stream) {
     CompactParams p = *params;
@@ -101,6 +113,18 @@ int __wrap_launch_invert_index(const InverseParams* params, void* stream) {
     device.in("index", p.index, p.batch * p.num_kept);
     device.out("inverse", p.inverse, p.batch * p.num_tokens);
     return __real_launch_invert_index(&p, stream);
+}
+
+int __real_launch_saliency(const SaliencyParams*, void*);
+int __wrap_launch_saliency(const SaliencyParams* params, void* stream) {
+    SaliencyParams p = *params;
+    Device device;
+    device.take("tokens", p.tokens, size_of(p.dtype), p.dim, {{p.num_tokens, p.token_stride}}, false);
+    device.in("index", p.index, p.num_images * p.num_places);
+    device.in("alone", p.alone, p.num_tokens);
+    device.out("mean", p.mean, p.num_images * p.dim);
+    device.out("weight", p.weight, p.num_tokens);
+    return __real_launch_saliency(&p, stream);
 }
 
 int __real_launch_adaptive_pool(const PoolParams*, void*);
@@ -152,8 +176,10 @@ const char* active_isa() { return "emulated"; }
 int set_isa(const char*) { return kBadArgument; }
 int launch_attention_mass_cpu(const AttentionMassParams&, int) { return kBadArgument; }
 int launch_select_cpu(const SelectParams&, int) { return kBadArgument; }
+int launch_pack_cpu(const PackParams&, int) { return kBadArgument; }
 int launch_compact_cpu(const CompactParams&, int) { return kBadArgument; }
 int launch_invert_index_cpu(const InverseParams&, int) { return kBadArgument; }
+int launch_saliency_cpu(const SaliencyParams&, int) { return kBadArgument; }
 int launch_adaptive_pool_cpu(const PoolParams&, int) { return kBadArgument; }
 int launch_adaptive_pool_backward_cpu(const PoolBackwardParams&, int) { return kBadArgument; }
 size_t attention_mass_scratch_cpu(const AttentionMassParams&) { return 0; }

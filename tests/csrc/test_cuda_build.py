@@ -31,7 +31,11 @@ BUDGET = {
     r"lse_fp32_kernel<(few|many)>": (168, 168, 18448, 12),
     r"lse_combine_kernel": (56, 64, 0, 32),
     r"select_kernel<256, 4, 1>": (48, 48, 3104, 40),
-    r"select_kernel<1024, (4, 1|8, 0|16, 1)>": (64, 64, 9248, 32),
+    r"select_kernel<1024, (4, 1|8, [01]|16, 1)>": (64, 64, 9248, 32),
+    r"pack_kernel": (48, 48, 128, 32),
+    r"saliency_mean_kernel<\w+>": (56, 56, 8320, 32),
+    r"saliency_distance_kernel<\w+>": (56, 56, 0, 32),
+    r"saliency_weight_kernel": (64, 64, 256, 32),
     r"compact_kernel": (48, 48, 8192, 40),
     r"invert_index_kernel": (32, 32, 0, 64),
     r"pool_kernel<\w+, 0>": (64, 64, 0, 32),
@@ -96,6 +100,8 @@ def test_instructions(built: tuple[Path, list[Kernel]]) -> None:
                 assert count(r"ATOMS\.POPC\.INC") >= 4 and wide >= 1, name
             elif name.startswith("compact"):
                 assert wide >= 4 and wide_stores >= 4, name
+            elif re.match(r"saliency_(mean|distance)", name):
+                assert wide >= 4, name
             elif name.startswith("pool"):
                 rows = 3 if "weighted_backward" in name else 4
                 assert wide >= rows and wide_stores >= (4 if "pool_backward" in name else 1), name

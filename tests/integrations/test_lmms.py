@@ -277,6 +277,18 @@ def test_auto_batches_shrink_to_what_memory_holds(lmms, ask, monkeypatch):
     assert tried == [6, 3] + [1] * 7 and model.batch_sizes == {"generate_until": 1}
 
 
+def test_rounds_lose_no_request_where_batches_shrink(lmms, monkeypatch):
+    model = lmms.CropModel("embedded", "none", device="cpu", batch_size="auto", max_batch_size=4)
+    asked = questions(8)
+    give_documents(model, range(8))
+    tried = limited(model, monkeypatch, 2)
+    requests = [
+        chat_request(number, q.text, {"max_new_tokens": 1}, scene.image) for number, (scene, q) in enumerate(asked)
+    ]
+    answers = model.generate_until_multi_round(requests)
+    assert tried == [4, 2, 2, 2, 2] and [len(rounds) for rounds in answers] == [1] * 8
+
+
 def test_memory_that_holds_no_batch_is_an_error(lmms, ask, monkeypatch):
     asked = [(q.text, [scene.image]) for scene, q in questions(2)]
     for size, tries in (("auto", [2, 1]), (2, [2])):  # a number that was asked for is never made smaller

@@ -11,7 +11,8 @@ from crop import ops
 from crop.geometry.layout import NEWLINE, PADDING, VisionLayout
 from crop.geometry.region import Region
 from crop.methods import PreLLMCompression
-from crop.methods.saliency import FARTHEST, distinctness, saliency_weights
+from crop.methods.saliency import patches_of, saliency_weights
+from crop.ops.reference import FARTHEST, SHARPNESS
 from crop.patching.batch_plan import BatchPlan, plan_batch
 
 pytestmark = pytest.mark.fast
@@ -21,8 +22,13 @@ def planned(layouts: list[tuple[int, VisionLayout]], real: torch.Tensor, region:
     return plan_batch(PreLLMCompression(**strides), layouts, [region] * len(layouts), real)
 
 
-def placed(plan: BatchPlan) -> list[tuple[int, VisionLayout]]:
-    return [(image.sample, image.layout) for image in plan.images]
+def weights(plan: BatchPlan, embeds: torch.Tensor) -> torch.Tensor:
+    return saliency_weights(plan.pool.alone, plan.patches, embeds)
+
+
+def distinctness(tokens: torch.Tensor) -> torch.Tensor:
+    """Standard deviations, of one image."""
+    return ops.saliency(tokens, torch.arange(len(tokens))[None]).log() / SHARPNESS
 
 
 def background(tokens: int, dim: int = 32, seed: int = 0) -> torch.Tensor:
@@ -37,7 +43,7 @@ def test_what_stands_out_represents_its_cell():
     tokens[[9, 30]] = odd
     layout = VisionLayout.grid(8, 8)
     batch = planned([(0, layout)], torch.ones(1, 64, dtype=torch.bool), Region.whole(), inside=4, context=4)
-    weight = saliency_weights(batch.pool.alone, placed(batch), tokens[None])
+    weight = weights(batch, tokens[None])
     pooled = ops.adaptive_pool(tokens, batch.pool.plan, "weighted", weight)
     alike = torch.cosine_similarity(pooled, odd[None], dim=-1)
     assert len(pooled) == 4
@@ -66,8 +72,8 @@ def test_a_single_outlier_among_very_many_stays_finite():
     tokens[7] = torch.tensor([-1.0, 0, 0, 0])
     layout = VisionLayout.grid(200, 200)
     batch = planned([(0, layout)], torch.ones(1, 40_000, dtype=torch.bool), Region.whole(), inside=4, context=4)
-    assert float(distinctness(tokens).max()) > FARTHEST
-    weight = saliency_weights(batch.pool.alone, placed(batch), tokens[None])
+    assert float(distinctness(tokens).max()) == pytest.approx(FARTHEST)
+    weight = weights(batch, tokens[None])
     pooled = ops.adaptive_pool(tokens, batch.pool.plan, "weighted", weight)
     assert torch.isfinite(weight).all() and torch.isfinite(pooled).all()
     assert float(pooled[1, 0]) < -0.99
@@ -85,12 +91,12 @@ def test_each_image_is_judged_by_itself_and_text_is_left_alone():
     real[1, :20] = False
     images = [(sample, _moved(grid, start)) for sample, start in places]
     batch = planned(images, real, Region.whole(), inside=2, context=2)
-    weight = saliency_weights(batch.pool.alone, placed(batch), embeds).view(2, 40)
+    weight = weights(batch, embeds).view(2, 40)
     taken = torch.zeros(2, 40, dtype=torch.bool)
     for (sample, start), rows in zip(places, features, strict=True):
         alone = planned([(0, grid)], torch.ones(1, 16, dtype=torch.bool), Region.whole(), inside=2, context=2)
         here = weight[sample, start : start + 16]
-        assert torch.equal(here, saliency_weights(alone.pool.alone, placed(alone), rows[None]))
+        assert torch.equal(here, weights(alone, rows[None]))
         assert here.unique().numel() > 8
         taken[sample, start : start + 16] = True
     assert (weight[~taken] == 1).all()
@@ -108,8 +114,9 @@ def test_padding_and_newlines_are_not_part_of_the_picture():
     tokens = torch.randn(16, 8, generator=torch.Generator().manual_seed(4))
     other = torch.where((kind == 0)[:, None], tokens, 100.0)
     alone = torch.zeros(16, dtype=torch.bool)
-    weight = saliency_weights(alone, [(0, layout)], tokens[None])
-    assert torch.equal(weight, saliency_weights(alone, [(0, layout)], other[None]))
+    patches = patches_of([(0, layout)], 16)
+    weight = saliency_weights(alone, patches, tokens[None])
+    assert torch.equal(weight, saliency_weights(alone, patches, other[None]))
     assert (weight[kind != 0] == 1).all() and (weight[kind == 0] != 1).all()
 
 
@@ -118,9 +125,7 @@ def test_what_is_alone_in_its_cell_keeps_its_bits():
     layout = VisionLayout.grid(8, 8)
     batch = planned([(0, layout)], torch.ones(1, 64, dtype=torch.bool), Region.box(0.1, 0.1, 0.4, 0.4))
     plan = batch.pool.plan
-    pooled = ops.adaptive_pool(
-        tokens, plan, "weighted", saliency_weights(batch.pool.alone, placed(batch), tokens[None])
-    )
+    pooled = ops.adaptive_pool(tokens, plan, "weighted", weights(batch, tokens[None]))
     single = plan.counts == 1
     assert 0 < int(single.sum()) < len(single)
     assert torch.equal(pooled[single], tokens[plan.leader[single].long()])

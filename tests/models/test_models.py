@@ -142,15 +142,14 @@ def test_a_wrong_attribute_is_named():
             use(replace(family, **{part: "sight"}))
 
 
-@pytest.mark.parametrize("kind", ["AyaVision", "Cohere2Vision", "Idefics3", "SmolVLM", "GraniteDocling"])
+@pytest.mark.parametrize("kind", ["AyaVision", "Cohere2Vision", "Idefics3", "SmolVLM"])
 def test_images_beside_each_other_are_told_apart(kind):
     """Prompts without a word between their images, and with one."""
     config, grids = TILES[kind], [(2, 3), (1, 1), (1, 2), (3, 1)]
     cut = [rows * columns > 1 for rows, columns in grids]
     counts = [rows * columns + many for (rows, columns), many in zip(grids, cut, strict=True)]
     rows, columns = map(list, zip(*grids, strict=True))
-    if kind != "GraniteDocling":  # which writes one tile as a row of one
-        rows, columns = ([side * many for side, many in zip(sides, cut, strict=True)] for sides in (rows, columns))
+    rows, columns = ([side * many for side, many in zip(sides, cut, strict=True)] for sides in (rows, columns))
     told = {"num_patches": counts, "rows": [rows], "cols": [columns]}
     images = [written(config, told, number)[:-1] for number in range(len(grids))]
     for between in ([], [ord(".")]):

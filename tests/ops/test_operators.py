@@ -45,7 +45,9 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         "attention_mass few": (ops.attention_mass, (query[:, :, :1], key, index), {}),
         "region_topk": (ops.region_topk, (query, key, index, 100), {}),
         "select": (ops.select, (scores, list(range(0, 2000, 50))), {}),
+        "pack": (ops.pack, (scores > 0.5, 3000), {"kept": torch.arange(40)[:, None]}),
         "compact": (ops.compact, ([hidden, hidden[..., 0].contiguous()], kept), {}),
+        "saliency": (ops.saliency, (tokens, torch.arange(2000).view(4, 500)), {}),
         "pool mean": (ops.adaptive_pool, (tokens, plan), {}),
         "pool weighted": (ops.adaptive_pool, (tokens, plan, "weighted", torch.rand(2000)), {}),
         "pool max": (ops.adaptive_pool, (tokens, plan, "max"), {}),
@@ -107,8 +109,11 @@ def test_opcheck() -> None:
                                         torch.tensor([0, 2]), torch.full((2, 5), 30)))  # fmt: skip
     check(crop.select.default, (score, [3, 7], None, None, None))
     check(crop.select.default, (score, [3, 7], score, priority, index))
+    check(crop.pack.default, (score > 0, 30, None, None))
+    check(crop.pack.default, (score > 0, 30, index[:1, :4], torch.tensor([1])))
     check(crop.compact.default, ([hidden, hidden.detach().transpose(1, 2)], index[:, ::3].contiguous(), [1, 2]))
     check(crop.invert_index.default, (index, 40))
+    check(crop.saliency.default, (tokens.detach(), index[:, ::2], tokens[:, 0] > 0, 4.0, 8.0, 1e-3))
     for mode in MODES:
         w = weight if mode == "weighted" else None
         check(crop.adaptive_pool.default, (tokens, plan.members, plan.offsets, plan.inverse, w, mode))
@@ -164,6 +169,16 @@ BAD = [  # call, exception, what the message must say
     (lambda: ops.select(V.float(), 1, priority=V), TypeError, "priority must be int8, got torch.int64"),
     (lambda: ops.select(V.float(), 1, weight=X), ValueError, r"weight must have shape \(2, 10\), got \(10, 4\)"),
     (lambda: ops.region_topk(Q, K, V, 11), ValueError, r"region_topk: num_keep\[0\] must be in \[0, num_vision=10\], got 11"),
+    (lambda: ops.pack(V, 3), TypeError, "pack: stays must be bool, got torch.int64"),
+    (lambda: ops.pack(V > 4, 4), ValueError, "pack: width must be at least 5, the tokens of a sample that stay, got 4"),
+    (lambda: ops.pack(V > 4, 5, kept=V[:, :1]), ValueError, "pack: width must be at least 6, the tokens of a sample that"),
+    (lambda: ops.pack(V > 4, -1), ValueError, "pack: width must be at least 0, got -1"),
+    (lambda: ops.pack(V > 4, 7.0), TypeError, "pack: width must be an int, got 7.0"),
+    (lambda: ops.pack(V > 4, 10, kept=V + 1), ValueError, "pack: kept must be less than 10, got 10"),
+    (lambda: ops.pack(V > 4, 10, kept=V.float()), TypeError, "pack: kept must be int64 or int32, got torch.float32"),
+    (lambda: ops.pack(V > 4, 10, kept=V[:1]), ValueError, "sample must be given unless images=1 equals batch=2, got None"),
+    (lambda: ops.pack(V > 4, 10, kept=V[:1], sample=torch.tensor([2])), ValueError, "sample must be at least 0 and less than 2"),
+    (lambda: ops.pack(V > 4, 10, sample=torch.tensor([0])), ValueError, "sample must be left out without kept, got a tensor"),
     (lambda: ops.compact([], V), ValueError, "tensors must be a non-empty sequence"),
     (lambda: ops.compact(X, V), ValueError, "tensors must be a non-empty sequence of tensors, got Tensor"),
     (lambda: ops.compact([K], V, token_dim=4), ValueError, r"token_dim\[0\] must be in \[1, 4\), got 4"),
@@ -176,6 +191,13 @@ BAD = [  # call, exception, what the message must say
     (lambda: ops.compact([K.unsqueeze(-1)[..., ::2, :]], V, token_dim=2), ValueError, "must be contiguous after axis 2"),
     (lambda: ops.compact([torch.zeros(2, 3, 4, 20)[:, :, :3]], V, token_dim=3), ValueError, "axes 1..2 that merge into one"),
     (lambda: ops.compact([K.to("meta")], V, token_dim=2), ValueError, r"tensors\[0\] must be on cpu, got meta"),
+    (lambda: ops.saliency(X.double(), V), TypeError, "saliency: tokens must be float32 or bfloat16 or float16, got"),
+    (lambda: ops.saliency(X, V + 1), ValueError, "saliency: index must be at least -1 and less than 10, got 10"),
+    (lambda: ops.saliency(X, V - 2), ValueError, "saliency: index must be at least -1 and less than 10, got -2"),
+    (lambda: ops.saliency(X, V[0]), ValueError, r"saliency: index must have 2 dimensions, got shape \(10,\)"),
+    (lambda: ops.saliency(X, V, alone=X > 0), ValueError, "saliency: alone must have 1 dimensions"),
+    (lambda: ops.saliency(X, V, alone=X[:, 0]), TypeError, "saliency: alone must be bool, got torch.float32"),
+    (lambda: ops.saliency(X, V, flat=0), ValueError, "saliency: flat must be above 0 and finite, got 0.0"),
     (lambda: ops.adaptive_pool(X[:9], PLAN), ValueError, r"tokens must have shape \(10, any\), got \(9, 4\)"),
     (lambda: ops.adaptive_pool(X.double(), PLAN), TypeError, "tokens must be float32 or bfloat16 or float16"),
     (lambda: ops.adaptive_pool(X, PLAN, "median"), ValueError, "mode must be one of mean, weighted, max, got 'median'"),

@@ -53,3 +53,11 @@ def test_the_plan_goes_up_before_the_language_model_begins():
     copies = [n for n, event in enumerate(log) if event.kind.startswith("to ") and event.where != "model"]
     first = next(n for n, event in enumerate(log) if event.operator == "attention_mass")
     assert max(copies) < first
+
+
+@pytest.mark.parametrize("size,name,most", [("single", "ilp", 10), ("single", "plc", 4), ("single", "crop", 13),
+                                            ("left", "ilp", 26), ("left", "plc", 8), ("left", "crop", 33)])  # fmt: skip
+def test_few_kernels_are_ours(size, name, most):
+    """A launch costs the host some microseconds, whatever it does."""
+    _, log, _, _ = prefill("llava", size, name)
+    assert len(log.ours("kernel")) <= most, log.ours("kernel")

@@ -191,7 +191,7 @@ def test_second_turn(family):
 
 
 @families(
-    [name for name in ABLE if name != "llava_onevision"]
+    [name for name in SPLIT if name != "llava_onevision"]
 )  # where an image alone in its call has tiles, others none
 def test_second_image(family):
     """A turn that brings another image to the pruned cache: in generate() where that takes ids of the whole talk."""

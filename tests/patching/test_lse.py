@@ -117,6 +117,35 @@ def test_what_it_covers(function, kind, dtype, mode, flash):
     torch.testing.assert_close(found[1], wanted[1], atol=near, rtol=near)
 
 
+@matrix("name,more,axis", [("efficient", "tt", False), ("cudnn", "ttiittt", True)])
+@matrix("mode", [torch.no_grad, torch.inference_mode])
+def test_kernels_that_must_be_asked(name, more, axis, mode):
+    """cuDNN's and the efficient kernel write it on demand: asked for, and cut to the rows there are."""
+    operator = getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention").default
+    query, asked = torch.randn(2, 3, 5, 16), []
+
+    def kernel(query, key, value, bias, compute_log_sumexp, *args, **kwargs):
+        asked.append(compute_log_sumexp)
+        lse = (query @ key.mT).logsumexp(-1)
+        lse = lse[..., None] if axis else torch.nn.functional.pad(lse, (0, 27), value=7.0)
+        lse = lse if compute_log_sumexp else lse[..., :0]
+        return query + 1, lse, *[torch.zeros(()) if kind == "t" else 5 for kind in more]
+
+    def attend(_):
+        return operator(query, query, query, None, False)[0]
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl(operator, kernel, "CPU")
+    try:
+        with mode():
+            out, found = attention_hook.call_with_lse(sdpa_attention_forward, query, attend)
+            attend(None)
+    finally:
+        library._destroy()
+    assert asked == [True, False] and torch.equal(out, query + 1)
+    torch.testing.assert_close(found, (query @ query.mT).logsumexp(-1))
+
+
 def test_asked_once_and_left_as_it_was(flash):
     """Only this call asks flash attention for it; transformers' functions stay what they are."""
     module, states = Attention(1, "flash_attention_2"), torch.zeros(1, 2, 5, 16)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from bench.common import ROOT
+from crop.models import attention_hook
 
 DEVICE = torch.device("cuda:0")
 # Operators whose result the host must read before it can go on.
@@ -112,7 +113,7 @@ class _Factories(TorchDispatchMode):
 
 
 def _run(func: Any, args: tuple, kwargs: dict[str, Any], log: Log) -> Any:
-    name = func._schema.name.split("::")[1]
+    namespace, name = func._schema.name.split("::")
     tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
     there, target = [isinstance(value, OnDevice) for value in tensors], kwargs.get("device")
     to_device = target is not None and torch.device(target).type in ("cuda", "meta")
@@ -141,7 +142,7 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any], log: Log) -> Any:
         log.note("wait", f"{name} by a mask")
     elif name in INDEXED and not all(isinstance(one, OnDevice) for one in args[1] if one is not None):
         log.note("to device", f"{name} by an index of the host")
-    elif name not in VIEWS and not name.startswith(("empty", "new_empty")):
+    elif (name not in VIEWS or namespace == "crop") and not name.startswith(("empty", "new_empty")):
         log.note("kernel", name)
     out = func(*inner_args, **inner)
     if name == "copy_" or name.endswith("_") and tensors and out is tensors[0]:
@@ -181,6 +182,7 @@ def _pin(self: Tensor, *args: Any) -> Tensor:
 def pretended(log: Log) -> Iterator[None]:
     """A CUDA device seems to be there; what is asked of it goes to ``log``."""
     make, attention = torch.tensor, torch.nn.functional.scaled_dot_product_attention
+    call_with_lse = attention_hook.call_with_lse
 
     def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         made = make(data, *args, **kwargs)
@@ -196,7 +198,12 @@ def pretended(log: Log) -> Iterator[None]:
         mask = attn_mask.inner if isinstance(attn_mask, OnDevice) else attn_mask
         return OnDevice(attention(query.inner, key.inner, value.inner, mask, *args, **kwargs), log)
 
+    def with_lse(function: Any, query: Tensor, call: Any) -> tuple[Any, Tensor | None]:
+        out, lse = call_with_lse(function, query, call)  # of the CPU's kernel
+        return out, OnDevice(lse, log) if isinstance(query, OnDevice) and lse is not None else lse
+
     with (
+        mock.patch.object(attention_hook, "call_with_lse", with_lse),
         mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
         mock.patch.object(torch.cuda, "Event", _Timer),
         mock.patch.object(torch.cuda, "synchronize", lambda *args: log.note("wait", "synchronize")),

@@ -5,6 +5,7 @@ An entry is keyed by model type, ``model_type, variant`` where a family has seve
     name         of the checkpoint on the Hugging Face hub
     parameters   in billions, tied weights once; of the text model where ``tower`` names a library that is not needed here,
                  for which another tower of the same width stands in
+    rounded      how far ``parameters`` may be off, in billions, where only a rounded number is published
     config       its config.json as far as it tells sizes, and the ids of image tokens
     processor    "module.Class" of the image processor, and what its preprocessor_config.json sets
     call         what the checkpoint's processor calls it with beside
@@ -31,12 +32,13 @@ from PIL import Image
 from tests.support.written import ovis2_markers, written
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text())
-# Families without an entry: the sizes of their checkpoints, or of their checkpoints' processors, could not be looked up.
-UNKNOWN = {
-    "cohere_compass", "cosmos3_edge", "cosmos3_omni", "exaone4_5", "glmga", "granite_docling", "hunyuan_vl",
-    "hyperclovax_vision_v2", "lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "pp_chart2table",
-    "qianfan_ocr",
-}  # fmt: skip
+UNKNOWN = {  # families without an entry: what of their checkpoint could not be looked up
+    "glmga": "no checkpoint has been named",
+    "hyperclovax_vision_v2": "the width of its tower's MLPs, and whether its embeddings are tied",
+    "minicpm_ocr": "all of it",
+    "minicpmv4_7": "the vocabulary and the tower",
+    "qianfan_ocr": "the vocabulary",
+}
 PICTURE = (1024, 768)  # width, height
 BEFORE, AFTER = 20, 30  # text tokens around it
 
@@ -95,18 +97,18 @@ def inputs(key: str, config: Any, processor: Any) -> dict[str, Any]:
     else:
         seen = processor(Image.new("RGB", PICTURE), return_tensors="pt", **entry.get("call", {}))
     text = torch.arange(BEFORE + AFTER) + 1000
-    ids = torch.cat([text[:BEFORE], torch.tensor(_image_ids(entry, config, seen)), text[BEFORE:]])[None]
+    ids = torch.cat([text[:BEFORE], torch.tensor(_image_ids(entry, config, processor, seen)), text[BEFORE:]])[None]
     return {"input_ids": ids, "mm_token_type_ids": (ids == config.image_token_id).int(), **seen}
 
 
-def _image_ids(entry: dict[str, Any], config: Any, seen: Any) -> list[int]:
+def _image_ids(entry: dict[str, Any], config: Any, processor: Any, seen: Any) -> list[int]:
     """The image's tokens, with what stands between them."""
     image, count = config.image_token_id, entry["tokens"]
     if "rows" in entry:
         columns = (count + 1) // entry["rows"] - 1
         return (([image] * columns + [image + 1]) * entry["rows"])[:-1]
     if "writer" in entry:
-        return written(config, seen, **entry["writer"])
+        return written(config, seen, image_processor=processor, **entry["writer"])
     if config.model_type == "ovis2":
         return ovis2_markers(seen, config, 256)
     return [image] * count

@@ -73,8 +73,8 @@ def batches(tokens: Sequence[int], budget: int) -> list[list[int]]:
     return found
 
 
-def part_of(kwargs: Mapping[str, Any], numbers: Sequence[int], count: int, flat: Mapping[str, Rows]) -> dict[str, Any]:
-    """Arguments of some of ``count`` images."""
+def part_of(kwargs: Mapping[str, Any], numbers: Sequence[int], flat: Mapping[str, Rows]) -> dict[str, Any]:
+    """Arguments of some of the images."""
     found = {}
     for name, value in kwargs.items():
         if name in flat:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -13,6 +14,8 @@ from crop.integrations.vllm.features import FeatureCache, Rows, batches, part_of
 from crop.integrations.vllm.plans import FIELD, PlaceholderPlan, check_stamp
 from crop.integrations.vllm.positions import UnprunedPrompt
 from crop.integrations.vllm.settings import Settings
+
+logger = logging.getLogger("vllm.crop")
 
 
 class PruningModel:
@@ -49,10 +52,12 @@ class PruningModel:
         """Unpooled, of every image; the encoder sees those that it has not seen."""
         keys = [plan.picture if any(plan.picture) else number for number, plan in enumerate(plans)]
         found = {key: self.crop_features.get(key) for key in keys}
+        cache = self.crop_features
+        logger.debug("crop: features of %d pictures, %d hits, %d misses", len(cache), cache.hits, cache.misses)
         missing = [number for number, key in enumerate(keys) if found[key] is None and keys.index(key) == number]
         for batch in batches([plans[number].pool.num_tokens for number in missing], self.crop_budget):
             numbers = [missing[one] for one in batch]
-            mine = kwargs if len(numbers) == len(plans) else part_of(kwargs, numbers, len(plans), self.crop_flat)
+            mine = kwargs if len(numbers) == len(plans) else part_of(kwargs, numbers, self.crop_flat)
             for number, rows in zip(numbers, super().embed_multimodal(**mine), strict=True):
                 found[keys[number]] = rows
                 if plans[number].prunes and any(plans[number].picture):

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 from crop.geometry.region import Region
-from crop.integrations.vllm.settings import LOCALIZERS, Settings
+from crop.integrations.vllm.settings import LOCALIZERS, NO_ONE, Settings
 from crop.methods.base import POOL_MODES, check_choice
 from crop.methods.plc import PreLLMCompression
 
@@ -74,7 +74,7 @@ def parse(arguments: Mapping[str, Any], count: int, settings: Settings) -> Reque
 
     Args:
         arguments: ``mm_processor_kwargs``. ``crop_region``: one box for the only image, or a list with one entry per
-            image: None (whole), a box or several boxes. ``crop_keep``: fraction or number of an image's tokens.
+            image: None (whole), a box or several boxes. ``crop_keep``: fraction of an image's tokens, or their number, from 2 on.
             ``crop_mode``: how a cell is pooled. ``crop_localizer``, ``crop_question``: see ``Request``.
     Raises:
         ValueError: requirement and value of what is wrong; nothing else is ever raised.
@@ -112,6 +112,8 @@ def _method(keep: Any, mode: Any) -> PreLLMCompression:
     _choice("crop_mode", mode, POOL_MODES)
     if isinstance(keep, int) and abs(keep) > MOST_TOKENS:
         raise ValueError(f"crop: crop_keep as a token count must be in [1, {MOST_TOKENS}], got {_short(keep)}")
+    if isinstance(keep, int) and not isinstance(keep, bool) and keep == 1:
+        raise ValueError(f"crop: crop_keep must be {NO_ONE}; got {_short(keep)}")
     try:
         return PreLLMCompression(keep=keep, mode=mode)
     except (TypeError, ValueError) as error:

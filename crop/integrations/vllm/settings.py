@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from crop.methods.base import POOL_MODES, PoolMode, check_choice, check_keep
 from crop.patching.positions import POLICIES, Policy
 
+NO_ONE = "not the integer 1, which JSON writers make of 1.0, too: 1.0 (or 0.999999) prunes nothing, 0.000001 leaves one token"
 LOCALIZERS = ("ocr",)  # those that need nothing of the model, which runs in other processes
 GIB = 1 << 30
 
@@ -19,7 +20,7 @@ class Settings:
     """Settings of an engine.
 
     Args:
-        keep: budget of requests that bring a region, or a localizer, and no budget: a fraction or number of tokens.
+        keep: budget of requests that bring a region, or a localizer, and no budget: a fraction, or a number of tokens from 2 on.
         mode: how a cell is pooled, see ``PreLLMCompression``.
         localizer: finds the regions of images for which a request says nothing; None: they stay whole.
         positions: "original": tokens keep their place in the unpruned prompt; "compact": no gaps.
@@ -36,6 +37,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_keep("crop", self.keep)
+        if isinstance(self.keep, Integral) and self.keep == 1:
+            raise ValueError(f"crop: keep must be {NO_ONE}; got {self.keep!r}")
         check_choice("crop", "mode", self.mode, POOL_MODES)
         check_choice("crop", "positions", self.positions, POLICIES)
         if self.localizer is not None:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from crop import ops
 from crop.methods.saliency import saliency_weights
 from crop.patching import hf
-from crop.patching.batch_plan import BatchPlan, PoolStep
+from crop.patching.batch_plan import BatchPlan
 from crop.patching.cache import make_uniform, store_state
 from crop.patching.context import ModelHook, hook
 from crop.patching.feature_pooling import settle
 from crop.patching.masks import pooled_valid
+from crop.patching.pool_step import PoolStep
 from crop.patching.positions import close_gaps, given_ids, own_ids
 from crop.patching.scoring import restore
 from crop.patching.state import ForwardState, LayerState, gather_positions
@@ -91,8 +92,7 @@ class PoolingHook(ModelHook):
         pool = state.plan.pool
         mode, weight = self.method.pool_mode, None
         if mode == "distinct":
-            pooled = [(image.sample, image.encoded) for image in state.plan.images if image.plan is not None]
-            mode, weight = "weighted", saliency_weights(pool.alone, pooled, call.embeds)
+            mode, weight = "weighted", saliency_weights(pool.alone, state.plan.patches, call.embeds)
         if call.deepstack is not None:
             is_vision, levels = call.deepstack
             kept = pool.kept_index.to(is_vision.device)
@@ -135,7 +135,9 @@ class PoolingHook(ModelHook):
             ids, shift = close_gaps(ids, alive, images)
             state.layers[0].shift = shift + state.before.shifts.get(0, 0)
         if ids is None:
-            call.position_ids = gather_positions(call.position_ids, kept, state.past)
+            call.position_ids = gather_positions(
+                call.position_ids, kept, state.past, full=state.plan.pool.filled is None
+            )
         else:
             state.layers[0].position_ids = gather_positions(ids, kept, 0)
             call.position_ids = given_ids(state.layers[0].position_ids)
@@ -146,7 +148,7 @@ class PoolingHook(ModelHook):
         before = state.before.pooled
         if pool is None and before is None:
             if state.plan is not None and valid is not None:
-                state.valid = valid.to(torch.bool)
+                state.valid = valid.to(torch.bool) if state.past else state.plan.valid
             return
         if pool is None and valid is None and before.full:
             return
@@ -176,8 +178,7 @@ class PoolingHook(ModelHook):
             if pool is None or hidden.shape[1] < state.pooled_length:
                 return hidden
             # Members of a cell share its output; padding takes whatever stands first (masked everywhere).
-            slot = pool.slot_of.to(hidden.device).clamp(min=0).unsqueeze(-1)
-            return hidden.gather(1, slot.expand(-1, -1, hidden.shape[-1]))
+            return hidden.flatten(0, 1)[pool.source.to(hidden.device)].unflatten(0, pool.slot_of.shape)
 
         return hf.with_hidden(output, at_input_length)
 

@@ -23,7 +23,6 @@ from crop.patching.positions import given_ids
 from crop.patching.scoring import cut, restore, score
 from crop.patching.state import ForwardState, LayerState, gather_positions
 from crop.patching.stats import mark
-from crop.patching.token_map import look_up
 
 
 class PruningHook(ModelHook):
@@ -128,8 +127,7 @@ class PruningHook(ModelHook):
         here = state.layers.get(layer)
         if here is None or here.kept_index is None:
             raise RuntimeError(f"patch: layer {layer - 1} must call transformers' attention interface, got no call")
-        start, before = mark(hidden.device), state.at(layer - 1)
-        here.hidden_before = hidden
+        start, here.hidden_before = mark(hidden.device), hidden
         if here.merge is not None:
             hidden = here.merge(hidden.clone())
             if not isinstance(hidden, Tensor) or (hidden.shape, hidden.dtype) != (
@@ -139,8 +137,7 @@ class PruningHook(ModelHook):
                 raise TypeError(
                     "patch: merge() of a method must return hidden states of the shape and dtype it was given"
                 )
-        take = here.kept_index if before.kept_index is None else look_up(before.slot_of, here.kept_index)
-        hidden = ops.compact([hidden], take.to(hidden.device))[0]
+        hidden = ops.compact([hidden], here.taken.to(hidden.device))[0]
         state.stats.add_span("ilp", start, mark(hidden.device))
         return hidden
 

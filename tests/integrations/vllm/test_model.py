@@ -110,6 +110,16 @@ def test_the_encoder_sees_as_many_images_as_memory_was_measured_for():
     assert batches([5, 5, 5], 10) == [[0, 1], [2]] and batches([50, 5], 10) == [[0], [1]] and batches([], 10) == []
 
 
+def test_hits_and_misses_of_the_features_are_logged(caplog):
+    model = make()
+    caplog.set_level("DEBUG", logger="vllm.crop")
+    embed(model, plan("a"))
+    embed(model, plan("a"), plan("b"))
+    assert [line.message for line in caplog.records] == [
+        "crop: features of 0 pictures, 0 hits, 1 misses", "crop: features of 1 pictures, 1 hits, 2 misses"
+    ]  # fmt: skip
+
+
 def test_another_region_of_a_known_picture_runs_no_encoder():
     model = make()
     other = Region.box(0.5, 0.5, 1, 1)
@@ -151,7 +161,7 @@ def test_rows_of_images_that_lie_behind_each_other_are_taken_apart():
     grids = torch.tensor([[1, 2, 2], [1, 1, 3], [1, 2, 1]])
     pixels = torch.cat([torch.full((int(grid.prod()),), float(n)) for n, grid in enumerate(grids)])
     arguments = {"pixel_values": pixels, "grids": grids, "shared": torch.tensor(5), "list": ["x", "y", "z"]}
-    part = part_of(arguments, [0, 2], 3, ROWS)
+    part = part_of(arguments, [0, 2], ROWS)
     assert part["pixel_values"].tolist() == [0, 0, 0, 0, 2, 2] and torch.equal(part["grids"], grids[[0, 2]])
     assert part["shared"] is arguments["shared"] and part["list"] == ["x", "z"]
     plans = [plan(str(n)).pack() for n in range(3)]

@@ -42,7 +42,7 @@ def test_without_a_wish_nothing_is_pruned():
     assert asked(2, mode="max") == [None, None]
     assert asked(2, keep=0.11) == [(0.11, "mean", [[0, 0, 1, 1]])] * 2
     assert asked(1, region=BOX, keep=1.0) == [None]
-    assert asked(1, region=BOX, keep=1) == [(1, "mean", [BOX])]  # one token
+    assert asked(1, region=BOX, keep=2) == [(2, "mean", [BOX])]  # tokens
     assert parse({"max_pixels": 3}, 1, SERVER).images == (None,)
 
 
@@ -87,6 +87,7 @@ WRONG = [
     (0, {"region": BOX}, "images must come with crop_region"),
     (0, {"keep": 0.5}, "images must come with"),
     (1, {"keep": 0}, r"crop_keep as a token count must be >= 1, got 0"),
+    (1, {"keep": 1}, "crop_keep must be not the integer 1, which JSON writers make of 1.0, too: .*; got 1"),
     (1, {"keep": -3}, r"crop_keep as a token count must be >= 1, got -3"),
     (1, {"keep": 1.5}, r"crop_keep as a fraction must be in \(0, 1\], got 1.5"),
     (1, {"keep": math.nan}, r"crop_keep as a fraction must be in \(0, 1\], got nan"),
@@ -132,6 +133,12 @@ def test_whatever_is_sent_is_a_request_or_a_value_error(arguments, count):
         assert str(error).startswith("crop: ") and len(str(error)) < 400
     else:
         assert len(request.images) == count
+
+
+def test_a_server_keeps_no_integer_1_either():
+    with pytest.raises(ValueError, match="crop: keep must be not the integer 1, .*; got 1"):
+        Settings(keep=1)
+    assert Settings(keep=1.0).keep == 1.0 and Settings(keep=2).keep == 2
 
 
 def test_identity_tells_plans_apart():
