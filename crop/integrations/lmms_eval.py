@@ -326,10 +326,13 @@ class CropModel(lmms):
                 model, self.method, regions or None, processor=asker.processor, image_size=sizes or None
             ) as stats:
                 output = model.generate(**inputs, **how, stopping_criteria=[first])
-        replies, image = [], 0
+        # An entry per image and copy of its sample: beam search repeats every sample, with all of its images.
+        copies = len(stats.tokens_before) // len(sizes) if sizes else 1
+        replies, entry = [], 0
         rows = output[:, inputs["input_ids"].shape[1] :].tolist()
         for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            mine = slice(image, image := image + len(prompt.images))
+            mine = slice(entry, entry + len(prompt.images))
+            entry += copies * len(prompt.images)
             counts = PrunedCounts(
                 input_tokens=lengths[number],
                 vision_tokens=sum(stats.tokens_before[mine]),
