@@ -15,6 +15,7 @@ from PIL.Image import Image
 from torch import nn
 
 from crop.cli.options import UsageError, choose_device
+from crop.cli.thoughts import split_thoughts
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
@@ -27,7 +28,6 @@ from crop.models import families, family_of
 from crop.patching.patch import patch
 
 EMBEDDED = "embedded"
-THOUGHTS_END = ("</think>", "<channel|>")  # what models write between thoughts and answer: Qwen, GLM, Kimi; Gemma 4
 STAGES = ("preprocess", "localizer", "plan", "vision", "prefill", "decode", "total")
 
 
@@ -58,7 +58,7 @@ class Answer:
     """One answer and what it took.
 
     Args:
-        text: decoded, without special tokens.
+        text: decoded, without special tokens and thoughts; thoughts that did not end within the tokens, as they are.
         images: in the order of the question's.
         seconds: time of each stage in ``STAGES``. The vision tower counts as "vision", also where the localizer ran it,
             and the processor, which the localizer does not run again, as "preprocess";
@@ -185,7 +185,8 @@ class Asker:
         counts = stats.tokens_before, stats.tokens_after_plc, stats.tokens_after_ilp, stats.layer_average
         tokens = map(Tokens, *counts)
         drawings = zip(stats.layouts, stats.plans, stats.kept, regions, strict=True)
-        text = self.tidy(_without_thoughts(self.processor, new))
+        thoughts, text = split_thoughts(self.processor, new)
+        text = self.tidy(thoughts if text is None else text)
         return Answer(text, list(map(Seen, regions, tokens, drawings)), seconds)
 
     def compare(
@@ -203,14 +204,6 @@ class Asker:
         pruned = self.ask(images, question, method=method, localizer=localizer, max_new_tokens=max_new_tokens)
         whole = WholeLocalizer()
         return pruned, self.ask(images, question, method=None, localizer=whole, max_new_tokens=max_new_tokens)
-
-
-def _without_thoughts(processor: Any, ids: list[int]) -> str:
-    """What a model said after thinking; thoughts that did not end within the tokens of the answer, as they are."""
-    special = processor.tokenizer.get_added_vocab()
-    ends = [special[mark] for mark in THOUGHTS_END if mark in special]
-    first = max((place + 1 for place, token in enumerate(ids) if token in ends), default=0)
-    return processor.decode(ids[first:], skip_special_tokens=True)
 
 
 def load_chosen(options: argparse.Namespace) -> Asker:

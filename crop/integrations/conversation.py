@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-THINK, THOUGHT = "<think>", "</think>"  # around what a model says to itself before it answers
 
 # How a line begins with which benchmarks say in what form to answer.
 FORM = re.compile(
@@ -159,16 +158,8 @@ def next_round(
     return None if ends else messages, answers if outputs is None else list(outputs), info
 
 
-def cut_answer(text: str, stops: Sequence[str], thinking: bool) -> str:
-    """Generated text up to the first of the stops, none of which counts inside of a thought.
-
-    Args:
-        text: decoded. stops: strings that end an answer. thinking: whether the prompt opened a thought already.
-    """
-    thought, end, answer = text.rpartition(THOUGHT)
-    if not end and (thinking or THINK in text):
-        return text.strip()  # it never came to an answer
-    answer = answer.strip()
+def cut_answer(text: str, stops: Sequence[str]) -> str:
+    """An answer up to the first of the strings that end it."""
     for stop in filter(None, stops):
-        answer = answer.split(stop)[0]
-    return (thought + end + answer).strip()
+        text = text.split(stop)[0]
+    return text.strip()

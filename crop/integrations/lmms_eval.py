@@ -28,9 +28,8 @@ from tqdm import tqdm
 
 from crop.cli.ask import load
 from crop.cli.options import load_plugin
+from crop.cli.thoughts import THINK, THOUGHT, split_thoughts
 from crop.integrations.conversation import (
-    THINK,
-    THOUGHT,
     Prompt,
     chat_arguments,
     cut_answer,
@@ -348,13 +347,16 @@ class CropModel(lmms):
         return replies
 
     def _reply(self, prompt: Prompt, ids: list[int], stops: Sequence[str], counts: PrunedCounts) -> _Reply:
-        asker = self.asker
-        text = asker.tidy(asker.processor.decode(ids, skip_special_tokens=True))
-        thought, end, _ = text.rpartition(THOUGHT)
-        counts.output_tokens = len(ids)
-        if end:
-            counts.reasoning_tokens = len(asker.processor.tokenizer(thought + end, add_special_tokens=False).input_ids)
-        return _Reply(cut_answer(text, stops, prompt.text.rstrip().endswith(THINK)), counts)
+        """The answer, up to the first of the stops; a thought, in which none of them counts, in the tags lmms-eval knows."""
+        asker, counts.output_tokens = self.asker, len(ids)
+        thoughts, answer = split_thoughts(asker.processor, ids, prompt.text.rstrip().endswith(THINK))
+        if answer is None:
+            return _Reply(asker.tidy(thoughts), counts)
+        text = cut_answer(asker.tidy(answer), stops)
+        if thoughts:
+            written = asker.processor.tokenizer(thoughts + THOUGHT, add_special_tokens=False)
+            counts.reasoning_tokens, text = len(written.input_ids), f"{THINK}{thoughts}{THOUGHT}{text}"
+        return _Reply(text, counts)
 
 
 class SimpleCropModel(CropModel):

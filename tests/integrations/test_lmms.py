@@ -163,8 +163,8 @@ def test_a_thought_is_counted_and_left_to_lmms_eval(lmms, ask, chatty, monkeypat
     text = "red </think> dog cat"
     monkeypatch.setattr(type(model.asker.processor), "decode", lambda *_, **__: text)
     result = ask(model, [("what", [questions(1)[0][0].image])], {"max_new_tokens": 2, "until": ["red", "cat"]})[0]
-    assert result.text == "red </think>dog"
-    assert result.token_counts.reasoning_tokens == len(tokenizer("red </think>", add_special_tokens=False).input_ids)
+    assert result.text == "<think>red</think>dog"
+    assert result.token_counts.reasoning_tokens == len(tokenizer("red</think>", add_special_tokens=False).input_ids)
 
 
 def test_rounds_go_on_until_the_task_ends_them(lmms, chatty):
