@@ -42,7 +42,7 @@ from crop.localizers.reading import Stop, run_until_stop
 from crop.methods.encoder import OverviewOnly
 from crop.methods.registry import POOL_SHARE
 from crop.models import family_of
-from crop.models.anyres import tiled_layout
+from crop.models.anyres import anyres_layout
 from crop.patching.planner import Planner
 
 NAMES = ("llava-1.5-7b", "llava-next-7b", "internvl3-8b", "qwen2.5-vl-7b-4k", "qwen2.5-vl-7b-16k")
@@ -216,7 +216,7 @@ def _tokens(model: nn.Module, picture: Image.Image, seen: dict[str, Any]) -> int
     if "image_grid_thw" in seen:
         return int(seen["image_grid_thw"].prod()) // config.vision_config.spatial_merge_size**2
     if hasattr(config, "image_grid_pinpoints"):
-        return len(tiled_layout(config, picture.size[::-1]))
+        return len(anyres_layout(config, picture.size[::-1]))
     return seen["views"] * getattr(config, "image_seq_length", 576)
 
 

@@ -71,7 +71,8 @@ def estimate(
         localizer_seconds: what finding the region costs, to be earned back.
         plan: removed, must stay True.
     Returns:
-        Estimate: tokens and FLOPs are exact (those of sliding windows an upper bound), seconds come from constants of
+        Estimate: of the decoder alone; what ``EncoderPruning`` saves in the vision encoder is not counted, and the advice
+        says so. Tokens and FLOPs are exact (those of sliding windows an upper bound), seconds come from constants of
         this device that are measured at first use (``measure_speed``, a fraction of a second).
     Raises:
         TypeError, ValueError: as ``patch``; ValueError: the prompt holds no image.
@@ -108,6 +109,8 @@ def estimate(
         prune = after.flops < (1 - MARGIN) * before.flops
         share = f"{before.flops / 1e12:.2f} TFLOPs of prefill, {after.flops / 1e12:.2f} pruned"
         source = "counted; there are no weights to time"
+    if planner.method.encodes:
+        source += "; what it saves in the vision encoder comes on top"
     return Estimate(before, after, prune, f"{'prune' if prune else 'do not prune'}: {share} ({source})")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -109,11 +110,18 @@ class Forced(LogitsProcessor):
         self._scores: list[Tensor] = []  # per step (batch,) float32: log-probability, then whether it is the likeliest
         self._likeliest: list[Tensor] = []
 
-    def config(self, model: nn.Module) -> GenerationConfig:
-        """Plain greedy decoding over the longest row: none of the model's penalties, and no early end."""
-        length = max(1, *map(len, self.rows))
-        pad = model.generation_config.pad_token_id
-        return GenerationConfig(max_new_tokens=length, do_sample=False, pad_token_id=0 if pad is None else pad)
+    @contextmanager
+    def plain(self, model: nn.Module) -> Iterator[None]:
+        """Inside the block ``generate()`` is greedy over the longest row: no penalty of the model's own, no early end.
+
+        A configuration given to ``generate()`` would not do: what it leaves out comes from ``model.generation_config``.
+        """
+        own, length = model.generation_config, max(1, *map(len, self.rows))
+        model.generation_config = GenerationConfig(max_new_tokens=length, do_sample=False, pad_token_id=0)
+        try:
+            yield
+        finally:
+            model.generation_config = own
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = self.step
@@ -125,7 +133,16 @@ class Forced(LogitsProcessor):
 
     @property
     def losses(self) -> list[tuple[float, bool]]:
-        """(mean negative log-probability of the row's tokens, whether greedy decoding gives it) of each sample."""
+        """(mean negative log-probability of the row's tokens, whether greedy decoding gives it) of each sample.
+
+        Raises:
+            RuntimeError: fewer steps than tokens of the longest row.
+        """
+        longest = max(map(len, self.rows))
+        if self.step < longest:
+            raise RuntimeError(
+                f"Forced: generate() must take {longest} steps, got {self.step}; run it inside of ``plain``"
+            )
         found, likeliest = torch.stack(self._scores, 1).tolist(), torch.stack(self._likeliest, 1).tolist()
         return [
             (-sum(found[number][: len(row)]) / max(len(row), 1), all(likeliest[number][: len(row)]))

@@ -15,6 +15,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -308,12 +309,14 @@ class CropModel(lmms):
         if scored:
             tokenizer, pairs = asker.processor.tokenizer, zip(prompts, jobs, strict=True)
             forced = Forced([continuation_ids(tokenizer, prompt.text, job.continuation) for prompt, job in pairs])
-            how: dict[str, Any] = {"generation_config": forced.config(model), "logits_processor": [forced]}
+            how: dict[str, Any] = {"logits_processor": [forced]}
             stops: list[str] = []
+            settings = forced.plain(model)
         else:
             how, stops = generation(jobs[0].options)
+            settings = nullcontext()
         first = FirstToken()
-        with cache_vision(model):
+        with settings, cache_vision(model):
             inputs = asker.encode_texts([prompt.images for prompt in prompts], [prompt.text for prompt in prompts])
             lengths = inputs["attention_mask"].sum(1).tolist()
             inputs = inputs.to(model.device, dtype=model.dtype)
@@ -323,10 +326,13 @@ class CropModel(lmms):
                 model, self.method, regions or None, processor=asker.processor, image_size=sizes or None
             ) as stats:
                 output = model.generate(**inputs, **how, stopping_criteria=[first])
-        replies, image = [], 0
+        # An entry per image and copy of its sample: beam search repeats every sample, with all of its images.
+        copies = len(stats.tokens_before) // len(sizes) if sizes else 1
+        replies, entry = [], 0
         rows = output[:, inputs["input_ids"].shape[1] :].tolist()
         for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            mine = slice(image, image := image + len(prompt.images))
+            mine = slice(entry, entry + len(prompt.images))
+            entry += copies * len(prompt.images)
             counts = PrunedCounts(
                 input_tokens=lengths[number],
                 vision_tokens=sum(stats.tokens_before[mine]),

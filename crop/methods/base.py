@@ -68,6 +68,8 @@ class ScoreView:
         visible_start: (batch,) int64 first real key; None: 0.
         scale: of the product of query and key; None: ``head_dim ** -0.5``.
         lse: (batch, num_heads, M) float32 log-sum-exp of what each row sees; None: not known.
+        row_key: (batch, M) int64 each query row's own key, -1 = filler row; None: the last one that it sees. Where a prompt
+            sees itself (PaliGemma) that is another one.
     """
 
     candidates: Tensor
@@ -76,6 +78,7 @@ class ScoreView:
     visible_start: Tensor | None = None
     scale: float | None = None
     lse: Tensor | None = None
+    row_key: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ def anyres_images(prompt: Prompt) -> Placed:
     """LLaVA-NeXT and LLaVA-OneVision."""
     refuse_class_token(prompt.config)
     layouts = [
-        tiled_layout(prompt.config, size, _most(prompt.config)) if tiled else _square_layout(prompt.config, size)
+        anyres_layout(prompt.config, size, _most(prompt.config)) if tiled else _square_layout(prompt.config, size)
         for size, tiled in _sizes(prompt)
     ]
     return prompt.place(layouts)
@@ -35,7 +35,7 @@ def anyres_pieces(prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Piece
         tile[(layout.view == 0) & (layout.kind != NEWLINE)] = 0
         count = 1
         if tiled:
-            canvas, _ = _canvas(prompt.config, size)
+            canvas, _ = _canvas_and_shown(prompt.config, size)
             side = prompt.config.vision_config.image_size
             rows, columns = (limit // side for limit in canvas)
             count += rows * columns
@@ -71,7 +71,7 @@ def _most(config: Any) -> int | None:
     return None if ratio is None else int(ratio.removeprefix("anyres_max_"))
 
 
-def _canvas(config: Any, size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _canvas_and_shown(config: Any, size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """(height, width) of the canvas of tiles, and of the image as it is scaled to fit and centred on it."""
     from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
     from transformers.image_utils import ChannelDimension
@@ -110,7 +110,7 @@ def _square_layout(config: Any, size: Sequence[int]) -> VisionLayout:
     return with_newlines(center, side, side, [side - 1])
 
 
-def tiled_layout(config: Any, size: Sequence[int], most: int | None = None) -> VisionLayout:
+def anyres_layout(config: Any, size: Sequence[int], most: int | None = None) -> VisionLayout:
     """Base view and tiles of one image.
 
     The tiles' token centres, in pixels of the padded canvas, go through the model's own unpadding (and, above ``most``
@@ -122,7 +122,7 @@ def tiled_layout(config: Any, size: Sequence[int], most: int | None = None) -> V
         most: tiles above which the joined grid is interpolated; None: never.
     """
     tile, patch = config.vision_config.image_size, config.vision_config.patch_size
-    canvas, shown = _canvas(config, size)
+    canvas, shown = _canvas_and_shown(config, size)
     pasted = [(limit - length) // 2 for length, limit in zip(shown, canvas, strict=True)]
     rows, columns = (limit // tile * (tile // patch) for limit in canvas)
     y = (torch.arange(rows) + 0.5) * patch

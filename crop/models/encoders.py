@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pieces import Encoding, Pieces
+from crop.models.clip import TOWERS, class_tokens, tower_layers
 from crop.models.family import Prompt
 
 
@@ -46,11 +48,8 @@ class TileEncoder(AtTheInput):
             RuntimeError: the tower gets another number of tiles.
         """
         taken = torch.cat([image.taken for image in images])
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if not tensors or len(tensors[0]) != len(taken):
-            got = len(tensors[0]) if tensors else 0
-            raise RuntimeError(f"patch: the vision tower must get the {len(taken)} tiles of the prompt, got {got}")
-        rows = torch.nonzero(taken).flatten().to(tensors[0].device, non_blocking=True)
+        pixels = _first(args, kwargs, len(taken), "tiles")
+        rows = torch.nonzero(taken).flatten().to(pixels.device, non_blocking=True)
 
         def part(value: Any) -> Any:
             return value[rows] if isinstance(value, Tensor) and value.shape[:1] == taken.shape else value
@@ -60,6 +59,15 @@ class TileEncoder(AtTheInput):
     def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
         """Rows of every tensor that has one per tile."""
         return put_rows(output, torch.cat([image.taken for image in images]))
+
+
+def _first(args: tuple, kwargs: dict, count: int, what: str) -> Tensor:
+    """The first tensor of a call of the tower. RuntimeError: it has another number of rows than ``count``."""
+    found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if found is None or len(found) != count:
+        got = 0 if found is None else len(found)
+        raise RuntimeError(f"patch: the vision tower must get the {count} {what} of the prompt, got {got}")
+    return found
 
 
 def put_rows(output: Any, taken: Tensor) -> Any:
@@ -77,12 +85,17 @@ def put_rows(output: Any, taken: Tensor) -> Any:
     return output
 
 
-def equal_tiles(prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
-    """Tiles of equally many tokens in the order of the prompt; the smallest view, of one tile, is that of the whole image."""
+def equal_tiles(prompt: Prompt, layouts: Sequence[VisionLayout], whole_first: bool = False) -> list[Pieces]:
+    """Tiles of equally many tokens in the order of the prompt; the smallest view, of one tile, is that of the whole image.
+
+    Args:
+        whole_first: that view precedes the tiles, else it follows them; decides where each tile is a view of its own.
+    """
     found = []
     for layout in layouts:
         counts = torch.bincount(layout.view)
-        view = int(counts.argmin())
+        smallest = torch.nonzero(counts == counts.min()).flatten()
+        view = int(smallest[0 if whole_first else -1])
         tile = torch.arange(len(layout)) // int(counts[view])
         overview = torch.zeros(int(tile[-1]) + 1, dtype=torch.bool)
         overview[tile[layout.view == view]] = True
@@ -91,6 +104,7 @@ def equal_tiles(prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]
 
 
 EQUAL_TILES = TileEncoder(equal_tiles)
+EQUAL_TILES_WHOLE_FIRST = TileEncoder(partial(equal_tiles, whole_first=True))
 
 
 class GridEncoder(AtTheInput):
@@ -194,7 +208,7 @@ class LayerEncoder:
             saw everything to the end; earlier it does not (bench/README.md).
     """
 
-    KEY = "encoded_tokens"  # argument that carries (index, no filler in it, layers) from the tower's call to its layers
+    KEY = "encoded_tokens"  # argument that carries (index, mask, layers) from the tower's call to its layers
 
     def __init__(self, depth: float = 0.8) -> None:
         self.depth = depth
@@ -205,7 +219,7 @@ class LayerEncoder:
 
     def fits(self, config: Any) -> bool:
         """Not where the tower is Pixtral's."""
-        return config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
+        return config.vision_config.model_type in TOWERS
 
     def pieces(self, prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
         """Tokens."""
@@ -219,34 +233,40 @@ class LayerEncoder:
         ]
 
     def take(self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]) -> tuple[tuple, dict]:
-        """Everything, and which tokens the late layers are to have."""
-        device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device
-        index = _index(tower, images)
-        given = index.to(device, non_blocking=True), bool((index >= 0).all()), len(self.layers(tower))
-        return args, kwargs | {self.KEY: given}
+        """Everything, and which tokens the late layers are to have.
+
+        Raises:
+            RuntimeError: the tower gets another number of pictures.
+        """
+        pixels = _first(args, kwargs, len(images), "pictures")
+        index, mask = _index(tower, images).to(pixels.device, non_blocking=True), None
+        if len({int(image.tokens.sum()) for image in images}) > 1:
+            mask = index >= 0
+            if "flash" not in (tower.config._attn_implementation or "eager"):  # whose masks have two dimensions
+                mask = mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
+        return args, kwargs | {self.KEY: (index, mask, len(self.layers(tower)))}
 
     def layers(self, tower: nn.Module) -> Sequence[nn.Module]:
         """All of them, because all get what is meant for the late ones."""
-        return next(m.layers for m in tower.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList))
+        return tower_layers(tower)
 
     def take_at(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Tokens that are taken; where images have more or less of them, a mask over the fillers."""
         kwargs = dict(kwargs)
-        (index, full, count), (hidden, *rest) = kwargs.pop(self.KEY), args
+        (index, mask, count), (hidden, *rest) = kwargs.pop(self.KEY), args
         if number < self.cut(count):
             return args, kwargs
         if number == self.cut(count):
             hidden = hidden.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
-        if not full:
-            real = index >= 0
-            rest = [torch.zeros(real.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~real, -torch.inf)]
-            rest[0] = rest[0][:, None, None].expand(-1, 1, real.shape[1], -1)
+        if mask is not None:
+            additive = mask.dim() == 4  # eager attention adds its mask
+            rest = [hidden.new_zeros(mask.shape).masked_fill(~mask, -torch.inf) if additive else mask]
         return (hidden, *rest), kwargs
 
     def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
         """Hidden states behind the cut."""
         index = _index(tower, images)
-        total = len(images[0].layout) + _extra(tower)
+        total = len(images[0].layout) + class_tokens(tower.config)
 
         def full(value: Any) -> Any:
             if isinstance(value, (tuple, list)):
@@ -262,13 +282,8 @@ class LayerEncoder:
         return output
 
 
-def _extra(tower: nn.Module) -> int:
-    """Tokens of a tower that stand for no part of the picture, at its begin."""
-    return int(tower.config.model_type == "clip_vision_model")
-
-
 def _index(tower: nn.Module, images: Sequence[Encoding]) -> Tensor:
     """(images, most) int64 places of the tokens that are taken, -1 = filler at the end; the class token always is."""
-    extra = _extra(tower)
+    extra = class_tokens(tower.config)
     taken = [torch.cat([torch.arange(extra), torch.nonzero(image.tokens).flatten() + extra]) for image in images]
     return nn.utils.rnn.pad_sequence(taken, batch_first=True, padding_value=-1)

@@ -8,6 +8,7 @@ from typing import Any
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Box
+from crop.models.clip import TOWERS, class_tokens
 from crop.models.family import Placed, Prompt, Size
 from crop.models.grids import pixtral_images
 
@@ -37,9 +38,9 @@ def llava_images(prompt: Prompt) -> Placed:
     vision = config.vision_config
     if vision.model_type == "pixtral":
         return pixtral_images(prompt)
-    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+    if vision.model_type not in TOWERS:
         raise ValueError(
-            f"patch: the vision tower of {config.model_type} must be one of clip_vision_model, siglip_vision_model (a fixed square "
+            f"patch: the vision tower of {config.model_type} must be one of {', '.join(TOWERS)} (a fixed square "
             f"grid) or pixtral, got {vision.model_type!r}"
         )
     refuse_class_token(config)
@@ -80,7 +81,7 @@ def paligemma_images(prompt: Prompt) -> Placed:
 def refuse_class_token(config: Any) -> None:
     """A class token among the vision features lies nowhere in the image. ValueError: the configuration keeps it."""
     strategy = getattr(config, "vision_feature_select_strategy", "default")  # ViP-LLaVA knows no other
-    if config.vision_config.model_type == "clip_vision_model" and strategy == "full":
+    if strategy == "full" and class_tokens(config.vision_config):
         raise ValueError(
             "patch: vision_feature_select_strategy must be 'default' with a CLIP tower, got 'full': it keeps the class "
             "token among the vision features"

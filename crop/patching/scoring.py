@@ -62,7 +62,7 @@ def score(
         visible = torch.where(rows >= 0, end, 0)
     query, *given = ops.compact([query] if lse is None else [query, lse.unsqueeze(-1)], rows, token_dim=2)
     lse = given[0].squeeze(-1) if given else None
-    found = step.method.score(query, key, ScoreView(candidates, sample, visible, start, scale, lse))
+    found = step.method.score(query, key, ScoreView(candidates, sample, visible, start, scale, lse, row_key))
     got = (found.dtype, tuple(found.shape)) if isinstance(found, Tensor) else type(found).__name__
     if got != (torch.float32, tuple(candidates.shape)):
         raise TypeError(f"patch: score() of a method must return float32 of shape {tuple(candidates.shape)}, got {got}")

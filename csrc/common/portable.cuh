@@ -15,7 +15,7 @@
 //   LAUNCH_DEPENDENT(...)      the same, but from sm_90 on the kernel may start before the one ahead of it on the stream has
 //                              ended: it calls ptx::grid_wait() before it touches anything a kernel ahead of it touches.
 //   LAUNCH_CLUSTER(blocks, ...)  the same, in clusters of so many blocks (1, 2, 4 or 8) with neighbouring blockIdx.x, which run
-//                              at the same time; more than 1 only where HAS_CLUSTERS(kernel) is true
+//                              at the same time; at most LARGEST_CLUSTER(kernel, threads), which depends on the device
 //   ptx::                      one instruction each; no other `asm` and no __CUDA_ARCH__ outside this file
 //
 // What both compilers and the checks of the emulator understand:
@@ -48,7 +48,7 @@
 #define LAUNCH_DEPENDENT(grid, block, smem, stream, kernel, ...) LAUNCH_CLUSTER(1, grid, block, smem, stream, kernel, __VA_ARGS__)
 #define LAUNCH_CLUSTER(cluster, grid, block, smem, stream, kernel, ...) \
     ::crop::launch(cluster, kernel, grid, block, smem, stream, __VA_ARGS__)
-#define HAS_CLUSTERS(kernel) (::crop::compiled_for(reinterpret_cast<const void*>(kernel)) >= 90)
+#define LARGEST_CLUSTER(kernel, threads) (::crop::largest_cluster<kernel>(threads))
 
 namespace crop {
 namespace {
@@ -82,7 +82,7 @@ int launch(int cluster, void (*kernel)(Parameters...), Grid grid, int block, int
                                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
         if (error != cudaSuccess) return static_cast<int>(error);
     }
-    const bool modern = cluster > 0 && HAS_CLUSTERS(kernel);
+    const bool modern = cluster > 0 && compiled_for(reinterpret_cast<const void*>(kernel)) >= 90;
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -96,6 +96,32 @@ int launch(int cluster, void (*kernel)(Parameters...), Grid grid, int block, int
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
     if (error != cudaSuccess) cudaGetLastError();  // reported here: not to be found by somebody else
     return static_cast<int>(error);
+}
+
+// Blocks of the largest cluster of a kernel that the current device can hold. A part of a GPU may have too few processors
+// side by side for eight; it is asked once, since a launch that fails may end a capture.
+template <auto kKernel>
+int largest_cluster(int threads) {
+    constexpr int kDevices = 64;
+    static std::atomic<int> known[kDevices] = {};
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || compiled_for(reinterpret_cast<const void*>(kKernel)) < 90) return 1;
+    int largest = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+    if (largest > 0) return largest;
+    for (largest = 8; largest > 1; largest /= 2) {
+        cudaLaunchAttribute attribute = {};
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = static_cast<unsigned>(largest);
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3(static_cast<unsigned>(largest)), config.blockDim = dim3(static_cast<unsigned>(threads));
+        config.attrs = &attribute, config.numAttrs = 1;
+        int clusters = 0;
+        if (cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config) == cudaSuccess && clusters > 0) break;
+        cudaGetLastError();
+    }
+    if (device < kDevices) known[device].store(largest, std::memory_order_relaxed);
+    return largest;
 }
 
 namespace ptx {

@@ -104,8 +104,9 @@ int launch_mma(const AttentionMassParams& params, void* stream) {
                                     (lse_mma_kernel<kDim, kChecked>), params, partial, splits);
         },
         [&](const AttentionMassParams& p, float unit) {
-            const int max_cluster = HAS_CLUSTERS((mass_mma_kernel<kDim, 1, kChecked>)) ? 8 : 1;
-            const MmaShape shape = mma_shape<kDim, kMaxTiles>(p, max_cluster);
+            const int one = LARGEST_CLUSTER((mass_mma_kernel<kDim, 1, kChecked>), (32 * kMmaWarps<kDim, 1>));
+            const int more = LARGEST_CLUSTER((mass_mma_kernel<kDim, kMaxTiles, kChecked>), (32 * kMmaWarps<kDim, kMaxTiles>));
+            const MmaShape shape = mma_shape<kDim, kMaxTiles>(p, std::min(one, more));
             if (shape.tiles == 1)
                 return LAUNCH_CLUSTER(shape.cluster, shape.blocks, 32 * shape.warps, 0, stream, (mass_mma_kernel<kDim, 1, kChecked>),
                                       p, shape.subtiles, shape.cluster, unit);

@@ -229,3 +229,11 @@ def test_nothing_runs_and_text_alone_is_refused(
 
 class _Resize:
     do_resize, do_center_crop, do_pad = True, False, False
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("method", [crop.EncoderPruning(), crop.Compose(METHODS[1], encoder=crop.EncoderPruning())])
+def test_advice_says_that_the_encoder_is_not_counted(method: crop.Method) -> None:
+    model, inputs = build_model("qwen2_5_vl", "sdpa"), padded("qwen2_5_vl")
+    assert "in the vision encoder comes on top" in crop.estimate(model, inputs, method, regions(inputs)).advice
+    assert "encoder" not in crop.estimate(model, inputs, METHODS[1], regions(inputs)).advice

@@ -115,7 +115,7 @@ def build(flavour: str, kernels: tuple[Path, ...], host: tuple[Path, ...] = (), 
 
 @functools.cache
 def load(path: Path) -> ctypes.CDLL:
-    """The emulator's own interface: emu_config, emu_take, emu_give_back, emu_report, emu_statistics."""
+    """The emulator's own interface: emu_config, emu_cluster, emu_take, emu_give_back, emu_report, emu_statistics."""
     emu = ctypes.CDLL(str(path))
     emu.emu_report.restype = ctypes.c_char_p
     emu.emu_take.restype = ctypes.c_void_p
@@ -158,6 +158,7 @@ class Emulated:
     seed: int = 0
     residents: int = 1
     capability: int = 9  # major; from 9 on blocks form clusters
+    cluster: int = 8  # blocks of the largest
     without: tuple[str, int] = ("", 0)  # file and line of a barrier that lets everybody through
     has_cuda = True
 
@@ -171,6 +172,7 @@ class Emulated:
 
         def launch(cuda: bool, target: int, *args: Any) -> int:
             emu.emu_config(POLICIES[self.policy], self.seed, self.residents, self.capability)
+            emu.emu_cluster(self.cluster)
             emu.emu_without(self.without[0].encode(), self.without[1])
             code = function(True, 0, *args)
             report = emu.emu_report().decode()

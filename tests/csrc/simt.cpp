@@ -22,7 +22,7 @@ Launch now;
 namespace {
 
 enum Policy { kForward, kReverse, kRandom };
-int policy = kForward, residents = 1, capability = 9;
+int policy = kForward, residents = 1, capability = 9, most_blocks = 8;  // of a cluster
 std::string gone_file;  // a barrier that lets everybody through
 unsigned gone_line = 0;
 bool gone(Where at) { return at.line() == gone_line && std::strstr(at.file_name(), gone_file.c_str()); }
@@ -286,7 +286,7 @@ int run(const Kernel& kernel) {
         report("launch: more blocks than are sensible here");
     else if (kernel.dynamic_bytes < 0 || static_cast<size_t>(kernel.dynamic_bytes) > kOptInLimit)
         report("launch: too much shared memory, " + std::to_string(kernel.dynamic_bytes) + " bytes dynamic");
-    else if (g.x % std::max(kernel.cluster, 1) || (kernel.cluster & (kernel.cluster - 1)) || kernel.cluster > (capability < 9 ? 1 : 8))
+    else if (g.x % std::max(kernel.cluster, 1) || (kernel.cluster & (kernel.cluster - 1)) || kernel.cluster > largest_cluster())
         report("launch: clusters of " + std::to_string(kernel.cluster) + " blocks cannot be made of the grid on this GPU");
     else {
         const size_t size = static_cast<size_t>(std::max(kernel.cluster, 1));
@@ -370,7 +370,7 @@ void before_atomic(const void* address, size_t size, Where at) {
 
 void after_atomic(bool changed) { progress += changed; }
 
-bool has_clusters() { return capability >= 9; }
+int largest_cluster() { return capability < 9 ? 1 : most_blocks; }
 
 Cluster cluster_of(Block& block) {
     const int size = std::max(now.kernel->cluster, 1);
@@ -448,6 +448,8 @@ void wait_async(int pending) {
         return true;
     });
 }
+
+extern "C" [[gnu::visibility("default")]] void emu_cluster(int most) { most_blocks = most; }
 
 extern "C" [[gnu::visibility("default")]] void emu_config(int new_policy, unsigned seed, int new_residents, int new_capability) {
     policy = new_policy, residents = new_residents, capability = new_capability;

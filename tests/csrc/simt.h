@@ -72,7 +72,7 @@ void copy_async(void* to, const void* from, int size, int present, Where);
 void commit_async();
 void wait_async(int pending);
 void grid_wait();
-bool has_clusters();
+int largest_cluster();
 void cluster_sync(Where);
 const void* cluster_at(const void* shared, int rank, Where);
 
@@ -142,7 +142,7 @@ int launch(int cluster, const char* name, void (*kernel)(Parameters...), Grid gr
     ::simt::launch(1, #kernel, kernel, grid, block, smem, stream, __VA_ARGS__)
 #define LAUNCH_CLUSTER(cluster, grid, block, smem, stream, kernel, ...) \
     ::simt::launch(cluster, #kernel, kernel, grid, block, smem, stream, __VA_ARGS__)
-#define HAS_CLUSTERS(kernel) (::simt::has_clusters())
+#define LARGEST_CLUSTER(kernel, threads) (::simt::largest_cluster())
 
 #define threadIdx (::simt::here->thread)
 #define blockIdx (::simt::here->block)

@@ -269,15 +269,16 @@ def test_clusters_change_no_bit(sizes: tuple[int, ...], images: int, blocks: tup
     query, key = mass_inputs(*sizes, dtype=BF16)
     index, lse = torch.arange(sizes[4]).expand(images, -1).contiguous(), torch.rand(query.shape[:3]) + 3
     masses, seen = [], []
-    for capability in (8, 9):
-        run = Backend("native", emulated=Emulated(capability=capability))
+    for capability, cluster in ((8, 1), (9, 8), (9, 2)):
+        run = Backend("native", emulated=Emulated(capability=capability, cluster=cluster))
         run.emulated.statistics()
         masses.append(
             run(ops.attention_mass, query, key, index, sample=torch.zeros(images, dtype=torch.int64), lse=lse)
         )
         seen += [row["blocks"] for row in run.emulated.statistics().values()]
-    same(*masses)
-    assert tuple(seen) == blocks
+    for mass in masses[1:]:
+        same(mass, masses[0])
+    assert tuple(seen[:2]) == blocks and seen[0] <= seen[2] <= 2 * seen[0]
 
 
 # --- traffic ----------------------------------------------------------------------------------------------------------

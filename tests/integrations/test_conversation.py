@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from crop.integrations.conversation import (
     chat_arguments,
@@ -184,6 +185,30 @@ def test_forced_tokens_are_written_and_scored():
     first, second, third = forced.losses
     assert first == (pytest.approx(-(high + low) / 2), False) and second == (pytest.approx(-high), True)
     assert third == (0, True)
+
+
+def test_the_settings_of_a_model_change_no_score():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).eval()
+    prompt, row = [1, 2, 3], [2, 5, 3, 4]
+    model.generation_config = own = GenerationConfig(
+        eos_token_id=5, pad_token_id=0, repetition_penalty=5.0, suppress_tokens=[3], max_length=4, min_new_tokens=3
+    )
+    forced = Forced([row])
+    with forced.plain(model):
+        written = model.generate(torch.tensor([prompt]), logits_processor=[forced])
+    assert written.tolist() == [prompt + row] and model.generation_config is own
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + row])).logits[0, 2:-1].log_softmax(-1)
+    expected = -logits.gather(1, torch.tensor(row)[:, None]).mean().item()
+    assert forced.losses == [(pytest.approx(expected, abs=1e-5), False)]
+
+
+def test_a_row_that_was_not_written_to_its_end_has_no_score():
+    forced = Forced([[1], [1, 2]])
+    forced(None, torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match=r"generate\(\) must take 2 steps, got 1"):
+        _ = forced.losses
 
 
 def test_time_to_the_first_token_is_that_of_the_first():

@@ -126,6 +126,17 @@ def test_counts_of_a_sample_are_those_of_its_images(lmms, ask, chatty, monkeypat
     assert [one.vision_tokens_average for one in found] == [2, 34, 0, 5]
 
 
+def test_beams_change_no_count(lmms, ask, chatty):
+    image, found = questions(1)[0][0].image, []
+    model = lmms.CropModel(chatty, "crop", device="cpu", batch_size=3)
+    model.method = crop.InnerLLMPruning(mode="strict")  # counts follow the region, here that of a question
+    model.localizer = lambda _, question: crop.Region.box(0, 0, 1, 0.5 if "b" in question else 1)
+    for beams in (1, 2):
+        results = ask(model, [("a b", [image] * 2), ("a", [image])], {"max_new_tokens": 1, "num_beams": beams})
+        found.append([one.token_counts.vision_tokens_kept for one in results])
+    assert found == [[256, 256]] * 2
+
+
 def test_each_image_has_its_region(lmms, ask, chatty, monkeypatch, tmp_path):
     """Also where requests with several images and with one are answered together."""
     corner = {"red": (0, 0, 0.5, 0.5), "green": (0.5, 0, 1, 0.5), "blue": (0, 0.5, 0.5, 1)}
@@ -279,12 +290,9 @@ def test_auto_batches_shrink_to_what_memory_holds(lmms, ask, monkeypatch):
 
 def test_rounds_lose_no_request_where_batches_shrink(lmms, monkeypatch):
     model = lmms.CropModel("embedded", "none", device="cpu", batch_size="auto", max_batch_size=4)
-    asked = questions(8)
     give_documents(model, range(8))
-    tried = limited(model, monkeypatch, 2)
-    requests = [
-        chat_request(number, q.text, {"max_new_tokens": 1}, scene.image) for number, (scene, q) in enumerate(asked)
-    ]
+    tried, image = limited(model, monkeypatch, 2), questions(1)[0][0].image
+    requests = [chat_request(number, "what", {"max_new_tokens": 1}, image) for number in range(8)]
     answers = model.generate_until_multi_round(requests)
     assert tried == [4, 2, 2, 2, 2] and [len(rounds) for rounds in answers] == [1] * 8
 

@@ -145,7 +145,7 @@ def features(count: int = 40, dim: int = 12, seed: int = 0) -> Features:
 
 
 @names
-@families(THOROUGH, fast=True)
+@families((*THOROUGH, "paligemma"), fast=True)  # whose prompt sees itself
 def test_equals_the_oracle(family, name):
     usable(family, name)
     model, oracle, batch = get_model(family), get_oracle(family), standard_batch(family, "left", 2)

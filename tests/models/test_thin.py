@@ -8,7 +8,7 @@ import pytest
 
 from crop.geometry import Region
 from crop.methods import InnerLLMPruning, PreLLMCompression
-from crop.models.anyres import tiled_layout
+from crop.models.anyres import anyres_layout
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 CONFIG = SimpleNamespace(image_grid_pinpoints=PINPOINTS, vision_config=SimpleNamespace(image_size=336, patch_size=14))
@@ -20,7 +20,7 @@ CONFIG = SimpleNamespace(image_grid_pinpoints=PINPOINTS, vision_config=SimpleNam
 )
 def test_the_base_view_and_newlines_are_left(size, tokens):
     """(width, height): the tokens that the model itself makes of such pictures; methods cope with rows without patches."""
-    layout = tiled_layout(CONFIG, size[::-1])
+    layout = anyres_layout(CONFIG, size[::-1])
     assert len(layout) == layout.num_original == tokens
     assert layout.position.tolist() == list(range(tokens))
     for region in (Region.whole(), Region.box(0.1, 0.1, 0.4, 0.4)):

@@ -10,6 +10,7 @@ import crop
 from crop.baselines import DivPrune, VisionZip
 from crop.geometry.region import Region
 from crop.methods import Compose, EncoderPruning, InnerLLMPruning, Method, PreLLMCompression
+from crop.models.family import Prompt
 from crop.models.registry import families as known_families
 from crop.patching.hf import cache_of
 from tests.support.batches import make_batch, make_sample, standard_batch
@@ -279,6 +280,35 @@ def test_gradients_pass():
         model(**batch.inputs).logits.sum().backward()
     weight = next(model.model.vision_tower.parameters())
     assert weight.grad is not None and weight.grad.isfinite().all()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("family", ["internvl", "perception_lm"])
+def test_the_view_of_the_whole_is_known_without_a_processor(family):
+    """Where each tile is taken for a view of its own."""
+    sample = make_sample(family, [3, FAMILIES[family].sizes[0], 4], 5)
+    (known,), kind = sample.pieces(), known_families()[get_config(family).model_type]
+    prompt = Prompt(get_config(family), torch.tensor([sample.ids]), sample.inputs())
+    layouts = [layout for _, layout in kind.images(prompt)]
+    assert len(layouts[0].view.unique()) == len(known) > 2
+    (pieces,) = kind.encoder.pieces(prompt, layouts)
+    assert torch.equal(pieces.overview, known.overview) and int(known.overview.sum()) == 1
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("family", ["qwen2_5_vl_video", "glm46v_video"])
+def test_a_frame_of_which_nothing_is_taken_is_refused(family):
+    model, batch = get_model(family), standard_batch(family, "single", 1)
+
+    class LastFrames(Method):
+        def encode(self, layout, region, pieces):
+            return pieces.needed(layout.view > 0)
+
+    with (
+        pytest.raises(ValueError, match=r"some pieces of every frame of a video, got none of \[0\]"),
+        patched(model, LastFrames(), batch, where(batch)),
+    ):
+        model(**batch.inputs)
 
 
 @pytest.mark.fast

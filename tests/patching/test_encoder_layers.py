@@ -9,12 +9,15 @@ import torch
 
 import crop
 from crop import embedded
+from crop.geometry.layout import VisionLayout
+from crop.geometry.pieces import Encoding
 from crop.geometry.region import Region
 from crop.methods import Compose, EncoderPruning, InnerLLMPruning, PreLLMCompression
 from crop.models import registry
 from crop.models.encoders import LayerEncoder
 from tests.support.batches import standard_batch
 from tests.support.cases import (
+    ATOL,
     Expected,
     assert_kept,
     assert_logits,
@@ -26,6 +29,7 @@ from tests.support.cases import (
     greedy,
     patched,
 )
+from tests.support.tiny_families import FAMILIES, build_model, set_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread", "flash")
 
@@ -105,6 +109,29 @@ def test_late_layers_of_the_embedded_model_see_fewer_tokens():
     cut = LayerEncoder().cut(len(layers))
     assert seen == [256] * cut + stats.tokens_encoded * (len(layers) - cut)
     assert 0 < cut < len(layers) and stats.tokens_encoded[0] < 128
+
+
+@families(NAMES, fast=True)
+def test_a_tower_under_flash_attention(family, at_layer_0, flash):
+    """Its layers ignore the fillers of images that keep fewer tokens."""
+    model, batch = build_model(family), standard_batch(family, "left", 1)
+    regions = REGIONS[: sum(len(sample.images) for sample in batch.samples)]
+    with patched(model, METHODS["encoder"], batch, regions) as stats:
+        eager = model(**batch.inputs).logits
+    assert len(set(stats.tokens_encoded)) > 1
+    set_attention(getattr(model.model, FAMILIES[family].tower), "flash_attention_2")
+    with patched(model, METHODS["encoder"], batch, regions):
+        logits = model(**batch.inputs).logits
+    torch.testing.assert_close(logits, eager, atol=ATOL, rtol=0)
+
+
+@pytest.mark.fast
+def test_another_number_of_pictures_is_refused():
+    model, layout = get_model("llava"), VisionLayout.grid(4, 4)
+    (pieces,) = LayerEncoder().pieces(None, [layout])
+    images = [Encoding(layout, pieces, torch.arange(16) < 9)]
+    with pytest.raises(RuntimeError, match="must get the 1 pictures of the prompt, got 3"):
+        LayerEncoder().take(model.model.vision_tower, (torch.zeros(3, 3, 8, 8),), {}, images)
 
 
 def test_another_tower_is_refused():

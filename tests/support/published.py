@@ -35,10 +35,9 @@ PUBLISHED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".j
 UNKNOWN = {  # families without an entry: what of their checkpoint could not be looked up
     "glmga": "no checkpoint has been named",
     "hyperclovax_vision_v2": "the width of its tower's MLPs, and whether its embeddings are tied",
-    "lfm2_vl": "the depth of its tower",
     "minicpm_ocr": "all of it",
     "minicpmv4_7": "the vocabulary and the tower",
-    "qianfan_ocr": "the vocabulary, and whether its embeddings are tied",
+    "qianfan_ocr": "the vocabulary",
 }
 PICTURE = (1024, 768)  # width, height
 BEFORE, AFTER = 20, 30  # text tokens around it
@@ -98,18 +97,18 @@ def inputs(key: str, config: Any, processor: Any) -> dict[str, Any]:
     else:
         seen = processor(Image.new("RGB", PICTURE), return_tensors="pt", **entry.get("call", {}))
     text = torch.arange(BEFORE + AFTER) + 1000
-    ids = torch.cat([text[:BEFORE], torch.tensor(_image_ids(entry, config, seen)), text[BEFORE:]])[None]
+    ids = torch.cat([text[:BEFORE], torch.tensor(_image_ids(entry, config, processor, seen)), text[BEFORE:]])[None]
     return {"input_ids": ids, "mm_token_type_ids": (ids == config.image_token_id).int(), **seen}
 
 
-def _image_ids(entry: dict[str, Any], config: Any, seen: Any) -> list[int]:
+def _image_ids(entry: dict[str, Any], config: Any, processor: Any, seen: Any) -> list[int]:
     """The image's tokens, with what stands between them."""
     image, count = config.image_token_id, entry["tokens"]
     if "rows" in entry:
         columns = (count + 1) // entry["rows"] - 1
         return (([image] * columns + [image + 1]) * entry["rows"])[:-1]
     if "writer" in entry:
-        return written(config, seen, **entry["writer"])
+        return written(config, seen, image_processor=processor, **entry["writer"])
     if config.model_type == "ovis2":
         return ovis2_markers(seen, config, 256)
     return [image] * count

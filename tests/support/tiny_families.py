@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 
 from tests.support.families import gemma4, grids, more_grids, more_tiles, squares, tiles
 from tests.support.families.entry import INIT, LAST_TEXT, PAD, Family
@@ -26,7 +27,12 @@ SHARP = 2.5  # on the query and key weights: attention rests on 20 to 60 of 140 
 _ALL: dict[str, Family] = (
     squares.FAMILIES | grids.FAMILIES | more_grids.FAMILIES | gemma4.FAMILIES | tiles.FAMILIES | more_tiles.FAMILIES
 )
-FAMILIES = {name: family for name, family in _ALL.items() if hasattr(transformers, family.classes)}
+_HERE = Version(Version(transformers.__version__).base_version)
+FAMILIES = {
+    name: family
+    for name, family in _ALL.items()
+    if hasattr(transformers, family.classes) and Version(family.since) <= _HERE
+}
 LACKING = {name: family.classes for name, family in _ALL.items() if name not in FAMILIES}  # by this transformers
 THOROUGH = tuple(name for name, family in FAMILIES.items() if family.thorough)
 SUPPORTED = [(name, attention) for name, family in FAMILIES.items() for attention in family.attentions]

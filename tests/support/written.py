@@ -62,7 +62,7 @@ TAGS = "granite_docling", "lfm2_vl"  # what stands in angle brackets is one toke
 GIVEN = dict(image_token_divisor=16, use_image_special_tokens=True)  # what their processors call the writer with
 
 
-def written(config: Any, out: Any, number: int = 0, **sizes: int) -> list[int]:
+def written(config: Any, out: Any, number: int = 0, **sizes: Any) -> list[int]:
     """The tokens of one image and a word behind it, as its family's processor writes them; ``sizes``: what it knows."""
     family = config.model_type
     # In older transformers some of these files need torchvision.

@@ -14,7 +14,6 @@ from crop import ops
 from crop.geometry.layout import PATCH, VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.methods.base import POOL_MODES
-from crop.methods.saliency import patch_weights
 
 FORMAT = 1  # of ``PlaceholderPlan.pack``; another one at every change
 FIELD = "crop_plan"  # its name among the model's arguments
@@ -124,11 +123,9 @@ class PlaceholderPlan:
             return features
         mode, weight = self.mode, None
         if mode == "distinct":
-            mode, weight = "weighted", torch.ones(len(features), dtype=torch.float32, device=features.device)
-            if len(self.patches):
-                weight[self.patches] = patch_weights(features[self.patches, :width])
             # A token in no cell has inverse -1: its weight is not used.
-            weight = weight.masked_fill(self.pool.counts[self.pool.inverse.long()] == 1, 1.0)
+            alone = self.pool.counts[self.pool.inverse.long()] == 1
+            mode, weight = "weighted", ops.saliency(features[:, :width], self.patches[None], alone=alone)
         return ops.adaptive_pool(features, self.pool, mode, weight)
 
 

@@ -38,9 +38,10 @@ class Dart(InnerLLMPruning):
         keys = key.transpose(1, 2).flatten(2).float()  # (batch, keys, heads * head_dim)
         filler = view.candidates < 0
         vision = keys[view.sample.unsqueeze(1), view.candidates.clamp(min=0)]
-        text = _rows(keys, (view.visible_len - 1).clamp(min=0))
+        row_key = view.visible_len - 1 if view.row_key is None else view.row_key
+        text = _rows(keys, row_key.clamp(min=0))
         of_image = _longest(vision, ~filler, self.pivots)
-        of_text = _longest(text, view.visible_len > 0, self.pivots)
+        of_text = _longest(text, row_key >= 0, self.pivots)
         own = of_image.indices
         pivots = torch.cat([_rows(vision, own), _rows(text, of_text.indices)[view.sample]], 1)
         absent = torch.cat([of_image.values, of_text.values[view.sample]], 1) < 0

@@ -92,6 +92,7 @@ class Family:
         refuses: what the family cannot do -> what the error says: an attention, "uniform" (cache), "compact" (positions).
         unable: what this version of transformers cannot do without a patch either: "repeat" (samples of `generate()`),
             (model) -> reason or None.
+        since: version of transformers from which on the class is laid out as it is here; before, it is not supported.
         tower_attention: the tower's attention weights belong to the image tokens.
         thorough: tests of single features run on it; one family per kind of positions.
         fast: `pytest -m fast` runs the contract on it.
@@ -113,6 +114,7 @@ class Family:
     cuts: tuple[int, ...] = (1, 2, 3)
     refuses: Mapping[str, str] = field(default_factory=dict)
     unable: Mapping[str, Callable[[Any], str | None]] = field(default_factory=dict)
+    since: str = "5.17"
     tower_attention: bool = False
     thorough: bool = False
     fast: bool = False

@@ -254,11 +254,11 @@ FAMILIES = {
     ),
     "qwen2_5_omni": Family(
         "Qwen2.5-Omni, images", "Qwen2_5OmniThinkerForConditionalGeneration", qwen2_5_omni, patches_image,
-        tower="visual", beside=("audio_tower",),
+        tower="visual", beside=("audio_tower",), since="5.24",
     ),
     "qwen3_omni_moe": Family(
         "Qwen3-Omni, images, DeepStack", "Qwen3OmniMoeThinkerForConditionalGeneration", qwen3_omni_moe,
-        patches_image, tower="visual", beside=("audio_tower",),
+        patches_image, tower="visual", beside=("audio_tower",), since="5.24",
     ),
     "hunyuan_vl": Family(
         "HunYuan-OCR", "HunYuanVLForConditionalGeneration", hunyuan_vl, hunyuan_image, types=vision_types,
@@ -279,6 +279,6 @@ FAMILIES = {
     ),
     "qwen2_5_omni_video": Family(
         "Qwen2.5-Omni, video", "Qwen2_5OmniThinkerForConditionalGeneration", qwen2_5_omni, omni_film,
-        tower="visual", beside=("audio_tower",),
+        tower="visual", beside=("audio_tower",), since="5.24",
     ),
 }  # fmt: skip

@@ -231,7 +231,7 @@ FAMILIES = {
     ),
     "minicpmv4_6": Family(
         "MiniCPM-V 4.6, images: tiles", "MiniCPMV4_6ForConditionalGeneration", minicpm("MiniCPMV4_6"), minicpm_image,
-        sizes=((48, 24), (20, 40)), join=packed, cuts=(2,), refuses=STATES,
+        sizes=((48, 24), (20, 40)), join=packed, cuts=(2,), refuses=STATES, since="5.24",
     ),
     "minicpmv4_7": Family(
         "MiniCPM-V 4.7, images: tiles", "MiniCPMV4_7ForConditionalGeneration",
