@@ -163,6 +163,7 @@ def _is_list(value: Any) -> bool:
 def _short(value: Any) -> str:
     """What stands in an error text, whatever a client sent."""
     try:
-        return reprlib.repr(value)
+        text = reprlib.repr(value)
+        return text if len(text) <= 100 else f"{text[:97]}..."
     except ValueError:  # an integer of more digits than Python writes
         return f"a value of type {type(value).__name__}"

@@ -97,6 +97,7 @@ WRONG = [
     (1, {"keep": True}, "crop_keep must be .*got True"),
     (1, {"keep": [0.1]}, r"crop_keep must be .*got \[0.1\]"),
     (1, {"keep": 0.5, "mode": "sum"}, "crop_mode must be one of .*got 'sum'"),
+    (1, {"mode": [[10**39] * 6] * 6}, r"crop_mode must be one of .*\.\.\."),
     (1, {"mode": ["mean"]}, "crop_mode must be one of"),
     (1, {"mode": None}, "crop_mode must be one of"),
     (1, {"localizer": "attention"}, "crop_localizer must be one of .*got 'attention'"),
