@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The plug-in in a real engine of vLLM, on the CPU, in an environment of its own. Never skips: what is missing is a failure.
-#   run_engine.sh            the embedded model, a family with three position axes, a server under load (CI)
+#   run_engine.sh            the embedded model, a family with three position axes, a server under load
 #   run_engine.sh families   every family in every way, minutes each; writes engine/families.log
 # CROP_ENGINE_VENV names an environment that is kept: made where it is missing (torch, vLLM and others, 3.5 GB), else used.
 set -euo pipefail
