@@ -70,7 +70,8 @@ def cases(localizer: OCRLocalizer, reader: Reader, found: list[receipts.Receipt]
                 ranked = localizer.rank(page, asked.text)
                 hasty, read = hurried(localizer, page, asked.text)
                 name = group if group == "further" else asked.field + group
-                meaning = page.notes["meanings"] @ localizer.encode([asked.text])[0]
+                meanings = np.stack([page.notes["meanings"][text] for text in ranked.texts])
+                meaning = meanings @ localizer.encode([asked.text])[0]
                 start = time.perf_counter()
                 region = None if group else attend(image, asked.text)
                 spent = 1000 * (time.perf_counter() - start)
