@@ -11,7 +11,7 @@ from crop.embedded import scenes
 from crop.localizers import CascadeLocalizer, UnionLocalizer
 from crop.models import family_of
 from tests.support.batches import standard_batch
-from tests.support.cases import count_vision_calls, families
+from tests.support.cases import count_vision_calls, families, skip_what_transformers_cannot
 from tests.support.tiny_families import FAMILIES, THOROUGH, build_model
 
 
@@ -41,6 +41,7 @@ def test_equal_images_run_once_and_answers_stay(family):
 @families()
 def test_the_projector_runs_once_too(family):
     model = build_model(family)
+    skip_what_transformers_cannot(family, "projector", model)
     inputs, known, calls = standard_batch(family, "single", 1).inputs, family_of(model), []
     beside = {name for name, _ in model.model.named_children()} - {known.tower, known.decoder, known.projector}
     assert beside == set(FAMILIES[family].beside)

@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from PIL import Image
 
 from tests.support.written import ovis2_markers, written
@@ -54,6 +55,8 @@ class Missing(Exception):
 
 def build(key: str) -> Any:
     """The unmodified class at full size, on the meta device. Missing: transformers is too old for it."""
+    if Version(Version(transformers.__version__).base_version) < Version(PUBLISHED[key].get("since", "5.17")):
+        raise Missing(f"transformers {transformers.__version__} lays out {model_type(key)} otherwise")
     if model_type(key) not in transformers.CONFIG_MAPPING:
         raise Missing(f"transformers {transformers.__version__} has no {model_type(key)}")
     sizes = dict(PUBLISHED[key]["config"])

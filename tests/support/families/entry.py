@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
@@ -70,6 +72,12 @@ class Image:
     size: tuple[int, int]
 
 
+def before(version: str, reason: str) -> Callable[[Any], str | None]:
+    """An entry of ``unable`` for transformers older than ``version``."""
+    old = Version(Version(transformers.__version__).base_version) < Version(version)
+    return lambda _: reason if old else None
+
+
 @dataclass(frozen=True)
 class Family:
     """A family as users meet it.
@@ -91,7 +99,7 @@ class Family:
         cuts: decoder layers at which scores may cut: the layer before each sees the whole prompt.
         refuses: what the family cannot do -> what the error says: an attention, "uniform" (cache), "compact" (positions).
         unable: what this version of transformers cannot do without a patch either: "repeat" (samples of `generate()`),
-            (model) -> reason or None.
+            "devices" (two of them), "projector" (one call of it), (model) -> reason or None.
         since: version of transformers from which on the class is laid out as it is here; before, it is not supported.
         tower_attention: the tower's attention weights belong to the image tokens.
         thorough: tests of single features run on it; one family per kind of positions.

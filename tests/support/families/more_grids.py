@@ -38,6 +38,7 @@ from tests.support.families.grids import (
     qwen3_vl,
     vision_types,
 )
+from tests.support.families.tiles import repeats_tiles
 
 
 def exaone4_5() -> Any:
@@ -222,7 +223,7 @@ def glm_film(size: tuple[int, int], seed: int, alone: bool = True) -> Image:
 FAMILIES = {
     "exaone4_5": Family(
         "EXAONE 4.5, images: sliding windows", "Exaone4_5_ForConditionalGeneration", exaone4_5, patches_image,
-        tower="visual", cuts=(2,), refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'exaone4_5'"},
+        tower="visual", cuts=(2,), refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'exaone4_5'"}, unable={"repeat": repeats_tiles},
     ),
     "cosmos3_omni": Family(
         "Cosmos3, images, DeepStack", "Cosmos3OmniForConditionalGeneration", cosmos3_omni, patches_image,
@@ -250,7 +251,7 @@ FAMILIES = {
     ),
     "kimi_k25": Family(
         "Kimi-K2.5 and Kimi-K2.6, images: latent attention", "Kimi_K25ForConditionalGeneration", kimi_k25, paddle_image,
-        processor=KimiProcessor,
+        processor=KimiProcessor, unable={"repeat": repeats_tiles},
     ),
     "qwen2_5_omni": Family(
         "Qwen2.5-Omni, images", "Qwen2_5OmniThinkerForConditionalGeneration", qwen2_5_omni, patches_image,
@@ -262,7 +263,7 @@ FAMILIES = {
     ),
     "hunyuan_vl": Family(
         "HunYuan-OCR", "HunYuanVLForConditionalGeneration", hunyuan_vl, hunyuan_image, types=vision_types,
-        refuses={"compact": "positions must be 'original' for videos and for images with text among their tokens"},
+        refuses={"compact": "positions must be 'original' for videos and for images with text among their tokens"}, unable={"repeat": repeats_tiles},
     ),
     "lfm3_vl": Family(
         "LFM3-VL, images: sliding windows", "Lfm3VlForConditionalGeneration", lfm3_vl, patches_image, cuts=(2,),
@@ -275,7 +276,7 @@ FAMILIES = {
     ),
     "exaone4_5_video": Family(
         "EXAONE 4.5, video: sliding windows", "Exaone4_5_ForConditionalGeneration", exaone4_5, film(True),
-        tower="visual", cuts=(2,), refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'exaone4_5'"},
+        tower="visual", cuts=(2,), refuses=MASKS | {"flash_attention_2": "must be eager or sdpa for 'exaone4_5'"}, unable={"repeat": repeats_tiles},
     ),
     "qwen2_5_omni_video": Family(
         "Qwen2.5-Omni, video", "Qwen2_5OmniThinkerForConditionalGeneration", qwen2_5_omni, omni_film,

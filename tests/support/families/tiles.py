@@ -240,7 +240,7 @@ def repeats_tiles(model: Any) -> str | None:
     """Before `generate()` encoded images once for all copies of a sample."""
     if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
         return None
-    return "this transformers repeats the tiles of an image one by one"
+    return "this transformers repeats images or their tiles one by one"
 
 
 FAMILIES = {
