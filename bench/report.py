@@ -20,8 +20,8 @@ from bench.accuracy import data
 from bench.accuracy.contenders import Job, jobs
 from bench.accuracy.data import Item
 from bench.accuracy.run import read, region_of, seen
-from bench.accuracy.worlds import add_world_options, chosen_world
 from bench.page import Card, Reply, write_report
+from bench.worlds import add_world_options, chosen_world
 from crop.cli.ask import Asker
 from crop.cli.visualize import outlined, overlay
 from crop.geometry.region import Region

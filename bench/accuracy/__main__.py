@@ -25,8 +25,8 @@ from bench.accuracy import data, summary
 from bench.accuracy.contenders import BUDGETS, CUT, contenders, jobs
 from bench.accuracy.run import read, run, shard
 from bench.accuracy.timing import measure
-from bench.accuracy.worlds import World, add_world_options, chosen_world
 from bench.common import machine
+from bench.worlds import World, add_world_options, chosen_world
 from crop.cli.ask import load
 from crop.localizers import localizer_names
 

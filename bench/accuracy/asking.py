@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from bench.accuracy.data import Item
-from bench.accuracy.worlds import World, add_world_options, chosen_world
 from bench.common import header, save, table
+from bench.worlds import World, add_world_options, chosen_world
 from crop.cli.ask import Asker
 from crop.geometry.region import Region
 from crop.methods import Method
@@ -78,8 +78,8 @@ def begin(options: argparse.Namespace) -> Run:
 class Around:
     """What is done around a batch beside the patch; the base does nothing."""
 
-    def batch(self, run: Run, inputs: Any, stats: PruneStats) -> AbstractContextManager[Any]:
-        """Entered inside the patch, before the model is asked."""
+    def batch(self, run: Run, inputs: Any, regions: Sequence[Region], stats: PruneStats) -> AbstractContextManager[Any]:
+        """Entered inside the patch, before the model is asked about a batch."""
         return nullcontext()
 
 
@@ -99,8 +99,8 @@ def answers(
         asked, images = items[part], [item.picture() for item in items[part]]
         inputs = asker.encode_batch([[image] for image in images], [item.question for item in asked])
         sizes = [image.size for image in images]
-        given = {"processor": asker.processor, "image_size": sizes, "positions": positions}
-        with patch(asker.model, method, list(regions[part]), **given) as stats, around.batch(run, inputs, stats):
+        given, where = {"processor": asker.processor, "image_size": sizes, "positions": positions}, list(regions[part])
+        with patch(asker.model, method, where, **given) as stats, around.batch(run, inputs, where, stats):
             output = asker.model.generate(**inputs, max_new_tokens=run.world.max_new_tokens, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = [asker.tidy(text) for text in asker.processor.batch_decode(new, skip_special_tokens=True)]

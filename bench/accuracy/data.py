@@ -14,7 +14,7 @@ from PIL import Image
 
 from bench import jsonl
 from bench.accuracy.metrics import TEXT_METRICS, Box, iou, parse_box
-from bench.accuracy.worlds import GROUNDING, World, blocks, region_of
+from bench.worlds import GROUNDING, World, blocks, region_of
 from crop.cli.images import open_image, upright_size
 from crop.geometry.region import Region
 

@@ -14,14 +14,14 @@ from PIL import Image
 
 pytest.importorskip("tqdm")
 
-from bench import readme  # noqa: E402
-from bench.accuracy import data, metrics, statistics, summary, worlds  # noqa: E402
+from bench import readme, worlds  # noqa: E402
+from bench.accuracy import data, metrics, statistics, summary  # noqa: E402
 from bench.accuracy import run as running  # noqa: E402
 from bench.accuracy.canvas import CornerOnly, ZoomOnly, shrink, zoom, zoomed  # noqa: E402
 from bench.accuracy.contenders import BUDGETS, WholeStaysWhole, jobs  # noqa: E402
-from bench.accuracy.worlds import WORLDS  # noqa: E402
 from bench.headline import headline  # noqa: E402
 from bench.records import read_jsonl  # noqa: E402
+from bench.worlds import WORLDS  # noqa: E402
 from crop.geometry.layout import VisionLayout  # noqa: E402
 from crop.geometry.region import Region  # noqa: E402
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, registry  # noqa: E402

@@ -17,17 +17,21 @@ from bench.training import grounding
 from bench.training.model2 import pages
 from crop import embedded
 from crop.cli.ask import EMBEDDED, Asker, load
-from crop.embedded import scenes
+from crop.embedded import scenes, things
 from crop.geometry.region import Region
 
 GROUNDING = "grounding"
 
 
 class Drawn(NamedTuple):
-    """A picture and what can be asked about it; each question has ``kind``, ``text``, ``answer``, ``boxes``, ``local``."""
+    """A picture and what can be asked about it; each question has ``kind``, ``text``, ``answer``, ``boxes``, ``local``.
+
+    ``shown``: words for what it shows, and the words written in it.
+    """
 
     image: Image
     questions: tuple[Any, ...]
+    shown: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class World:
         name: on the command line.
         ask: (folder of weights or None, device, dtype) -> the model, ready to be asked.
         draw: seed -> picture and its questions, those for a place in blocks (group ``GROUNDING``) among them.
+        named: text of a question -> the words in it for what a picture may show.
         groups: kind of question -> group of the tables.
         budgets: fractions of the tokens in the tables. num_tokens: of a picture.
         max_new_tokens: of the longest answer, its end included.
@@ -48,6 +53,7 @@ class World:
     name: str
     ask: Callable[[Path | None, str, str], Asker]
     draw: Callable[[int], Drawn]
+    named: Callable[[str], set[str]]
     groups: Mapping[str, str]
     budgets: tuple[float, ...]
     num_tokens: int
@@ -58,13 +64,27 @@ class World:
 @lru_cache(maxsize=16)
 def _embedded(seed: int) -> Drawn:
     drawn = scenes.scene(seed)
-    return Drawn(drawn.image, (*drawn.questions, *grounding.box_questions(drawn)))
+    shown = {str(value) for thing in drawn.things for value in (thing.color, thing.shape, thing.word) if value}
+    shown |= {f"{thing.shape}s" for thing in drawn.things if thing.shape}
+    return Drawn(drawn.image, (*drawn.questions, *grounding.box_questions(drawn)), frozenset(shown))
+
+
+def _embedded_names(text: str) -> set[str]:
+    known = {*things.COLORS, *things.SHAPES, *things.DRAWN_WORDS} | {f"{shape}s" for shape in things.SHAPES}
+    return set(text.split()) & known
 
 
 @lru_cache(maxsize=16)
 def _pages(seed: int) -> Drawn:
     drawn = pages.scene(seed)
-    return Drawn(drawn.image, drawn.questions)
+    shown = {str(value) for thing in drawn.things for value in (thing.color, thing.shape) if value}
+    shown |= {f"{thing.shape}s" for thing in drawn.things if thing.shape} | {run.text for run in drawn.runs}
+    return Drawn(drawn.image, drawn.questions, frozenset(shown))
+
+
+def _pages_names(text: str) -> set[str]:
+    known = {*pages.COLORS, *pages.SHAPES} | {f"{shape}s" for shape in pages.SHAPES}
+    return {word for word in text.split() if word in known or not word.islower()}
 
 
 def _ask_embedded(folder: Path | None, device: str, dtype: str) -> Asker:
@@ -96,7 +116,7 @@ WORLDS = {
     world.name: world
     for world in (
         World(
-            name="embedded", ask=_ask_embedded, draw=_embedded, num_tokens=256, budgets=(0.5, 0.33, 0.22, 0.11, 0.055),
+            name="embedded", ask=_ask_embedded, draw=_embedded, named=_embedded_names, num_tokens=256, budgets=(0.5, 0.33, 0.22, 0.11, 0.055),
             max_new_tokens=5,
             groups={
                 **dict.fromkeys(("digit", "word", "sign", "price", "item", "total", "date", "shop"), _TEXT),
@@ -107,7 +127,7 @@ WORLDS = {
             seeds={"1": 10_900_000, "2": 14_000_000, "try": 15_000_000, "train": 9_000_000, "fit": 10_500_000},
         ),
         World(
-            name="pages", ask=_ask_pages, draw=_pages, num_tokens=576, max_new_tokens=13,
+            name="pages", ask=_ask_pages, draw=_pages, named=_pages_names, num_tokens=576, max_new_tokens=13,
             budgets=(0.3333, 0.2222, 0.1111, 0.0556),  # 192, 128, 64 and 32 tokens
             groups={
                 **dict.fromkeys(set(pages.LOCAL_KINDS) - {"color", "shape"}, _TEXT),
