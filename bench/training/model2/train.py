@@ -68,7 +68,7 @@ STAGES = {
         # Meanwhile the decoder learns to answer from embeddings of these names, as if the tower were perfect.
         Stage("decoder", 150, layers=EARLY_LAYERS),
         # The projector learns to turn the tower's features into those embeddings.
-        Stage("bridge", 8, ("tower", "decoder"), batch=16, layers=EARLY_LAYERS, full=0.0, easy=0.0),
+        Stage("bridge", 8, ("tower", "decoder"), batch=16, layers=EARLY_LAYERS, easy=0.0),
         # Everything.
         Stage(
             "joint", 240, ("bridge",), matrix_lr=0.01, other_lr=1e-3, full=0.85, some=0.15, easy=0.0, aside=16, slow=0.5
@@ -242,7 +242,8 @@ class Trainer:
         features = tower_features(self.model, torch.stack([i.patches for i in items]))  # cheap: it sees every patch
         if name == "bridge":
             weight = 0.1 + 0.9 * (labels > 0).any(2)
-            distance = (projector(features) - self.named(labels, keep)).square().mean(2)
+            whole = torch.arange(NUM_PATCHES).expand(len(items), -1)
+            distance = (projector(features) - self.named(labels, whole)).square().mean(2)
             return {"distance": (distance * weight).sum() / weight.sum() / self.named.spread}
         losses = {"patch": self.options.patch * self.patch_loss(features, labels)}
         return losses | self.answer_losses(items, projector(features[pick, keep]), keep, data)
