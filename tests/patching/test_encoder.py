@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -12,6 +14,7 @@ from crop.geometry.region import Region
 from crop.methods import Compose, EncoderPruning, InnerLLMPruning, Method, PreLLMCompression
 from crop.models.family import Prompt
 from crop.models.registry import families as known_families
+from crop.models.registry import register_family
 from crop.patching.hf import cache_of
 from tests.support.batches import make_batch, make_sample, standard_batch
 from tests.support.cases import (
@@ -249,6 +252,31 @@ def test_repeated_samples(family):
         for number in range(2):
             logits = expect.oracle.forward(expect.sample.extended(tokens[:number]), expect.decision)[0][-1]
             torch.testing.assert_close(out.logits[number][row], logits, atol=ATOL, rtol=0)
+
+
+@families(ABLE, fast=True)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_picture_is_planned_once(family, copies):
+    """In generate(), which encodes before it calls the model, too."""
+    model, batch, asked = get_model(family), standard_batch(family, "left", 2), []
+    if copies > 1:
+        skip_what_transformers_cannot(family, "repeat", model)
+
+    class Counted(EncoderPruning):
+        def encode(self, layout, region, pieces):
+            asked.append(layout)
+            return super().encode(layout, region, pieces)
+
+    kind, read = known_families()[model.config.model_type], []
+    counted = replace(kind, images=lambda prompt: read.append(prompt) or kind.images(prompt))
+    register_family(counted)
+    try:
+        with patched(model, Counted(ring=0), batch, where(batch)) as stats:
+            greedy(model, batch, 2, do_sample=True, num_return_sequences=copies)
+    finally:
+        register_family(kind)
+    assert len(asked) == len(where(batch)) == len(stats.tokens_before) // copies and len(read) == 1
+    assert stats.seconds["plan"] > 0
 
 
 @families(ABLE, fast=True)
