@@ -25,7 +25,7 @@ bool aligned_rows(const AttentionMassParams& p) {
 // What is the same for every type. `partial_pass(partial, splits)` launches the first of the two log-sum-exp kernels,
 // `mass_pass(p, unit)` the kernel of the result.
 template <class PartialPass, class MassPass>
-int launch_passes(AttentionMassParams p, void* stream, PartialPass partial_pass, MassPass mass_pass) {
+int launch_passes(AttentionMassParams p, Stream stream, PartialPass partial_pass, MassPass mass_pass) {
     const int64_t splits = num_splits(p);
     if (p.lse || splits == 0 || lse_count(p) == 0) return mass_pass(p, kLog2E);
     Partial* partial = static_cast<Partial*>(p.scratch);
@@ -41,7 +41,7 @@ int launch_passes(AttentionMassParams p, void* stream, PartialPass partial_pass,
 }
 
 template <class Shape>
-int launch_fp32(const AttentionMassParams& params, bool aligned, void* stream) {
+int launch_fp32(const AttentionMassParams& params, bool aligned, Stream stream) {
     return launch_passes(
         params, stream,
         [&](Partial* partial, int splits) {
@@ -95,7 +95,7 @@ MmaShape mma_shape(const AttentionMassParams& p, int max_cluster) {
 }
 
 template <int kDim, bool kChecked>
-int launch_mma(const AttentionMassParams& params, void* stream) {
+int launch_mma(const AttentionMassParams& params, Stream stream) {
     constexpr int kMaxTiles = kChecked || kDim > 128 ? 1 : 2;
     return launch_passes(
         params, stream,
@@ -104,8 +104,8 @@ int launch_mma(const AttentionMassParams& params, void* stream) {
                                     (lse_mma_kernel<kDim, kChecked>), params, partial, splits);
         },
         [&](const AttentionMassParams& p, float unit) {
-            const int one = LARGEST_CLUSTER((mass_mma_kernel<kDim, 1, kChecked>), (32 * kMmaWarps<kDim, 1>));
-            const int more = LARGEST_CLUSTER((mass_mma_kernel<kDim, kMaxTiles, kChecked>), (32 * kMmaWarps<kDim, kMaxTiles>));
+            const int one = LARGEST_CLUSTER(stream.device, (mass_mma_kernel<kDim, 1, kChecked>), (32 * kMmaWarps<kDim, 1>));
+            const int more = LARGEST_CLUSTER(stream.device, (mass_mma_kernel<kDim, kMaxTiles, kChecked>), (32 * kMmaWarps<kDim, kMaxTiles>));
             const MmaShape shape = mma_shape<kDim, kMaxTiles>(p, std::min(one, more));
             if (shape.tiles == 1)
                 return LAUNCH_CLUSTER(shape.cluster, shape.blocks, 32 * shape.warps, 0, stream, (mass_mma_kernel<kDim, 1, kChecked>),
@@ -122,7 +122,7 @@ size_t attention_mass_scratch(const AttentionMassParams& p) {
     return static_cast<size_t>(lse_count(p)) * (num_splits(p) * sizeof(Partial) + sizeof(float));
 }
 
-extern "C" int launch_attention_mass(const AttentionMassParams* params, void* stream) {
+extern "C" int launch_attention_mass(const AttentionMassParams* params, Stream stream) {
     AttentionMassParams p = *params;
     if (p.num_images == 0 || p.num_tokens == 0) return 0;
     if (p.num_images * ceil_div(p.num_tokens, 16) > kMaxGrid || p.num_keys > kMaxGrid || p.num_rows * p.num_heads > kMaxGrid ||

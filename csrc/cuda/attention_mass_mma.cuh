@@ -291,7 +291,7 @@ mass_mma_kernel(AttentionMassParams p, int subtiles, int cluster, float lse_unit
         }
         *result = mean_of(total, rows, p.num_heads);
     }
-    if (cluster > 1) ptx::cluster_sync();  // a block must not end while others read what it holds
+    if (cluster > 1) ptx::cluster_sync_relaxed();  // a block must not end while others read what it holds
 }
 
 // Partial log-sum-exp of a split of 256 keys, 128 if they are long.
