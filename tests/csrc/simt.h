@@ -144,7 +144,7 @@ int launch(int cluster, const char* name, void (*kernel)(Parameters...), Grid gr
     ::simt::launch(1, #kernel, kernel, grid, block, smem, stream, __VA_ARGS__)
 #define LAUNCH_CLUSTER(cluster, grid, block, smem, stream, kernel, ...) \
     ::simt::launch(cluster, #kernel, kernel, grid, block, smem, stream, __VA_ARGS__)
-#define LARGEST_CLUSTER(device, kernel, threads) ((void)(device), ::simt::largest_cluster())
+#define LARGEST_CLUSTER(device, kernel, threads) ((void)(device), (void)(threads), ::simt::largest_cluster())
 
 #define threadIdx (::simt::here->thread)
 #define blockIdx (::simt::here->block)

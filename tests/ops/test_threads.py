@@ -29,7 +29,7 @@ kept = array.array("q", [0]) * images
 
 def call():
     kept[:] = array.array("q", [-7]) * images
-    code = C.select(False, 4, score.buffer_info()[0], 0, 0, 0, [1] * images, kept.buffer_info()[0], images, tokens, 1)
+    code = C.select(-1, 4, score.buffer_info()[0], 0, 0, 0, [1] * images, kept.buffer_info()[0], images, tokens, 1)
     assert code == 0 and set(kept) == {tokens - 1}, (code, kept)
     return len(os.listdir("/proc/self/task"))
 
