@@ -96,7 +96,7 @@ def _view(view: str, path: Path, box: Box, side: int) -> View:
 
 def figures(items: list[Item], replies: list[Reply]) -> Iterator[dict[str, Any]]:
     """One row per field, and one for all."""
-    for field in (*QUESTIONS, "all"):
+    for field in (*dict.fromkeys(item.group for item in items), "all"):
         chosen = [(item, spoken(reply.text)) for item, reply in zip(items, replies, strict=True)]
         chosen = [(item, said) for item, said in chosen if field in (item.group, "all")]
         truths = [item.answers[0] for item, _ in chosen]
