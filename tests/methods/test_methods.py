@@ -20,9 +20,10 @@ from crop.methods import (
     Method,
     PreLLMCompression,
     by_name,
+    register_method,
     registry,
 )
-from crop.methods.registry import POOL_SHARE, register_method
+from crop.methods.registry import POOL_SHARE
 from tests.methods.test_ilp import kept_by
 from tests.support.layouts import (
     QUESTION_REGIONS,
@@ -143,6 +144,16 @@ def test_a_stage_before_the_encoder_by_name():
             by_name("tiles", 0.5, encoder=True)
     finally:
         del registry._builds["tiles"]
+
+
+def test_names_of_the_package_stay_its_own():
+    with pytest.raises(ValueError, match="register_method: name must be none of crop, plc, .*got 'fastv'"):
+        register_method("fastv", lambda keep, layers: None)
+    with pytest.raises(ValueError, match="got ''"):
+        register_method("", lambda keep, layers: None)
+    with pytest.raises(TypeError, match="build must be a function of keep and num_layers, got str"):
+        register_method("mine", "plc")
+    assert by_name("fastv", 0.5) == InnerLLMPruning(0.5, rows="last", ring=0)
 
 
 def test_by_name():
