@@ -174,7 +174,7 @@ class Planner:
                 "tokens; score with positions, or process the whole conversation without a cache"
             )
         plan = plan_batch(self.method, images, regions, valid, encodings)
-        filled = plan.pool is None or plan.pool.filled is None
+        filled = plan.pool is None or plan.pool.full
         if past and not (filled and all(step.full for step in plan.prunes.values())) and self._carries_states:
             # Fillers stand before the new tokens, where a state that is not empty decays.
             raise ValueError(

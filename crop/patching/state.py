@@ -196,13 +196,9 @@ class ForwardState:
         return found
 
 
-def gather_positions(position_ids: Tensor | None, index: Tensor, past: int, full: bool = False) -> Tensor:
-    """Position ids (..., 1 or batch, seq_len) of the tokens that ``index`` (batch, n) names, ascending; fillers get some.
-
-    ``full``: there are no fillers, known on the host.
-    """
+def gather_positions(position_ids: Tensor | None, index: Tensor, past: int) -> Tensor:
+    """Position ids (..., 1 or batch, seq_len) of the tokens that ``index`` (batch, n) names, ascending; fillers get some."""
     if position_ids is None:
-        index = index if full else index.clamp(min=0)
         return index + past if past else index
     full = position_ids.expand(*position_ids.shape[:-2], len(index), -1).movedim(-2, 0)
     return ops.compact([full], index, token_dim=-1)[0].movedim(0, -2)
