@@ -27,6 +27,22 @@ from crop.patching.pool_step import PoolStep, pool_images
 
 
 @dataclass(frozen=True)
+class Asked:
+    """All that the plan of one call needs; on the CPU.
+
+    Args:
+        images: (sample, layout) each. regions, encodings: one per image. valid: (batch, seq_len) bool, what is no padding.
+        past: tokens in the cache before the call.
+    """
+
+    images: Sequence[tuple[int, VisionLayout]]
+    regions: Sequence[Region]
+    encodings: Sequence[Encoding | None]
+    valid: Tensor
+    past: int
+
+
+@dataclass(frozen=True)
 class ImagePlan:
     """One image: where its tokens are, how they are pooled, which of the pooled ones stay at which layer.
 

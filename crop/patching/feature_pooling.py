@@ -31,7 +31,9 @@ def settle(plan: BatchPlan, embeds: Tensor, observed: list[Tensor] | None) -> tu
     """
     pool, (batch, seq_len), device = plan.pool, embeds.shape[:2], embeds.device
     # Flat position of the token that leads each token's cell.
-    leader = pool.kept_index.gather(1, pool.slot_of.clamp(min=0)) + seq_len * torch.arange(batch, device=device)[:, None]
+    leader = (
+        pool.kept_index.gather(1, pool.slot_of.clamp(min=0)) + seq_len * torch.arange(batch, device=device)[:, None]
+    )
     leader_of = torch.where(pool.slot_of >= 0, leader, -1).flatten()
     decisions: dict[int, Assignment] = {}
     place: dict[int, Tensor] = {}
@@ -64,9 +66,7 @@ def settle(plan: BatchPlan, embeds: Tensor, observed: list[Tensor] | None) -> tu
     return replace(plan, pool=pool, positions=positions, prunes=prunes), decisions
 
 
-def _settled(
-    step: PruneStep, real: Tensor, positions: list[Tensor], decisions: dict[int, Assignment]
-) -> PruneStep:
+def _settled(step: PruneStep, real: Tensor, positions: list[Tensor], decisions: dict[int, Assignment]) -> PruneStep:
     """A cut, for the tokens that are left."""
     candidates, priority = step.candidates.clone(), step.priority.clone()
     weight = None if step.weight is None else step.weight.clone()

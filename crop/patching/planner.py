@@ -17,7 +17,7 @@ from crop.methods.base import Method, check_choice, check_method, prunes
 from crop.methods.encoding import encoding_of
 from crop.models import ModelFamily, Placed, Prompt, families, family_of
 from crop.patching import hf
-from crop.patching.batch_plan import BatchPlan, plan_batch
+from crop.patching.batch_plan import Asked, BatchPlan, plan_batch
 from crop.patching.cache import cache_state
 from crop.patching.positions import POLICIES
 from crop.patching.validation import as_regions, as_sizes, one_per_image
@@ -85,10 +85,19 @@ class Planner:
         whole = self.regions is None or all(entry.is_whole for entry in self.regions)
         self.family.check(self.model.config, self.image_processor, self.image_sizes, whole)
 
-    def plan(
+    def plan(self, arguments: Mapping[str, Any]) -> BatchPlan | None:
+        """The plan of a call, from the arguments that the multimodal model is called with; None: it holds no image.
+
+        Raises:
+            ValueError: as ``patch``.
+        """
+        asked = self.ask(arguments)
+        return None if asked is None else self.answer(asked)
+
+    def ask(
         self, arguments: Mapping[str, Any], given: Mapping[str, Any] | None = None, copies: int = 1
-    ) -> BatchPlan | None:
-        """The plan of one call; None: it holds no image.
+    ) -> Asked | None:
+        """What the plan of a call needs; checks all that can be known before anything runs. None: the call holds no image.
 
         Args:
             arguments: what the multimodal model is called with.
@@ -97,20 +106,6 @@ class Planner:
         Raises:
             ValueError: as ``patch``.
         """
-        with _on_the_host():
-            found = self._prompt(arguments, given, copies)
-            return None if found is None else self._plan(*found, arguments, copies)
-
-    def encodings(self, arguments: Mapping[str, Any]) -> list[Encoding | None]:
-        """What the encoder gets of each image, as in ``plan``; for calls of the tower alone, where nothing is repeated."""
-        with _on_the_host():
-            found = self._prompt(arguments, None, 1)
-            return [] if found is None else self._encodings(found[0], self.family.images(found[0]), 1)
-
-    def _prompt(
-        self, arguments: Mapping[str, Any], given: Mapping[str, Any] | None, copies: int
-    ) -> tuple[Prompt, Tensor] | None:
-        """What the family gets to see of a call, and (batch, seq_len) which tokens are real; None where it holds no image."""
         ids = hf.token_ids(arguments)
         if ids is None and self.prunes:
             raise ValueError(
@@ -119,20 +114,26 @@ class Planner:
             )
         if ids is None or not hf.brings_images(arguments, self.family.videos):
             return None
-        ids, valid = hf.on_host(ids, arguments)
-        if not self.family.is_vision(self.model.config, ids).any():
-            return None
-        prompt = Prompt(self.model.config, ids[::copies], given or arguments, self.image_processor, self.image_sizes)
-        return prompt, valid
+        with _on_the_host():
+            ids, valid = hf.on_host(ids, arguments)
+            if not self.family.is_vision(self.model.config, ids).any():
+                return None
+            prompt = Prompt(
+                self.model.config, ids[::copies], given or arguments, self.image_processor, self.image_sizes
+            )
+            placed = self.family.images(prompt)
+            images = _repeated(placed, copies)
+            if not images:
+                return None
+            regions = [Region.whole()] if self.regions is None else self.regions
+            regions = one_per_image("region", regions, [sample for sample, _ in images], copies)
+            encodings = self._encodings(prompt, placed, images, regions, copies)
+            return Asked(images, regions, encodings, valid, self._past(arguments, images))
 
-    def _regions(self, images: Placed, copies: int) -> list[Region]:
-        """One per image of a call."""
-        regions = [Region.whole()] if self.regions is None else self.regions
-        return one_per_image("region", regions, [sample for sample, _ in images], copies)
-
-    def _encodings(self, prompt: Prompt, placed: Placed, copies: int) -> list[Encoding | None]:
+    def _encodings(
+        self, prompt: Prompt, placed: Placed, images: Placed, regions: Sequence[Region], copies: int
+    ) -> list[Encoding | None]:
         """One per image of a call, whose samples are repeated after ``placed``; None where nothing is left out."""
-        images = _repeated(placed, copies)
         if not self.method.encodes:
             return [None] * len(images)
         pieces = self.encoder.pieces(prompt, [layout for _, layout in placed])
@@ -143,17 +144,13 @@ class Planner:
             encoding_of(
                 self.method, layout, region, part, int(prompt.ids[sample // copies, layout.position[0]]) == video
             )
-            for (sample, layout), (_, part), region in zip(images, pieces, self._regions(images, copies), strict=True)
+            for (sample, layout), (_, part), region in zip(images, pieces, regions, strict=True)
         ]
 
-    def _plan(self, prompt: Prompt, valid: Tensor, arguments: Mapping[str, Any], copies: int) -> BatchPlan | None:
-        placed, ids = self.family.images(prompt), hf.token_ids(arguments)
-        images = _repeated(placed, copies)
-        if not images:
-            return None
-        regions, encodings = self._regions(images, copies), self._encodings(prompt, placed, copies)
+    def _past(self, arguments: Mapping[str, Any], images: Placed) -> int:
+        """Tokens in the cache of a call; refuses what the call asks for and the method would get wrong."""
         if self.prunes:
-            hf.refuse_unsupported(arguments, ids, self.language_model, self.uniform)
+            hf.refuse_unsupported(arguments, hf.token_ids(arguments), self.language_model, self.uniform)
         cache = hf.cache_of(arguments)
         past = 0 if cache is None else cache.get_seq_length()
         if self.uniform and self.prunes and cache_state(cache).cuts:
@@ -173,16 +170,25 @@ class Planner:
                 f"patch: rope must be True for an image that follows a cache, got False and {past} cached "
                 "tokens; score with positions, or process the whole conversation without a cache"
             )
-        plan = plan_batch(self.method, images, regions, valid, encodings)
+        return past
+
+    def answer(self, asked: Asked) -> BatchPlan:
+        """The plan; neither the device nor the model is asked.
+
+        Raises:
+            ValueError: as ``patch``.
+        """
+        with _on_the_host():
+            plan = plan_batch(self.method, asked.images, asked.regions, asked.valid, asked.encodings)
         filled = plan.pool is None or plan.pool.full
-        if past and not (filled and all(step.full for step in plan.prunes.values())) and self._carries_states:
+        if asked.past and not (filled and all(step.full for step in plan.prunes.values())) and self._carries_states:
             # Fillers stand before the new tokens, where a state that is not empty decays.
             raise ValueError(
                 "patch: images that follow a cache must leave equally many tokens in every sample where layers carry "
                 f"states ({self.family.model_type!r}), got a ragged batch; process the samples one by one"
             )
         scored = [layer for layer, step in plan.prunes.items() if step.rows is not None]
-        self.family.check_scoring(self.language_model.config, scored, past + ids.shape[1])
+        self.family.check_scoring(self.language_model.config, scored, asked.past + asked.valid.shape[1])
         return plan
 
 

@@ -48,9 +48,7 @@ def pool_images(
         valid: (batch, seq_len) bool, what is no padding. images: (sample, layout) each. plans: of each, None: not pooled.
     """
     batch, seq_len = valid.shape
-    pooled = [
-        (sample, layout, plan) for (sample, layout), plan in zip(images, plans, strict=True) if plan is not None
-    ]
+    pooled = [(sample, layout, plan) for (sample, layout), plan in zip(images, plans, strict=True) if plan is not None]
     if (planner := backend.planner()) is None:
         leader_of = torch.arange(batch * seq_len).view(batch, seq_len).masked_fill(~valid, -1)
         for sample, layout, plan in pooled:

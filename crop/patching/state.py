@@ -55,12 +55,16 @@ class GenerationState:
         owner: the block whose model generates. arguments: what its caller gave.
         copies: how often every sample is repeated, for beams and return sequences.
         input_ids: of the call of the model that comes next; None once that has begun.
+        encodes: what the model is going to be called with, where the vision tower may run before it does; None: asked, or not.
+        coming: the state of that call, which begins where the tower does run before; without repetitions.
     """
 
     owner: Any
     arguments: Mapping[str, Any]
     copies: int = 1
     input_ids: Tensor | None = None
+    encodes: Mapping[str, Any] | None = None
+    coming: ForwardState | None = None
     vision: VisionRun = field(default_factory=VisionRun)
 
 
@@ -106,6 +110,7 @@ class ForwardState:
     Args:
         owner: the block whose model is called.
         plan: what is pruned, on the device of the embeddings once these exist; None: nothing.
+        later: makes the plan; None: made, or there is none.
         stats: None for a call without images.
         vision: of the tower.
         input_valid: (batch, past + added) mask of the caller, where the multimodal model makes the masks.
@@ -120,6 +125,7 @@ class ForwardState:
 
     owner: Any
     plan: BatchPlan | None = None
+    later: Callable[[], None] | None = None
     stats: PrefillStats | None = None
     vision: VisionRun = field(default_factory=VisionRun)
     input_valid: Tensor | None = None
@@ -131,6 +137,12 @@ class ForwardState:
     pooled: TokenMap | None = None
     layers: dict[int, LayerState] = field(default_factory=lambda: {0: LayerState()})
     layer: int = 0
+
+    def plan_now(self) -> None:
+        """Make the plan, unless it is made."""
+        later, self.later = self.later, None
+        if later is not None:
+            later()
 
     @property
     def before(self) -> CacheState:

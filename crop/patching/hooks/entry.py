@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from crop.models.attention_hook import attention_hook
 from crop.patching import hf
+from crop.patching.batch_plan import Asked
 from crop.patching.context import ModelHook, PatchContext, hook, replace_method
 from crop.patching.current import CALL, GENERATION
-from crop.patching.state import ForwardState, GenerationState, by_tower_call
+from crop.patching.state import ForwardState, GenerationState, VisionRun, by_tower_call
 from crop.patching.stats import PrefillStats, mark
 
 HOST = torch.device("cpu")  # planning waits for nothing
@@ -49,7 +51,7 @@ class EntryHook(ModelHook):
         if hasattr(self.model, hf.GENERATE):
             replace_method(self.model, hf.GENERATE, self._generate, undo)
             replace_method(self.model, hf.EXPAND, self._expand, undo)
-            if self.method.encodes and hasattr(self.model, hf.ENCODE):  # 5.17 encodes in the model's forward
+            if self.planner.prunes and hasattr(self.model, hf.ENCODE):  # 5.17 encodes in the model's forward
                 replace_method(self.model, hf.ENCODE, self._encode, undo)
             replace_method(self.model, hf.PREPARE, self._prepare, undo)
             # For static caches generate() would make masks of the unpruned length; the language model makes its own.
@@ -90,8 +92,7 @@ class EntryHook(ModelHook):
 
     def _encode(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.context.generation is not None:
-            found = self.planner.encodings(hf.encoded_by_generate(encode, args, kwargs))
-            self.context.generation.vision.encodings = by_tower_call(found)
+            self.context.generation.encodes = hf.encoded_by_generate(encode, args, kwargs)
         return encode(*args, **kwargs)
 
     def _prepare(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -117,6 +118,11 @@ class EntryHook(ModelHook):
         vision = self.context.vision
         if vision is None:
             return None
+        generation = self.context.generation
+        if self.context.call is None and generation.encodes is not None:
+            generation.coming = ForwardState(self.context, vision=vision)
+            self._ask(generation.coming, generation.encodes)
+            generation.encodes = None
         vision.marks = [mark(next(module.parameters()).device)]
         vision.running = vision.encodings.pop(0) if vision.encodings else None
         return None if vision.running is None else self.planner.encoder.take(module, args, kwargs, vision.running)
@@ -134,6 +140,9 @@ class EntryHook(ModelHook):
         if vision.running is not None:
             output = self.planner.encoder.put(module, output, vision.running)
         vision.marks.append(mark(next(module.parameters()).device))
+        state = self.context.call or self.context.generation.coming
+        if state is not None:
+            state.plan_now()  # while the encoder runs, where a device works beside the host
         return output
 
     # The multimodal model
@@ -153,21 +162,41 @@ class EntryHook(ModelHook):
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = hf.named_arguments(module, args, kwargs)
         generation = self._made_by_generate(arguments)
-        state = ForwardState(self.context)
-        CALL.set(state)  # until _call ends
+        given, copies, state = None, 1, None
         if generation is not None:
-            state.vision = generation.vision
+            given, copies = generation.arguments, generation.copies
+            state, generation.coming = generation.coming if copies == 1 else None, None
+        begun = state is not None
+        if not begun:
+            state = ForwardState(self.context, vision=VisionRun() if generation is None else generation.vision)
+        CALL.set(state)  # until _call ends
         if self.planner.makes_masks:
             state.input_valid = hf.caller_mask(arguments)
             state.prefix = self.family.traits.mask == "prefix" and hf.sees_whole_prompt(arguments)
-        given, copies = (None, 1) if generation is None else (generation.arguments, generation.copies)
+        if not begun:
+            self._ask(state, arguments, given, copies)
+
+    def _ask(
+        self,
+        state: ForwardState,
+        arguments: Mapping[str, Any],
+        given: Mapping[str, Any] | None = None,
+        copies: int = 1,
+    ) -> None:
+        """Read the tokens of a call, before the vision tower runs; the plan follows when that runs, or has run."""
         start = mark(HOST)
-        plan = self.planner.plan(arguments, given, copies)
-        if plan is None:  # no image
+        asked = self.planner.ask(arguments, given, copies)
+        if asked is None:  # no image
             return
-        state.stats = PrefillStats(plan, len(self.layers))
+        state.stats = PrefillStats(len(self.layers))
+        state.stats.add_span("plan", start, mark(HOST))
+        state.later = partial(self._answer, state, asked)
+        if hf.brings_pixels(arguments):
+            state.vision.encodings = by_tower_call(asked.encodings)
+
+    def _answer(self, state: ForwardState, asked: Asked) -> None:
+        start = mark(HOST)
+        plan = state.stats.plan = self.planner.answer(asked)
         state.stats.add_span("plan", start, mark(HOST))
         if plan.pool is not None or plan.prunes:
             state.plan = plan
-        if hf.brings_pixels(arguments):
-            state.vision.encodings = by_tower_call([image.encoding for image in plan.images])

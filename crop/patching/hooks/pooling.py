@@ -41,6 +41,7 @@ class PoolingHook(ModelHook):
         state, call = self.context.call, hf.DecoderCall(module, kwargs)
         if state is None or call.embeds is None:
             return None
+        state.plan_now()
         if state.stats is not None:
             if len(state.vision.marks) == 2:
                 state.stats.add_span("vision", *state.vision.marks)
