@@ -24,6 +24,7 @@ namespace {
 
 using crop::fail;
 using Pointer = uintptr_t;  // Tensor.data_ptr(); 0 = absent
+constexpr int kCpu = -1;
 
 template <class T>
 T* to(Pointer pointer) {
@@ -45,17 +46,18 @@ int cuda_result(int code) {
 
 template <class Params>
 struct CudaLauncher {
-    int (*function)(const Params*, void*) = nullptr;
+    int (*function)(const Params*, crop::Stream) = nullptr;
 };
 
-// Runs the launcher of the device without the interpreter lock. `target`: CUDA stream handle, or number of CPU threads.
+// Runs the launcher without the interpreter lock. `device`: number of the current CUDA device, or kCpu; `target`: the handle of
+// its stream, or the number of threads.
 template <class Params>
-int launch(bool cuda, int64_t target, const Params& params, int (*on_cpu)(const Params&, int),
+int launch(int device, int64_t target, const Params& params, int (*on_cpu)(const Params&, int),
            CudaLauncher<Params> on_cuda) {
     py::gil_scoped_release release;
-    if (!cuda) return on_cpu(params, static_cast<int>(target));
+    if (device == kCpu) return on_cpu(params, static_cast<int>(target));
     if (!on_cuda.function) return fail("crop was built without CUDA kernels");
-    return cuda_result(on_cuda.function(&params, to<void>(target)));
+    return cuda_result(on_cuda.function(&params, {device, to<void>(target)}));
 }
 
 // batch, num_heads, num_kv_heads, num_rows, num_keys, head_dim, num_images, num_tokens
@@ -68,24 +70,24 @@ crop::AttentionMassParams mass_params(const MassSizes& sizes) {
     return p;
 }
 
-size_t mass_scratch(bool cuda, const crop::AttentionMassParams& p) {
+size_t mass_scratch(int device, const crop::AttentionMassParams& p) {
     if (p.num_kv_heads < 1 || negative({p.num_heads, p.num_rows, p.num_keys, p.head_dim})) return 0;
 #if CROP_HAVE_CUDA
-    if (cuda) return crop::attention_mass_scratch(p);
+    if (device != kCpu) return crop::attention_mass_scratch(p);
 #else
-    (void)cuda;
+    (void)device;
 #endif
     return crop::attention_mass_scratch_cpu(p);
 }
 
-size_t attention_mass_scratch(bool cuda, const MassSizes& sizes, bool own_lse) {
+size_t attention_mass_scratch(int device, const MassSizes& sizes, bool own_lse) {
     crop::AttentionMassParams p = mass_params(sizes);
     static const float given = 0;
     p.lse = own_lse ? nullptr : &given;  // only its presence counts
-    return mass_scratch(cuda, p);
+    return mass_scratch(device, p);
 }
 
-int attention_mass(bool cuda, int64_t target, Pointer query, Pointer key, Pointer vision_index, Pointer sample,
+int attention_mass(int device, int64_t target, Pointer query, Pointer key, Pointer vision_index, Pointer sample,
                    Pointer lse, Pointer visible_start, Pointer visible_len, Pointer mass, Pointer scratch,
                    size_t scratch_bytes, const MassSizes& sizes, const std::array<int64_t, 3>& query_stride,
                    const std::array<int64_t, 3>& key_stride, float scale, int dtype) {
@@ -99,11 +101,11 @@ int attention_mass(bool cuda, int64_t target, Pointer query, Pointer key, Pointe
         negative({p.batch, p.num_heads, p.num_rows, p.num_keys, p.num_images, p.num_tokens}))
         return fail("attention_mass: sizes must be consistent");
     if (!sample && p.num_images != p.batch) return fail("attention_mass: sample must be given for images != batch");
-    if (scratch_bytes < mass_scratch(cuda, p)) return fail("attention_mass: scratch must be larger");
-    return launch(cuda, target, p, crop::launch_attention_mass_cpu, CROP_ON_CUDA(crop::launch_attention_mass));
+    if (scratch_bytes < mass_scratch(device, p)) return fail("attention_mass: scratch must be larger");
+    return launch(device, target, p, crop::launch_attention_mass_cpu, CROP_ON_CUDA(crop::launch_attention_mass));
 }
 
-int select(bool cuda, int64_t target, Pointer score, Pointer weight, Pointer priority, Pointer index,
+int select(int device, int64_t target, Pointer score, Pointer weight, Pointer priority, Pointer index,
            const std::vector<int64_t>& budget, Pointer kept, int64_t num_images, int64_t num_tokens, int64_t width) {
     const crop::SelectParams p{to<float>(score), to<float>(weight), to<int8_t>(priority), to<int64_t>(index),
                                budget.data(),    to<int64_t>(kept), num_images,           num_tokens,
@@ -112,23 +114,23 @@ int select(bool cuda, int64_t target, Pointer score, Pointer weight, Pointer pri
         return fail("select: sizes must be consistent");
     for (int64_t keep : budget)
         if (keep < 0 || keep > num_tokens || keep > width) return fail("select: num_keep must be in [0, num_vision]");
-    return launch(cuda, target, p, crop::launch_select_cpu, CROP_ON_CUDA(crop::launch_select));
+    return launch(device, target, p, crop::launch_select_cpu, CROP_ON_CUDA(crop::launch_select));
 }
 
-int pack(bool cuda, int64_t target, Pointer stays, Pointer kept, Pointer sample, Pointer kept_index, Pointer slot_of,
+int pack(int device, int64_t target, Pointer stays, Pointer kept, Pointer sample, Pointer kept_index, Pointer slot_of,
          int64_t batch, int64_t num_tokens, int64_t num_images, int64_t num_kept, int64_t width) {
     const crop::PackParams p{to<uint8_t>(stays),   to<int64_t>(kept), to<int64_t>(sample), to<int64_t>(kept_index),
                              to<int64_t>(slot_of), batch,             num_tokens,          num_images,
                              num_kept,             width};
     if (negative({batch, num_tokens, num_images, num_kept, width})) return fail("pack: sizes must not be negative");
     if (!sample && num_images != batch && num_images) return fail("pack: sample must be given for images != batch");
-    return launch(cuda, target, p, crop::launch_pack_cpu, CROP_ON_CUDA(crop::launch_pack));
+    return launch(device, target, p, crop::launch_pack_cpu, CROP_ON_CUDA(crop::launch_pack));
 }
 
 // source, target, outer, num_tokens, row_bytes, batch_stride, outer_stride, token_stride
 using CompactRow = std::tuple<Pointer, Pointer, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
-int compact(bool cuda, int64_t target, const std::vector<CompactRow>& table, Pointer index, int64_t batch,
+int compact(int device, int64_t target, const std::vector<CompactRow>& table, Pointer index, int64_t batch,
             int64_t num_kept) {
     std::vector<crop::CompactTensor> tensors;
     for (const auto& [source, result, outer, num_tokens, row_bytes, batch_stride, outer_stride, token_stride] : table) {
@@ -139,17 +141,17 @@ int compact(bool cuda, int64_t target, const std::vector<CompactRow>& table, Poi
     }
     if (negative({batch, num_kept})) return fail("compact: sizes must not be negative");
     const crop::CompactParams p{tensors.data(), to<int64_t>(index), static_cast<int64_t>(tensors.size()), batch, num_kept};
-    return launch(cuda, target, p, crop::launch_compact_cpu, CROP_ON_CUDA(crop::launch_compact));
+    return launch(device, target, p, crop::launch_compact_cpu, CROP_ON_CUDA(crop::launch_compact));
 }
 
-int invert_index(bool cuda, int64_t target, Pointer index, Pointer inverse, int64_t batch, int64_t num_kept,
+int invert_index(int device, int64_t target, Pointer index, Pointer inverse, int64_t batch, int64_t num_kept,
                  int64_t num_tokens) {
     if (negative({batch, num_kept, num_tokens})) return fail("invert_index: sizes must not be negative");
     const crop::InverseParams p{to<int64_t>(index), to<int64_t>(inverse), batch, num_kept, num_tokens};
-    return launch(cuda, target, p, crop::launch_invert_index_cpu, CROP_ON_CUDA(crop::launch_invert_index));
+    return launch(device, target, p, crop::launch_invert_index_cpu, CROP_ON_CUDA(crop::launch_invert_index));
 }
 
-int saliency(bool cuda, int64_t target, Pointer tokens, Pointer index, Pointer alone, Pointer mean, Pointer weight,
+int saliency(int device, int64_t target, Pointer tokens, Pointer index, Pointer alone, Pointer mean, Pointer weight,
              int64_t num_tokens, int64_t dim, int64_t num_images, int64_t num_places, int64_t token_stride,
              const std::array<float, 3>& constants, int dtype) {
     const crop::SaliencyParams p{to<void>(tokens), to<int64_t>(index), to<uint8_t>(alone), to<float>(mean),
@@ -157,10 +159,10 @@ int saliency(bool cuda, int64_t target, Pointer tokens, Pointer index, Pointer a
                                  num_places,       token_stride,       constants[0],       constants[1],
                                  constants[2],     dtype};
     if (negative({num_tokens, dim, num_images, num_places})) return fail("saliency: sizes must not be negative");
-    return launch(cuda, target, p, crop::launch_saliency_cpu, CROP_ON_CUDA(crop::launch_saliency));
+    return launch(device, target, p, crop::launch_saliency_cpu, CROP_ON_CUDA(crop::launch_saliency));
 }
 
-int adaptive_pool(bool cuda, int64_t target, Pointer tokens, Pointer members, Pointer offsets, Pointer weight,
+int adaptive_pool(int device, int64_t target, Pointer tokens, Pointer members, Pointer offsets, Pointer weight,
                   Pointer out, Pointer saved, int64_t num_tokens, int64_t dim, int64_t num_members, int64_t num_out,
                   int64_t token_stride, int dtype, int mode) {
     const crop::PoolParams p{to<void>(tokens), to<int32_t>(members), to<int32_t>(offsets), to<float>(weight),
@@ -170,10 +172,10 @@ int adaptive_pool(bool cuda, int64_t target, Pointer tokens, Pointer members, Po
     if (negative({num_tokens, dim, num_members, num_out}) || mode < crop::kMean || mode > crop::kMax)
         return fail("adaptive_pool: sizes must not be negative and mode must be known");
     if (mode == crop::kWeighted && !weight) return fail("adaptive_pool: weight must be given for this mode");
-    return launch(cuda, target, p, crop::launch_adaptive_pool_cpu, CROP_ON_CUDA(crop::launch_adaptive_pool));
+    return launch(device, target, p, crop::launch_adaptive_pool_cpu, CROP_ON_CUDA(crop::launch_adaptive_pool));
 }
 
-int adaptive_pool_backward(bool cuda, int64_t target, Pointer grad, Pointer tokens, Pointer out, Pointer saved,
+int adaptive_pool_backward(int device, int64_t target, Pointer grad, Pointer tokens, Pointer out, Pointer saved,
                            Pointer offsets, Pointer inverse, Pointer weight, Pointer grad_tokens, Pointer grad_weight,
                            int64_t num_tokens, int64_t dim, int64_t num_out, int64_t token_stride, int dtype, int mode) {
     const crop::PoolBackwardParams p{to<void>(grad),        to<void>(tokens),     to<void>(out),    to<void>(saved),
@@ -185,7 +187,7 @@ int adaptive_pool_backward(bool cuda, int64_t target, Pointer grad, Pointer toke
     if ((mode == crop::kWeighted && (!weight || !tokens || !out || !saved || !grad_weight)) ||
         (mode == crop::kMax && !saved && num_out))
         return fail("adaptive_pool: the tensors of the forward pass must be given");
-    return launch(cuda, target, p, crop::launch_adaptive_pool_backward_cpu,
+    return launch(device, target, p, crop::launch_adaptive_pool_backward_cpu,
                   CROP_ON_CUDA(crop::launch_adaptive_pool_backward));
 }
 

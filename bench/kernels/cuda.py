@@ -2,8 +2,8 @@
 
     python -m bench.kernels.cuda [--only select ...] [--json bench/results/kernels.json]
 
-Times are medians in microseconds of CUDA-graph replay (one call after another in one graph, L2 warm; or each call after a
-write of 256 MiB that empties L2, the write's own time taken off: cold) and of eager calls. The floor of a row is what the
+Times are medians in microseconds of CUDA-graph replay (one call after another in one graph, L2 warm; or each call after
+256 MiB have been read, which empties L2, the time of that taken off: cold) and of eager calls. The floor of a row is what the
 hardware cannot beat: bytes over the copy bandwidth measured in the same run, or products and exponentials over the rates of
 an H100 (assumed: 798 TFLOP/s, 3.9 T/s). Every contender is checked against the same operation in float64 or against
 the definition before it is timed; a wrong one is listed as wrong, one that is off by rounding (logits in bfloat16: up to 5 %) is ranked

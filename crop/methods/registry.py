@@ -16,22 +16,29 @@ POOL_SHARE = 0.75
 
 Build = Callable[[float, "int | None"], "Method | None"]
 
-_builds: dict[str, Build] = {
+_BUILT_IN: dict[str, Build] = {
     "crop": lambda keep, _: Compose(PreLLMCompression(keep=keep**POOL_SHARE), InnerLLMPruning(keep)),
     "plc": lambda keep, _: PreLLMCompression(keep=keep),
     "ilp": lambda keep, _: InnerLLMPruning(keep),
     "none": lambda keep, _: None,
     **BASELINES,
 }
+_builds = dict(_BUILT_IN)
 
 
 def register_method(name: str, build: Build) -> None:
-    """Offer a method under a name, in the place of one of the same name.
+    """Make a method known by name: to ``by_name``, the command line, lmms-eval and the benches.
 
     Args:
-        name: for ``by_name``, ``crop ask --method``, lmms-eval's ``method=`` and the benches.
+        name: e.g. "small-keys"; registering it again replaces what it stood for.
         build: (fraction of the vision tokens that is left in the end, decoder layers of the model or None) -> Method.
+    Raises:
+        ValueError: the name is empty or one of the package's own. TypeError: ``build`` cannot be called.
     """
+    if not name or name in _BUILT_IN:
+        raise ValueError(f"register_method: name must be none of {', '.join(_BUILT_IN)}, got {name!r}")
+    if not callable(build):
+        raise TypeError(f"register_method: build must be a function of keep and num_layers, got {type(build).__name__}")
     _builds[name] = build
 
 

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from crop.backend import chosen, native
 
 library = torch.library.Library("crop", "DEF")
-Target = tuple[bool, int]  # whether the tensors are on a CUDA device; the stream there, the number of threads on a CPU
+Target = tuple[int, int]  # number of the CUDA device and a stream of it, or -1 and the number of threads on a CPU
 
 
 _PLAIN = frozenset((type(None), int, float, str, list))  # spares them isinstance, which is slow for tensors
@@ -58,7 +58,7 @@ def register(name: str, schema: str, twin: Callable[..., Any], fake: Callable[..
                 raise RuntimeError(
                     f'{name}: use_backend must be "auto" or "twin" without compiled kernels, {_REINSTALL}'
                 )
-            return launch(*args, (False, get_num_threads()))
+            return launch(*args, (-1, get_num_threads()))
 
         def cuda(*args: Any) -> Any:
             if chosen.get() == "twin":
@@ -69,7 +69,7 @@ def register(name: str, schema: str, twin: Callable[..., Any], fake: Callable[..
                 )
             first = args[0] if isinstance(args[0], Tensor) else args[0][0]
             with torch.cuda.device(first.device):
-                return launch(*args, (True, torch.cuda.current_stream().cuda_stream))
+                return launch(*args, (first.device.index, torch.cuda.current_stream().cuda_stream))
 
         library.impl(name, cpu, "CPU")
         library.impl(name, cuda, "CUDA")

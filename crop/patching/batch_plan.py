@@ -27,22 +27,6 @@ from crop.patching.pool_step import PoolStep, pool_images
 
 
 @dataclass(frozen=True)
-class Asked:
-    """All that the plan of one call needs; on the CPU.
-
-    Args:
-        images: (sample, layout) each. regions, encodings: one per image. valid: (batch, seq_len) bool, what is no padding.
-        past: tokens in the cache before the call.
-    """
-
-    images: Sequence[tuple[int, VisionLayout]]
-    regions: Sequence[Region]
-    encodings: Sequence[Encoding | None]
-    valid: Tensor
-    past: int
-
-
-@dataclass(frozen=True)
 class ImagePlan:
     """One image: where its tokens are, how they are pooled, which of the pooled ones stay at which layer.
 
@@ -103,8 +87,11 @@ class PruneStep:
         priority: int8, weight: float32 or None, both like ``candidates``.
         num_keep, num_candidates: tokens to keep per image, and those to choose from.
         by_features: (priority, weight or None) of the original tokens of each pruned image whose pooling features decide.
-        rows: (batch, num_rows) int64 scoring rows, -1 = filler; None where no scores are needed.
+        rows: (batch, num_rows) int64 scoring rows, -1 = filler; None where no scores are needed. visible: so many of the pooled
+            tokens each sees, one more than its own number.
         first: (batch,) int64 first real token of each sample; None where padding stands between real tokens.
+        seen_from: (batch, width) int64 the first of the entries afterwards that sees each of them, ``width`` for a filler, which
+            none does; None where there are no fillers.
     """
 
     method: Method
@@ -121,7 +108,9 @@ class PruneStep:
     num_candidates: list[int]
     by_features: dict[int, tuple[Tensor, Tensor | None]]
     rows: Tensor | None
+    visible: Tensor | None
     first: Tensor | None
+    seen_from: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -189,7 +178,18 @@ class BatchPlan:
 _ON_DEVICE = {
     BatchPlan: ("valid", "pool", "prunes", "positions", "text", "patches"),
     PoolStep: ("plan", "kept_index", "slot_of", "source", "alone", "real"),
-    PruneStep: ("stays", "sample", "candidates", "priority", "weight", "by_features", "rows", "first"),
+    PruneStep: (
+        "stays",
+        "sample",
+        "candidates",
+        "priority",
+        "weight",
+        "by_features",
+        "rows",
+        "visible",
+        "first",
+        "seen_from",
+    ),
     PoolPlan: ("members", "offsets", "leader", "level"),
 }
 
@@ -345,11 +345,13 @@ def _prune_step(
             weight[row, : len(places)] = one.weight.numpy()[: len(places)]
     width = int(kept.max())
     sample = [image.sample for image, _ in chosen]
+    rows = _scoring_rows(cut.rows, ends, real) if any(one.needs_scores for _, one in chosen) else None
+    full, entry = bool((kept == width).all()), np.arange(width)
     return PruneStep(
         method=cut,
         stays=torch.from_numpy(stays),
         width=width,
-        full=bool((kept == width).all()),
+        full=full,
         images=pruned,
         owners=sample,
         sample=torch.tensor(sample),
@@ -359,8 +361,11 @@ def _prune_step(
         num_keep=[one.num_keep for _, one in chosen],
         num_candidates=np.count_nonzero(priority >= 0, axis=1).tolist(),
         by_features=by_features,
-        rows=_scoring_rows(cut.rows, ends, real) if any(one.needs_scores for _, one in chosen) else None,
+        rows=None if rows is None else torch.from_numpy(rows),
+        visible=None if rows is None else torch.from_numpy(rows + 1),
         first=_first_if_contiguous(real, counts),
+        # Packed to the right end.
+        seen_from=None if full else torch.from_numpy(np.where(entry >= width - kept[:, None], entry, width)),
     )
 
 
@@ -370,11 +375,11 @@ def _first_if_contiguous(real: np.ndarray, counts: np.ndarray) -> Tensor | None:
     return torch.from_numpy(first) if (last - first + 1 == counts).all() else None
 
 
-def _scoring_rows(kind: str, ends: dict[int, tuple[int, int]], real: np.ndarray) -> Tensor:
+def _scoring_rows(kind: str, ends: dict[int, tuple[int, int]], real: np.ndarray) -> np.ndarray:
     """Rows whose attention decides: the text after a sample's last image, or its last token alone."""
     most = 1 if kind == "last" else max(count for _, count in ends.values())
     rows = np.full((len(real), most), -1, dtype=np.int64)
     for sample, (begin, _) in ends.items():
         found = np.flatnonzero(real[sample, begin:])[-most:] + begin
         rows[sample, : len(found)] = found
-    return torch.from_numpy(rows)
+    return rows

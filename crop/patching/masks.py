@@ -74,6 +74,14 @@ def key_positions(maps: Sequence[TokenMap | None], batch: int, total: int, added
     return positions
 
 
+def causal(seen_from: Tensor) -> Tensor:
+    """The mask of entries packed to the right end, (batch, 1, width, width) bool; ``seen_from``: as in ``PruneStep``.
+
+    A filler sees all, which is no matter.
+    """
+    return seen_from[:, None, None, :] <= seen_from[:, None, :, None]
+
+
 def gather(mask: Tensor | None, keys: Tensor, full: bool, queries: int, total: int, flash: bool) -> Tensor | None:
     """Rows and columns of a mask for the tokens that a layer holds.
 

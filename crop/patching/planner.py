@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +18,33 @@ from crop.methods.base import Method, check_choice, check_method, prunes
 from crop.methods.encoding import encoding_of
 from crop.models import ModelFamily, Placed, Prompt, families, family_of
 from crop.patching import hf
-from crop.patching.batch_plan import Asked, BatchPlan, plan_batch
+from crop.patching.batch_plan import BatchPlan, plan_batch
 from crop.patching.cache import cache_state
 from crop.patching.positions import POLICIES
 from crop.patching.validation import as_regions, as_sizes, one_per_image
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """The images of one call; all that its plan needs, on the CPU.
+
+    Args:
+        images: (sample, layout) each, before samples are repeated.
+        encodings: what the encoder gets of each, None where nothing is left out.
+        valid: (samples, seq_len) bool, what is no padding, of all copies.
+        past: tokens in the cache before the call.
+        copies: how often every sample is repeated.
+    """
+
+    images: Placed
+    encodings: list[Encoding | None]
+    valid: Tensor
+    past: int
+    copies: int = 1
+
+    def repeated(self, copies: int) -> Look:
+        """The same for so many copies of every sample."""
+        return replace(self, valid=self.valid.repeat_interleave(copies, 0), copies=copies)
 
 
 class Planner:
@@ -91,13 +115,13 @@ class Planner:
         Raises:
             ValueError: as ``patch``.
         """
-        asked = self.ask(arguments)
-        return None if asked is None else self.answer(asked)
+        look = self.look(arguments)
+        return None if look is None else self.plan_look(look)
 
-    def ask(
+    def look(
         self, arguments: Mapping[str, Any], given: Mapping[str, Any] | None = None, copies: int = 1
-    ) -> Asked | None:
-        """What the plan of a call needs; checks all that can be known before anything runs. None: the call holds no image.
+    ) -> Look | None:
+        """The images of a call; checks all that can be known before anything runs. None: it holds none.
 
         Args:
             arguments: what the multimodal model is called with.
@@ -121,30 +145,28 @@ class Planner:
             prompt = Prompt(
                 self.model.config, ids[::copies], given or arguments, self.image_processor, self.image_sizes
             )
-            placed = self.family.images(prompt)
-            images = _repeated(placed, copies)
+            images = self.family.images(prompt)
             if not images:
                 return None
-            regions = [Region.whole()] if self.regions is None else self.regions
-            regions = one_per_image("region", regions, [sample for sample, _ in images], copies)
-            encodings = self._encodings(prompt, placed, images, regions, copies)
-            return Asked(images, regions, encodings, valid, self._past(arguments, images))
+            past = self._past(arguments, images)
+            self._regions(_repeated(images, copies), copies)
+            return Look(images, self._encodings(prompt, images), valid, past, copies)
 
-    def _encodings(
-        self, prompt: Prompt, placed: Placed, images: Placed, regions: Sequence[Region], copies: int
-    ) -> list[Encoding | None]:
-        """One per image of a call, whose samples are repeated after ``placed``; None where nothing is left out."""
+    def _regions(self, images: Placed, copies: int = 1) -> list[Region]:
+        """One per image of a call."""
+        regions = [Region.whole()] if self.regions is None else self.regions
+        return one_per_image("region", regions, [sample for sample, _ in images], copies)
+
+    def _encodings(self, prompt: Prompt, images: Placed) -> list[Encoding | None]:
+        """One per image; None where nothing is left out."""
         if not self.method.encodes:
             return [None] * len(images)
-        pieces = self.encoder.pieces(prompt, [layout for _, layout in placed])
-        owners = [sample for sample, _ in placed]
-        pieces = _repeated(list(zip(owners, pieces, strict=True)), copies)
+        pieces = self.encoder.pieces(prompt, [layout for _, layout in images])
+        regions = self._regions(images)
         video = getattr(prompt.config, "video_token_id", None) if self.family.videos else None
         return [
-            encoding_of(
-                self.method, layout, region, part, int(prompt.ids[sample // copies, layout.position[0]]) == video
-            )
-            for (sample, layout), (_, part), region in zip(images, pieces, regions, strict=True)
+            encoding_of(self.method, layout, region, part, int(prompt.ids[sample, layout.position[0]]) == video)
+            for (sample, layout), part, region in zip(images, pieces, regions, strict=True)
         ]
 
     def _past(self, arguments: Mapping[str, Any], images: Placed) -> int:
@@ -172,23 +194,26 @@ class Planner:
             )
         return past
 
-    def answer(self, asked: Asked) -> BatchPlan:
-        """The plan; neither the device nor the model is asked.
+    def plan_look(self, look: Look) -> BatchPlan:
+        """The plan for what was seen; neither the device nor the model is asked.
 
         Raises:
             ValueError: as ``patch``.
         """
+        images = _repeated(look.images, look.copies)
+        owners = [sample for sample, _ in look.images]
+        encodings = [one for _, one in _repeated(list(zip(owners, look.encodings, strict=True)), look.copies)]
         with _on_the_host():
-            plan = plan_batch(self.method, asked.images, asked.regions, asked.valid, asked.encodings)
+            plan = plan_batch(self.method, images, self._regions(images, look.copies), look.valid, encodings)
         filled = plan.pool is None or plan.pool.full
-        if asked.past and not (filled and all(step.full for step in plan.prunes.values())) and self._carries_states:
+        if look.past and not (filled and all(step.full for step in plan.prunes.values())) and self._carries_states:
             # Fillers stand before the new tokens, where a state that is not empty decays.
             raise ValueError(
                 "patch: images that follow a cache must leave equally many tokens in every sample where layers carry "
                 f"states ({self.family.model_type!r}), got a ragged batch; process the samples one by one"
             )
         scored = [layer for layer, step in plan.prunes.items() if step.rows is not None]
-        self.family.check_scoring(self.language_model.config, scored, asked.past + asked.valid.shape[1])
+        self.family.check_scoring(self.language_model.config, scored, look.past + look.valid.shape[1])
         return plan
 
 

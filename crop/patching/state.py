@@ -16,6 +16,7 @@ from crop import ops
 from crop.geometry.pieces import Encoding
 from crop.patching.batch_plan import BatchPlan
 from crop.patching.cache import CacheState, cache_state
+from crop.patching.planner import Look
 from crop.patching.positions import close_gaps
 from crop.patching.stats import PrefillStats
 from crop.patching.token_map import TokenMap, look_up
@@ -55,8 +56,8 @@ class GenerationState:
         owner: the block whose model generates. arguments: what its caller gave.
         copies: how often every sample is repeated, for beams and return sequences.
         input_ids: of the call of the model that comes next; None once that has begun.
-        encodes: what the model is going to be called with, where the vision tower may run before it does; None: asked, or not.
-        coming: the state of that call, which begins where the tower does run before; without repetitions.
+        encodes: what the model is going to be called with, where the vision tower may run before it does.
+        look: at the images of that call, once the tower does run. coming: the state of that call, if no sample is repeated.
     """
 
     owner: Any
@@ -64,6 +65,7 @@ class GenerationState:
     copies: int = 1
     input_ids: Tensor | None = None
     encodes: Mapping[str, Any] | None = None
+    look: Look | None = None
     coming: ForwardState | None = None
     vision: VisionRun = field(default_factory=VisionRun)
 
@@ -78,6 +80,7 @@ class LayerState:
         slot_of: (batch, pooled length) int64 inverse of kept_index, -1 = dropped.
         hidden_before: hidden states that came to the cut, of which these layers take a part.
         taken: (batch, width) int64 places of that part in hidden_before, -1 = filler.
+        seen_from: (batch, width) int64 the first entry that sees each, as in ``PruneStep``; None: masks tell.
         position_ids: (axes, batch, width), where they are not the model's.
         shift: (batch,) int64 how far renumbered ids lie below: in layer 0 the caller's, later layer 0's; None: not renumbered.
         merge: what the method does to the hidden states before tokens leave, None: nothing.
@@ -89,6 +92,7 @@ class LayerState:
     slot_of: Tensor | None = None
     hidden_before: Tensor | None = None
     taken: Tensor | None = None
+    seen_from: Tensor | None = None
     position_ids: Tensor | None = None
     shift: Tensor | None = None
     merge: Callable[[Tensor], Tensor] | None = None

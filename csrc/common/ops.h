@@ -14,6 +14,11 @@ enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum PoolMode : int { kMean = 0, kWeighted = 1, kMax = 2 };
 constexpr int kBadArgument = -1;
 
+struct Stream {  // of the current device
+    int device;    // its number
+    void* handle;  // cudaStream_t
+};
+
 struct AttentionMassParams {
     const void* query;             // (batch, num_heads, num_rows, head_dim)
     const void* key;               // (batch, num_kv_heads, num_keys, head_dim)
@@ -120,14 +125,14 @@ int launch_adaptive_pool_backward_cpu(const PoolBackwardParams& params, int thre
 size_t attention_mass_scratch_cpu(const AttentionMassParams& params);
 
 extern "C" {
-int launch_attention_mass(const AttentionMassParams* params, void* stream);
-int launch_select(const SelectParams* params, void* stream);
-int launch_pack(const PackParams* params, void* stream);
-int launch_compact(const CompactParams* params, void* stream);
-int launch_invert_index(const InverseParams* params, void* stream);
-int launch_saliency(const SaliencyParams* params, void* stream);
-int launch_adaptive_pool(const PoolParams* params, void* stream);
-int launch_adaptive_pool_backward(const PoolBackwardParams* params, void* stream);
+int launch_attention_mass(const AttentionMassParams* params, Stream stream);
+int launch_select(const SelectParams* params, Stream stream);
+int launch_pack(const PackParams* params, Stream stream);
+int launch_compact(const CompactParams* params, Stream stream);
+int launch_invert_index(const InverseParams* params, Stream stream);
+int launch_saliency(const SaliencyParams* params, Stream stream);
+int launch_adaptive_pool(const PoolParams* params, Stream stream);
+int launch_adaptive_pool_backward(const PoolBackwardParams* params, Stream stream);
 }
 size_t attention_mass_scratch(const AttentionMassParams& params);
 const char* cuda_error_text(int code);

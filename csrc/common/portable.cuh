@@ -15,7 +15,7 @@
 //   LAUNCH_DEPENDENT(...)      the same, but from sm_90 on the kernel may start before the one ahead of it on the stream has
 //                              ended: it calls ptx::grid_wait() before it touches anything a kernel ahead of it touches.
 //   LAUNCH_CLUSTER(blocks, ...)  the same, in clusters of so many blocks (1, 2, 4 or 8) with neighbouring blockIdx.x, which run
-//                              at the same time; at most LARGEST_CLUSTER(kernel, threads), which depends on the device
+//                              at the same time; at most LARGEST_CLUSTER(device, kernel, threads)
 //   ptx::                      one instruction each; no other `asm` and no __CUDA_ARCH__ outside this file
 //
 // What both compilers and the checks of the emulator understand:
@@ -28,6 +28,8 @@
 //   - waiting for another block: ptx::ld_acquire, never a plain or volatile load
 #pragma once
 #include <cstdint>
+
+#include "ops.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -48,7 +50,7 @@
 #define LAUNCH_DEPENDENT(grid, block, smem, stream, kernel, ...) LAUNCH_CLUSTER(1, grid, block, smem, stream, kernel, __VA_ARGS__)
 #define LAUNCH_CLUSTER(cluster, grid, block, smem, stream, kernel, ...) \
     ::crop::launch(cluster, kernel, grid, block, smem, stream, __VA_ARGS__)
-#define LARGEST_CLUSTER(kernel, threads) (::crop::largest_cluster<kernel>(threads))
+#define LARGEST_CLUSTER(device, kernel, threads) (::crop::largest_cluster<kernel>(device, threads))
 
 namespace crop {
 namespace {
@@ -56,13 +58,13 @@ namespace {
 inline dim3 as_grid(dim3 grid) { return grid; }
 inline dim3 as_grid(int64_t blocks) { return dim3(static_cast<unsigned>(blocks)); }
 
-// Architecture whose code the current device runs, 0 if it cannot be told. That of the device says too much: code compiled for
-// an older one lacks what the newer one adds. All kernels of a build are compiled alike, so the first one answers for all.
-inline int compiled_for(const void* kernel) {
-    constexpr int kDevices = 64;
+constexpr int kDevices = 64;  // of which answers are remembered
+
+// Architecture whose code a device, the current one, runs, 0 if it cannot be told. That of the device says too much: code
+// compiled for an older one lacks what the newer one adds. All kernels of a build are compiled alike, so the first one answers
+// for all.
+inline int compiled_for(int device, const void* kernel) {
     static std::atomic<int> known[kDevices] = {};
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 0;
     int arch = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
     cudaFuncAttributes attributes = {};
     if (arch == 0) {
@@ -75,14 +77,14 @@ inline int compiled_for(const void* kernel) {
 
 // cluster 0: a launch that depends on nothing but the order of the stream; 1: dependent; more: dependent, in clusters.
 template <class Grid, class... Parameters, class... Arguments>
-int launch(int cluster, void (*kernel)(Parameters...), Grid grid, int block, int64_t smem, void* stream,
+int launch(int cluster, void (*kernel)(Parameters...), Grid grid, int block, int64_t smem, Stream stream,
            Arguments... arguments) {
     if (smem > 48 * 1024) {
         const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
         if (error != cudaSuccess) return static_cast<int>(error);
     }
-    const bool modern = cluster > 0 && compiled_for(reinterpret_cast<const void*>(kernel)) >= 90;
+    const bool modern = cluster > 0 && compiled_for(stream.device, reinterpret_cast<const void*>(kernel)) >= 90;
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -91,21 +93,19 @@ int launch(int cluster, void (*kernel)(Parameters...), Grid grid, int block, int
     attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = as_grid(grid), config.blockDim = dim3(static_cast<unsigned>(block));
-    config.dynamicSmemBytes = static_cast<size_t>(smem), config.stream = static_cast<cudaStream_t>(stream);
+    config.dynamicSmemBytes = static_cast<size_t>(smem), config.stream = static_cast<cudaStream_t>(stream.handle);
     config.attrs = attributes, config.numAttrs = !modern ? 0 : cluster > 1 ? 2 : 1;
     const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
     if (error != cudaSuccess) cudaGetLastError();  // reported here: not to be found by somebody else
     return static_cast<int>(error);
 }
 
-// Blocks of the largest cluster of a kernel that the current device can hold. A part of a GPU may have too few processors
+// Blocks of the largest cluster of a kernel that a device, the current one, can hold. A part of a GPU may have too few processors
 // side by side for eight; it is asked once, since a launch that fails may end a capture.
 template <auto kKernel>
-int largest_cluster(int threads) {
-    constexpr int kDevices = 64;
+int largest_cluster(int device, int threads) {
     static std::atomic<int> known[kDevices] = {};
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || compiled_for(reinterpret_cast<const void*>(kKernel)) < 90) return 1;
+    if (compiled_for(device, reinterpret_cast<const void*>(kKernel)) < 90) return 1;
     int largest = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
     if (largest > 0) return largest;
     for (largest = 8; largest > 1; largest /= 2) {
@@ -233,8 +233,14 @@ DEV void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
+// The barrier alone: nobody need see what others wrote, so nobody waits for writes. What a thread has read it must have used.
+DEV void cluster_sync_relaxed() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait;" ::: "memory");
+#endif
+}
 // Where block `rank` of the cluster has what this block has at `shared`. Not before that block has begun, nor after it has
-// ended: a cluster_sync stands on both sides.
+// ended: a cluster_sync stands ahead, at least a relaxed one behind.
 template <class T>
 DEV const T* cluster_at(const T* shared, int rank) {
 #if __CUDA_ARCH__ >= 900

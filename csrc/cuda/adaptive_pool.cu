@@ -23,7 +23,7 @@ bool aligned_rows(int64_t stride, int64_t size, std::initializer_list<const void
 }
 
 template <class T>
-int launch_forward(PoolParams p, void* stream) {
+int launch_forward(PoolParams p, Stream stream) {
     if (p.num_tokens == 0) p.num_members = 0;
     const int64_t size = sizeof(T);
     const bool aligned = aligned_rows(p.token_stride, size, {p.tokens}) && aligned_rows(p.dim, size, {p.out, p.saved});
@@ -39,7 +39,7 @@ int launch_forward(PoolParams p, void* stream) {
 }
 
 template <class T>
-int launch_backward(const PoolBackwardParams& p, void* stream) {
+int launch_backward(const PoolBackwardParams& p, Stream stream) {
     const int64_t size = sizeof(T);
     bool aligned = aligned_rows(p.dim, size, {p.grad, p.grad_tokens});
     if (p.mode == kMax) aligned = aligned && aligned16(p.saved);
@@ -57,13 +57,13 @@ int launch_backward(const PoolBackwardParams& p, void* stream) {
 
 }  // namespace
 
-extern "C" int launch_adaptive_pool(const PoolParams* params, void* stream) {
+extern "C" int launch_adaptive_pool(const PoolParams* params, Stream stream) {
     if (params->num_out == 0 || params->dim == 0) return 0;
     return for_dtype("adaptive_pool", params->dtype,
                      [&](auto zero) { return launch_forward<decltype(zero)>(*params, stream); });
 }
 
-extern "C" int launch_adaptive_pool_backward(const PoolBackwardParams* params, void* stream) {
+extern "C" int launch_adaptive_pool_backward(const PoolBackwardParams* params, Stream stream) {
     if (params->num_tokens == 0 || params->dim == 0) return 0;
     return for_dtype("adaptive_pool", params->dtype,
                      [&](auto zero) { return launch_backward<decltype(zero)>(*params, stream); });

@@ -25,7 +25,7 @@ bool aligned_rows(const AttentionMassParams& p) {
 // What is the same for every type. `partial_pass(partial, splits)` launches the first of the two log-sum-exp kernels,
 // `mass_pass(p, unit)` the kernel of the result.
 template <class PartialPass, class MassPass>
-int launch_passes(AttentionMassParams p, void* stream, PartialPass partial_pass, MassPass mass_pass) {
+int launch_passes(AttentionMassParams p, Stream stream, PartialPass partial_pass, MassPass mass_pass) {
     const int64_t splits = num_splits(p);
     if (p.lse || splits == 0 || lse_count(p) == 0) return mass_pass(p, kLog2E);
     Partial* partial = static_cast<Partial*>(p.scratch);
@@ -41,7 +41,7 @@ int launch_passes(AttentionMassParams p, void* stream, PartialPass partial_pass,
 }
 
 template <class Shape>
-int launch_fp32(const AttentionMassParams& params, bool aligned, void* stream) {
+int launch_fp32(const AttentionMassParams& params, bool aligned, Stream stream) {
     return launch_passes(
         params, stream,
         [&](Partial* partial, int splits) {
@@ -58,6 +58,7 @@ int launch_fp32(const AttentionMassParams& params, bool aligned, void* stream) {
 struct MmaShape {
     int tiles, subtiles, cluster, warps;  // a warp has tiles * 16 candidates, a block of so many warps subtiles as many
     int64_t blocks;
+    bool staged;  // queries go by shared memory: pays where warps have the same
 
     int keys() const { return 16 * tiles * subtiles; }
     int ways() const { return warps / subtiles * cluster; }
@@ -66,19 +67,20 @@ struct MmaShape {
 // Every tile reads all queries of its sample, so it grows while they outweigh its keys, unless that leaves a warp so many
 // columns that waiting for products takes longer than the bytes. Clusters keep an H100 busy with few tiles. The clocks are
 // estimates for that GPU from its data sheet and the latencies of its instructions, for comparison only.
-template <int kDim, int kMaxTiles>
+template <int kDim, int kMaxTiles, bool kChecked>
 MmaShape mma_shape(const AttentionMassParams& p, int max_cluster) {
     constexpr int64_t kL2Bytes = 3200, kGroupClocks = 220, kBusyWarps = 8 * 132;  // per clock; of 8 columns; that hide latency
     const int64_t columns = p.num_rows * (p.num_heads / p.num_kv_heads);
     const int64_t parts = ceil_div(columns, kUnitColumns), units = p.num_kv_heads * parts;
     auto shape_of = [&](int keys) {
         const int tiles = keys >= 32 && kMaxTiles == 2 ? 2 : 1;
-        MmaShape shape{tiles, keys / (16 * tiles), 1, tiles == 2 ? kMmaWarps<kDim, 2> : kMmaWarps<kDim, 1>, 0};
+        MmaShape shape{tiles, keys / (16 * tiles), 1, tiles == 2 ? kMmaWarps<kDim, 2> : kMmaWarps<kDim, 1>, 0, false};
         while (shape.subtiles < shape.warps && shape.ways() > units) shape.subtiles *= 2;  // no warp without a unit
         while (shape.cluster < max_cluster && 2 * shape.ways() <= std::min<int64_t>(units, kSlots)) shape.cluster *= 2;
         const int64_t tiles_of_all = p.num_images * ceil_div(p.num_tokens, shape.keys());
         while (shape.cluster > 1 && tiles_of_all * shape.warps * shape.cluster >= 4 * kBusyWarps) shape.cluster /= 2;
         shape.blocks = tiles_of_all * shape.cluster;
+        shape.staged = !kChecked && shape.subtiles > 1 && shape.warps == 4;
         return shape;
     };
     auto clocks = [&](const MmaShape& shape) {
@@ -95,7 +97,7 @@ MmaShape mma_shape(const AttentionMassParams& p, int max_cluster) {
 }
 
 template <int kDim, bool kChecked>
-int launch_mma(const AttentionMassParams& params, void* stream) {
+int launch_mma(const AttentionMassParams& params, Stream stream) {
     constexpr int kMaxTiles = kChecked || kDim > 128 ? 1 : 2;
     return launch_passes(
         params, stream,
@@ -104,14 +106,20 @@ int launch_mma(const AttentionMassParams& params, void* stream) {
                                     (lse_mma_kernel<kDim, kChecked>), params, partial, splits);
         },
         [&](const AttentionMassParams& p, float unit) {
-            const int one = LARGEST_CLUSTER((mass_mma_kernel<kDim, 1, kChecked>), (32 * kMmaWarps<kDim, 1>));
-            const int more = LARGEST_CLUSTER((mass_mma_kernel<kDim, kMaxTiles, kChecked>), (32 * kMmaWarps<kDim, kMaxTiles>));
-            const MmaShape shape = mma_shape<kDim, kMaxTiles>(p, std::min(one, more));
-            if (shape.tiles == 1)
-                return LAUNCH_CLUSTER(shape.cluster, shape.blocks, 32 * shape.warps, 0, stream, (mass_mma_kernel<kDim, 1, kChecked>),
-                                      p, shape.subtiles, shape.cluster, unit);
-            return LAUNCH_CLUSTER(shape.cluster, shape.blocks, 32 * shape.warps, 0, stream,
-                                  (mass_mma_kernel<kDim, kMaxTiles, kChecked>), p, shape.subtiles, shape.cluster, unit);
+            constexpr int kFew = 32 * kMmaWarps<kDim, 1>, kMany = 32 * kMmaWarps<kDim, kMaxTiles>;
+            const int largest = std::min({LARGEST_CLUSTER(stream.device, (mass_mma_kernel<kDim, 1, kChecked, false>), kFew),
+                                          LARGEST_CLUSTER(stream.device, (mass_mma_kernel<kDim, kMaxTiles, kChecked, false>), kMany),
+                                          LARGEST_CLUSTER(stream.device, (mass_mma_kernel<kDim, kMaxTiles, kChecked, !kChecked>), kMany)});
+            const MmaShape s = mma_shape<kDim, kMaxTiles, kChecked>(p, largest);
+            const int threads = 32 * s.warps;
+            if (s.staged)
+                return LAUNCH_CLUSTER(s.cluster, s.blocks, threads, 0, stream, (mass_mma_kernel<kDim, kMaxTiles, kChecked, !kChecked>),
+                                      p, s.subtiles, s.cluster, unit);
+            if (s.tiles == 1)
+                return LAUNCH_CLUSTER(s.cluster, s.blocks, threads, 0, stream, (mass_mma_kernel<kDim, 1, kChecked, false>), p,
+                                      s.subtiles, s.cluster, unit);
+            return LAUNCH_CLUSTER(s.cluster, s.blocks, threads, 0, stream, (mass_mma_kernel<kDim, kMaxTiles, kChecked, false>), p,
+                                  s.subtiles, s.cluster, unit);
         });
 }
 
@@ -122,7 +130,7 @@ size_t attention_mass_scratch(const AttentionMassParams& p) {
     return static_cast<size_t>(lse_count(p)) * (num_splits(p) * sizeof(Partial) + sizeof(float));
 }
 
-extern "C" int launch_attention_mass(const AttentionMassParams* params, void* stream) {
+extern "C" int launch_attention_mass(const AttentionMassParams* params, Stream stream) {
     AttentionMassParams p = *params;
     if (p.num_images == 0 || p.num_tokens == 0) return 0;
     if (p.num_images * ceil_div(p.num_tokens, 16) > kMaxGrid || p.num_keys > kMaxGrid || p.num_rows * p.num_heads > kMaxGrid ||

@@ -1,15 +1,9 @@
-// attention_mass for bfloat16 and float16 keys, on the tensor cores.
+// attention_mass for bfloat16 and float16 keys, on the tensor cores: products as in attention_mass_fragments.cuh.
 //
-// Keys lie on the M side of mma.m16n8k16 and columns on the N side, so the sum over columns is a sum within a thread and its
-// quad. A product of matrices does not care for the order of the channels as long as both sides agree: lane t of a quad
-// takes channels 8t..8t+7 of every 32 and feeds them as two steps of 16. Rows of K and Q therefore go from memory straight
-// into fragments, 16 bytes a lane, without shared memory; K is read once per head, Q mostly from L1 and L2. Nothing but
-// the instruction depends on the type of the elements.
-//
-// The columns are cut into units. The mass of a key is the sum over slots, in ascending order, of the sums over their units, in
-// ascending order; who computes a unit is a matter of speed alone.
+// K is read from memory once per head. The columns are cut into units. The mass of a key is the sum over slots, in ascending
+// order, of the sums over their units, in ascending order; who computes a unit is a matter of speed alone.
 #pragma once
-#include "attention_mass.cuh"
+#include "attention_mass_fragments.cuh"
 
 namespace crop {
 namespace {
@@ -22,111 +16,13 @@ constexpr int kLseWarps = kDim > 128 ? 8 : 16;  // a warp per 16 keys of a split
 constexpr int kUnitColumns = 64;  // columns of a unit of work: (KV head, so many of its columns)
 constexpr int kSlots = 32;        // units are spread over so many slots, neighbours in the same
 constexpr int kMaxKeys = 128;     // candidates of a block
-constexpr int kNowhere = 0x7fffffff;  // position of a key that no column sees
 
-// The channels that one lane of a quad holds of a row: words 2s and 2s + 1 belong to step s of 16 channels. `place` is the
-// lane's first channel, 8 * (lane % 4) of the row. kChecked: any alignment and any number of channels up to kDim, element by
-// element, with the same bits; those behind `dim` are 0.
-template <int kDim, bool kChecked>
-struct RowFragment {
-    static constexpr int kSteps = (kDim + 31) / 32 * 2;
-    uint32_t word[2 * kSteps];
-
-    template <class Load>
-    DEV void load(const uint16_t* place, int dim, Load load16) {
-        UNROLL
-        for (int i = 0; i < kSteps / 2; ++i) load_piece(i, place, dim, load16);
-    }
-    template <class Load>
-    DEV void load_piece(int i, const uint16_t* place, int dim, Load load16) {  // 32 channels of the quad
-        const int left = dim - 32 * i - threadIdx.x % 4 * 8;
-        if (kChecked) {
-            UNROLL
-            for (int j = 0; j < 4; ++j) {
-                const uint32_t low = 2 * j < left ? place[32 * i + 2 * j] : 0, high = 2 * j + 1 < left ? place[32 * i + 2 * j + 1] : 0;
-                word[4 * i + j] = low | high << 16;
-            }
-        } else {
-            uint4 raw = make_uint4(0, 0, 0, 0);
-            if (32 * i + 32 <= kDim || left > 0) raw = load16(reinterpret_cast<const uint4*>(place + 32 * i));
-            word[4 * i] = raw.x, word[4 * i + 1] = raw.y, word[4 * i + 2] = raw.z, word[4 * i + 3] = raw.w;
-        }
-    }
-};
-
-// 16 keys as the left operand: the rows g and g + 8 of the tile woven together, a step in four neighbouring registers.
-template <int kDim, bool kChecked>
-struct KeyFragment {
-    using Row = RowFragment<kDim, kChecked>;
-    uint32_t step[Row::kSteps][4];
-
-    // Keys at positions `at` of a head whose first one has its place at `from`; those that nobody sees are 0. The selection is
-    // what moves the words, once, to where every product wants them.
-    DEV void load(const uint16_t* from, int64_t stride, const int (&at)[2], int dim) {
-        Row row[2];
-        UNROLL
-        for (int i = 0; i < Row::kSteps / 2; ++i) {
-            UNROLL
-            for (int h = 0; h < 2; ++h) row[h].load_piece(i, from + (at[h] == kNowhere ? 0 : at[h] * stride), dim, ptx::load_once);
-        }
-        UNROLL
-        for (int s = 0; s < Row::kSteps; ++s) {
-            UNROLL
-            for (int i = 0; i < 4; ++i) {
-                step[s][i] = at[i % 2] == kNowhere ? 0u : row[i % 2].word[2 * s + i / 2];
-                if (!kChecked) ptx::settle(step[s][i]);
-            }
-        }
-    }
-};
-
-// Column of the unit a warp works on. A column that does not exist has the address of one that does, and end = 0.
-struct Column {
-    int64_t query;  // offset of its row of Q
-    float shift;    // its log-sum-exp
-    int end;        // of the keys it sees
-};
-
-DEV Column column_at(const AttentionMassParams& p, const Rows& rows, int64_t b, int kv, int column, int group, float lse_unit) {
-    const bool exists = column < rows.count * group;
-    const int64_t row = rows.first + (exists ? column / group : 0), head = kv * group + (exists ? column % group : 0);
-    return {b * p.query_stride[0] + head * p.query_stride[1] + row * p.query_stride[2],
-            p.lse ? shift_of(p.lse[(b * p.num_heads + head) * p.num_rows + row], lse_unit) : 0.0f,
-            exists ? row_end(p, b, row, rows.start) : 0};
-}
-
-// Calls f with a value of the type of the elements; one branch ahead of a loop, not in it.
-template <class F>
-DEV void for_half_type(int dtype, F f) {
-    if (dtype == kBFloat16) f(__nv_bfloat16{});
-    else f(__half{});
-}
-
-// logit[m] = products of 16 keys each with 8 columns. Lane (g, t) of keys g, g + 8 holds columns 2t, 2t + 1. A piece of `query`
-// that has been used makes room for that of `next`, which has the time of all other products to come. Even and odd steps are
-// summed apart, so that no product waits for the one just before it.
-template <int kDim, int kTiles, bool kChecked, class T>
-DEV void multiply(float (&logit)[kTiles][4], const KeyFragment<kDim, kChecked> (&key)[kTiles],
-                  RowFragment<kDim, kChecked>& query, const uint16_t* next, int dim, T type) {
-    float odd[kTiles][4];
-    UNROLL
-    for (int m = 0; m < kTiles; ++m) {
-        UNROLL
-        for (int i = 0; i < 4; ++i) logit[m][i] = odd[m][i] = 0;
-    }
-    UNROLL
-    for (int s = 0; s < query.kSteps; ++s) {
-        const uint32_t b[2] = {query.word[2 * s], query.word[2 * s + 1]};
-        UNROLL
-        for (int m = 0; m < kTiles; ++m) ptx::mma(s % 2 ? odd[m] : logit[m], key[m].step[s], b, type);
-        if (s % 2) query.load_piece(s / 2, next, dim, ptx::load_again);
-    }
-    UNROLL
-    for (int m = 0; m < kTiles; ++m) {
-        UNROLL
-        for (int i = 0; i < 4; ++i) logit[m][i] = __fadd_rn(logit[m][i], odd[m][i]);
-    }
-}
+// Staged queries: columns of a block at a time, and the bytes of a row, an odd number of 64 so that neighbours lie in
+// different banks.
+template <int kDim>
+constexpr int kStage = kDim > 128 ? 16 : 32;
+template <int kDim>
+constexpr int kStagedBytes = ((kDim + 31) / 32 | 1) * 64;
 
 // How `count` units are spread: over slots, and over the warps and blocks that share a tile. `ways` of them, a power of two up
 // to kSlots, take neighbouring slots each; with fewer units than slots every unit has a slot of its own.
@@ -139,20 +35,67 @@ struct Units {
     DEV int way_of_slot(int slot, int ways) const { return slot * ways / slots(); }
 };
 
+// Sums of a warp over the columns of a unit. A lane has part of those of the keys g and g + 8 of each tile.
+template <int kTiles>
+struct UnitSums {
+    float sum[kTiles][2], high[kTiles][2];
+
+    DEV void clear() {
+        UNROLL
+        for (int m = 0; m < kTiles; ++m) sum[m][0] = sum[m][1] = 0, high[m][0] = high[m][1] = -kInf;
+    }
+    DEV void add(const float (&logit)[kTiles][4], const int (&at)[kTiles][2], const Column* pair, float scale) {
+        UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const float shift = pair[i].shift;
+            const int end = pair[i].end;
+            UNROLL
+            for (int m = 0; m < kTiles; ++m) {
+                UNROLL
+                for (int h = 0; h < 2; ++h) {
+                    const float x = __fmul_rn(logit[m][2 * h + i], scale) - shift;
+                    const float y = at[m][h] < end ? x : -kInf;
+                    high[m][h] = fmaxf(high[m][h], y);
+                    sum[m][h] += ptx::ex2(y);
+                }
+            }
+        }
+    }
+    // Adds the unit to the slot of the warp's first key, or begins it.
+    DEV void put(float* slot, bool begins) const {
+        const int lane = threadIdx.x % 32;
+        UNROLL
+        for (int m = 0; m < kTiles; ++m) {
+            UNROLL
+            for (int h = 0; h < 2; ++h) {
+                float part = high[m][h] == kInf ? high[m][h] - high[m][h] : sum[m][h];  // a +inf logit gives NaN
+                part += __shfl_xor_sync(kWarp, part, 1);
+                part += __shfl_xor_sync(kWarp, part, 2);
+                float* place = slot + 16 * m + 8 * h + lane / 4;
+                if (lane % 4 == 0) *place = begins ? part : *place + part;
+            }
+        }
+    }
+};
+
 // mass[i, n] = sum over KV heads, rows, heads of [visible] exp(scale <q, k> - lse), divided by counted rows * num_heads.
 //
 // A cluster of blocks (often of one) owns a tile of candidates of one image, and nobody else writes them. The warps of a block
 // stand on a grid: `subtiles` of them along the candidates, kTiles * 16 each, and the others along the units; the blocks of a
 // cluster share the units too. A warp keeps the keys of a head in registers and lets the columns pass, 8 at a time.
+// Their queries come from memory straight into fragments; or, kStaged, where warps along the candidates have the same
+// columns, the block copies them to shared memory, kStage at a time, the next ones while these are used.
 // Bytes read: the tile's keys once per head (once per warp that has units of the head), the queries of the sample once per
-// tile.
+// tile (not staged: once per warp along its candidates, then from L1).
 // Deterministic: one writer per result; the order of the sum depends on the number of units and on nothing else.
-template <int kDim, int kTiles, bool kChecked>
+template <int kDim, int kTiles, bool kChecked, bool kStaged>
 GLOBAL((32 * kMmaWarps<kDim, kTiles>), (kChecked ? 1 : kMmaWarps<kDim, kTiles> == 8 ? 2 : 3))
 mass_mma_kernel(AttentionMassParams p, int subtiles, int cluster, float lse_unit) {
     constexpr int kWarpKeys = 16 * kTiles, kWarps = kMmaWarps<kDim, kTiles>;
     static_assert(kWarps * kWarpKeys <= kMaxKeys, "shared memory is cut for kMaxKeys");
-    SHARED(Column, columns, [kWarps * kUnitColumns]);
+    static_assert(!(kChecked && kStaged), "copies to shared memory are of 16 bytes");
+    SHARED(Column, columns, [kStaged ? 2 * kStage<kDim> : kWarps * kUnitColumns]);
+    SHARED(uint4, staged, [kStaged ? 2 * kStage<kDim> * kStagedBytes<kDim> / 16 : 1]);
     SHARED(float, slots, [kSlots * kMaxKeys]);
     SHARED(int, found, [4]);
 
@@ -160,7 +103,7 @@ mass_mma_kernel(AttentionMassParams p, int subtiles, int cluster, float lse_unit
     ptx::grid_launch_dependents();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const unsigned rank = blockIdx.x % static_cast<unsigned>(cluster), tile = blockIdx.x / static_cast<unsigned>(cluster);
-    const int ways = kWarps / subtiles * cluster, way = rank * (kWarps / subtiles) + warp / subtiles;
+    const int block_ways = kWarps / subtiles, ways = block_ways * cluster, way = rank * block_ways + warp / subtiles;
     const int key0 = warp % subtiles * kWarpKeys;
     const unsigned tile_keys = static_cast<unsigned>(subtiles) * kWarpKeys;
     const unsigned tiles = static_cast<unsigned>((p.num_tokens + tile_keys - 1) / tile_keys);
@@ -213,63 +156,98 @@ mass_mma_kernel(AttentionMassParams p, int subtiles, int cluster, float lse_unit
 
     const int count = rows.count * group, parts = (count + kUnitColumns - 1) / kUnitColumns;
     const Units units{heads * parts};
-    Column* column = columns + warp * kUnitColumns;
-    int unit = units.first_of(way, ways), slot = -1;
-    const int end_unit = units.first_of(way + 1, ways);
-    ROLLED
-    while (unit < end_unit) {
-        const int kv = unit / parts;
-        KeyFragment<kDim, kChecked> key[kTiles];
+    const int first_unit = units.first_of(way, ways), end_unit = units.first_of(way + 1, ways);
+    UnitSums<kTiles> sums;
+    int slot = -1;
+    auto put = [&](int unit) {
+        const bool begins = units.slot_of(unit) != slot;
+        slot = units.slot_of(unit);
+        sums.put(slots + slot * kMaxKeys + key0, begins);
+    };
+    auto load_keys = [&](KeyFragment<kDim, kChecked> (&key)[kTiles], int kv) {
         UNROLL
         for (int m = 0; m < kTiles; ++m) key[m].load(keys + kv * p.key_stride[1], p.key_stride[2], at[m], dim);
         if ((kv + 1) * parts < end_unit) prefetch(kv + 1);
+    };
+    if constexpr (kStaged) {
+        constexpr int kCopiers = 32 * kWarps / kStage<kDim>, kPieces = (kDim + 31) / 32 * 4;  // threads of a column; of a row
+        constexpr int kRow = kStagedBytes<kDim> / 16;
+        const int stage = kStage<kDim> / block_ways, stages = kUnitColumns / stage;  // columns of a way, and of a unit
+        const int place = threadIdx.x / kCopiers;  // of the column that this thread copies, one of its own way
+        auto column_of = [&](int s) { return (first_unit + s / stages) % parts * kUnitColumns + s % stages * stage; };
+        auto fetch = [&](int s) {  // starts the copies of stage s
+            Column column = {};
+            const int unit = first_unit + s / stages, number = column_of(s) + place % stage;
+            if (unit < end_unit) {
+                column = column_at(p, rows, b, unit / parts, number, group, lse_unit);
+                uint4* to = staged + (s % 2 * kStage<kDim> + place) * kRow;
+                const uint16_t* from = queries - 8 * t + column.query;
+                UNROLL
+                for (int i = threadIdx.x % kCopiers; i < kPieces; i += kCopiers)
+                    if (8 * i < dim) ptx::cp_async16(to + i, from + 8 * i, number < count ? 16 : 0);
+            }
+            ptx::cp_commit();
+            return column;
+        };
+        int longest = 0;  // units of a way of the block: all threads meet at every barrier
+        for (int w = way - warp / subtiles; w < way - warp / subtiles + block_ways; ++w)
+            longest = max(longest, units.first_of(w + 1, ways) - units.first_of(w, ways));
+        Column next = fetch(0);
+        KeyFragment<kDim, kChecked> key[kTiles];
+        int kv = -1;
         ROLLED
-        for (; unit < end_unit && unit / parts == kv; ++unit) {
-            const int column0 = unit % parts * kUnitColumns, existing = min(kUnitColumns, count - column0);
-            __syncwarp();  // the columns of the last unit have been read
-            ROLLED
-            for (int c = lane; c < kUnitColumns; c += 32) column[c] = column_at(p, rows, b, kv, column0 + c, group, lse_unit);
-            __syncwarp();
-            auto query_of = [&](int c) { return queries + column[c + g].query; };
-            float sum[kTiles][2] = {}, high[kTiles][2];
-            UNROLL
-            for (int m = 0; m < kTiles; ++m) high[m][0] = high[m][1] = -kInf;
+        for (int s = 0; s < longest * stages; ++s) {
+            if (threadIdx.x % kCopiers == 0) columns[s % 2 * kStage<kDim> + place] = next;
+            ptx::cp_wait<0>();
+            __syncthreads();  // the stage is complete, and nobody reads the one before
+            next = fetch(s + 1);
+            const int unit = first_unit + s / stages;
+            if (unit >= end_unit) continue;
+            if (unit / parts != kv) kv = unit / parts, load_keys(key, kv);
+            if (s % stages == 0) sums.clear();
+            const int existing = min(stage, count - column_of(s)), own0 = s % 2 * kStage<kDim> + warp / subtiles * stage;
+            auto query_of = [&](int c) { return reinterpret_cast<const uint16_t*>(staged + (own0 + c + g) * kRow) + 8 * t; };
+            auto load = [](const uint4* at) { return *at; };
             RowFragment<kDim, kChecked> query;
-            query.load(query_of(0), dim, ptx::load_again);
+            query.load(query_of(0), dim, load);
             for_half_type(p.dtype, [&](auto type) {
                 ROLLED
                 for (int c = 0; c < existing; c += 8) {
                     float logit[kTiles][4];
-                    multiply(logit, key, query, query_of(min(c + 8, kUnitColumns - 8)), dim, type);
-                    UNROLL
-                    for (int i = 0; i < 2; ++i) {
-                        const float shift = column[c + 2 * t + i].shift;
-                        const int end = column[c + 2 * t + i].end;
-                        UNROLL
-                        for (int m = 0; m < kTiles; ++m) {
-                            UNROLL
-                            for (int h = 0; h < 2; ++h) {
-                                const float x = __fmul_rn(logit[m][2 * h + i], p.scale) - shift;
-                                const float y = at[m][h] < end ? x : -kInf;
-                                high[m][h] = fmaxf(high[m][h], y);
-                                sum[m][h] += ptx::ex2(y);
-                            }
-                        }
-                    }
+                    multiply(logit, key, query, query_of(min(c + 8, stage - 8)), dim, load, type);
+                    sums.add(logit, at, columns + own0 + c + 2 * t, p.scale);
                 }
             });
-            const bool begins = units.slot_of(unit) != slot;
-            slot = units.slot_of(unit);
-            UNROLL
-            for (int m = 0; m < kTiles; ++m) {
-                UNROLL
-                for (int h = 0; h < 2; ++h) {
-                    float part = high[m][h] == kInf ? high[m][h] - high[m][h] : sum[m][h];  // a +inf logit gives NaN
-                    part += __shfl_xor_sync(kWarp, part, 1);
-                    part += __shfl_xor_sync(kWarp, part, 2);
-                    float* place = slots + slot * kMaxKeys + key0 + 16 * m + 8 * h + g;
-                    if (t == 0) *place = begins ? part : *place + part;
-                }
+            if (s % stages == stages - 1) put(unit);
+        }
+    } else {
+        Column* column = columns + warp * kUnitColumns;
+        int unit = first_unit;
+        ROLLED
+        while (unit < end_unit) {
+            const int kv = unit / parts;
+            KeyFragment<kDim, kChecked> key[kTiles];
+            load_keys(key, kv);
+            ROLLED
+            for (; unit < end_unit && unit / parts == kv; ++unit) {
+                const int column0 = unit % parts * kUnitColumns, existing = min(kUnitColumns, count - column0);
+                __syncwarp();  // the columns of the last unit have been read
+                ROLLED
+                for (int c = lane; c < kUnitColumns; c += 32) column[c] = column_at(p, rows, b, kv, column0 + c, group, lse_unit);
+                __syncwarp();
+                auto query_of = [&](int c) { return queries + column[c + g].query; };
+                sums.clear();
+                RowFragment<kDim, kChecked> query;
+                query.load(query_of(0), dim, ptx::load_again);
+                for_half_type(p.dtype, [&](auto type) {
+                    ROLLED
+                    for (int c = 0; c < existing; c += 8) {
+                        float logit[kTiles][4];
+                        multiply(logit, key, query, query_of(min(c + 8, kUnitColumns - 8)), dim, ptx::load_again, type);
+                        sums.add(logit, at, column + c + 2 * t, p.scale);
+                    }
+                });
+                put(unit);
             }
         }
     }
@@ -291,7 +269,7 @@ mass_mma_kernel(AttentionMassParams p, int subtiles, int cluster, float lse_unit
         }
         *result = mean_of(total, rows, p.num_heads);
     }
-    if (cluster > 1) ptx::cluster_sync();  // a block must not end while others read what it holds
+    if (cluster > 1) ptx::cluster_sync_relaxed();  // a block must not end while others read what it holds
 }
 
 // Partial log-sum-exp of a split of 256 keys, 128 if they are long.
@@ -341,7 +319,7 @@ lse_mma_kernel(AttentionMassParams p, Partial* partial, int splits) {
             ROLLED
             for (int c = 0; c < existing; c += 8) {
                 float logit[1][4];
-                multiply(logit, key, query, query_of(min(c + 8, kUnitColumns - 8)), dim, type);
+                multiply(logit, key, query, query_of(min(c + 8, kUnitColumns - 8)), dim, ptx::load_again, type);
                 UNROLL
                 for (int i = 0; i < 2; ++i) {
                     const int end = column[c + 2 * t + i].end;

@@ -28,7 +28,7 @@ int64_t plan_job(const CompactTensor& c, const CompactParams& p, CopyJob& job) {
 
 }  // namespace
 
-extern "C" int launch_compact(const CompactParams* params, void* stream) {
+extern "C" int launch_compact(const CompactParams* params, Stream stream) {
     const CompactParams& p = *params;
     if (p.batch == 0 || p.num_kept == 0) return 0;
     for (int64_t first = 0; first < p.num_tensors; first += kCopyTensors) {
@@ -46,7 +46,7 @@ extern "C" int launch_compact(const CompactParams* params, void* stream) {
     return 0;
 }
 
-extern "C" int launch_invert_index(const InverseParams* params, void* stream) {
+extern "C" int launch_invert_index(const InverseParams* params, Stream stream) {
     if (params->batch == 0 || params->num_tokens == 0) return 0;
     if (params->batch > kMaxGrid) return fail("invert_index: batch must be below 2^31");
     return LAUNCH_DEPENDENT(params->batch, kInvertThreads, 0, stream, invert_index_kernel, *params);

@@ -5,7 +5,7 @@ namespace crop {
 namespace {
 
 template <class T>
-int launch_all(const SaliencyParams& p, void* stream) {
+int launch_all(const SaliencyParams& p, Stream stream) {
     const int64_t slabs = ceil_div(p.dim, kMeanPieces * Piece<T>::kCount), blocks = p.num_images * slabs;
     const int64_t warps = ceil_div(p.num_images * p.num_places, kDistanceThreads / 32);
     if (blocks > kMaxGrid || warps > kMaxGrid) return fail("saliency: sizes must be below 2^31");
@@ -18,7 +18,7 @@ int launch_all(const SaliencyParams& p, void* stream) {
 
 }  // namespace
 
-extern "C" int launch_saliency(const SaliencyParams* params, void* stream) {
+extern "C" int launch_saliency(const SaliencyParams* params, Stream stream) {
     if (params->num_images == 0 || params->num_places == 0 || params->num_tokens == 0)
         return fail("saliency: index must name a token; without any the weights are 1");
     return for_dtype("saliency", params->dtype, [&](auto zero) { return launch_all<decltype(zero)>(*params, stream); });

@@ -5,13 +5,13 @@ namespace crop {
 namespace {
 
 template <int kThreads, int kItems, bool kResident>
-int launch(const SelectParams& p, int64_t count, int64_t first, bool vectors, const Budgets& budgets, void* stream) {
+int launch(const SelectParams& p, int64_t count, int64_t first, bool vectors, const Budgets& budgets, Stream stream) {
     return LAUNCH_DEPENDENT(count, kThreads, 0, stream, (select_kernel<kThreads, kItems, kResident>), p, first, vectors, budgets);
 }
 
 }  // namespace
 
-extern "C" int launch_select(const SelectParams* params, void* stream) {
+extern "C" int launch_select(const SelectParams* params, Stream stream) {
     const SelectParams& p = *params;
     if (p.num_tokens > kMaxTokens) return fail("select: num_tokens must be below 2^31 - 2^16, got %lld", (long long)p.num_tokens);
     for (int64_t i = 0; i < p.num_images; ++i)

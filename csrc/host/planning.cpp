@@ -107,7 +107,8 @@ struct Planner {
     std::vector<int32_t> stamp;
 
     Planner(const PlanLayout& layout, const std::vector<PlanBox>& boxes, int ring)
-        : l(layout), g(layout), level(layout.num_tokens), group(layout.num_tokens), stamp(kGroups * g.span(), 0) {
+        : l(layout), g(layout), stamp(kGroups * g.span(), 0) {
+        level.assign(l.num_tokens, 0), group.assign(l.num_tokens, 0);
         levels(l, g, boxes, ring, level.data());
         for (int64_t n = 0; n < l.num_tokens; ++n) group[n] = l.kind[n] == kPatch ? level[n] : l.kind[n] + 2;
     }

@@ -168,13 +168,13 @@ class Emulated:
         if not name.startswith(OPERATORS):
             return function
         if name.endswith("scratch"):
-            return lambda cuda, *args: function(True, *args)
+            return lambda device, *args: function(0, *args)
 
-        def launch(cuda: bool, target: int, *args: Any) -> int:
+        def launch(device: int, target: int, *args: Any) -> int:
             emu.emu_config(POLICIES[self.policy], self.seed, self.residents, self.capability)
             emu.emu_cluster(self.cluster)
             emu.emu_without(self.without[0].encode(), self.without[1])
-            code = function(True, 0, *args)
+            code = function(0, 0, *args)
             report = emu.emu_report().decode()
             if code > 0 or report:
                 text = report or module.last_error()

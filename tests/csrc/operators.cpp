@@ -48,8 +48,8 @@ int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 extern "C" {
 
-int __real_launch_attention_mass(const AttentionMassParams*, void*);
-int __wrap_launch_attention_mass(const AttentionMassParams* params, void* stream) {
+int __real_launch_attention_mass(const AttentionMassParams*, Stream);
+int __wrap_launch_attention_mass(const AttentionMassParams* params, Stream stream) {
     AttentionMassParams p = *params;
     Device device;
     const int64_t size = size_of(p.dtype), candidates = p.num_images * p.num_tokens;
@@ -66,8 +66,8 @@ int __wrap_launch_attention_mass(const AttentionMassParams* params, void* stream
     return __real_launch_attention_mass(&p, stream);
 }
 
-int __real_launch_select(const SelectParams*, void*);
-int __wrap_launch_select(const SelectParams* params, void* stream) {
+int __real_launch_select(const SelectParams*, Stream);
+int __wrap_launch_select(const SelectParams* params, Stream stream) {
     SelectParams p = *params;
     Device device;
     const int64_t candidates = p.num_images * p.num_tokens;
@@ -79,8 +79,8 @@ int __wrap_launch_select(const SelectParams* params, void* stream) {
     return __real_launch_select(&p, stream);
 }
 
-int __real_launch_pack(const PackParams*, void*);
-int __wrap_launch_pack(const PackParams* params, void* stream) {
+int __real_launch_pack(const PackParams*, Stream);
+int __wrap_launch_pack(const PackParams* params, Stream stream) {
     PackParams p = *params;
     Device device;
     device.in("stays", p.stays, p.batch * p.num_tokens);
@@ -91,8 +91,8 @@ int __wrap_launch_pack(const PackParams* params, void* stream) {
     return __real_launch_pack(&p, stream);
 }
 
-int __real_launch_compact(const CompactParams*, void*);
-int __wrap_launch_compact(const CompactParams* params, void* stream) {
+int __real_launch_compact(const CompactParams*, Stream);
+int __wrap_launch_compact(const CompactParams* params, Stream stream) {
     CompactParams p = *params;
     Device device;
     std::vector<CompactTensor> tensors(p.tensors, p.tensors + p.num_tensors);
@@ -106,8 +106,8 @@ int __wrap_launch_compact(const CompactParams* params, void* stream) {
     return __real_launch_compact(&p, stream);
 }
 
-int __real_launch_invert_index(const InverseParams*, void*);
-int __wrap_launch_invert_index(const InverseParams* params, void* stream) {
+int __real_launch_invert_index(const InverseParams*, Stream);
+int __wrap_launch_invert_index(const InverseParams* params, Stream stream) {
     InverseParams p = *params;
     Device device;
     device.in("index", p.index, p.batch * p.num_kept);
@@ -115,8 +115,8 @@ int __wrap_launch_invert_index(const InverseParams* params, void* stream) {
     return __real_launch_invert_index(&p, stream);
 }
 
-int __real_launch_saliency(const SaliencyParams*, void*);
-int __wrap_launch_saliency(const SaliencyParams* params, void* stream) {
+int __real_launch_saliency(const SaliencyParams*, Stream);
+int __wrap_launch_saliency(const SaliencyParams* params, Stream stream) {
     SaliencyParams p = *params;
     Device device;
     device.take("tokens", p.tokens, size_of(p.dtype), p.dim, {{p.num_tokens, p.token_stride}}, false);
@@ -127,8 +127,8 @@ int __wrap_launch_saliency(const SaliencyParams* params, void* stream) {
     return __real_launch_saliency(&p, stream);
 }
 
-int __real_launch_adaptive_pool(const PoolParams*, void*);
-int __wrap_launch_adaptive_pool(const PoolParams* params, void* stream) {
+int __real_launch_adaptive_pool(const PoolParams*, Stream);
+int __wrap_launch_adaptive_pool(const PoolParams* params, Stream stream) {
     PoolParams p = *params;
     Device device;
     const int64_t size = size_of(p.dtype);
@@ -141,8 +141,8 @@ int __wrap_launch_adaptive_pool(const PoolParams* params, void* stream) {
     return __real_launch_adaptive_pool(&p, stream);
 }
 
-int __real_launch_adaptive_pool_backward(const PoolBackwardParams*, void*);
-int __wrap_launch_adaptive_pool_backward(const PoolBackwardParams* params, void* stream) {
+int __real_launch_adaptive_pool_backward(const PoolBackwardParams*, Stream);
+int __wrap_launch_adaptive_pool_backward(const PoolBackwardParams* params, Stream stream) {
     PoolBackwardParams p = *params;
     Device device;
     const int64_t size = size_of(p.dtype);

@@ -84,6 +84,7 @@ struct Block {
     Warp warps[32];
     Thread* threads[kMaxThreads];
     int at_cluster = 0;          // threads that wait for the cluster
+    bool ordered = true;         // and will see what the others wrote
     std::vector<Object> shared;  // outlives the block: the next one in its place has the same
     std::multimap<uint32_t, Acquired> acquired;  // by releasing block
     bool waited = false;  // some thread called grid_wait

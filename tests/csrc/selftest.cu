@@ -262,11 +262,12 @@ cluster_kernel(const int* in, int* out, int cluster, int fault) {
     const int t = threadIdx.x, at = blockIdx.x * 64 + t, rank = static_cast<int>(blockIdx.x) % cluster;
     held[t] = in[at];
     if (fault == 5 && t == 63) return;
-    if (fault != 1) ptx::cluster_sync();
+    if (fault == 6) ptx::cluster_sync_relaxed();
+    else if (fault != 1) ptx::cluster_sync();
     if (fault == 4) held[t] = 0;
     const int* there = ptx::cluster_at(held + 62 - t % 63, fault == 3 ? cluster : (rank + 1) % cluster);
     out[at] = *there;
-    if (fault != 2) ptx::cluster_sync();
+    if (fault != 2) ptx::cluster_sync_relaxed();
 }
 
 GLOBAL(32, 1) nothing_kernel(int* out) {
@@ -277,48 +278,50 @@ GLOBAL(32, 1) nothing_kernel(int* out) {
     out[0] = memory[0] + more[0];
 }
 
+Stream on(void* handle) { return {0, handle}; }
+
 }  // namespace
 
 TEST collectives(const int* in, int* out, int threads, unsigned mask, int argument, int width, void* stream) {
-    return LAUNCH(1, threads, 0, stream, collectives_kernel, in, out, mask, argument, width);
+    return LAUNCH(1, threads, 0, on(stream), collectives_kernel, in, out, mask, argument, width);
 }
-TEST barriers(const int* in, int* out, int threads, void* stream) { return LAUNCH(1, threads, 0, stream, barriers_kernel, in, out); }
+TEST barriers(const int* in, int* out, int threads, void* stream) { return LAUNCH(1, threads, 0, on(stream), barriers_kernel, in, out); }
 TEST atomics(int* at, unsigned* wrap, float* sum, unsigned long long* wide, const int* in, void* stream) {
-    return LAUNCH(2, 64, 0, stream, atomics_kernel, at, wrap, sum, wide, in);
+    return LAUNCH(2, 64, 0, on(stream), atomics_kernel, at, wrap, sum, wide, in);
 }
-TEST integers(const unsigned* in, unsigned* out, void* stream) { return LAUNCH(1, 1, 0, stream, integers_kernel, in, out); }
+TEST integers(const unsigned* in, unsigned* out, void* stream) { return LAUNCH(1, 1, 0, on(stream), integers_kernel, in, out); }
 TEST product(const void* a, const void* b, float* d, int half, void* stream) {
     const uint4 *x = static_cast<const uint4*>(a), *y = static_cast<const uint4*>(b);
-    return half ? LAUNCH(1, 32, 768, stream, product_kernel<__half>, x, y, d)
-                : LAUNCH(1, 32, 768, stream, product_kernel<__nv_bfloat16>, x, y, d);
+    return half ? LAUNCH(1, 32, 768, on(stream), product_kernel<__half>, x, y, d)
+                : LAUNCH(1, 32, 768, on(stream), product_kernel<__nv_bfloat16>, x, y, d);
 }
 TEST pieces(const unsigned char* in, unsigned char* out, const float* x, float* y, void* stream) {
-    return LAUNCH(1, 32, 0, stream, pieces_kernel, in, out, x, y);
+    return LAUNCH(1, 32, 0, on(stream), pieces_kernel, in, out, x, y);
 }
 TEST chain(uint32_t* ticket, uint32_t* flag, int* sum, int* out, int blocks, void* stream) {
-    return LAUNCH(blocks, 64, 0, stream, chain_kernel, ticket, flag, sum, out);
+    return LAUNCH(blocks, 64, 0, on(stream), chain_kernel, ticket, flag, sum, out);
 }
 TEST last_block(const int* in, int* partial, unsigned* count, int* out, int blocks, int fault, void* stream) {
-    return LAUNCH(blocks, 64, 0, stream, last_block_kernel, in, partial, count, out, fault);
+    return LAUNCH(blocks, 64, 0, on(stream), last_block_kernel, in, partial, count, out, fault);
 }
 TEST histogram(int* in, int n, int* out, int fault, void* stream) {
-    return LAUNCH(1, 96, 0, stream, histogram_kernel, in, n, out, fault);
+    return LAUNCH(1, 96, 0, on(stream), histogram_kernel, in, n, out, fault);
 }
-TEST exchange(const int* in, int* out, int fault, void* stream) { return LAUNCH(1, 64, 0, stream, exchange_kernel, in, out, fault); }
+TEST exchange(const int* in, int* out, int fault, void* stream) { return LAUNCH(1, 64, 0, on(stream), exchange_kernel, in, out, fault); }
 TEST pipeline(const int* in, int rows, int* out, int fault, void* stream) {
-    return LAUNCH(1, 32, 0, stream, pipeline_kernel, in, rows, out, fault);
+    return LAUNCH(1, 32, 0, on(stream), pipeline_kernel, in, rows, out, fault);
 }
 TEST blocks(int* word, unsigned char* bytes, uint32_t* flag, int fault, void* stream) {
-    return LAUNCH(2, 32, 0, stream, blocks_kernel, word, bytes, flag, fault);
+    return LAUNCH(2, 32, 0, on(stream), blocks_kernel, word, bytes, flag, fault);
 }
 TEST dependent(const int* in, int* out, int fault, void* stream) {
-    return LAUNCH_DEPENDENT(1, 32, 0, stream, dependent_kernel, in, out, fault);
+    return LAUNCH_DEPENDENT(1, 32, 0, on(stream), dependent_kernel, in, out, fault);
 }
 TEST cluster(const int* in, int* out, int64_t grid, int size, int fault, void* stream) {
-    return LAUNCH_CLUSTER(size, grid, 64, 0, stream, cluster_kernel, in, out, size, fault);
+    return LAUNCH_CLUSTER(size, grid, 64, 0, on(stream), cluster_kernel, in, out, size, fault);
 }
 TEST nothing(int* out, int64_t grid, int threads, int64_t smem, void* stream) {
-    return LAUNCH(grid, threads, smem, stream, nothing_kernel, out);
+    return LAUNCH(grid, threads, smem, on(stream), nothing_kernel, out);
 }
 
 }  // namespace crop

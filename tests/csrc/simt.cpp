@@ -104,9 +104,9 @@ void open_cluster(const Cluster& cluster) {
     for (Block& block : cluster) {
         for (int i = 0; i < now.kernel->block; ++i)
             if (block.threads[i]->state == State::kCluster) set_ready(*block.threads[i]);
-        block.epoch += 1, block.at_cluster = 0;
+        block.at_cluster = 0, block.epoch += block.ordered;
     }
-    join(cluster);
+    if (cluster.first->ordered) join(cluster);
     ++progress;
 }
 
@@ -377,10 +377,10 @@ Cluster cluster_of(Block& block) {
     return {&slots[static_cast<size_t>(&block - slots.data()) / size * size], size};
 }
 
-void cluster_sync(Where at) {
+void cluster_sync(bool ordered, Where at) {
     if (gone(at)) return;
     Thread& t = self();
-    t.owner->at_cluster += 1;
+    t.owner->at_cluster += 1, t.owner->ordered = ordered;
     set_waiting(t, State::kCluster, at);
     try_cluster(cluster_of(*t.owner));
     to_scheduler();

@@ -15,6 +15,8 @@
 #include <tuple>
 #include <type_traits>
 
+#include "../../csrc/common/ops.h"
+
 namespace simt {
 
 using Where = std::source_location;
@@ -73,7 +75,7 @@ void commit_async();
 void wait_async(int pending);
 void grid_wait();
 int largest_cluster();
-void cluster_sync(Where);
+void cluster_sync(bool ordered, Where);
 const void* cluster_at(const void* shared, int rank, Where);
 
 // --- helpers ----------------------------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ template <class T, class F>
     return old;
 }
 template <class... Parameters, class Grid, class... Arguments>
-int launch(int cluster, const char* name, void (*kernel)(Parameters...), Grid grid, int block, int64_t smem, void*,
+int launch(int cluster, const char* name, void (*kernel)(Parameters...), Grid grid, int block, int64_t smem, crop::Stream,
            Arguments... arguments) {
     const std::tuple<std::decay_t<Parameters>...> bound(static_cast<Parameters>(arguments)...);
     dim3 blocks;
@@ -142,7 +144,7 @@ int launch(int cluster, const char* name, void (*kernel)(Parameters...), Grid gr
     ::simt::launch(1, #kernel, kernel, grid, block, smem, stream, __VA_ARGS__)
 #define LAUNCH_CLUSTER(cluster, grid, block, smem, stream, kernel, ...) \
     ::simt::launch(cluster, #kernel, kernel, grid, block, smem, stream, __VA_ARGS__)
-#define LARGEST_CLUSTER(kernel, threads) (::simt::largest_cluster())
+#define LARGEST_CLUSTER(device, kernel, threads) ((void)(device), (void)(threads), ::simt::largest_cluster())
 
 #define threadIdx (::simt::here->thread)
 #define blockIdx (::simt::here->block)
@@ -213,7 +215,8 @@ inline void store_once(uint4* to, uint4 v) { *to = v; }
 }
 inline void grid_wait() { simt::grid_wait(); }
 inline void grid_launch_dependents() {}
-inline void cluster_sync(SIMT_AT) { simt::cluster_sync(at); }
+inline void cluster_sync(SIMT_AT) { simt::cluster_sync(true, at); }
+inline void cluster_sync_relaxed(SIMT_AT) { simt::cluster_sync(false, at); }
 template <class T>
 const T* cluster_at(const T* shared, int rank, SIMT_AT) {
     return static_cast<const T*>(simt::cluster_at(shared, rank, at));

@@ -311,6 +311,7 @@ FAULTS = [  # kernel, fault, where it must be reported, in which words
     (cluster, 2, ("race",), "cluster: read of shared 'held'.* of a block that has ended"),
     (cluster, 3, ANY, "bounds: no block 4 in a cluster of 4"),
     (cluster, 4, ("race",), "race: .* of another block"),
+    (cluster, 6, ("race",), "race: .* of another block"),
 ]  # fmt: skip
 
 

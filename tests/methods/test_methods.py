@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
-from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, by_name
+from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, by_name, register_method
 from crop.methods.registry import POOL_SHARE
 from tests.methods.test_ilp import kept_by
 from tests.support.layouts import (
@@ -114,6 +114,16 @@ def test_both_stages_end_with_keep_of_the_original_tokens(layout, region, keep):
     left = len(layout) if selection is None else selection.num_keep
     assert left == max(1, round(keep * layout.num_original))
     assert len(kept_by(selection, [0.0] * len(layout))) == left
+
+
+def test_names_of_the_package_stay_its_own():
+    with pytest.raises(ValueError, match="register_method: name must be none of crop, plc, .*got 'fastv'"):
+        register_method("fastv", lambda keep, layers: None)
+    with pytest.raises(ValueError, match="got ''"):
+        register_method("", lambda keep, layers: None)
+    with pytest.raises(TypeError, match="build must be a function of keep and num_layers, got str"):
+        register_method("mine", "plc")
+    assert by_name("fastv", 0.5) == InnerLLMPruning(0.5, rows="last", ring=0)
 
 
 def test_by_name():

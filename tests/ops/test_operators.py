@@ -87,7 +87,7 @@ def test_pool_of_threads_survives_fork() -> None:
                 tokens, plan = args
                 out, code = torch.empty_like(expected), 0
                 code = dispatch.native and dispatch.native.adaptive_pool(
-                    False, 2, tokens.data_ptr(), plan.members.data_ptr(), plan.offsets.data_ptr(), 0, out.data_ptr(), 0,
+                    -1, 2, tokens.data_ptr(), plan.members.data_ptr(), plan.offsets.data_ptr(), 0, out.data_ptr(), 0,
                     *tokens.shape, len(plan.members), plan.num_out, tokens.stride(0), 0, 0,
                 )  # fmt: skip
                 ok = dispatch.native is None or (code == 0 and out.numpy().tobytes() == expected.numpy().tobytes())

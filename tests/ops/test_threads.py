@@ -29,7 +29,7 @@ kept = array.array("q", [0]) * images
 
 def call():
     kept[:] = array.array("q", [-7]) * images
-    code = C.select(False, 4, score.buffer_info()[0], 0, 0, 0, [1] * images, kept.buffer_info()[0], images, tokens, 1)
+    code = C.select(-1, 4, score.buffer_info()[0], 0, 0, 0, [1] * images, kept.buffer_info()[0], images, tokens, 1)
     assert code == 0 and set(kept) == {tokens - 1}, (code, kept)
     return len(os.listdir("/proc/self/task"))
 
@@ -71,7 +71,7 @@ def test_threads_flush_denormals_as_the_caller() -> None:
     for flush in (False, True, False) * 10:
         with flush_denormal(flush):
             code = dispatch.native.adaptive_pool(
-                False, 4, tokens.data_ptr(), members.data_ptr(), offsets.data_ptr(), 0, out.data_ptr(), 0,
+                -1, 4, tokens.data_ptr(), members.data_ptr(), offsets.data_ptr(), 0, out.data_ptr(), 0,
                 2 * cells, dim, 2 * cells, cells, dim, 0, 0,
             )  # fmt: skip
         assert code == 0 and bool((out == 0).all() if flush else (out > 0).all())

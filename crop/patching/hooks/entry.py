@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from crop.models.attention_hook import attention_hook
 from crop.patching import hf
-from crop.patching.batch_plan import Asked
 from crop.patching.context import ModelHook, PatchContext, hook, replace_method
 from crop.patching.current import CALL, GENERATION
+from crop.patching.planner import Look
 from crop.patching.state import ForwardState, GenerationState, VisionRun, by_tower_call
 from crop.patching.stats import PrefillStats, mark
 
@@ -51,7 +51,7 @@ class EntryHook(ModelHook):
         if hasattr(self.model, hf.GENERATE):
             replace_method(self.model, hf.GENERATE, self._generate, undo)
             replace_method(self.model, hf.EXPAND, self._expand, undo)
-            if self.planner.prunes and hasattr(self.model, hf.ENCODE):  # 5.17 encodes in the model's forward
+            if hasattr(self.model, hf.ENCODE):  # 5.17 encodes in the model's forward
                 replace_method(self.model, hf.ENCODE, self._encode, undo)
             replace_method(self.model, hf.PREPARE, self._prepare, undo)
             # For static caches generate() would make masks of the unpruned length; the language model makes its own.
@@ -120,8 +120,10 @@ class EntryHook(ModelHook):
             return None
         generation = self.context.generation
         if self.context.call is None and generation.encodes is not None:
+            start = mark(HOST)
+            generation.look = self.planner.look(generation.encodes)
             generation.coming = ForwardState(self.context, vision=vision)
-            self._ask(generation.coming, generation.encodes)
+            self._begin(generation.coming, generation.look, start)
             generation.encodes = None
         vision.marks = [mark(next(module.parameters()).device)]
         vision.running = vision.encodings.pop(0) if vision.encodings else None
@@ -162,10 +164,11 @@ class EntryHook(ModelHook):
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = hf.named_arguments(module, args, kwargs)
         generation = self._made_by_generate(arguments)
-        given, copies, state = None, 1, None
+        start, given, copies, look, state = mark(HOST), None, 1, None, None
         if generation is not None:
-            given, copies = generation.arguments, generation.copies
-            state, generation.coming = generation.coming if copies == 1 else None, None
+            given, copies, look = generation.arguments, generation.copies, generation.look
+            state = generation.coming if copies == 1 else None
+            generation.look = generation.coming = None  # of the first call alone
         begun = state is not None
         if not begun:
             state = ForwardState(self.context, vision=VisionRun() if generation is None else generation.vision)
@@ -174,29 +177,22 @@ class EntryHook(ModelHook):
             state.input_valid = hf.caller_mask(arguments)
             state.prefix = self.family.traits.mask == "prefix" and hf.sees_whole_prompt(arguments)
         if not begun:
-            self._ask(state, arguments, given, copies)
+            look = self.planner.look(arguments, given, copies) if look is None else look.repeated(copies)
+            self._begin(state, look, start, tower=hf.brings_pixels(arguments))
 
-    def _ask(
-        self,
-        state: ForwardState,
-        arguments: Mapping[str, Any],
-        given: Mapping[str, Any] | None = None,
-        copies: int = 1,
-    ) -> None:
-        """Read the tokens of a call, before the vision tower runs; the plan follows when that runs, or has run."""
-        start = mark(HOST)
-        asked = self.planner.ask(arguments, given, copies)
-        if asked is None:  # no image
+    def _begin(self, state: ForwardState, look: Look | None, start: Any, tower: bool = True) -> None:
+        """Note the images of a call, seen since ``start``; ``tower``: the vision tower is going to run."""
+        if look is None:
             return
         state.stats = PrefillStats(len(self.layers))
         state.stats.add_span("plan", start, mark(HOST))
-        state.later = partial(self._answer, state, asked)
-        if hf.brings_pixels(arguments):
-            state.vision.encodings = by_tower_call(asked.encodings)
+        state.later = partial(self._plan, state, look)
+        if tower:
+            state.vision.encodings = by_tower_call(look.encodings)
 
-    def _answer(self, state: ForwardState, asked: Asked) -> None:
+    def _plan(self, state: ForwardState, look: Look) -> None:
         start = mark(HOST)
-        plan = state.stats.plan = self.planner.answer(asked)
+        plan = state.stats.plan = self.planner.plan_look(look)
         state.stats.add_span("plan", start, mark(HOST))
         if plan.pool is not None or plan.prunes:
             state.plan = plan
