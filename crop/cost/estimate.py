@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from crop.cost.geometry import DecoderGeometry
-from crop.cost.speed import Speed, measure_speed
+from crop.cost.speed import Speed, layer_host_seconds, measure_speed
 from crop.geometry.region import Region
 from crop.methods.base import Method
 from crop.patching.batch_plan import BatchPlan
@@ -27,12 +27,14 @@ class Cost:
         flops: multiply-adds of all samples, times two; attention by its full square, as ``torch.utils.flop_counter`` counts.
         kv_bytes: keys and values of all samples after it.
         seconds: predicted, the patch's own work included; NaN for a model on the meta device, which cannot be timed.
+        launched: layers that take as long as the host takes to launch them, because the device is quicker.
     """
 
     tokens: list[float]
     flops: float
     kv_bytes: int
     seconds: float
+    launched: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def estimate(
     processor: Any = None,
     image_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
     localizer_seconds: float = 0.0,
+    host_seconds: float | None = None,
     plan: bool = True,
 ) -> Estimate:
     """Predict what pruning one prompt saves; nothing runs on the model.
@@ -69,6 +72,8 @@ def estimate(
         inputs: what ``generate()`` would be called with: ``input_ids``, ``pixel_values`` and so on.
         region: as for ``patch``; None asks before a localizer has run, which tells the same of methods with a budget.
         localizer_seconds: what finding the region costs, to be earned back.
+        host_seconds: in which the host launches one decoder layer, which takes the longer of host and device; 0 for a
+            captured graph. None: ``EAGER_LAYER`` or ``COMPILED_LAYER`` of ``crop.cost.speed`` on a GPU, 0 on a CPU.
         plan: removed, must stay True.
     Returns:
         Estimate: of the decoder alone; what ``EncoderPruning`` saves in the vision encoder is not counted, and the advice
@@ -89,12 +94,13 @@ def estimate(
     geometry = DecoderGeometry.of(decoder)
     device = next(decoder.layers[0].parameters()).device
     speed = measure_speed(geometry, device, decoder.dtype)
+    host = layer_host_seconds(decoder.layers, device) if host_seconds is None else host_seconds
     count, size = len(geometry.layers), decoder.dtype.itemsize
     real = found.valid.sum(1).tolist()
     unpruned, pruned = [real] * count, [_lengths(found, real, layer) for layer in range(count)]
     averages = [sum(image.tokens_at(layer) for layer in range(count)) / count for image in found.images]
-    before = _cost(geometry, speed, unpruned, size, [float(len(image.layout)) for image in found.images])
-    after = _cost(geometry, speed, pruned, size, averages)
+    before = _cost(geometry, speed, host, unpruned, size, [float(len(image.layout)) for image in found.images])
+    after = _cost(geometry, speed, host, pruned, size, averages)
     own = _own_seconds(found, geometry, speed, pruned)
     after = replace(after, seconds=after.seconds + own)
     # The patch's work counts twice: measured alone it is quicker than among the layers, and it is surely paid.
@@ -104,6 +110,9 @@ def estimate(
     if localizer_seconds:
         share += f" and {1000 * localizer_seconds:.1f} ms for the localizer"
         share += f", which may take {1000 * spare:.1f} ms" if spare > 0 else ""
+    if before.launched:
+        share += f"; in {before.launched} of {count} layers the host's loop takes longer than the device"
+        share += "" if prune else ": compile the layers, or ask more at once"
     source = "predicted"
     if device.type == "meta":
         prune = after.flops < (1 - MARGIN) * before.flops
@@ -123,16 +132,23 @@ def _lengths(plan: BatchPlan, real: list[int], layer: int) -> list[int]:
 
 
 def _cost(
-    geometry: DecoderGeometry, speed: Speed, lengths: list[list[int]], element_size: int, tokens: list[float]
+    geometry: DecoderGeometry,
+    speed: Speed,
+    host: float,
+    lengths: list[list[int]],
+    element_size: int,
+    tokens: list[float],
 ) -> Cost:
-    """Of layers that see ``lengths[layer]`` tokens per sample; shorter samples are padded."""
-    flops, seconds, held = 0.0, 0.0, 0
+    """Of layers that see ``lengths[layer]`` tokens per sample; shorter samples are padded. host: seconds per layer."""
+    flops, seconds, held, launched = 0.0, 0.0, 0, 0
     for layer, counts in zip(geometry.layers, lengths, strict=True):
         flops += layer.matrix_flops(sum(map(layer.tokens, counts))) + sum(map(layer.attention_flops, counts))
-        seconds += speed.matrix_seconds(layer, len(counts) * layer.tokens(max(counts)))
-        seconds += speed.attention * len(counts) * layer.attention_flops(max(counts))
+        device = speed.matrix_seconds(layer, len(counts) * layer.tokens(max(counts)))
+        device += speed.attention * len(counts) * layer.attention_flops(max(counts))
+        seconds += max(device, host)
+        launched += device < host
         held += sum(layer.kv_bytes(count, element_size) for count in counts)
-    return Cost(tokens, flops, held, seconds)
+    return Cost(tokens, flops, held, seconds, launched)
 
 
 def _own_seconds(plan: BatchPlan, geometry: DecoderGeometry, speed: Speed, lengths: list[list[int]]) -> float:
