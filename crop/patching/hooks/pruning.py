@@ -164,7 +164,7 @@ class PruningHook(ModelHook):
         if (
             here.seen_from is not None
             and queries == here.seen_from.shape[1]
-            and not (flash or self.planner.makes_masks)
+            and not (flash or self.planner.makes_masks or index in self.recurrent)
             and (mask is None or mask.dtype == torch.bool)
         ):
             return pad_columns(causal(here.seen_from.to(hidden.device)), hf.capacity_of(state.cache))
