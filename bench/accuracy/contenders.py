@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from PIL import Image
+from torch import nn
 
+from bench.accuracy.canvas import CornerOnly, ZoomOnly, shrink, zoom
+from bench.accuracy.trio import Probe, Trio
 from bench.methods import others
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
@@ -18,7 +21,8 @@ from crop.methods.registry import POOL_SHARE
 
 BUDGETS = (0.5, 0.33, 0.22, 0.11, 0.055)
 DOWNSAMPLED = "down-sampled image"
-CUT = 2  # decoder layer at whose input inner pruning drops tokens
+CUT = 2  # decoder layer at whose input inner pruning drops tokens, unless told otherwise
+REGIONS = {"oracle": "oracle", "predicted": "predicted", "shifted": "shifted", "no region": "none"}  # of ours, by name
 # Fraction of the tokens averaged over the layers, number of layers -> method; None: that budget cannot be met.
 Make = Callable[[float, int], Method | None]
 
@@ -29,10 +33,10 @@ class Contender:
 
     Args:
         name: of the row.
-        region: "none", "oracle" or "predicted".
+        region: "none", "oracle", "predicted" or "shifted" (the true one, moved by its own size).
         average: budget and depth -> the method that meets it on average over the layers.
         kept: the same -> the method that meets it after its last cut; None where that is the same thing.
-        prepare: changes the picture before the processor sees it.
+        prepare: (picture, budget, region, tokens per side) -> what the processor sees.
         ours: drawn apart in the plots.
     """
 
@@ -40,7 +44,7 @@ class Contender:
     region: str
     average: Make
     kept: Make | None = None
-    prepare: Callable[[Image.Image, float], Image.Image] | None = None
+    prepare: Callable[[Image.Image, float, Region, int], Image.Image] | None = None
     ours: bool = False
 
 
@@ -91,39 +95,6 @@ class WholeStaysWhole(Method):
         return None if region.is_whole else self.inner.select(layout, region)
 
 
-@dataclass(frozen=True)
-class CornerOnly(Method):
-    """Keep the tokens of the upper left corner, where ``shrink`` put the whole image.
-
-    Args:
-        keep: fraction of the tokens at most.
-    """
-
-    keep: float
-
-    def plan(self, layout: VisionLayout, region: Region) -> PoolPlan | None:
-        side = math.sqrt(self.keep)
-        _, height, width = layout.extent
-        inside = (layout.row < max(1, int(side * height))) & (layout.col < max(1, int(side * width)))
-        label = layout.row.long() * width + layout.col
-        return PoolPlan.from_labels(
-            label.masked_fill(~inside, -1), layout.row, layout.col, inside.to(label.dtype).byte()
-        )
-
-
-def shrink(image: Image.Image, keep: float, grid: int = 16) -> Image.Image:
-    """The image at a lower resolution in the corner of a canvas of its old size: down-sampling for a fixed token grid.
-
-    Args:
-        keep: fraction of the tokens at most. grid: tokens per side; the small image fills whole tokens.
-    """
-    share = max(1, int(math.sqrt(keep) * grid)) / grid
-    small = image.resize([max(1, round(side * share)) for side in image.size], Image.Resampling.LANCZOS)
-    canvas = Image.new("RGB", image.size)
-    canvas.paste(small)
-    return canvas
-
-
 def _largest(fits: Callable[[float], bool]) -> float | None:
     """The largest fraction that fits, by bisection; None: not even a hundredth does."""
     low, high = 0.01, 1.0
@@ -145,11 +116,6 @@ def _inner(make: Make) -> Make:
     return average
 
 
-def _at_cut(make: Make) -> Make:
-    """The same, its cut at the layer of all rows where it leaves the layer to the family."""
-    return lambda keep, layers: make(keep, layers).with_layer(CUT)
-
-
 def _average(method: Method, layers: int) -> float:
     """Fraction of the tokens that a layer sees on average; by the methods' own fractions, before they are rounded."""
     borders = [0, *(cut.layer for cut in method.cuts), layers]
@@ -159,82 +125,84 @@ def _average(method: Method, layers: int) -> float:
     )
 
 
-def _ilp(keep: float, layers: int) -> Method:
-    return InnerLLMPruning(keep, layer=CUT)
+def inner(name: str, region: str, kept: Make, ours: bool = False) -> Contender:
+    """A row of a method that drops inside the decoder."""
+    return Contender(name, region, _inner(kept), kept, ours=ours)
 
 
-def crop_both(pool: float, keep: float) -> Method:
-    return Compose(PreLLMCompression(keep=pool), InnerLLMPruning(keep, layer=CUT))
+def both_of(pool: float, keep: float, cut: int) -> Method:
+    """Ours at both stages, pooling to ``pool``."""
+    return Compose(PreLLMCompression(keep=pool), InnerLLMPruning(keep, layer=cut))
 
 
-def _both_kept(budget: float, layers: int) -> Method:
-    return crop_both(budget**POOL_SHARE, budget)
+def _both(name: str, region: str, cut: int) -> Contender:
+    def average(budget: float, layers: int) -> Method | None:
+        keep = _largest(lambda keep: (cut * keep**POOL_SHARE + (layers - cut) * keep) / layers <= budget)
+        return None if keep is None else both_of(keep**POOL_SHARE, keep, cut)
+
+    return Contender(name, region, average, lambda b, _: both_of(b**POOL_SHARE, b, cut), ours=True)
 
 
-def _both_average(budget: float, layers: int) -> Method:
-    def average(keep: float) -> float:
-        return (CUT * keep**POOL_SHARE + (layers - CUT) * keep) / layers
+def contenders(cut: int = CUT, model: nn.Module | None = None) -> list[Contender]:
+    """All rows but the unpruned one.
 
-    keep = _largest(lambda keep: average(keep) <= budget)
-    return crop_both(keep**POOL_SHARE, keep)
-
-
-def contenders() -> list[Contender]:
-    """All rows but the unpruned one."""
-    rows = [
-        Contender(DOWNSAMPLED, "none", lambda b, _: CornerOnly(b), prepare=shrink),
-    ]
+    Args:
+        cut: decoder layer of the rows that drop at one layer and leave it open.
+        model: for the row that takes gradients; None: without it.
+    """
+    rows = [Contender(DOWNSAMPLED, "none", lambda b, _: CornerOnly(b), prepare=shrink)]
+    for name in list(REGIONS)[:3]:
+        rows.append(Contender(f"zoom, {name}", REGIONS[name], lambda b, _: ZoomOnly(b), prepare=zoom))
     for name, make in others().items():
         if make(0.5, 8).cuts:
-            made = _at_cut(make)
-            rows.append(Contender(name, "none", _inner(made), made))
+            rows.append(inner(name, "none", lambda keep, layers, make=make: make(keep, layers).with_layer(cut)))
         else:
             rows.append(Contender(name, "none", make))
-    for region in ("oracle", "predicted"):
+    if model is not None:
+        probe = Probe(model, cut - 1)
+        rows.append(inner("trio", "none", lambda keep, _: Trio(keep, layer=cut, probe=probe)))
+    for name, region in REGIONS.items():
         rows += [
-            Contender(f"ILP, {region}", region, _inner(_ilp), _ilp, ours=True),
-            Contender(f"PLC, {region}", region, lambda b, _: PreLLMCompression(keep=b), ours=True),
-            Contender(f"both, {region}", region, _both_average, _both_kept, ours=True),
+            inner(f"ILP, {name}", region, lambda keep, _: InnerLLMPruning(keep, layer=cut), ours=True),
+            Contender(f"PLC, {name}", region, lambda b, _: PreLLMCompression(keep=b), ours=True),
+            _both(f"both, {name}", region, cut),
         ]
-    rows.append(
-        Contender(
-            "PLC, predicted, plain means",
-            "predicted",
-            lambda b, _: PreLLMCompression(keep=b, mode="mean"),
-            ours=True,
-        )
-    )
-    rows.append(
-        Contender(
-            "both, predicted, whole stays whole",
-            "predicted",
-            lambda b, n: WholeStaysWhole(_both_average(b, n)),
-            ours=True,
-        )
-    )
-    return rows
+    plain = partial(PreLLMCompression, mode="mean")
+    whole = _both("both, predicted, whole stays whole", "predicted", cut)
+    return [
+        *rows,
+        Contender("PLC, predicted, plain means", "predicted", lambda b, _: plain(keep=b), ours=True),
+        replace(whole, average=lambda b, n: WholeStaysWhole(_both("", "", cut).average(b, n)), kept=None),
+    ]
 
 
-def jobs(num_layers: int, budgets: tuple[float, ...] = BUDGETS, names: tuple[str, ...] | None = None) -> list[Job]:
-    """Every contender at every budget that it can meet, unpruned first.
+def jobs(
+    num_layers: int,
+    budgets: tuple[float, ...] = BUDGETS,
+    names: tuple[str, ...] | None = None,
+    *,
+    cut: int = CUT,
+    kept: bool = False,
+    model: nn.Module | None = None,
+) -> list[Job]:
+    """Every contender at every budget that it can meet on average over the layers, unpruned first.
 
     Args:
         num_layers: decoder layers. budgets: fractions of the image's tokens. names: only these rows.
+        cut, model: as for ``contenders``. kept: also every row that meets the budget after its last cut only.
     Raises:
         ValueError: unknown name.
     """
-    nothing = Contender("unpruned", "none", lambda b, n: None)
-    strict = [
-        Contender(f"ILP strict, {region}", region, lambda b, n: None, ours=True) for region in ("oracle", "predicted")
-    ]
-    found = [Job(nothing, 1.0, "", None)]
-    found += [Job(row, 0.0, "", InnerLLMPruning(mode="strict", layer=CUT)) for row in strict]
-    for row in contenders():
+    found = [Job(Contender("unpruned", "none", lambda b, n: None), 1.0, "", None)]
+    strict = InnerLLMPruning(mode="strict", layer=cut)
+    for region in ("oracle", "predicted"):
+        found.append(Job(Contender(f"ILP strict, {region}", region, lambda b, n: None, ours=True), 0.0, "", strict))
+    for row in contenders(cut, model):
         for budget in budgets:
             method = row.average(budget, num_layers)
             if method is not None:
                 found.append(Job(row, budget, "average", method))
-            if row.kept is not None:
+            if kept and row.kept is not None:
                 found.append(Job(row, budget, "kept", row.kept(budget, num_layers)))
     if names is None:
         return found

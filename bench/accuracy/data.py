@@ -6,26 +6,17 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from bench import jsonl
 from bench.accuracy.metrics import TEXT_METRICS, Box, iou, parse_box
-from bench.training.grounding import BOX_KIND, box_questions, box_region
+from bench.worlds import GROUNDING, World, blocks, region_of
 from crop.cli.images import open_image, upright_size
-from crop.embedded import scenes
 from crop.geometry.region import Region
-
-GROUPS = {  # kind of rendered question -> group of the table
-    **dict.fromkeys(("digit", "word", "sign", "price", "item", "total", "date", "shop"), "local text"),
-    **dict.fromkeys(("color", "shape", "where"), "colour, shape, place"),
-    "count": "counting",
-    **dict.fromkeys(scenes.GLOBAL_KINDS, "global"),
-    BOX_KIND: "grounding",
-}
-LOCAL = ("local text", "colour, shape, place", "counting")
 
 
 @dataclass(frozen=True)
@@ -36,7 +27,7 @@ class Item:
         key: unique in its set and the same in every run. image: of the picture, the same for all its questions.
         question, answers: text; any of the answers is right. Empty answers: a grounding question.
         group: kind of question, a row of the table.
-        metric: what ``score`` reports: "exact", "anls", "relaxed" or "iou".
+        metric: what ``score`` reports: "verbatim", "exact", "anls", "relaxed" or "iou".
         region: where the answer can be seen, or None where nobody knows.
         picture: loads the image, RGB.
         box: the truth of a grounding question, normalised, in what the model is asked to say.
@@ -62,42 +53,36 @@ class Item:
         return TEXT_METRICS[self.metric](answer, self.answers)
 
 
-@lru_cache(maxsize=16)
-def _scene(seed: int) -> scenes.Scene:
-    return scenes.scene(seed)
+def rendered(world: World, first: int, *, grounding: bool = True, whole: bool = True) -> Iterator[Item]:
+    """Questions about rendered pictures from seed ``first`` on, about five or six each, without an end.
 
+    Per picture, drawn by its seed: two about text and one of every other group that it has.
 
-def rendered(first: int, count: int, *, grounding: bool = True) -> Iterator[Item]:
-    """Questions about ``count`` rendered pictures from seed ``first`` on, about five each.
-
-    Per picture, drawn by its seed: two about text, one each about an attribute, a number of things, the whole picture,
-    and, with ``grounding``, where something is.
+    Args:
+        grounding: ask where something is, too. whole: ask what only the whole picture answers, too.
     """
-    for seed in range(first, first + count):
-        rng, drawn = random.Random(seed), _scene(seed)
-        pools: dict[str, list[scenes.Question]] = {}
-        for question in (*drawn.questions, *(box_questions(drawn) if grounding else ())):
-            pools.setdefault(GROUPS[question.kind], []).append(question)
+    for seed in count(first):
+        rng, drawn = random.Random(seed), world.draw(seed)
+        pools: dict[str, list[Any]] = {}
+        for question in drawn.questions:
+            group = world.groups[question.kind]
+            if (grounding or group != GROUNDING) and (whole or question.local):
+                pools.setdefault(group, []).append(question)
         for group, pool in sorted(pools.items()):
             for number, question in enumerate(rng.sample(pool, min(2 if group == "local text" else 1, len(pool)))):
-                is_box = question.kind == BOX_KIND
+                is_box = group == GROUNDING
                 yield Item(
                     key=f"{seed} {group} {number}",
                     image=str(seed),
                     question=question.text,
                     answers=(question.answer,),
                     group=group,
-                    metric="iou" if is_box else "exact",
-                    region=question.region,
-                    picture=lambda seed=seed: _scene(seed).image,
-                    box=_blocks(question.answer) if is_box else None,
-                    read_box=_blocks,
+                    metric="iou" if is_box else "verbatim",
+                    region=region_of(question),
+                    picture=lambda seed=seed: world.draw(seed).image,
+                    box=blocks(question.answer) if is_box else None,
+                    read_box=blocks,
                 )
-
-
-def _blocks(answer: str) -> Box | None:
-    region = box_region(answer)
-    return None if region is None else region.boxes[0]
 
 
 def json_lines(path: Path, metric: str) -> Iterator[Item]:

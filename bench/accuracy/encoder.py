@@ -1,8 +1,8 @@
-"""What pruning inside the vision encoder costs: answers of the embedded model, by the layer at which tokens leave.
+"""What pruning inside the vision encoder costs: answers of an embedded model, by the layer at which tokens leave.
 
-    python -m bench.accuracy.encoder --scenes 200 --json bench/results/encoder.json
+    python -m bench.accuracy.encoder --questions 400 --json bench/results/encoder.json
 
-The embedded model has one view of the picture and attends over all of it, so that its tokens lose context when others leave.
+The embedded models have one view of the picture and attends over all of it, so that their tokens lose context when others leave.
 Encoded are the true region, a ring around it and every fourth token of every fourth row. "Behind" drops the same tokens behind
 the encoder, which has seen them all: the difference to it is what the encoder's late layers lose. Only questions that a part of
 the picture answers.
@@ -11,20 +11,16 @@ the picture answers.
 from __future__ import annotations
 
 import argparse
-import random
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import islice
 from statistics import mean
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import crop
-from bench.common import header, save, table
-from crop import embedded
-from crop.embedded import scenes
+from bench.accuracy.asking import add_options, answers, begin
+from bench.accuracy.data import rendered
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.models import register_family
@@ -47,59 +43,33 @@ class Behind(crop.EncoderPruning):
         return crop.PoolPlan.identity(len(kept)).among(kept, len(layout))
 
 
-def questions(first: int, count: int, per_scene: int) -> list[tuple[scenes.Scene, scenes.Question]]:
-    """Local questions of rendered pictures."""
-    found = []
-    for seed in range(first, first + count):
-        scene, rng = scenes.scene(seed), random.Random(seed)
-        local = [question for question in scene.questions if question.local]
-        found += [(scene, question) for question in rng.sample(local, min(per_scene, len(local)))]
-    return found
-
-
-@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.accuracy.encoder",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--scenes", type=int, default=200)
-    parser.add_argument("--questions", type=int, default=2, help="per scene")
-    parser.add_argument("--first", type=int, default=10_850_000, help="first seed")
+    add_options(parser, questions=400)
     parser.add_argument("--rings", type=int, nargs="+", default=(1, 2))
-    parser.add_argument("--batch", type=int, default=20, help="questions answered together")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    model, processor = embedded.load()
-    depth, known = len(model.model.vision_tower.encoder.layers), families()["llava"]
-    asked = questions(options.first, options.scenes, options.questions)
+    run = begin(options)
+    depth, known = len(run.asker.model.model.vision_tower.encoder.layers), families()["llava"]
+    local = (item for item in rendered(run.world, run.first, grounding=False) if not item.region.is_whole)
+    items = list(islice(local, options.questions))
     jobs: list[tuple[str, crop.Method | None, int]] = [("unpruned", None, 0)]
     for ring in options.rings:
         jobs.append((f"behind, ring {ring}", Behind(ring), 0))
         jobs += [(f"layer {cut} of {depth}, ring {ring}", crop.EncoderPruning(ring), cut) for cut in range(depth)]
-    rows: list[dict[str, Any]] = []
+    rows = []
     try:
-        for name, method, cut in tqdm(jobs, unit="row", disable=None):
+        for name, method, cut in run.bar(jobs, "rows"):
             register_family(replace(known, encoder=LayerEncoder(cut / depth)))
-            right, tokens = [], []
-            for start in range(0, len(asked), options.batch):
-                part = asked[start : start + options.batch]
-                images, regions = [scene.image for scene, _ in part], [question.region for _, question in part]
-                sizes = [image.size for image in images]
-                with crop.patch(model, method, regions, processor=processor, image_size=sizes) as stats:
-                    said = embedded.answer(model, processor, images, [question.text for _, question in part])
-                right += [text == question.answer for text, (_, question) in zip(said, part, strict=True)]
-                tokens += stats.tokens_after_plc
-            rows.append({"tokens leave": name, "exact": mean(right), "tokens": mean(tokens)})
+            asked = answers(run, items, method, [item.region for item in items])
+            exact, tokens = (mean(getattr(one, key) for one in asked) for key in ("score", "entering"))
+            rows.append({"tokens leave": name, "exact": exact, "tokens": tokens})
     finally:
         register_family(known)
-    run = {"first seed": options.first, "questions": len(asked)}
-    print(header(), table([run]), table(rows), sep="\n\n")
-    if options.json:
-        save(options.json, rows, {"run": [run]})
+    run.finish(rows, {"run": [run.facts | {"questions": len(items)}]})
 
 
 if __name__ == "__main__":

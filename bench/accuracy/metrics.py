@@ -17,6 +17,11 @@ def normal(text: str) -> str:
     return " ".join(re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text).split())
 
 
+def verbatim(answer: str, truths: Sequence[str]) -> float:
+    """Equal to one of the truths, letter by letter: for models that answer in the words of their pictures."""
+    return float(answer in truths)
+
+
 def exact(answer: str, truths: Sequence[str]) -> float:
     """Equal to one of the truths after ``normal``."""
     return float(normal(answer) in map(normal, truths))
@@ -94,4 +99,9 @@ def parse_box(answer: str) -> Box | None:
     return (x0, y0, x1, y1) if x0 < x1 <= 1 and y0 < y1 <= 1 else None
 
 
-TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {"exact": exact, "anls": anls, "relaxed": relaxed}
+TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "verbatim": verbatim,
+    "exact": exact,
+    "anls": anls,
+    "relaxed": relaxed,
+}

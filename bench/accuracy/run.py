@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
+from torch import nn
 from tqdm import tqdm
 
+from bench.accuracy.boxes import WHOLE, shifted
 from bench.accuracy.contenders import Job
 from bench.accuracy.data import Item
 from bench.common import commit
@@ -62,14 +66,27 @@ class Journal:
         os.fsync(self.file.fileno())
 
 
+def grid_of(model: nn.Module) -> int | None:
+    """Tokens per side of a model that scales every picture to one square; None: it does not."""
+    vision = getattr(model.config, "vision_config", None)
+    side, patch_side = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+    return side // patch_side if isinstance(side, int) and isinstance(patch_side, int) else None
+
+
+def seen(asker: Asker, job: Job, item: Item, region: Region) -> Image:
+    """The picture of a question as the processor gets it."""
+    image = item.picture()
+    if job.contender.prepare is None:
+        return image
+    return job.contender.prepare(image, job.budget, region, grid_of(asker.model))
+
+
 @torch.no_grad()
 def ask_batch(
     asker: Asker, job: Job, items: Sequence[Item], regions: Sequence[Region], max_new_tokens: int
 ) -> list[dict[str, Any]]:
     """Greedy answers of one batch under one contender, as rows of the journal."""
-    images = [item.picture() for item in items]
-    if job.contender.prepare is not None:
-        images = [job.contender.prepare(image, job.budget) for image in images]
+    images = [seen(asker, job, item, region) for item, region in zip(items, regions, strict=True)]
     inputs = asker.encode_batch([[image] for image in images], [item.question for item in items])
     inputs = inputs.to(asker.model.device, dtype=asker.model.dtype)
     sizes = [image.size for image in images]
@@ -85,6 +102,7 @@ def ask_batch(
             "group": item.group,
             "answer": text,
             "score": round(item.score(text), 4),
+            "entering": stats.tokens_after_plc[number],
             "tokens": stats.tokens_after_ilp[number],
             "average": round(stats.layer_average[number], 2),
             "before": stats.tokens_before[number],
@@ -151,7 +169,7 @@ def run(
                     for job in group:
                         open_items = [item for item in part if item.key not in done[job.key]]
                         if open_items:
-                            where = [_region_of(job, item, known) for item in open_items]
+                            where = [region_of(job, item, known) for item in open_items]
                             journal.add(ask_batch(asker, job, open_items, where, max_new_tokens))
                         progress.update(len(part))
 
@@ -163,9 +181,21 @@ def _watches_tower(method: Method | None) -> bool:
     return method is not None and type(method).observe is not Method.observe
 
 
-def _region_of(job: Job, item: Item, known: dict[str, Region]) -> Region:
-    if job.contender.region == "oracle":
-        if item.region is None:
-            raise ValueError(f"run: {job.contender.name!r} needs the true region of every question, got none")
+def region_of(job: Job, item: Item, known: dict[str, Region]) -> Region:
+    """The region that a contender is given for a question.
+
+    Args:
+        known: predicted regions by question.
+    Raises:
+        ValueError: it needs the true one, and nobody knows it.
+    """
+    source = job.contender.region
+    if source == "predicted":
+        return known[item.key]
+    if source == "none":
+        return Region.whole()
+    if item.region is None:
+        raise ValueError(f"run: {job.contender.name!r} needs the true region of every question, got none")
+    if source == "oracle" or item.region.is_whole:
         return item.region
-    return known[item.key] if job.contender.region == "predicted" else Region.whole()
+    return shifted(item.region, WHOLE, random.Random(item.key))

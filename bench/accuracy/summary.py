@@ -12,74 +12,92 @@ import numpy as np
 from bench.accuracy.contenders import DOWNSAMPLED
 from bench.accuracy.statistics import difference_interval, exact_test, interval, questions_needed
 
-OVERALL = "overall"
+OVERALL, UNPRUNED = "overall", "unpruned|1|"
 HARD = (
     "wrong after down-sampling"  # to the same budget: where pruning has to earn its keep (VTC-Bench, arXiv 2510.07143)
 )
 
 
-def _by_job(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """job -> question -> row; of a run that is not through, the questions that every contender has answered.
+Answers = dict[str, dict[str, dict[str, Any]]]  # job -> question -> row of the journal
+
+
+def by_job(rows: Sequence[dict[str, Any]]) -> Answers:
+    """The journal by job and question.
 
     Raises:
-        ValueError: no such question.
+        ValueError: no unpruned answers to compare with.
     """
-    found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    found: Answers = defaultdict(dict)
     for row in rows:
         if row["job"] != "region":
             found[row["job"]][row["item"]] = row
-    everywhere = set.intersection(*map(set, found.values())) if found else set()
-    if not everywhere:
-        raise ValueError("summarise: rows must hold a question that every contender has answered, got none")
-    return {job: {item: answers[item] for item in answers if item in everywhere} for job, answers in found.items()}
+    if UNPRUNED not in found:
+        raise ValueError("summarise: rows must hold the unpruned model's answers, got none")
+    plain = found[UNPRUNED]
+    # Of a run that is not through: only what has something to be compared with.
+    return {job: {item: row for item, row in answers.items() if item in plain} for job, answers in found.items()}
 
 
-def leads(rows: Sequence[dict[str, Any]], ours: Sequence[str], baselines: Sequence[str]) -> list[dict[str, Any]]:
-    """How far each of ours is ahead of the best baseline of the same budget, by layer average, on the same questions.
+def _cells(answers: Answers) -> dict[float, dict[str, dict[str, float]]]:
+    """budget -> contender -> question -> score, of the rows that meet it on average over the layers."""
+    found: dict[float, dict[str, dict[str, float]]] = defaultdict(dict)
+    for job, of_job in answers.items():
+        contender, budget, counted = job.split("|")
+        if counted == "average" and of_job:
+            found[float(budget)][contender] = {item: row["score"] for item, row in of_job.items()}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def finalists(rows: Sequence[dict[str, Any]], ours: Sequence[str], rivals: Sequence[str], best: int = 3) -> set[str]:
+    """Jobs that are worth more questions: the unpruned model, ours, down-sampling, and at every budget the best rivals."""
+    answers = by_job(rows)
+    plain = {item: row["score"] for item, row in answers[UNPRUNED].items()}
+    chosen = {UNPRUNED}
+    for budget, cells in _cells(answers).items():
+        kept = {name: np.sum(list(of.values())) / sum(plain[item] for item in of) for name, of in cells.items()}
+        order = sorted((name for name in cells if name in rivals), key=lambda name: -kept[name])
+        names = {*order[:best], *(name for name in cells if name in ours), DOWNSAMPLED}
+        chosen |= {f"{name}|{budget:g}|average" for name in names if name in cells}
+    return chosen
+
+
+def leads(rows: Sequence[dict[str, Any]], ours: Sequence[str], rivals: Sequence[str]) -> list[dict[str, Any]]:
+    """How far each of ours is ahead of each rival of the same budget, by layer average, on the questions of both.
 
     Args:
-        rows: of the journal. ours, baselines: contenders.
+        rows: of the journal. ours, rivals: contenders.
     Returns:
-        Rows with contender, budget, group (all questions, or those that are wrong after down-sampling), n, baseline (the best
-        one), lead, low, high (its interval, by picture), in parts of the unpruned score, p (exact paired test), needed
-        (questions for a power of 80 %); none where no baseline meets the budget. The baseline was chosen by its score on
-        these very questions, which favours it.
+        Rows with contender, budget, group (all questions, or those that are wrong after down-sampling), n, baseline, lead,
+        low, high (its interval, by picture), in parts of the unpruned score, p (exact paired test), needed (questions for a
+        power of 80 %). Of a contender, budget and group the strongest rival comes first; it was found on these very
+        questions, which favours it.
     """
-    by_job = _by_job(rows)
-    unpruned = next(answers for job, answers in by_job.items() if job.startswith("unpruned|"))
-    scores: dict[tuple[str, float], dict[str, float]] = {}
-    for job, answers in by_job.items():
-        contender, budget, counted = job.split("|")
-        if counted == "average":
-            scores[contender, float(budget)] = {item: row["score"] for item, row in answers.items()}
+    answers = by_job(rows)
+    plain = {item: row["score"] for item, row in answers[UNPRUNED].items()}
+    picture = {item: row["picture"] for item, row in answers[UNPRUNED].items()}
     out = []
-    for budget in sorted({budget for _, budget in scores}, reverse=True):
-        rivals = [name for name in baselines if (name, budget) in scores]
-        easy = scores.get((DOWNSAMPLED, budget))
-        groups = {OVERALL: list(unpruned)}
-        if easy is not None:
-            groups[HARD] = [item for item in unpruned if easy[item] < 1]
-        for group, items in groups.items():
-            plain = np.mean([unpruned[item]["score"] for item in items]) if items else 0
-            if not plain:
-                continue
-
-            def of(name: str, items: list[str] = items, budget: float = budget) -> np.ndarray:
-                return np.array([scores[name, budget][item] for item in items])
-
-            best = max(rivals, key=lambda name: of(name).mean(), default=None)
-            for name in ours if best is not None else ():
-                if (name, budget) not in scores:
-                    continue
-                ahead = (of(name) - of(best)) / plain
-                low, high = difference_interval(ahead, [unpruned[item]["picture"] for item in items])
-                out.append(
-                    {
-                        "contender": name, "budget": budget, "group": group, "n": len(items), "baseline": best,
-                        "lead": round(float(ahead.mean()), 4), "low": round(low, 4), "high": round(high, 4),
-                        "p": float(f"{exact_test(ahead):.2g}"), "needed": questions_needed(ahead),
-                    }
-                )  # fmt: skip
+    for budget, cells in _cells(answers).items():
+        easy = cells.get(DOWNSAMPLED, {})
+        for group in (OVERALL, HARD):
+            for name in (name for name in ours if name in cells):
+                found = []
+                for rival in (rival for rival in rivals if rival in cells):
+                    items = [item for item in cells[name] if item in cells[rival]]
+                    if group == HARD:
+                        items = [item for item in items if easy.get(item, 1) < 1]
+                    base = float(np.mean([plain[item] for item in items])) if items else 0.0
+                    if not base:
+                        continue
+                    ahead = np.array([cells[name][item] - cells[rival][item] for item in items]) / base
+                    low, high = difference_interval(ahead, [picture[item] for item in items])
+                    found.append(
+                        {
+                            "contender": name, "budget": budget, "group": group, "n": len(items), "baseline": rival,
+                            "lead": round(float(ahead.mean()), 4), "low": round(low, 4), "high": round(high, 4),
+                            "p": float(f"{exact_test(ahead):.2g}"), "needed": questions_needed(ahead),
+                        }
+                    )  # fmt: skip
+                out += sorted(found, key=lambda row: row["lead"])
     return out
 
 
@@ -91,18 +109,17 @@ def summarise(rows: Sequence[dict[str, Any]], times: dict[str, dict[str, float]]
     Returns:
         Rows with contender, budget, counted, group (of the questions; of contenders with a budget also those questions that
         are wrong after down-sampling to it), n, score, relative (to the unpruned model), low, high (its interval),
-        tokens, average (layer average of vision tokens), both as fractions of the image's, ms and time (relative).
+        entering (vision tokens that enter the decoder), tokens (after the last cut), average (over the layers), all as
+        fractions of the image's, ms and time (relative). Each job is compared on the questions that it answered.
     Raises:
-        ValueError: no unpruned answers to compare with, or no question that all have answered.
+        ValueError: no unpruned answers to compare with.
     """
-    by_job = _by_job(rows)
-    plain = next((found for job, found in by_job.items() if job.startswith("unpruned|")), None)
-    if plain is None:
-        raise ValueError("summarise: rows must hold the unpruned model's answers, got none")
+    found = by_job(rows)
+    plain = found[UNPRUNED]
     out = []
-    for job, answers in by_job.items():
+    for job, answers in found.items():
         contender, budget, counted = job.split("|")
-        easy = by_job.get(f"{DOWNSAMPLED}|{budget}|average", {})
+        easy = found.get(f"{DOWNSAMPLED}|{budget}|average", {})
         groups: dict[str, list[str]] = defaultdict(list)
         for item, row in answers.items():
             groups[OVERALL].append(item)
@@ -120,8 +137,10 @@ def summarise(rows: Sequence[dict[str, Any]], times: dict[str, dict[str, float]]
                     "n": len(items), "score": round(float(scores.mean()), 4),
                     "relative": round(float(scores.mean() / base.mean()), 4) if base.any() else None,
                     "low": round(low, 4), "high": round(high, 4),
-                    "tokens": round(float(np.mean([row["tokens"] / row["before"] for row in mine])), 4),
-                    "average": round(float(np.mean([row["average"] / row["before"] for row in mine])), 4),
+                    **{
+                        key: round(float(np.mean([row[key] / row["before"] for row in mine])), 4)
+                        for key in ("entering", "tokens", "average")
+                    },
                     "whole": round(float(np.mean([row["whole"] for row in mine])), 4),
                     "ms": times.get(job, {}).get("ms"), "time": times.get(job, {}).get("ratio"),
                 }
@@ -167,7 +186,8 @@ def plot(rows: Sequence[dict[str, Any]], group: str, path: Path, axis: str) -> N
     axes = figure.subplots()
     lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        if row["group"] == group and row["counted"] == "average" and row[axis] is not None:
+        crowd = row["contender"].endswith(("shifted", "no region"))
+        if row["group"] == group and row["counted"] == "average" and row[axis] is not None and not crowd:
             lines[row["contender"]].append(row)
     ours = ("ILP", "PLC", "both")
     colours = {"ILP": "#c26a00", "PLC": "#1b7f4b", "both": "#1f4fbf"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import median
@@ -11,8 +12,9 @@ from tqdm import tqdm
 
 from bench.accuracy.contenders import Job
 from bench.accuracy.data import Item
+from bench.accuracy.run import region_of, seen
 from crop.cli.ask import Asker
-from crop.localizers import BoxLocalizer, Localizer, WholeLocalizer
+from crop.localizers import BoxLocalizer, Localizer
 
 
 @torch.no_grad()
@@ -27,25 +29,26 @@ def measure(
     Args:
         rounds: timed rounds after an untimed one; the questions take turns.
     Returns:
-        job -> {"ms": median, "localizer_ms": part of it, "ratio": median of time over unpruned time}.
+        job -> {"ms": median, "localizer_ms": part of it, what is done to the picture included, "ratio": median of time over unpruned time}.
     """
     total: dict[str, list[float]] = defaultdict(list)
     located: dict[str, list[float]] = defaultdict(list)
     for turn in tqdm(range(rounds + 1), "timing", disable=None):
         item = items[turn % len(items)]
         for job in jobs:
-            image = item.picture()
-            if job.contender.prepare is not None:
-                image = job.contender.prepare(image, job.budget)
-            finder: Localizer = WholeLocalizer()
-            if job.contender.region == "oracle":
-                finder = BoxLocalizer(item.region)
-            elif job.contender.region == "predicted":
-                finder = localizer
+            image, source, start = item.picture(), job.contender.region, time.perf_counter()
+            prepared = job.contender.prepare is not None
+            if source == "predicted" and not prepared:
+                finder: Localizer = localizer
+            else:
+                known = {item.key: localizer(image, item.question)} if source == "predicted" else {}
+                finder = BoxLocalizer(region_of(job, item, known))
+                image = seen(asker, job, item, finder.region)
+            before = time.perf_counter() - start if prepared else 0.0
             answer = asker.ask(image, item.question, method=job.method, localizer=finder, max_new_tokens=max_new_tokens)
             if turn:
-                total[job.key].append(answer.seconds["total"])
-                located[job.key].append(answer.seconds["localizer"])
+                total[job.key].append(before + answer.seconds["total"])
+                located[job.key].append(before + answer.seconds["localizer"])
     base = total[jobs[0].key]
     return {
         job.key: {

@@ -2,13 +2,13 @@
 
     python -m bench.training.head --out crop/embedded/head.safetensors                          # embedded model, rendered set
     python -m bench.training.head --evaluate crop/embedded/head.safetensors --scenes 100        # held-out pictures
+    python -m bench.training.head --world pages --model FOLDER --out FOLDER/head.safetensors     # second embedded model
     python -m bench.training.head --model PATH --records train.jsonl --dev dev.jsonl --out head.safetensors
 
 Records: see bench.records.
 
-The model runs once per image up to its decoder; what the head needs is kept in --cache. Rendered pictures: training seeds
-from 9 000 000 on, development seeds from 10 500 000 on, where also the confidence is fitted; 10 800 000 and more are left to
-`python -m bench.localizers` and --evaluate.
+The model runs once per image up to its decoder; what the head needs is kept in --cache. Rendered pictures: seeds "train" of
+bench.worlds, the confidence is fitted on seeds "fit"; --evaluate asks about seeds "try".
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from bench.common import header
 from bench.records import Record, read_jsonl, rendered
+from bench.worlds import WORLDS
 from crop.cli.ask import EMBEDDED, Asker, load
 from crop.cli.images import open_image
 from crop.geometry.layout import VisionLayout
@@ -40,7 +41,6 @@ from crop.localizers.head import OCTAVES, Head, clues, head_region, waves
 from crop.localizers.reading import embeddings
 from crop.localizers.vision_cache import cache_vision
 
-TRAIN_SEED, DEV_SEED, HELD_OUT_SEED = 9_000_000, 10_500_000, 10_800_000
 SETTINGS = {"threshold": 0.2, "gap": 0, "max_boxes": 8, "dilate": 0}
 BACKGROUND = 64  # tokens per image and step that no question wants
 
@@ -240,7 +240,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.training.head", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=EMBEDDED, help="embedded, a folder or a hub name")
+    parser.add_argument("--world", choices=WORLDS, default="embedded", help="rendered pictures, and the model for them")
+    parser.add_argument(
+        "--model", help="folder of the world's model, or with records any model, a folder or a hub name"
+    )
     parser.add_argument("--records", type=Path, help="JSON lines to train on (default: rendered pictures)")
     parser.add_argument("--dev", type=Path, help="JSON lines to fit the confidence on")
     parser.add_argument("--out", type=Path, help="file to write the head to")
@@ -263,24 +266,34 @@ def main() -> None:
         parser.error("one of --out and --evaluate must be given")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    world = WORLDS[options.world]
+
+    def asker() -> Asker:
+        if options.dev:
+            return load(options.model or EMBEDDED, options.device, "auto")
+        return world.ask(Path(options.model) if options.model else None, options.device, "auto")
+
     if options.evaluate:
-        held_out = read_jsonl(options.dev) if options.dev else rendered(HELD_OUT_SEED, options.scenes, 8)
-        verdicts = list(
-            judged(Head.load(options.evaluate), *features(load(options.model, options.device, "auto"), held_out, None))
-        )
+        first = world.seeds["try"]
+        held_out = read_jsonl(options.dev) if options.dev else rendered(world, first, options.scenes, 8)
+        verdicts = list(judged(Head.load(options.evaluate), *features(asker(), held_out, None)))
         print(header())
-        print(f"{options.dev or f'seeds from {HELD_OUT_SEED}'}, {len(verdicts)} questions")
+        print(f"{options.dev or f'seeds from {first}'}, {len(verdicts)} questions")
         for min_confidence in (0.3, 0.5, 0.7, 0.9):
             print(report(Head.load(options.evaluate), verdicts, min_confidence))
         return
     if options.cache and options.cache.is_file():
         sets = torch.load(options.cache, weights_only=False)
     else:
-        asker = load(options.model, options.device, "auto")
-        sources = ((options.records, TRAIN_SEED, options.scenes), (options.dev, DEV_SEED, options.scenes // 10))
+        model = asker()
+        sources = ((options.records, "train", options.scenes), (options.dev, "fit", options.scenes // 10))
         sets = [
-            features(asker, read_jsonl(path) if path else rendered(seed, count, 8), None if path else count)
-            for path, seed, count in sources
+            features(
+                model,
+                read_jsonl(path) if path else rendered(world, world.seeds[use], count, 8),
+                None if path else count,
+            )
+            for path, use, count in sources
         ]
         if options.cache:
             torch.save(sets, options.cache)

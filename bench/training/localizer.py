@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from bench.common import header
 from bench.records import Record, read_jsonl, rendered
+from bench.worlds import WORLDS
 from crop.cli.ask import EMBEDDED, load
 from crop.cli.images import open_image
 from crop.geometry.region import Region
@@ -173,8 +174,8 @@ def main() -> None:
         rng = random.Random(0)
         endless: Iterator[Record] = open_all(rng.choice(known) for _ in itertools.count())
     else:
-        endless = open_all(rendered(TRAIN_SEED, 10**6, 4))
-        dev = list(open_all(rendered(DEV_SEED, 40, 3)))
+        endless = open_all(rendered(WORLDS["embedded"], TRAIN_SEED, 10**6, 4))
+        dev = list(open_all(rendered(WORLDS["embedded"], DEV_SEED, 40, 3)))
     if options.lora:
         model = with_lora(model, options.lora)
     else:

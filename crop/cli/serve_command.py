@@ -7,14 +7,15 @@ import base64
 import importlib.util
 import io
 import json
+import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from crop.cli.options import UsageError, fraction, number
@@ -58,15 +59,16 @@ def run(options: argparse.Namespace) -> int:
     command = server_command(options)
     further, _ = vllm_options(options.vllm)
     check_model(command[command.index("--model") + 1], further.revision, bool(further.trust_remote_code))
+    if listening(options, further):
+        raise UsageError(f"--port must be free, got {options.port}, where something listens already")
     print(shlex.join(command), flush=True)
     before = signal.signal(signal.SIGTERM, _end)  # whoever ends this command ends the server
     server = subprocess.Popen(command)
-    address = f"http://{'127.0.0.1' if options.host == '0.0.0.0' else options.host}:{options.port}"
     try:
-        while server.poll() is None and not ready(address):
+        while server.poll() is None and not listening(options, further):
             time.sleep(1)
         if server.poll() is None:
-            print(f"\nready; try:\n\n{curl(address, options.model)}\n", flush=True)
+            print(f"\nready; try:\n\n{curl(options, further)}\n", flush=True)
         return server.wait()
     finally:
         if server.poll() is None:
@@ -80,24 +82,25 @@ def _end(*_: Any) -> None:
 
 
 def vllm_options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Of vLLM's own options those that are read here, and the words without ``--hf-overrides``, which is a mapping then.
+    """Of vLLM's own options those that are read here, also from its ``--config`` file, which gives way to words; and the
+    words without ``--hf-overrides``, which is a mapping then.
 
     Raises:
-        UsageError: options that crop serve takes itself; overrides that are no JSON object, or have the key "crop".
+        UsageError: options that crop serve takes itself; overrides that are no JSON object, or have the key "crop"; a file
+            that cannot be read.
     """
-    names = [word.partition("=")[0].replace("_", "-") for word in words]  # vLLM takes both
-    if any(name.startswith("--hf-overrides.") for name in names):
-        raise UsageError("--hf-overrides must be one JSON object, got one of its keys as an option")
-    spelled = [
-        name + word[len(name) :] if name.startswith("--") else word for name, word in zip(names, words, strict=True)
-    ]
     parser = argparse.ArgumentParser("crop serve", usage=argparse.SUPPRESS, add_help=False)
     parser.add_argument("--hf-overrides", default="{}")
+    spelled = _spelled(words)
     _, rest = parser.parse_known_args(spelled)
-    for name in (*OWN, "--revision"):
+    for name in (*OWN, "--config", "--revision", "--uds", "--ssl-certfile"):
         parser.add_argument(name)
+    for name in ("--served-model-name", "--api-key"):
+        parser.add_argument(name, nargs="+")
     parser.add_argument("--trust-remote-code", action=argparse.BooleanOptionalAction)
     found, _ = parser.parse_known_args(spelled)
+    if found.config is not None:
+        found, _ = parser.parse_known_args([*_spelled(config_words(found.config)), *spelled])
     for name in OWN:
         if getattr(found, name[2:]) is not None:
             raise UsageError(f"{name} must stand before --, got it among vLLM's options; crop serve takes it itself")
@@ -111,6 +114,36 @@ def vllm_options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if "crop" in found.hf_overrides:
         raise UsageError('--hf-overrides must come without "crop", which crop serve writes; use --keep, --mode, ...')
     return found, rest
+
+
+def _spelled(words: Sequence[str]) -> list[str]:
+    """With names as vLLM's help has them: it takes underscores, too."""
+    names = [word.partition("=")[0].replace("_", "-") for word in words]
+    if any(name.startswith("--hf-overrides.") for name in names):
+        raise UsageError("--hf-overrides must be one JSON object, got one of its keys as an option")
+    return [
+        name + word[len(name) :] if name.startswith("--") else word for name, word in zip(names, words, strict=True)
+    ]
+
+
+def config_words(path: str) -> list[str]:
+    """The options in a file for vLLM's ``--config``, as they would stand on the command line. UsageError: no such file."""
+    import yaml
+
+    try:
+        given = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config must be a file of vLLM's options, got {path}: {error}") from None
+    if not isinstance(given, dict):
+        raise UsageError(f"--config must be a mapping of vLLM's options, got {given!r:.80} in {path}")
+    words: list[str] = []
+    for name, value in given.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            words += [f"--{name}", *map(str, values)]
+    return words
 
 
 def server_command(options: argparse.Namespace) -> list[str]:
@@ -141,16 +174,24 @@ def check_model(model: str, revision: str | None = None, trust_remote_code: bool
         raise UsageError(f"model {model!r} must be of one of {', '.join(ENTRIES)}, got {', '.join(found) or 'none'}")
 
 
-def ready(address: str) -> bool:
-    """Whether a server answers."""
+def listening(options: argparse.Namespace, further: argparse.Namespace) -> bool:
+    """Whether a server listens where this one will: vLLM does when its engine is ready, not before."""
     try:
-        with urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
-            return answer.status == 200
-    except (OSError, urllib.error.URLError):
+        if further.uds is None:
+            socket.create_connection((_here(options.host), options.port), timeout=2).close()
+        else:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(further.uds)
+    except OSError:
         return False
+    return True
 
 
-def curl(address: str, model: str) -> str:
+def _here(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def curl(options: argparse.Namespace, further: argparse.Namespace) -> str:
     """A request with a region, to be pasted: it brings a small picture along."""
     from PIL import Image
 
@@ -160,10 +201,19 @@ def curl(address: str, model: str) -> str:
     url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what color is the square"}]
     body: dict[str, Any] = {
-        "model": model,
+        "model": (further.served_model_name or [options.model])[0],
         "messages": [{"role": "user", "content": content}],
         "max_tokens": 16,
         "mm_processor_kwargs": {"crop_region": [0.1, 0.1, 0.55, 0.55]},
     }
-    asked = shlex.quote(json.dumps(body))
-    return f"curl -s {address}/v1/chat/completions -H 'Content-Type: application/json' -d {asked}"
+    host = "localhost" if further.uds else _here(options.host)
+    host = f"[{host}]" if ":" in host else host
+    words = ["curl", "-s", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    words += ["--unix-socket", further.uds] if further.uds else []
+    words += ["--insecure"] if further.ssl_certfile else []  # the certificate names another host than this one
+    words += ["-H", f"Authorization: Bearer {further.api_key[0]}"] if further.api_key else []
+    line = shlex.join(words)
+    if not further.api_key and os.environ.get("VLLM_API_KEY"):
+        line += ' -H "Authorization: Bearer $VLLM_API_KEY"'
+    place = "" if further.uds else f":{options.port}"
+    return f"{line} {'https' if further.ssl_certfile else 'http'}://{host}{place}/v1/chat/completions"

@@ -19,8 +19,7 @@ def encoding_of(method: Method, layout: VisionLayout, region: Region, pieces: Pi
     """What ``method.encode`` takes of one image.
 
     Raises:
-        TypeError, ValueError: it returned something else than a mask of its pieces, or takes none, of a frame of a video
-            included.
+        TypeError, ValueError: it returned something else than a mask of its pieces, or takes none.
     """
     taken = method.encode(layout, region, pieces)
     if taken is None:
@@ -33,15 +32,7 @@ def encoding_of(method: Method, layout: VisionLayout, region: Region, pieces: Pi
             f"patch: encode() of a method must take some of the image's {len(pieces)} pieces, got a mask of shape "
             f"{tuple(taken.shape)} with {int(taken.sum())}"
         )
-    found = Encoding(layout, pieces, taken, video)
-    if pieces.place is not None:  # views are frames, which a tower may tell by their number
-        empty = torch.nonzero(torch.bincount(found.left.view, minlength=layout.extent[0]) == 0).flatten()
-        if len(empty):
-            raise ValueError(
-                "patch: encode() of a method must take some pieces of every frame of a video, got none of "
-                f"{empty.tolist()}; leave frames out when you sample the video"
-            )
-    return found
+    return Encoding(layout, pieces, taken, video)
 
 
 def _lifted(plan: PoolPlan | FeaturePooling | None, tokens: Tensor) -> PoolPlan | FeaturePooling:

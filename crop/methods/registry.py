@@ -7,6 +7,7 @@ from collections.abc import Callable
 from crop.methods.base import Method, check_keep
 from crop.methods.baselines import BASELINES
 from crop.methods.compose import Compose
+from crop.methods.encoder import EncoderPruning
 from crop.methods.ilp import InnerLLMPruning
 from crop.methods.plc import PreLLMCompression
 
@@ -16,22 +17,29 @@ POOL_SHARE = 0.75
 
 Build = Callable[[float, "int | None"], "Method | None"]
 
-_builds: dict[str, Build] = {
+_BUILT_IN: dict[str, Build] = {
     "crop": lambda keep, _: Compose(PreLLMCompression(keep=keep**POOL_SHARE), InnerLLMPruning(keep)),
     "plc": lambda keep, _: PreLLMCompression(keep=keep),
     "ilp": lambda keep, _: InnerLLMPruning(keep),
     "none": lambda keep, _: None,
     **BASELINES,
 }
+_builds = dict(_BUILT_IN)
 
 
 def register_method(name: str, build: Build) -> None:
-    """Offer a method under a name, in the place of one of the same name.
+    """Make a method known by name: to ``by_name``, the command line, lmms-eval and the benches.
 
     Args:
-        name: for ``by_name``, ``crop ask --method``, lmms-eval's ``method=`` and the benches.
+        name: e.g. "small-keys"; registering it again replaces what it stood for.
         build: (fraction of the vision tokens that is left in the end, decoder layers of the model or None) -> Method.
+    Raises:
+        ValueError: the name is empty or one of the package's own. TypeError: ``build`` cannot be called.
     """
+    if not name or name in _BUILT_IN:
+        raise ValueError(f"register_method: name must be none of {', '.join(_BUILT_IN)}, got {name!r}")
+    if not callable(build):
+        raise TypeError(f"register_method: build must be a function of keep and num_layers, got {type(build).__name__}")
     _builds[name] = build
 
 
@@ -40,7 +48,7 @@ def method_names() -> tuple[str, ...]:
     return tuple(_builds)
 
 
-def by_name(name: str, keep: float, num_layers: int | None = None) -> Method | None:
+def by_name(name: str, keep: float, num_layers: int | None = None, *, encoder: bool = False) -> Method | None:
     """Method with default settings that ends with a fraction ``keep`` of the vision tokens.
 
     Args:
@@ -49,10 +57,12 @@ def by_name(name: str, keep: float, num_layers: int | None = None) -> Method | N
             method's name.
         keep: fraction in (0, 1]; 1.0 keeps everything (``plan`` and ``select`` return None).
         num_layers: of the decoder, for methods whose layers are spread over the depth ("pyramiddrop", "autoprune").
+        encoder: ``EncoderPruning`` before it, or alone.
     Returns:
         Method, or None for "none".
     Raises:
-        ValueError: unknown name, ``keep`` out of range. TypeError: ``keep`` is not a float.
+        ValueError: unknown name, ``keep`` out of range, a method that does not compose with a stage before the encoder.
+        TypeError: ``keep`` is not a float.
     Source: own choice; the paper does not publish how it splits a budget between the stages.
     """
     if name not in _builds:
@@ -60,4 +70,21 @@ def by_name(name: str, keep: float, num_layers: int | None = None) -> Method | N
     if not isinstance(keep, float):
         raise TypeError(f"by_name: keep must be a float in (0, 1], got {keep!r}")
     check_keep("by_name", keep)
-    return _builds[name](keep, num_layers)
+    method = _builds[name](keep, num_layers)
+    return _behind_encoder(name, method) if encoder else method
+
+
+def _behind_encoder(name: str, method: Method | None) -> Method:
+    stage = EncoderPruning()
+    if method is None:
+        return stage
+    if method.encodes:
+        raise ValueError(f"by_name: {name!r} prunes before the encoder by itself, got encoder=True; leave it out")
+    if isinstance(method, Compose):
+        parts = {"plc": method.plc, "ilp": method.ilp}
+    else:
+        parts = {"ilp" if method.cuts else "plc": method}
+    try:
+        return Compose(**parts, encoder=stage)
+    except TypeError as error:
+        raise ValueError(f"by_name: {name!r} does not compose with a stage before the encoder: {error}") from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from crop.geometry.layout import VisionLayout
-from crop.geometry.pieces import Encoding, Pieces
+from crop.geometry.pieces import Copy, Encoding, Pieces
 from crop.models.clip import TOWERS, class_tokens, tower_layers
 from crop.models.family import Prompt
 
@@ -56,9 +56,15 @@ class TileEncoder(AtTheInput):
 
         return tuple(map(part, args)), {name: part(value) for name, value in kwargs.items()}
 
+    def lengths(self, tower: nn.Module, images: Sequence[Encoding]) -> list[list[int]]:
+        """A tile is a sequence."""
+        tiles = [_of_a_picture(tower)] * sum(int(image.taken.sum()) for image in images)
+        return [tiles] * tower.config.num_hidden_layers
+
     def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
         """Rows of every tensor that has one per tile."""
-        return put_rows(output, torch.cat([image.taken for image in images]))
+        taken = torch.cat([image.taken for image in images])
+        return put_rows(output, torch.nonzero(taken).flatten(), len(taken))
 
 
 def _first(args: tuple, kwargs: dict, count: int, what: str) -> Tensor:
@@ -70,18 +76,34 @@ def _first(args: tuple, kwargs: dict, count: int, what: str) -> Tensor:
     return found
 
 
-def put_rows(output: Any, taken: Tensor) -> Any:
-    """A tower's output whose tensors have a row for each that was ``taken``, (rows,) bool, with zeros for the others."""
+def extra_tokens(tower: nn.Module) -> int:
+    """Tokens before the patches of a sequence: a class token, or none."""
+    names = ("class_embedding", "cls_token")
+    return sum(name.rpartition(".")[2] in names for name, _ in tower.named_parameters())
+
+
+def _of_a_picture(tower: nn.Module) -> int:
+    """Tokens that a tower makes of a picture or a tile of fixed size."""
+    config = tower.config
+    size, side = ([one] * 2 if isinstance(one, int) else one for one in (config.image_size, config.patch_size))
+    return (size[0] // side[0]) * (size[1] // side[1]) + extra_tokens(tower)
+
+
+def put_rows(output: Any, place: Tensor, total: int) -> Any:
+    """A tower's output whose tensors have a row for each ``place``, (rows,) int64, as one of ``total`` rows.
+
+    Rows whose place is ``total`` are left out; what has none is zero.
+    """
     if isinstance(output, Tensor):
-        if len(output) != int(taken.sum()):
+        if len(output) != len(place):
             return output
-        rows = torch.nonzero(taken).flatten().to(output.device, non_blocking=True)
-        return output.new_zeros(len(taken), *output.shape[1:]).index_copy(0, rows, output)
+        rows = place.to(output.device, non_blocking=True)
+        return output.new_zeros(total + 1, *output.shape[1:]).index_copy(0, rows, output)[:total]
     if isinstance(output, (tuple, list)):
-        return type(output)(put_rows(part, taken) for part in output)
+        return type(output)(put_rows(part, place, total) for part in output)
     if hasattr(output, "items"):
         for name, value in list(output.items()):
-            output[name] = put_rows(value, taken)
+            output[name] = put_rows(value, place, total)
     return output
 
 
@@ -110,63 +132,128 @@ EQUAL_TILES_WHOLE_FIRST = TileEncoder(partial(equal_tiles, whole_first=True))
 class GridEncoder(AtTheInput):
     """Qwen2-VL and its kin: patches of all images in one sequence, merged squarewise into tokens behind the last layer.
 
-    Where layers attend inside windows a piece is a window, elsewhere a token. What the tower derives from the grids of whole
-    images is handed to it instead: positions, borders of images and windows.
+    Where layers attend inside windows a piece is a window, elsewhere a token; the last piece is a copy of the picture at low
+    resolution, made of its patches, to the tower one more picture. What the tower derives from the grids of whole images is
+    handed to it instead: positions, borders of images and windows.
+
+    Args:
+        times: how many times smaller the sides of the copy are.
     """
 
+    def __init__(self, times: int = 4) -> None:
+        self.times = times
+
     def pieces(self, prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
-        """Windows in reading order, frame by frame."""
+        """Windows in reading order, frame by frame, and the copy."""
         vision = prompt.config.vision_config
-        side = 1
-        if hasattr(vision, "window_size"):
-            side = vision.window_size // vision.patch_size // vision.spatial_merge_size
-        found = []
+        side, found = _window_side(vision, vision.spatial_merge_size), []
         for layout in layouts:
             frames, *tokens = layout.extent
             rows, columns = (-(-count // side) for count in tokens)
-            piece = (layout.view.long() * rows + layout.row // side) * columns + layout.col // side
             place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2).repeat(frames, 1)
-            found.append(Pieces(piece[:, None], torch.zeros(len(place), dtype=torch.bool), place))
+            place = torch.cat([place, torch.full((1, 2), -1)])
+            overview = torch.arange(len(place)) == len(place) - 1
+            found.append(Pieces(_window(layout, side)[:, None], overview, place, Copy.of(layout, self.times)))
         return found
 
     def take(self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]) -> tuple[tuple, dict]:
-        """Patches of the tokens that are taken, and where they stand.
+        """Patches of the tokens that are taken and of the copies, and where they stand.
 
         Raises:
             RuntimeError: the tower gets another number of patches.
         """
         merge, pixels = tower.spatial_merge_size, args[0]
-        tokens = torch.cat([image.tokens for image in images])
-        if len(pixels) != len(tokens) * merge**2:
+        own = torch.cat([image.own for image in images])
+        if len(pixels) != len(own) * merge**2:
             raise RuntimeError(
-                f"patch: the vision tower must get the {len(tokens) * merge**2} patches of the prompt, got {len(pixels)}"
+                f"patch: the vision tower must get the {len(own) * merge**2} patches of the prompt, got {len(pixels)}"
             )
-        patches = _patches(torch.nonzero(tokens).flatten(), merge)
-        counts = [torch.bincount(image.left.view) for image in images]
+        patches = _patches(torch.nonzero(own).flatten(), merge)
+        chosen = [pixels[patches.to(pixels.device, non_blocking=True)]]
+        for image, whole in zip(images, pixels.split([len(image.layout) * merge**2 for image in images]), strict=True):
+            if image.copy is not None:
+                chosen.append(_smaller(whole, image.layout.extent, image.copy.extent, tower.config.patch_size, merge))
+        # What the tower gets, and the pictures that it is of.
+        parts = [(image.layout.take(image.own), image.layout) for image in images]
+        parts += [(image.copy, image.copy) for image in images if image.copy is not None]
+        counts = [torch.bincount(part.view) for part, _ in parts]
+        sides = [torch.tensor([1, *(merge * side for side in whole.extent[1:])]) for _, whole in parts]
+        grids = [side.expand(int((count > 0).sum()), 3) for side, count in zip(sides, counts, strict=True)]
         given = {
-            "position_ids": torch.cat([_positions(image.left, merge) for image in images]),
+            "grid_thw": torch.cat(grids),  # a row for every sequence
+            "position_ids": torch.cat([_positions(part, merge) for part, _ in parts]),
             "cu_seqlens": _borders(torch.cat(counts) * merge**2),
         }
         if hasattr(tower, "window_size"):
-            given["window_index"], given["cu_window_seqlens"] = _windows(images, merge)
+            windows = [_window(part, _window_side(tower, merge)) for part, _ in parts]
+            given["window_index"], given["cu_window_seqlens"] = _windows(windows, merge)
         if hasattr(tower, "num_grid_per_side"):  # learned positions, interpolated
             from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
+            frames = [torch.tensor([whole.extent[0], 1, 1]) for _, whole in parts]
             indices, weights = get_vision_interpolation_indices_and_weights(
-                kwargs["grid_thw"].cpu(),
+                torch.stack([count * side for count, side in zip(frames, sides, strict=True)]),
                 num_grid_per_side=tower.num_grid_per_side,
                 mode=tower.interpolation_mode,
                 align_corners=tower.interpolation_align_corners,
                 spatial_merge_size=merge,
             )
+            patches = torch.cat([patches, torch.arange(len(own) * merge**2, len(indices))])
             given["interp_indices"], given["interp_weights"] = indices[patches], weights[patches]
         given = {name: value.to(pixels.device, non_blocking=True) for name, value in given.items()}
-        pixels = pixels[patches.to(pixels.device, non_blocking=True)]
-        return (pixels, *args[1:]), kwargs | given
+        return (torch.cat(chosen), *args[1:]), kwargs | given
+
+    def lengths(self, tower: nn.Module, images: Sequence[Encoding]) -> list[list[int]]:
+        """Frames, or windows of them, of what is taken and of the copies."""
+        merge, depth = tower.spatial_merge_size, tower.config.depth
+        parts = [image.layout.take(image.own) for image in images]
+        parts += [image.copy for image in images if image.copy is not None]
+
+        def counted(numbers: list[Tensor]) -> list[int]:
+            return [merge**2 * count for one in numbers for count in torch.bincount(one).tolist() if count]
+
+        frames = counted([part.view for part in parts])
+        if not hasattr(tower, "window_size"):
+            return [frames] * depth
+        windows = counted([_window(part, _window_side(tower, merge)) for part in parts])
+        return [frames if layer in tower.fullatt_block_indexes else windows for layer in range(depth)]
 
     def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
         """Merged tokens, and those of further levels."""
-        return put_rows(output, torch.cat([image.tokens for image in images]))
+        own = torch.cat([image.own for image in images])
+        place, start = [torch.nonzero(own).flatten()], 0
+        for image in images:
+            place.append(torch.where(image.places < 0, len(own), image.places + start))
+            start += len(image.layout)
+        return put_rows(output, torch.cat(place), len(own))
+
+
+def _window_side(vision: Any, merge: int) -> int:
+    """Tokens in a row of a window, of a tower or its configuration; 1 where no layer attends inside windows."""
+    return vision.window_size // vision.patch_size // merge if hasattr(vision, "window_size") else 1
+
+
+def _window(layout: VisionLayout, side: int) -> Tensor:
+    """(N,) int64 number of the window of every token, in reading order."""
+    _, rows, columns = layout.extent
+    rows, columns = -(-rows // side), -(-columns // side)
+    return (layout.view.long() * rows + layout.row // side) * columns + layout.col // side
+
+
+def _smaller(pixels: Tensor, extent: Sequence[int], small: Sequence[int], side: int, merge: int) -> Tensor:
+    """Patches of a picture with smaller sides, each pixel the mean of those in its place.
+
+    Args:
+        pixels: (patches, channels * side ** 2), those of a token follow each other. extent, small: frames, rows and columns
+            of tokens, before and after. side: pixels of a patch. merge: patches in a row of a token.
+    """
+    frames, rows, columns = extent
+    pictures = pixels.view(frames, rows, columns, merge, merge, -1, side, side).permute(0, 5, 1, 3, 6, 2, 4, 7)
+    pictures = pictures.reshape(frames, -1, rows * merge * side, columns * merge * side)
+    _, rows, columns = small
+    pictures = nn.functional.adaptive_avg_pool2d(pictures, (rows * merge * side, columns * merge * side))
+    pictures = pictures.view(frames, -1, rows, merge, side, columns, merge, side).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    return pictures.reshape(-1, pixels.shape[1])
 
 
 def _patches(tokens: Tensor, merge: int) -> Tensor:
@@ -186,11 +273,10 @@ def _borders(counts: Tensor) -> Tensor:
     return nn.functional.pad(counts[counts > 0].cumsum(0), (1, 0)).int()
 
 
-def _windows(images: Sequence[Encoding], merge: int) -> tuple[Tensor, Tensor]:
-    """Tokens that are taken in the order of their windows, and the borders of these in patches."""
+def _windows(windows: Sequence[Tensor], merge: int) -> tuple[Tensor, Tensor]:
+    """Tokens in the order of their windows, of several pictures, and the borders of these in patches."""
     order, counts, start = [], [], 0
-    for image in images:
-        window = image.pieces.of_token[image.tokens, 0]
+    for window in windows:
         order.append(window.argsort(stable=True) + start)
         counts.append(torch.bincount(window) * merge**2)
         start += len(window)
@@ -245,6 +331,12 @@ class LayerEncoder:
             if "flash" not in (tower.config._attn_implementation or "eager"):  # whose masks have two dimensions
                 mask = mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
         return args, kwargs | {self.KEY: (index, mask, len(self.layers(tower)))}
+
+    def lengths(self, tower: nn.Module, images: Sequence[Encoding]) -> list[list[int]]:
+        """Pictures, of which late layers see a part, filled up to the longest."""
+        every, count = _of_a_picture(tower), tower.config.num_hidden_layers
+        most = max(int(image.tokens.sum()) for image in images) + class_tokens(tower.config)
+        return [[every if layer < self.cut(count) else most] * len(images) for layer in range(count)]
 
     def layers(self, tower: nn.Module) -> Sequence[nn.Module]:
         """All of them, because all get what is meant for the late ones."""

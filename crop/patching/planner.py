@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +22,27 @@ from crop.patching.batch_plan import BatchPlan, plan_batch
 from crop.patching.cache import cache_state
 from crop.patching.positions import POLICIES
 from crop.patching.validation import as_regions, as_sizes, one_per_image
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """The images of one call.
+
+    Args:
+        images: (sample, layout) each, before samples are repeated.
+        encodings: what the encoder gets of each, None where nothing is left out.
+        valid: (samples, seq_len) bool, what is no padding, of all copies.
+        copies: how often every sample is repeated.
+    """
+
+    images: Placed
+    encodings: list[Encoding | None]
+    valid: Tensor
+    copies: int = 1
+
+    def repeated(self, copies: int) -> Look:
+        """The same for so many copies of every sample."""
+        return replace(self, valid=self.valid.repeat_interleave(copies, 0), copies=copies)
 
 
 class Planner:
@@ -85,8 +107,27 @@ class Planner:
         whole = self.regions is None or all(entry.is_whole for entry in self.regions)
         self.family.check(self.model.config, self.image_processor, self.image_sizes, whole)
 
-    def plan(
+    def look(
         self, arguments: Mapping[str, Any], given: Mapping[str, Any] | None = None, copies: int = 1
+    ) -> Look | None:
+        """The images of one call, and what the encoder gets of them; None: it holds none.
+
+        Args and Raises: as ``plan``.
+        """
+        with _on_the_host():
+            found = self._prompt(arguments, given, copies)
+            if found is None:
+                return None
+            prompt, valid = found
+            images = self.family.images(prompt)
+            return Look(images, self._encodings(prompt, images), valid, copies) if images else None
+
+    def plan(
+        self,
+        arguments: Mapping[str, Any],
+        given: Mapping[str, Any] | None = None,
+        copies: int = 1,
+        look: Look | None = None,
     ) -> BatchPlan | None:
         """The plan of one call; None: it holds no image.
 
@@ -94,18 +135,13 @@ class Planner:
             arguments: what the multimodal model is called with.
             given: what the caller gave ``generate()``, where that makes the call: it repeats every sample for beams, but
                 its caller gave each image once. copies: how often it repeats them.
+            look: at this call, taken before its samples were repeated; None: it is taken now.
         Raises:
             ValueError: as ``patch``.
         """
+        look = self.look(arguments, given, copies) if look is None else look.repeated(copies)
         with _on_the_host():
-            found = self._prompt(arguments, given, copies)
-            return None if found is None else self._plan(*found, arguments, copies)
-
-    def encodings(self, arguments: Mapping[str, Any]) -> list[Encoding | None]:
-        """What the encoder gets of each image, as in ``plan``; for calls of the tower alone, where nothing is repeated."""
-        with _on_the_host():
-            found = self._prompt(arguments, None, 1)
-            return [] if found is None else self._encodings(found[0], self.family.images(found[0]), 1)
+            return None if look is None else self._plan(look, arguments)
 
     def _prompt(
         self, arguments: Mapping[str, Any], given: Mapping[str, Any] | None, copies: int
@@ -125,33 +161,28 @@ class Planner:
         prompt = Prompt(self.model.config, ids[::copies], given or arguments, self.image_processor, self.image_sizes)
         return prompt, valid
 
-    def _regions(self, images: Placed, copies: int) -> list[Region]:
+    def _regions(self, images: Placed, copies: int = 1) -> list[Region]:
         """One per image of a call."""
         regions = [Region.whole()] if self.regions is None else self.regions
         return one_per_image("region", regions, [sample for sample, _ in images], copies)
 
-    def _encodings(self, prompt: Prompt, placed: Placed, copies: int) -> list[Encoding | None]:
-        """One per image of a call, whose samples are repeated after ``placed``; None where nothing is left out."""
-        images = _repeated(placed, copies)
+    def _encodings(self, prompt: Prompt, images: Placed) -> list[Encoding | None]:
+        """One per image; None where nothing is left out."""
         if not self.method.encodes:
             return [None] * len(images)
-        pieces = self.encoder.pieces(prompt, [layout for _, layout in placed])
-        owners = [sample for sample, _ in placed]
-        pieces = _repeated(list(zip(owners, pieces, strict=True)), copies)
+        pieces = self.encoder.pieces(prompt, [layout for _, layout in images])
+        regions = self._regions(images)
         video = getattr(prompt.config, "video_token_id", None) if self.family.videos else None
         return [
-            encoding_of(
-                self.method, layout, region, part, int(prompt.ids[sample // copies, layout.position[0]]) == video
-            )
-            for (sample, layout), (_, part), region in zip(images, pieces, self._regions(images, copies), strict=True)
+            encoding_of(self.method, layout, region, part, int(prompt.ids[sample, layout.position[0]]) == video)
+            for (sample, layout), part, region in zip(images, pieces, regions, strict=True)
         ]
 
-    def _plan(self, prompt: Prompt, valid: Tensor, arguments: Mapping[str, Any], copies: int) -> BatchPlan | None:
-        placed, ids = self.family.images(prompt), hf.token_ids(arguments)
-        images = _repeated(placed, copies)
-        if not images:
-            return None
-        regions, encodings = self._regions(images, copies), self._encodings(prompt, placed, copies)
+    def _plan(self, look: Look, arguments: Mapping[str, Any]) -> BatchPlan:
+        ids, images = hf.token_ids(arguments), _repeated(look.images, look.copies)
+        regions = self._regions(images, look.copies)
+        owners = [sample for sample, _ in look.images]
+        encodings = [one for _, one in _repeated(list(zip(owners, look.encodings, strict=True)), look.copies)]
         if self.prunes:
             hf.refuse_unsupported(arguments, ids, self.language_model, self.uniform)
         cache = hf.cache_of(arguments)
@@ -173,7 +204,7 @@ class Planner:
                 f"patch: rope must be True for an image that follows a cache, got False and {past} cached "
                 "tokens; score with positions, or process the whole conversation without a cache"
             )
-        plan = plan_batch(self.method, images, regions, valid, encodings)
+        plan = plan_batch(self.method, images, regions, look.valid, encodings)
         filled = plan.pool is None or plan.pool.filled is None
         if past and not (filled and all(step.full for step in plan.prunes.values())) and self._carries_states:
             # Fillers stand before the new tokens, where a state that is not empty decays.

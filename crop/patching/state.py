@@ -16,6 +16,7 @@ from crop import ops
 from crop.geometry.pieces import Encoding
 from crop.patching.batch_plan import BatchPlan
 from crop.patching.cache import CacheState, cache_state
+from crop.patching.planner import Look
 from crop.patching.positions import close_gaps
 from crop.patching.stats import PrefillStats
 from crop.patching.token_map import TokenMap, look_up
@@ -55,12 +56,15 @@ class GenerationState:
         owner: the block whose model generates. arguments: what its caller gave.
         copies: how often every sample is repeated, for beams and return sequences.
         input_ids: of the call of the model that comes next; None once that has begun.
+        look: at the images of its first call, taken before their encoder runs. looked: when, marks of begin and end.
     """
 
     owner: Any
     arguments: Mapping[str, Any]
     copies: int = 1
     input_ids: Tensor | None = None
+    look: Look | None = None
+    looked: tuple[Any, Any] | None = None
     vision: VisionRun = field(default_factory=VisionRun)
 
 

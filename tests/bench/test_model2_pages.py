@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bench.training.model2 import pages
-from bench.training.model2.pages import faces, labels
+from bench.training.model2.pages import faces
 
-CHARACTER = labels.SLOTS  # first column of the characters
+CHARACTER = 3  # first column of the characters
 COUNT = 60
 
 
@@ -123,7 +123,7 @@ def test_placement_is_free(scenes):
     share = np.bincount(places, minlength=pages.PATCH) / len(places)
     assert share.min() > 0.03 and share.max() < 0.12
     heights = [run.box[3] - run.box[1] for s in scenes for run in s.runs]
-    assert min(heights) < 13 and max(heights) > 24
+    assert min(heights) <= 13 and max(heights) > 24
 
 
 def test_words_run_over_several_patches(scenes):
@@ -154,7 +154,7 @@ def test_a_patch_names_the_thing_that_covers_it(scenes, patches):
             color = list(pages.COLORS)[label[index, 1] - 1]
             covering = {scene.things[i - 1].color for i in set(ids[index].tolist()) - {0}}
             assert color in covering
-        assert not label[(ids == 0).all(1), : labels.SLOTS].any()
+        assert not label[(ids == 0).all(1), :CHARACTER].any()
         assert not label[(ids == ids[:, :1]).all(1), 2].any()  # inside a shape no outline is seen
 
 

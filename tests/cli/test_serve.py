@@ -22,14 +22,13 @@ from crop.cli.options import UsageError
 from crop.integrations.vllm.settings import Settings
 
 pytestmark = pytest.mark.fast
-HEALTH = """
-import http.server, sys, threading
-class Answer(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200); self.end_headers()
-        threading.Thread(target=server.shutdown).start()
-server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer)
-server.serve_forever()
+LISTENS = """
+import socket, sys
+kind, place = sys.argv[1], sys.argv[2]
+server = socket.socket(socket.AF_UNIX) if kind == "unix" else socket.socket()
+server.bind(place if kind == "unix" else ("127.0.0.1", int(place)))
+server.listen()
+server.accept()
 sys.exit(7)
 """
 
@@ -136,20 +135,86 @@ def test_wrong_use_is_one_line(capsys, monkeypatch):
         assert ended.value.code == 2 and error in capsys.readouterr().err
 
 
-def test_it_waits_until_the_server_answers_prints_a_line_and_ends_with_it(vllm, capsys, monkeypatch):
+@pytest.fixture
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    stand_in = [sys.executable, "-c", HEALTH, port, "--model", str(embedded.WEIGHTS)]
+        return free.getsockname()[1]
+
+
+def serve(monkeypatch, capsys, kind: str, place: str, words: list[str]) -> list[str]:
+    """Words of the printed curl line, with a stand-in that listens there and ends with 7."""
+    stand_in = [sys.executable, "-c", LISTENS, kind, place, "--model", str(embedded.WEIGHTS)]
     monkeypatch.setattr(serve_command, "server_command", lambda options: stand_in)
-    assert main(["serve", "embedded", "--port", port]) == 7
-    printed = capsys.readouterr().out
-    line = next(line for line in printed.splitlines() if line.startswith("curl "))
-    words = shlex.split(line)
-    body = json.loads(words[-1])
-    assert words[2] == f"http://127.0.0.1:{port}/v1/chat/completions" and body["model"] == "embedded"
+    assert main(["serve", *words]) == 7
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("curl "))
+    return shlex.split(line)
+
+
+def test_it_waits_until_the_server_answers_prints_a_line_and_ends_with_it(vllm, capsys, monkeypatch, free_port):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    words = serve(monkeypatch, capsys, "port", str(free_port), ["embedded", "--port", str(free_port)])
+    body = json.loads(words[words.index("-d") + 1])
+    assert words[-1] == f"http://127.0.0.1:{free_port}/v1/chat/completions" and body["model"] == "embedded"
     assert len(body["mm_processor_kwargs"]["crop_region"]) == 4
     assert body["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert "--insecure" not in words and not any("Authorization" in word for word in words)
+
+
+def test_the_line_follows_vllms_options(vllm, capsys, monkeypatch, free_port, tmp_path):
+    more = ["--served-model-name", "mine", "other", "--ssl-certfile", "cert.pem", "--api-key=secret"]
+    given = ["M", "--host", "0.0.0.0", "--port", str(free_port), "--", *more]
+    monkeypatch.setattr(serve_command, "check_model", lambda *_: None)
+    words = serve(monkeypatch, capsys, "port", str(free_port), given)
+    assert json.loads(words[words.index("-d") + 1])["model"] == "mine" and "--insecure" in words
+    assert "Authorization: Bearer secret" in words
+    assert words[-1] == f"https://127.0.0.1:{free_port}/v1/chat/completions"
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    path = str(tmp_path / "socket")
+    words = serve(monkeypatch, capsys, "unix", path, ["M", "--", "--uds", path])
+    assert words[words.index("--unix-socket") + 1] == path and words[-1] == "http://localhost/v1/chat/completions"
+    assert "Authorization: Bearer $VLLM_API_KEY" in words  # the shell's, not written out
+
+
+def test_a_port_in_use_is_refused(vllm, capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as used, pytest.raises(SystemExit) as ended:
+        main(["serve", "embedded", "--port", str(used.getsockname()[1])])
+    assert ended.value.code == 2 and "--port must be free" in capsys.readouterr().err
+
+
+def test_a_file_of_options_is_read_like_words(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text(
+        "hf-overrides: {text_config: {x_y: 1}}\ntrust_remote_code: true\nenforce-eager: false\n"
+        "served-model-name: [mine, other]\nrevision: abc\n"
+    )
+    words = ["M", "--", "--revision", "def", "--config", str(path)]
+    further, rest = serve_command.vllm_options(words[2:])
+    assert further.trust_remote_code and further.revision == "def" and further.served_model_name == ["mine", "other"]
+    assert rest == words[2:]
+    command = serve_command.server_command(parsed(*words))
+    assert json.loads(command[command.index("--hf-overrides") + 1])["text_config"] == {"x_y": 1}
+    assert settings(command) == Settings() and command[-4:] == words[2:]
+
+
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        ("port: 8001", "--port must stand before --"),
+        ("hf_overrides: {crop: {keep: 0.2}}", '--hf-overrides must come without "crop"'),
+        ("hf-overrides: 5", "--hf-overrides must be a JSON object, got 5"),
+        ("hf-overrides.crop.keep: 5", "--hf-overrides must be one JSON object"),
+        ("- 1", "--config must be a mapping of vLLM's options"),
+        ("a: [", "--config must be a file of vLLM's options"),
+        (None, "--config must be a file of vLLM's options, got .*No such file"),
+    ],
+)
+def test_a_file_that_would_undo_the_commands_own(text, error, tmp_path):
+    path = tmp_path / "options.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UsageError, match=error):
+        serve_command.server_command(parsed("M", "--", "--config", str(path)))
 
 
 def test_a_server_that_does_not_start_is_its_exit_status(vllm, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 
 import crop
 from crop.geometry.layout import NEWLINE, VisionLayout
-from crop.geometry.pieces import Encoding, Pieces
+from crop.geometry.pieces import Copy, Encoding, Pieces
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods import Compose, EncoderPruning, InnerLLMPruning, PreLLMCompression
+from tests.support.layouts import in_two_views
 
 pytestmark = pytest.mark.fast
 
@@ -67,6 +69,34 @@ def test_a_token_is_known_when_all_its_pieces_are_and_newlines_follow_their_row(
         assert torch.nonzero(encoding.tokens).flatten().tolist() == list(wanted)
         assert encoding.left.position.tolist() == list(wanted) and encoding.left.num_original == 6
     assert pieces.needed(torch.tensor([False, True, True, False, False, False])).tolist() == [True, True, False]
+
+
+def test_a_copy_stands_where_nothing_is_encoded():
+    """Of 6 x 10 tokens 2 x 3: rows of three, columns of three, four and three tokens."""
+    layout = VisionLayout.grid(6, 10)
+    copy = Copy.of(layout, 4)
+    assert copy.layout.extent == (1, 2, 3)
+    assert (
+        copy.shown_by.view(6, 10).tolist()
+        == [[0, 0, 0, 1, 1, 1, 1, 2, 2, 2]] * 3 + [[3, 3, 3, 4, 4, 4, 4, 5, 5, 5]] * 3
+    )
+    row, column = layout.row, layout.col
+    assert copy.places(torch.ones(60, dtype=torch.bool)).tolist() == [11, 14, 18, 41, 44, 48]
+    missing = ~((row < 3) & (column < 3)) & ~((row == 4) & (column == 4)) & ~((row >= 3) & (column == 8))
+    assert copy.places(missing).tolist() == [-1, 14, 18, 41, 45, 47]
+    twice = Copy.of(replace(in_two_views(4, 4), num_original=32), 4)
+    assert twice.places(torch.ones(32, dtype=torch.bool)).tolist() == [5, 21] and twice.layout.extent == (2, 1, 1)
+    pieces = Pieces(torch.arange(60)[:, None], torch.arange(61) == 60, copy=copy)
+    own = torch.cat([~missing, torch.tensor([True])])
+    encoding = Encoding(layout, pieces, own)
+    assert not encoding.whole and encoding.copy is copy.layout
+    assert torch.nonzero(encoding.tokens & ~encoding.own).flatten().tolist() == [14, 18, 41, 45, 47]
+    assert torch.equal(encoding.own, ~missing)
+    for taken in (~pieces.overview, torch.ones(61, dtype=torch.bool)):
+        encoding = Encoding(layout, pieces, taken)
+        assert encoding.whole and encoding.copy is None and encoding.tokens.all()
+    without = Encoding(layout, pieces, own & ~pieces.overview)
+    assert without.copy is None and torch.equal(without.tokens, ~missing)
 
 
 def test_a_plan_for_some_tokens_is_one_for_all():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -12,6 +14,7 @@ from crop.geometry.region import Region
 from crop.methods import Compose, EncoderPruning, InnerLLMPruning, Method, PreLLMCompression
 from crop.models.family import Prompt
 from crop.models.registry import families as known_families
+from crop.models.registry import register_family
 from crop.patching.hf import cache_of
 from tests.support.batches import make_batch, make_sample, standard_batch
 from tests.support.cases import (
@@ -124,7 +127,9 @@ def test_pruned_is_the_oracle(family, padding, images, name):
     assert_kept(stats, [expect.decision for expect in wanted])
     assert_logits(out.logits, batch, wanted, kept=name in ("encoder", "pruned"))
     assert stats.tokens_before == [len(span) for sample in batch.samples for span in sample.spans()]
-    assert stats.tokens_encoded == [len(known) for expect in wanted for known in expect.decision.encoded]
+    decisions = [expect.decision for expect in wanted]
+    made = [len(own) + len(more) for one in decisions for own, more in zip(one.encoded, one.copied, strict=True)]
+    assert stats.tokens_encoded == made
     if images == 1:
         assert not all(map(all, shares(stats)))
     if padding == "left":
@@ -250,6 +255,31 @@ def test_repeated_samples(family):
 
 
 @families(ABLE, fast=True)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_picture_is_planned_once(family, copies):
+    """In generate(), which encodes before it calls the model, too."""
+    model, batch, asked = get_model(family), standard_batch(family, "left", 2), []
+    if copies > 1:
+        skip_what_transformers_cannot(family, "repeat", model)
+
+    class Counted(EncoderPruning):
+        def encode(self, layout, region, pieces):
+            asked.append(layout)
+            return super().encode(layout, region, pieces)
+
+    kind, read = known_families()[model.config.model_type], []
+    counted = replace(kind, images=lambda prompt: read.append(prompt) or kind.images(prompt))
+    register_family(counted)
+    try:
+        with patched(model, Counted(ring=0), batch, where(batch)) as stats:
+            greedy(model, batch, 2, do_sample=True, num_return_sequences=copies)
+    finally:
+        register_family(kind)
+    assert len(asked) == len(where(batch)) == len(stats.tokens_before) // copies and len(read) == 1
+    assert stats.seconds["plan"] > 0
+
+
+@families(ABLE, fast=True)
 def test_exit_restores_everything(family):
     """After a normal end and after an interrupt inside the encoder of a generation."""
     model, batch = get_model(family), standard_batch(family, "left", 2)
@@ -295,20 +325,35 @@ def test_the_view_of_the_whole_is_known_without_a_processor(family):
     assert torch.equal(pieces.overview, known.overview) and int(known.overview.sum()) == 1
 
 
-@pytest.mark.fast
-@pytest.mark.parametrize("family", ["qwen2_5_vl_video", "glm46v_video"])
-def test_a_frame_of_which_nothing_is_taken_is_refused(family):
-    model, batch = get_model(family), standard_batch(family, "single", 1)
+class LastFrames(Method):
+    """Nothing of the first frame; of a picture, its lower half."""
 
-    class LastFrames(Method):
-        def encode(self, layout, region, pieces):
-            return pieces.needed(layout.view > 0)
+    def encode(self, layout, region, pieces):
+        return pieces.needed(layout.view > 0 if layout.extent[0] > 1 else layout.center[:, 1] > 0.5)
 
-    with (
-        pytest.raises(ValueError, match=r"some pieces of every frame of a video, got none of \[0\]"),
-        patched(model, LastFrames(), batch, where(batch)),
-    ):
-        model(**batch.inputs)
+
+class CopyAlone(Method):
+    def encode(self, layout, region, pieces):
+        return pieces.overview
+
+
+class LastFramesAndCopy(Method):
+    def encode(self, layout, region, pieces):
+        return LastFrames.encode(self, layout, region, pieces) | pieces.overview
+
+
+@pytest.mark.parametrize("method", [LastFrames(), CopyAlone(), LastFramesAndCopy()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("images", [1, 2])
+@families([name for name in ABLE if name not in TILES and name not in ("llava", "vipllava")])
+def test_any_part_of_a_grid_with_or_without_its_copy(family, images, method):
+    """Also a video of which a frame, or all but the copy, is left out."""
+    model, batch = get_model(family), standard_batch(family, "left", images)
+    regions = where(batch)
+    wanted = expectations(batch, method, regions)
+    with patched(model, method, batch, regions) as stats:
+        out = model(**batch.inputs)
+    assert_kept(stats, [expect.decision for expect in wanted])
+    assert_logits(out.logits, batch, wanted, kept=True)
 
 
 @pytest.mark.fast

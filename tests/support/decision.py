@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ class Decision:
         mode: "mean", "max" or "distinct" pooling.
         patches: per image, the indices of its tokens that are no padding and no newline.
         encoded: per image, the indices of its tokens that the encoder made; empty: all of all.
+        copied: per image, what stands for the others: (index of a token, token of a small copy in its place).
         cells: per image, one (members, leader) per token after pooling, as indices in the image.
         cuts: (first decoder layer without the others, cells that are left per image), ascending.
         scores: per image, the float64 attention mass of every cell at the last cut (empty where not computed).
@@ -29,6 +32,7 @@ class Decision:
     mode: str = "mean"
     patches: tuple[tuple[int, ...], ...] = ()
     encoded: tuple[tuple[int, ...], ...] = ()
+    copied: tuple[tuple[tuple[int, int], ...], ...] = ()
     cells: tuple[tuple[tuple[tuple[int, ...], int], ...], ...] = ()
     cuts: tuple[tuple[int, Kept], ...] = ()
     scores: tuple[tuple[float, ...], ...] = ()
@@ -87,6 +91,31 @@ def encoded(method: Any, layout: Any, region: Any, pieces: Any) -> list[int]:
     rows = {(int(layout.view[n]), int(layout.row[n])) for n in known}
     newlines = [n for n, own in enumerate(made_of) if not own]
     return sorted(known + [n for n in newlines if (int(layout.view[n]), int(layout.row[n])) in rows])
+
+
+def smaller(layout: Any) -> tuple[int, int]:
+    """Rows and columns of tokens of a copy with a quarter of the sides."""
+    _, *sides = layout.extent
+    return tuple(max(1, math.floor(side / 4 + 0.5)) for side in sides)
+
+
+def copied(method: Any, layout: Any, region: Any, pieces: Any, own: list[int]) -> list[tuple[int, int]]:
+    """(index of a token, token of the copy in its place): of those that a token of the copy shows and that are not among
+    ``own``, the one nearest to the middle, the first of several."""
+    if pieces is None or pieces.copy is None or len(own) == len(layout):
+        return []
+    if not method.encode(layout, region, pieces)[pieces.overview].any():
+        return []
+    (_, *sides), small, found = layout.extent, smaller(layout), {}
+    for n in range(len(layout)):
+        number, apart = int(layout.view[n]), Fraction(0)
+        for place, side, few in zip((layout.row[n], layout.col[n]), sides, small, strict=True):
+            middle = Fraction(2 * int(place) + 1, 2 * side) * few
+            number = number * few + math.floor(middle)
+            apart += abs(middle - math.floor(middle) - Fraction(1, 2))
+        if n not in own:
+            found.setdefault(number, []).append((apart, n))
+    return sorted((min(candidates)[1], number) for number, candidates in found.items())
 
 
 def cells_of(plan: Any, part: Any, known: list[int]) -> tuple[tuple, Any]:

@@ -23,10 +23,11 @@ from torch import Tensor
 from crop.geometry.layout import PATCH
 from crop.methods.base import FeaturePooling, Features
 from tests.support.batches import Sample
-from tests.support.decision import Decision, Kept, Steps, cells_of, choose, encoded
+from tests.support.decision import Decision, Kept, Steps, cells_of, choose, copied, encoded
 from tests.support.families.entry import PAD, Family
-from tests.support.masked_tower import attending_to, class_token_attention
+from tests.support.masked_tower import class_token_attention
 from tests.support.sight import visible
+from tests.support.vision_rows import vision_rows
 
 GRIDS = {  # what positions follow from: argument of the model -> of `get_rope_index`
     name: name for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "target_sizes")
@@ -55,46 +56,22 @@ class Oracle:
         self._forwards: dict[tuple, tuple[Tensor, list[int]]] = {}
 
     # ------------------------------------------------------------------------------ full sequence
-    def features(self, prompt: Sample, encoded: tuple[tuple[int, ...], ...] = ()) -> tuple[Tensor, list[Tensor]]:
+    def features(self, prompt: Sample, encoded: tuple = (), copied: tuple = ()) -> tuple[Tensor, list[Tensor]]:
         """(tokens,) which rows stand for an image or a video; rows of the vision encoder for them, in prompt order, and
-        those of every further level that the decoder adds between its layers. `encoded`: as in `Decision`."""
-        key = prompt, encoded
+        those of every further level that the decoder adds between its layers. `encoded`, `copied`: as in `Decision`."""
+        key = prompt, encoded, copied
         if key not in self._features:
-            inputs, base, streams = prompt.inputs(), self.model.model, []
-            for name, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-                if pixels not in inputs:
-                    continue
-                encode = getattr(base, f"get_{name}_features")
-                wanted = [*inspect.signature(encode).parameters, "image_sizes"]
-                mine = [
-                    (len(span), own)
-                    for image, span, own in zip(prompt.images, prompt.spans(), encoded, strict=False)
-                    if pixels in image.arguments
-                ]
-                with attending_to(
-                    getattr(base, self.family.tower), mine, inputs.get(f"{name}_grid_thw"), self.tower_cut
-                ):
-                    out = encode(**{one: value for one, value in inputs.items() if one in wanted}, return_dict=True)
-                marks = getattr(out, "visual_indicator_features", None)  # what markers between tiles are to Ovis2
-                if marks is not None:
-                    self._markers[prompt] = list(zip(self.model.config.visual_indicator_token_ids, marks, strict=True))
-                levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
-                token = getattr(self.model.config, f"{name}_token_id")
-                if token not in prompt.ids:  # image tokens stand for GLM's frames
-                    token = self.model.config.image_token_id
-                streams.append((inputs["input_ids"][0] == token, [_rows(level) for level in levels]))
-            is_vision = sum((here for here, _ in streams), torch.zeros(len(prompt.ids), dtype=torch.bool))
-            levels = [torch.zeros(len(prompt.ids), level.shape[1]) for level in streams[0][1]] if streams else []
-            for here, found in streams:
-                levels = [full.index_put((here,), level) for full, level in zip(levels, found, strict=True)]
-            self._features[key] = is_vision, [level[is_vision] for level in levels]
+            is_vision, levels, self._markers[prompt] = vision_rows(
+                self.model, self.family, prompt, encoded, copied, self.tower_cut
+            )
+            self._features[key] = is_vision, levels
         return self._features[key]
 
-    def embed(self, sample: Sample, encoded: tuple[tuple[int, ...], ...] = ()) -> tuple[Tensor, list[Tensor]]:
+    def embed(self, sample: Sample, encoded: tuple = (), copied: tuple = ()) -> tuple[Tensor, list[Tensor]]:
         """Input embeddings of the whole sequence, (tokens, hidden): text rows and vision rows; what the decoder adds to
         the rows after its first layers, one (tokens, hidden) per layer."""
         rows = self.model.get_input_embeddings()(torch.tensor(sample.ids))
-        is_vision, levels = self.features(sample.prompt(), encoded)
+        is_vision, levels = self.features(sample.prompt(), encoded, copied)
         is_vision = torch.cat([is_vision, is_vision.new_zeros(len(sample.ids) - len(is_vision))])
         if levels:
             rows = rows.index_put((is_vision,), levels[0])
@@ -182,7 +159,7 @@ class Oracle:
         `prompt`: in every layer the rows from this position on see what the last cut leaves (a uniform cache).
         """
         with torch.set_grad_enabled(self.grad):
-            rows, (full, added) = self.rows(sample, decision), self.embed(sample, decision.encoded)
+            rows, (full, added) = self.rows(sample, decision), self.embed(sample, decision.encoded, decision.copied)
             weight = self.weights(full, sample, decision)
             extra = self.per_layer(sample, rows)
             hidden, *added = (self.pool(level, rows, decision.mode, weight) for level in (full, *added))
@@ -290,12 +267,20 @@ class Oracle:
         fresh = range(len(decision.cells), len(decision.cells) + len(regions))
         pieces = sample.pieces()[fresh.start :] if method.encodes and fresh else [None] * len(fresh)
         known = [encoded(method, layout, *more) for layout, *more in zip(layouts, regions, pieces, strict=True)]
-        decision = replace(decision, encoded=(*decision.encoded, *map(tuple, known)) if method.encodes else ())
+        if method.encodes:
+            places = zip(layouts, regions, pieces, known, strict=True)
+            stand = [tuple(copied(method, *more)) for more in places]
+            decision = replace(
+                decision, encoded=(*decision.encoded, *map(tuple, known)), copied=(*decision.copied, *stand)
+            )
+            known = [sorted([*own, *(n for n, _ in more)]) for own, more in zip(known, stand, strict=True)]
+        else:
+            decision = replace(decision, encoded=(), copied=())
         for number, region, layout, mine in zip(fresh, regions, layouts, known, strict=True):
             part = layout.take(torch.tensor(mine))
             plan = method.plan(part, region)
             if isinstance(plan, FeaturePooling):
-                cells, after = self._cells_by_features(plan, method, sample, number, mine, decision.encoded), layout
+                cells, after = self._cells_by_features(plan, method, sample, number, mine, decision), layout
             else:
                 cells, after = cells_of(plan, part, mine)
             cuts = tuple((first, (*kept, tuple(range(len(cells))))) for first, kept in decision.cuts)
@@ -312,10 +297,10 @@ class Oracle:
         return decision
 
     def _cells_by_features(
-        self, plan: FeaturePooling, method: Any, sample: Sample, number: int, known: list[int], encoded: tuple
+        self, plan: FeaturePooling, method: Any, sample: Sample, number: int, known: list[int], decision: Decision
     ) -> tuple:
         """Cells of an image whose method decides by features, from features computed here."""
-        rows, _ = self.embed(sample, encoded)
+        rows, _ = self.embed(sample, decision.encoded, decision.copied)
         spans, image = sample.spans(), sample.images[number]
         observed = None
         if self.family.tower_attention:
@@ -381,13 +366,6 @@ class Oracle:
         """(heads, rows, rows) weights of the layer before a cut, and the original position of each row."""
         _, places, weights = self.run(sample, decision, cut.layer)
         return weights, places
-
-
-def _rows(features: Any) -> Tensor:
-    """Features as (tokens, hidden), whatever list or batch of images they came in."""
-    if not isinstance(features, Tensor):
-        return torch.cat([_rows(part) for part in features])
-    return features.reshape(-1, features.shape[-1])
 
 
 def norm_of(decoder: Any) -> Any:

@@ -1,8 +1,9 @@
 """Train the second embedded model from nothing, or evaluate what was exported. One thread.
 
-python -m bench.training.model2 --out RUN --minutes 60 150 400   # resumes if RUN holds a checkpoint
-touch RUN/stop                                                   # ends it with a checkpoint
-touch RUN/pause                                                  # it waits while this exists
+python -m bench.training.model2 tower --out RUN     # stages: tower and decoder, side by side, then bridge, then joint
+python -m bench.training.model2 decoder --out RUN   # each resumes if it was begun
+touch RUN/stop-decoder                              # ends it with a checkpoint
+touch RUN/pause                                     # all wait while this exists
 python -m bench.training.model2 --evaluate RUN/weights --pictures 200
 python -m bench.training.model2 --flops
 """
@@ -16,7 +17,7 @@ import torch
 
 from bench.training.model2.model import AIDS, build, flops
 from bench.training.model2.scores import HELD_OUT, answer_scores, summary
-from bench.training.model2.train import Options, Trainer
+from bench.training.model2.train import STAGES, Options, Trainer
 
 
 def evaluate(directory: Path, pictures: int) -> None:
@@ -34,7 +35,8 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("run"), help="folder of the run")
-    parser.add_argument("--minutes", type=float, nargs=3, default=(60, 150, 400), help="CPU minutes per stage")
+    parser.add_argument("stage", nargs="?", choices=list(STAGES), help="stage to train")
+    parser.add_argument("--minutes", type=float, help="CPU minutes, default: the stage's")
     parser.add_argument("--score-every", type=float, default=20, help="minutes between held-out figures")
     parser.add_argument("--log-every", type=int, default=50, help="steps between lines of the log")
     parser.add_argument("--evaluate", type=Path, help="only evaluate the weights in this folder")
@@ -49,9 +51,13 @@ def main() -> None:
         print(f"{sum(p.numel() for p in build().parameters()) / 1e6:.2f} M parameters")
     elif args.evaluate:
         evaluate(args.evaluate, args.pictures)
-    else:
-        options = Options(args.out, tuple(args.minutes), score_every=60 * args.score_every, log_every=args.log_every)
+    elif args.stage:
+        options = Options(
+            args.out, args.stage, args.minutes, score_every=60 * args.score_every, log_every=args.log_every
+        )
         Trainer(options).run()
+    else:
+        parser.error("a stage, --evaluate or --flops is needed")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import random
 import re
 from dataclasses import dataclass
@@ -44,14 +45,19 @@ class Line:
 
 @dataclass
 class Item:
-    """One picture: patches (576, 768) uint8, labels (576, heads) uint8, shown (576,) bool, its questions."""
+    """One picture and its questions.
+
+    Args:
+        patches: (576, 768) uint8. labels: (576, heads) uint8. shown: (576,) bool, see ``labels.shown``.
+        before: (576,) patch of the character before the first one that a patch holds, or -1.
+    """
 
     patches: Tensor
     labels: Tensor
     shown: Tensor
+    before: Tensor
     lines: list[Line]
     picture: str
-    features: Tensor | None = None
 
     def needed(self, whole: bool) -> Tensor:
         """(576,) bool: patches not to drop: all that a letter touches if ``whole``, else the one that holds its centre."""
@@ -110,7 +116,18 @@ def encode(scene: pages.Scene) -> Item:
         weight *= 0.5 if question.kind == "count" and question.answer == "1" else 1
         lines.append(encode_line(question, weight * min(count[question.kind], 3)))
     shown = torch.from_numpy(dense.shown(scene, labels))
-    return Item(patches, torch.from_numpy(labels), shown, lines, scene.picture)
+    return Item(patches, torch.from_numpy(labels), shown, before(scene), lines, scene.picture)
+
+
+def before(scene: pages.Scene) -> Tensor:
+    """(576,) patch of the character before the first one that each patch holds, -1 where there is none."""
+    found = torch.full((NUM_PATCHES,), -1)
+    for run in scene.runs:
+        held = list(map(pages.patch_of, run.spots))
+        for left, right in itertools.pairwise(held):
+            if right != left and found[right] < 0:
+                found[right] = left
+    return found
 
 
 def choose(item: Item, rng: random.Random, *, count: int = 1000, room: int = 100_000) -> list[Line]:
@@ -162,16 +179,11 @@ class Reservoir:
         self.cursor, self.rng = 0, random.Random(first_seed)
         self.queues: dict[tuple[int, bool], list[list[Item]]] = {}
 
-    def add(self, count: int, features: object = None) -> None:
-        """Render pictures; ``features`` turns patches (B, 576, 768) into what is stored beside them."""
-        fresh = []
+    def add(self, count: int) -> None:
+        """Render pictures."""
         for picture in self.rng.choices(list(SHARES), list(SHARES.values()), k=count):
-            fresh.append(encode(pages.scene(self.seed, picture=picture, hardness=self.hardness)))
+            item = encode(pages.scene(self.seed, picture=picture, hardness=self.hardness))
             self.seed += 1
-        if features is not None:
-            for item, feature in zip(fresh, features(torch.stack([f.patches for f in fresh])), strict=True):
-                item.features = feature
-        for item in fresh:
             if len(self.store) < self.size:
                 self.store.append(item)
             else:

@@ -6,12 +6,16 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.training.model2 import pages
+
+if TYPE_CHECKING:
+    from bench.training.model2.data import Item
 
 NUM_PATCHES = pages.GRID**2
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -77,14 +81,42 @@ def build(geometry: Geometry = GEOMETRY) -> nn.Module:
     for layer in model.model.language_model.layers[EARLY_LAYERS:]:  # they pass on what they get until they are trained
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
-    # Rows and columns in sines: neighbours are then a fixed rotation apart from the first step on.
-    place = model.model.vision_tower.embeddings.position_embedding.weight
-    periods = torch.logspace(math.log2(3), math.log2(96), g.tower // 4, base=2)
-    axis = torch.arange(pages.GRID)[:, None] * 2 * math.pi / periods
-    wave = torch.cat((axis.sin(), axis.cos()), 1)
-    rows, columns = wave[:, None].expand(-1, pages.GRID, -1), wave[None].expand(pages.GRID, -1, -1)
-    place.data.copy_(torch.cat((rows, columns), 2).reshape(NUM_PATCHES, g.tower) * 0.4)
+    look_around(model.model.vision_tower)
     return model
+
+
+AROUND = ((0, -1), (0, 1), (-1, 0), (1, 0))  # (rows, columns) that a head looks away from its own patch
+WAVES = 16  # wave lengths per axis
+RATES = 2 * math.pi / torch.logspace(math.log2(3), math.log2(96), WAVES, base=2)
+
+
+def places() -> Tensor:
+    """(576, 4 * WAVES) sines and cosines of each patch's row, then of its column."""
+    angle = torch.arange(pages.GRID)[:, None] * RATES
+    wave = torch.stack((angle.sin(), angle.cos()), 2).flatten(1)
+    rows, columns = wave[:, None].expand(-1, pages.GRID, -1), wave[None].expand(pages.GRID, -1, -1)
+    return torch.cat((rows, columns), 2).reshape(NUM_PATCHES, 4 * WAVES)
+
+
+def look_around(tower: nn.Module) -> None:
+    """Start with places as sines in dimensions of their own, and with heads that look at the four neighbours.
+
+    A letter lies across up to four patches; heads would have to find the neighbours before anything is read.
+    """
+    embeddings = tower.embeddings
+    embeddings.position_embedding.weight.data.zero_()[:, : 4 * WAVES] = places()
+    embeddings.patch_embedding.weight.data[: 4 * WAVES] = 0
+    for layer in tower.encoder.layers[:2]:
+        query, key = layer.self_attn.q_proj.weight.data, layer.self_attn.k_proj.weight.data
+        for head, offsets in enumerate(AROUND):
+            at = slice(32 * head, 32 * head + 32)
+            query[at], key[at] = 0, 0
+            for axis, offset in enumerate(offsets):
+                for i, rate in enumerate(RATES[1::2].tolist()):
+                    to, source = 32 * head + 16 * axis + 2 * i, 2 * WAVES * axis + 2 * (2 * i + 1)
+                    c, s = math.cos(rate * offset), math.sin(rate * offset)
+                    key[to, source] = key[to + 1, source + 1] = 2.0
+                    query[to : to + 2, source : source + 2] = 2.0 * torch.tensor([[c, s], [-s, c]])
 
 
 def use_layers(model: nn.Module, count: int | None = None) -> list[nn.Parameter]:
@@ -95,42 +127,89 @@ def use_layers(model: nn.Module, count: int | None = None) -> list[nn.Parameter]
 
 
 class Aids:
-    """Losses on the attention of a few heads (training only): where the answer is, and where its next character is."""
+    """Losses on the attention of a few heads (training only).
 
-    regions, spots, heads = (1, 3), (4, 6), 2  # decoder layers, and heads of each
+    Where the character before this one is, where the answer is, and where a character of the question or the answer's
+    next one is: without them a decoder of this size needs ten times as many questions before it reads at all.
+    """
+
+    before, regions, spots, heads = (0, 1), (3, 5), (2, 5), 2  # decoder layers, and heads of each
+    later = 3  # ``spots`` in the last of both layers are read by heads from here on
 
     def __init__(self) -> None:
         self.on = False
 
-    def start(self, prefix: int, region: Tensor, region_rows: Tensor, spot: Tensor, spot_rows: Tensor) -> None:
+    def start(self, prefix: int, before: Tensor, region: Tensor, region_rows: Tensor, spot: Tensor) -> None:
         """Begin to collect.
 
         Args:
-            prefix: tokens before the text. region: (B, text, prefix) bool keys of each row's answer.
-            region_rows, spot_rows: (B, text) bool rows to supervise. spot: (B, text) key of each row's character.
+            prefix: tokens before the text. before: (B, prefix + text) key of the character before each row's, or -1.
+            region: (B, text, prefix) bool keys of each row's answer. region_rows: (B, text) bool rows to supervise.
+            spot: (B, text) key of each row's character, or -1.
         """
         self.on, self.prefix = True, prefix
-        self.region, self.region_rows, self.spot, self.spot_rows = region, region_rows, spot, spot_rows
+        self.before_key, self.region, self.region_rows, self.spot = before, region, region_rows, spot
         self.losses = {}
 
+    def collect(self, layer: int, query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> None:
+        """The losses of a layer. query, key: (B, heads, rows, d). mask: (B, 1, rows, rows) bool."""
+
+        def scores(heads: slice, first: int) -> Tensor:
+            logits = query[:, heads, first:] @ key[:, heads].transpose(2, 3) * scaling
+            return logits.masked_fill(~mask[:, :, first:], -1e9).transpose(1, 2)  # (B, rows, heads, keys)
+
+        def named(logits: Tensor, key: Tensor) -> Tensor:
+            logits, key = logits[key >= 0], key[key >= 0]
+            return logits.logsumexp(2) - logits.gather(2, key[:, None, None].expand(-1, logits.shape[1], -1))[..., 0]
+
+        found = {}
+        if layer in self.before:
+            found["before"] = named(scores(slice(0, 1), 0), self.before_key)
+        if layer in self.spots:
+            first = self.later if layer in self.regions else 0
+            found["spot"] = named(scores(slice(first, first + self.heads), self.prefix), self.spot)
+        if layer in self.regions:
+            logits, region = scores(slice(0, self.heads), self.prefix)[self.region_rows], self.region[self.region_rows]
+            inside = logits[..., : self.prefix].masked_fill(~region[:, None], -1e9).logsumexp(2)
+            found["mass"] = logits.logsumexp(2) - inside
+        for name, loss in found.items():
+            self.losses[f"{name}{layer}"] = loss.clamp_max(12).mean() if loss.numel() else loss.sum()
+
     def __call__(self, module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
-        if self.on and module.layer_idx in (*self.regions, *self.spots):
-            logits = query[:, : self.heads, self.prefix :] @ key[:, : self.heads].transpose(2, 3) * scaling
-            logits = logits.float().masked_fill(~mask[:, :, self.prefix :], -1e9).transpose(1, 2)
-            if module.layer_idx in self.regions:
-                logits, region = logits[self.region_rows], self.region[self.region_rows][:, None]
-                inside = logits[..., : self.prefix].masked_fill(~region, -1e9).logsumexp(2)
-            else:
-                logits, spot = logits[self.spot_rows], self.spot[self.spot_rows][:, None, None]
-                inside = logits.gather(2, spot.expand(-1, self.heads, 1))[..., 0]
-            loss = (logits.logsumexp(2) - inside).clamp_max(12)
-            name = "mass" if module.layer_idx in self.regions else "spot"
-            self.losses[f"{name}{module.layer_idx}"] = loss.mean() if loss.numel() else logits.sum()
+        if self.on and module.layer_idx in {*self.before, *self.regions, *self.spots}:
+            self.collect(module.layer_idx, query, key, mask, scaling)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
 
 
 AIDS = Aids()
+
+
+class NamedPatches(nn.Module):
+    """Embeddings of what each patch shows, as a perfect tower and projector would hand them out."""
+
+    spread = 0.09  # mean square of an embedding
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        std = math.sqrt(self.spread / 2)
+        self.tables = nn.ModuleList(nn.Embedding(n, width) for n in pages.HEADS.values())
+        for table in self.tables:
+            nn.init.normal_(table.weight, std=std / math.sqrt(len(pages.HEADS)))
+        self.place = nn.Linear(4 * WAVES, width)
+        nn.init.normal_(self.place.weight, std=std / math.sqrt(2 * WAVES))
+        self.register_buffer("waves", places())
+
+    def forward(self, labels: Tensor, keep: Tensor) -> Tensor:
+        """(B, n, width) embeddings of labels (B, n, heads) at patches keep (B, n)."""
+        seen = self.place(self.waves[keep])
+        for i, table in enumerate(self.tables):
+            seen = seen + table(labels[..., i])
+        return seen
+
+    def see(self, item: Item) -> Tensor:
+        """(1, 576, width) embeddings of a whole picture."""
+        return self(item.labels[None].long(), torch.arange(NUM_PATCHES)[None])
 
 
 def tower_features(model: nn.Module, patches: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -162,12 +241,12 @@ def text_hidden(model: nn.Module, vision: Tensor, keep: Tensor, ids: Tensor, blo
     """Last hidden states (B, text, d) of packed questions behind a picture.
 
     Args:
-        vision: (B, n, d) tower features at patches keep (B, n).
+        vision: (B, n, d) projected features of patches keep (B, n).
         ids, block, place: (B, text) tokens, the question each belongs to, and its place in that question.
     """
     language, prefix = model.model.language_model, 1 + vision.shape[1]
     start = language.embed_tokens.weight[model.config.text_config.bos_token_id].expand(len(ids), 1, -1)
-    embeds = torch.cat((start, model.model.multi_modal_projector(vision), language.embed_tokens(ids)), 1)
+    embeds = torch.cat((start, vision, language.embed_tokens(ids)), 1)
     first = torch.zeros(len(ids), 1, dtype=torch.long)
     position = torch.cat((first, 1 + keep, 1 + NUM_PATCHES + place), 1)
     mask = packed_mask(prefix, block)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import random
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.training.model2 import pages
-from bench.training.model2.data import Line, choose, encode, pack
+from bench.training.model2.data import Item, Line, choose, encode, pack
 from bench.training.model2.model import NUM_PATCHES, text_hidden, tower_features
 
 HELD_OUT = 20_000_000  # first seed of the held-out range; training seeds stay below
@@ -41,7 +42,7 @@ def exact(model: nn.Module, vision: Tensor, keep: Tensor, lines: list[Line]) -> 
     """Whether each question of one picture is answered right; teacher-forced, which for exact answers equals greedy.
 
     Args:
-        vision: (1, n, d) tower features. keep: (1, n) their patches.
+        vision: (1, n, d) projected features. keep: (1, n) their patches.
     """
     packed = pack([lines])
     hidden = text_hidden(model, vision, keep, packed.ids, packed.block, packed.place)
@@ -65,19 +66,27 @@ def ways(line: Line) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def answer_scores(
-    model: nn.Module, count: int = 32, first: int = HELD_OUT, questions: int = 16, pruned: int = 0
+    model: nn.Module,
+    count: int = 32,
+    first: int = HELD_OUT,
+    questions: int = 16,
+    pruned: int = 0,
+    see: Callable[[Item], Tensor] | None = None,
 ) -> dict[str, dict[str, list[bool]]]:
     """Exact answers by way of pruning ("all": none) and kind.
 
     Args:
         count: pictures. first: their first seed. questions: of each picture. pruned: of these, asked after pruning, too.
+        see: what the decoder gets of a picture, (1, 576, d); default: the tower's features, projected.
     """
     scores: dict[str, dict] = collections.defaultdict(lambda: collections.defaultdict(list))
     torch.manual_seed(first)
     for seed in range(first, first + count):
         item = encode(pages.scene(seed))
         lines = choose(item, random.Random(seed), count=questions)
-        vision, every = tower_features(model, item.patches[None]), torch.arange(NUM_PATCHES)[None]
+        project = model.model.multi_modal_projector
+        vision = see(item) if see else project(tower_features(model, item.patches[None]))
+        every = torch.arange(NUM_PATCHES)[None]
         for line, ok in zip(lines, exact(model, vision, every, lines), strict=True):
             scores["all"][line.kind].append(ok)
         for line in lines[:pruned]:

@@ -1,4 +1,4 @@
-"""The training loop: three stages, budgets in CPU time, checkpoints, held-out figures in a log."""
+"""The training loop: four stages, budgets in CPU time, checkpoints, held-out figures in a log."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from bench.training.model2.model import (
     AIDS,
     EARLY_LAYERS,
     NUM_PATCHES,
+    NamedPatches,
     build,
     export,
     text_hidden,
@@ -27,153 +28,176 @@ from bench.training.model2.model import (
 from bench.training.model2.scores import answer_scores, patch_scores, summary
 from bench.training.muon import Muon
 
+FIRST_SEED = {"tower": 1, "decoder": 5_000_000, "bridge": 9_000_000, "joint": 10_000_000}  # of each stage's pictures
+
 
 @dataclass(frozen=True)
 class Stage:
     """What one stage does.
 
     Args:
+        minutes: CPU time by default. starts_from: stages whose parameters it takes up.
         batch: pictures of a step. reuse: times a picture is used. store: pictures held.
-        matrix_lr, other_lr: peak learning rates. full: share of the budget after which every patch is kept.
-        some: share of the steps before that in which every patch is kept.
+        matrix_lr, other_lr: peak learning rates. layers: decoder layers in use, None: all.
+        full: share of the budget after which every patch is kept; some: of the steps before, the share that keeps all.
+        easy: share of the budget in which pictures grow from easy ones to the full range.
         aside: pictures of a second batch, for the tower alone. slow: factor of the tower's learning rates.
     """
 
     name: str
-    batch: int
-    reuse: float
-    store: int
-    matrix_lr: float
-    other_lr: float
-    full: float
-    some: float
+    minutes: float
+    starts_from: tuple[str, ...] = ()
+    batch: int = 8
+    reuse: float = 2.0
+    store: int = 1000
+    matrix_lr: float = 0.02
+    other_lr: float = 2e-3
+    layers: int | None = None
+    full: float = 0.95
+    some: float = 0.0
+    easy: float = 0.25
     aside: int = 0
     slow: float = 1.0
 
 
-STAGES = (
-    # the tower alone, dense labels
-    Stage("tower", 32, 2.0, 1500, 0.02, 2e-3, 0.75, 0.0),
-    # packed questions, the first decoder layers; the tower goes on learning labels, its features are some steps old
-    Stage("decoder", 16, 2.0, 600, 0.02, 2e-3, 0.97, 0.0, aside=64, slow=0.5),
-    # everything
-    Stage("joint", 16, 2.0, 800, 0.008, 8e-4, 0.85, 0.15, aside=64),
-)
+STAGES = {
+    stage.name: stage
+    for stage in (
+        # The tower alone learns to name what each patch shows.
+        Stage("tower", 90, batch=16),
+        # Meanwhile the decoder learns to answer from embeddings of these names, as if the tower were perfect.
+        Stage("decoder", 150, layers=EARLY_LAYERS),
+        # The projector learns to turn the tower's features into those embeddings.
+        Stage("bridge", 8, ("tower", "decoder"), batch=16, layers=EARLY_LAYERS, easy=0.0),
+        # Everything.
+        Stage(
+            "joint", 240, ("bridge",), matrix_lr=0.01, other_lr=1e-3, full=0.85, some=0.15, easy=0.0, aside=16, slow=0.5
+        ),
+    )
+}
 
 
 @dataclass
 class Options:
-    """How a run is made: folder, CPU minutes per stage, the question tokens of a picture, weights of the aids."""
+    """How a stage is run: folder, name, CPU minutes (None: the stage's), question tokens of a picture, weights of aids."""
 
     out: Path
-    minutes: tuple[float, ...]
-    room: int = 176
+    stage: str
+    minutes: float | None = None
+    room: int = 320
     mass: float = 0.15
     patch: float = 0.3
     save_every: float = 600
     score_every: float = 1200
     log_every: int = 50
-    stages: tuple[Stage, ...] = field(default=STAGES)
+    stages: dict[str, Stage] = field(default_factory=lambda: STAGES)
 
 
 class Trainer:
-    """A run: model, heads for dense labels, optimiser and clock; resumed if its folder holds a checkpoint."""
+    """One stage of a run: model, heads and embeddings of dense labels, optimiser and clock; resumed if it was begun."""
 
     def __init__(self, options: Options) -> None:
         from transformers import AttentionInterface
 
         AttentionInterface.register("aided", AIDS)
-        self.options = options
+        self.options, self.stage = options, options.stages[options.stage]
+        self.budget = 60 * (self.stage.minutes if options.minutes is None else options.minutes)
         options.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         self.model = build()
         self.model.model.language_model.set_attn_implementation("aided")
         self.heads = nn.Linear(self.model.config.vision_config.hidden_size, sum(pages.HEADS.values()))
-        self.state = {"stage": 0, "elapsed": 0.0, "step": 0, "pictures": 0}
-        self.optimiser_state: dict | None = None
-        self.checkpoint = options.out / "checkpoint.pt"
+        self.named = NamedPatches(self.model.config.text_config.hidden_size)
+        self.state = {"stage": self.stage.name, "elapsed": 0.0, "step": 0, "pictures": 0}
+        self.checkpoint = options.out / f"{self.stage.name}.pt"
+        saved = None
         if self.checkpoint.exists():
-            saved = torch.load(self.checkpoint, weights_only=False)
-            self.model.load_state_dict(saved["model"])
-            self.heads.load_state_dict(saved["heads"])
-            self.state, self.optimiser_state = saved["state"], saved["optimiser"]
+            saved = torch.load(self.checkpoint)
+            self.state = saved["state"]
             self.say(f"resumed: {self.state}")
+            self.load(saved["parameters"])
+        for name in self.stage.starts_from if saved is None else ():
+            self.load(torch.load(options.out / f"{name}.pt")["parameters"])
+        self.trained = self.parameters()
+        self.optimiser = Muon(self.trained, self.stage.matrix_lr, self.stage.other_lr, self.stage.slow)
+        if saved is not None:
+            self.optimiser.load_state_dict(saved["optimiser"])
         torch.manual_seed(1000 + self.state["step"])
 
-    def say(self, text: str) -> None:
-        """A line in the log, and on the screen."""
-        line = f"{time.strftime('%H:%M:%S')} {text}"
-        print(line, flush=True)
-        with open(self.options.out / "log.txt", "a", encoding="utf-8") as log:
-            log.write(line + "\n")
+    def modules(self) -> dict[str, nn.Module]:
+        """All that is trained, by name."""
+        model = self.model.model
+        parts = {"vision": model.vision_tower, "heads": self.heads, "projector": model.multi_modal_projector}
+        return parts | {"text": model.language_model, "named": self.named}
 
-    def save(self, optimiser: Muon) -> None:
-        """Write the checkpoint beside the old one, then put it in its place."""
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """What the stage trains, by name; all else is frozen."""
+        parts = {
+            "tower": ("vision", "heads"), "decoder": ("text", "named"), "bridge": ("projector",),
+            "joint": ("vision", "heads", "projector", "text"),
+        }[self.stage.name]  # fmt: skip
+        unused = set(map(id, use_layers(self.model, self.stage.layers)))
+        unused |= set(map(id, self.model.model.vision_tower.post_layernorm.parameters()))
+        chosen = [
+            (f"{part}.{n}", p)
+            for part in parts
+            for n, p in self.modules()[part].named_parameters()
+            if id(p) not in unused
+        ]
+        for module in self.modules().values():
+            module.requires_grad_(False)
+        for _, p in chosen:
+            p.requires_grad_(True)
+        return chosen
+
+    def load(self, parameters: dict[str, Tensor]) -> None:
+        """Take up what a stage has trained."""
+        own = {f"{part}.{n}": p for part, module in self.modules().items() for n, p in module.named_parameters()}
+        for name, value in parameters.items():
+            own[name].data.copy_(value)
+
+    def save(self) -> None:
+        """Write what this stage and those before it have trained beside the old checkpoint, then put it in its place."""
         part = self.checkpoint.with_suffix(".part")
-        parts = {"model": self.model.state_dict(), "heads": self.heads.state_dict()}
-        torch.save(parts | {"state": self.state, "optimiser": optimiser.state_dict()}, part)
+        kept = {n: p.data for n, p in self.trained}
+        if self.stage.starts_from:
+            kept = {f"{part}.{n}": p.data for part, m in self.modules().items() for n, p in m.named_parameters()}
+        torch.save({"parameters": kept, "state": self.state, "optimiser": self.optimiser.state_dict()}, part)
         part.replace(self.checkpoint)
 
-    def run(self) -> None:
-        """All stages that have a budget left."""
-        for number, stage in enumerate(self.options.stages):
-            budget = 60 * self.options.minutes[number]
-            if number < self.state["stage"] or budget <= 0:
-                continue
-            if number > self.state["stage"]:
-                self.state.update(stage=number, elapsed=0.0)
-                self.optimiser_state = None
-            if not self.train(stage, budget):
-                return
-        self.say("done")
+    def say(self, text: str) -> None:
+        """A line in the stage's log, and on the screen."""
+        line = f"{time.strftime('%H:%M:%S')} {text}"
+        print(line, flush=True)
+        with open(self.options.out / f"{self.stage.name}.txt", "a", encoding="utf-8") as log:
+            log.write(line + "\n")
 
-    def parameters(self, stage: Stage) -> list[tuple[str, nn.Parameter]]:
-        """What a stage trains; all else is frozen."""
-        tower = self.model.model.vision_tower
-        vision = [(f"vision.{n}", p) for n, p in tower.named_parameters() if "post_layernorm" not in n]
-        vision += [(f"heads.{n}", p) for n, p in self.heads.named_parameters()]
-        language = [(f"text.{n}", p) for n, p in self.model.named_parameters() if "vision_tower" not in n]
-        named = {"tower": vision, "decoder": vision + language, "joint": vision + language}[stage.name]
-        unused = set(map(id, use_layers(self.model, None if stage.name == "joint" else EARLY_LAYERS)))
-        named = [(n, p) for n, p in named if id(p) not in unused]
-        for p in (*self.model.parameters(), *self.heads.parameters()):
-            p.requires_grad_(False)
-        for _, p in named:
-            p.requires_grad_(True)
-        return named
-
-    def train(self, stage: Stage, budget: float) -> bool:
-        """One stage up to its budget; False if it was stopped."""
-        options, state = self.options, self.state
-        named = self.parameters(stage)
-        optimiser = Muon(named, stage.matrix_lr, stage.other_lr, stage.slow)
-        if self.optimiser_state is not None:
-            optimiser.load_state_dict(self.optimiser_state)
-        features = self.frozen_features if stage.name == "decoder" else None
-        hardness = self.hardness(stage, state["elapsed"] / budget)
-        data = Reservoir(1 + state["pictures"], stage.store, hardness)
-        data.add(min(stage.store, max(4 * stage.batch, 512)), features)
+    def run(self) -> bool:
+        """The stage up to its budget; False if it was stopped before."""
+        options, stage, state = self.options, self.stage, self.state
+        data = Reservoir(FIRST_SEED[stage.name] + state["pictures"], stage.store, self.hardness())
+        data.add(min(stage.store, max(4 * stage.batch, 256)))
         start, saved, scored = time.process_time() - state["elapsed"], time.time(), time.time()
         fresh, last, meter = 0.0, time.process_time(), collections.Counter()
-        while state["elapsed"] < budget:
-            fraction = state["elapsed"] / budget
-            data.hardness = self.hardness(stage, fraction)
+        while state["elapsed"] < self.budget:
+            fraction = state["elapsed"] / self.budget
+            data.hardness = self.hardness()
             fresh += stage.batch / stage.reuse
             if fresh >= 16:
-                data.add(16, features)
+                data.add(16)
                 state["pictures"] += 16
                 fresh -= 16
             every = fraction > stage.full or bool(torch.rand(()) < stage.some)
-            losses = self.losses(stage, data.draw(stage.batch, stage.name != "decoder"), every, data)
+            losses = self.losses(data.draw(stage.batch, stage.name != "decoder"), every, data)
             if stage.aside:
                 losses["aside"] = self.options.patch * self.tower_loss(data.draw(stage.aside, True), every=False)
-            for _, p in named:
+            for _, p in self.trained:
                 p.grad = None
             sum(losses.values()).backward()
-            torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
-            warm = min(1.0, (state["elapsed"] + 2) / min(120, 0.05 * budget))
+            torch.nn.utils.clip_grad_norm_([p for _, p in self.trained], 1.0)
+            warm = min(1.0, (state["elapsed"] + 2) / min(120, 0.05 * self.budget))
             # Linear fall after a plateau: as good as a cosine, and a budget can be extended late.
-            optimiser.step(warm * min(1.0, max(0.03, (1 - fraction) / 0.5)))
+            self.optimiser.step(warm * min(1.0, max(0.03, (1 - fraction) / 0.5)))
             state["step"] += 1
             state["elapsed"] = time.process_time() - start
             meter.update({k: float(v.detach()) for k, v in losses.items()})
@@ -181,46 +205,48 @@ class Trainer:
             if meter["n"] == options.log_every:
                 rate = stage.batch * meter["n"] / (time.process_time() - last)
                 text = " ".join(f"{k} {v / meter['n']:.3f}" for k, v in meter.items() if k != "n")
-                self.say(f"{stage.name} {fraction:.3f} step {state['step']} {rate:.1f} pictures/s, {text}")
+                self.say(f"{fraction:.3f} step {state['step']} {rate:.1f} pictures/s, {text}")
                 meter.clear()
                 last = time.process_time()
-            if (options.out / "stop").exists():
-                self.save(optimiser)
+            if (options.out / f"stop-{stage.name}").exists():
+                self.save()
                 self.say("stopped")
                 return False
             if time.time() - saved > options.save_every:
-                self.save(optimiser)
+                self.save()
                 saved = time.time()
             if time.time() - scored > options.score_every:
-                self.score(stage)
+                self.score()
                 scored = time.time()
             while (options.out / "pause").exists():
                 time.sleep(2)
-        self.save(optimiser)
-        self.score(stage)
+        self.save()
+        self.score()
+        self.say("done")
         return True
 
-    @staticmethod
-    def hardness(stage: Stage, fraction: float) -> float:
-        """Curriculum: the first stages grow from easy pictures to the full range in their first quarter."""
-        return 1.0 if stage.name == "joint" else min(1.0, 0.3 + 3 * fraction)
+    def hardness(self) -> float:
+        """Curriculum: from easy pictures to the full range."""
+        done = self.state["elapsed"] / self.budget
+        return min(1.0, 0.3 + 0.7 * done / self.stage.easy) if self.stage.easy else 1.0
 
-    def frozen_features(self, patches: Tensor) -> Tensor:
-        """(B, 576, d) tower features in half the memory."""
-        with torch.no_grad():
-            return tower_features(self.model, patches).bfloat16()
-
-    def losses(self, stage: Stage, items: list[Item], every: bool, data: Reservoir) -> dict[str, Tensor]:
+    def losses(self, items: list[Item], every: bool, data: Reservoir) -> dict[str, Tensor]:
         """Terms of the loss on a batch; ``every``: no background patch is dropped."""
-        if stage.name == "tower":
+        name, projector = self.stage.name, self.model.model.multi_modal_projector
+        if name == "tower":
             return {"patch": self.tower_loss(items, every)}
-        keep, pick = self.keep(items, every, stage.name != "decoder"), torch.arange(len(items))[:, None]
-        if stage.name == "decoder":
-            vision = torch.stack([i.features for i in items])[pick, keep].float()
-            return self.answer_losses(items, vision, keep, data)
-        vision = tower_features(self.model, torch.stack([i.patches for i in items]))  # cheap: it sees every patch
-        losses = {"patch": self.options.patch * self.patch_loss(vision, torch.stack([i.labels for i in items]).long())}
-        return losses | self.answer_losses(items, vision[pick, keep], keep, data)
+        keep, pick = self.keep(items, every, name != "decoder"), torch.arange(len(items))[:, None]
+        labels = torch.stack([i.labels for i in items]).long()
+        if name == "decoder":
+            return self.answer_losses(items, self.named(labels[pick, keep], keep), keep, data)
+        features = tower_features(self.model, torch.stack([i.patches for i in items]))  # cheap: it sees every patch
+        if name == "bridge":
+            weight = 0.1 + 0.9 * (labels > 0).any(2)
+            whole = torch.arange(NUM_PATCHES).expand(len(items), -1)
+            distance = (projector(features) - self.named(labels, whole)).square().mean(2)
+            return {"distance": (distance * weight).sum() / weight.sum() / self.named.spread}
+        losses = {"patch": self.options.patch * self.patch_loss(features, labels)}
+        return losses | self.answer_losses(items, projector(features[pick, keep]), keep, data)
 
     @staticmethod
     def keep(items: list[Item], every: bool, whole: bool) -> Tensor:
@@ -257,24 +283,32 @@ class Trainer:
         )
         where = torch.zeros(len(items), NUM_PATCHES, dtype=torch.long)
         where.scatter_(1, keep, 1 + torch.arange(keep.shape[1]).expand(len(items), -1))
-        spot = where.gather(1, packed.spot.clamp_min(0))
-        AIDS.start(prefix, region, aimed, spot, packed.spot >= 0)
+        spot = where.gather(1, packed.spot.clamp_min(0)).masked_fill(packed.spot < 0, -1)
+        left = torch.stack([i.before for i in items]).gather(1, keep)  # patches
+        left = where.gather(1, left.clamp_min(0)).masked_fill(left < 0, -1)
+        typed = (prefix - 1 + torch.arange(packed.ids.shape[1])).masked_fill(packed.place == 0, -1)
+        before = torch.cat((torch.full((len(items), 1), -1), left, typed), 1)
+        AIDS.start(prefix, before, region, aimed, spot)
         hidden = text_hidden(self.model, vision, keep, packed.ids, packed.block, packed.place)
         AIDS.on = False
         asked = packed.target != -100
         answer = F.cross_entropy(self.model.lm_head(hidden[asked]), packed.target[asked])
         return {"answer": answer} | {k: self.options.mass * v for k, v in AIDS.losses.items()}
 
-    def score(self, stage: Stage) -> None:
+    def score(self) -> None:
         """Held-out figures in the log and in ``scores.jsonl``, and the weights as they are."""
         self.model.eval()
-        record = {"stage": stage.name, **self.state, "patch": patch_scores(self.model, self.heads)}
-        self.say("held-out patches: " + " ".join(f"{k} {v:.3f}" for k, v in record["patch"].items()))
-        if stage.name != "tower":
-            scores = answer_scores(self.model, pruned=1)
+        record, name = dict(self.state), self.stage.name
+        if name != "decoder":
+            record["patch"] = patch_scores(self.model, self.heads)
+            self.say("held-out patches: " + " ".join(f"{k} {v:.3f}" for k, v in record["patch"].items()))
+        if name != "tower":
+            see = self.named.see if name == "decoder" else None
+            scores = answer_scores(self.model, see=see, pruned=1)
             record["answers"] = {way: {k: [sum(v), len(v)] for k, v in kinds.items()} for way, kinds in scores.items()}
             for way, kinds in scores.items():
                 self.say(f"held-out {way}: {summary(kinds)}")
+        if name in ("bridge", "joint"):
             export(self.model, self.options.out / "weights")
         with open(self.options.out / "scores.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")

@@ -48,22 +48,32 @@ ENTRIES = {
     "Qwen3_5MoeForConditionalGeneration": Entry("qwen3_5", GRIDS),
     "Glm4vForConditionalGeneration": Entry("glm4_1v", GRIDS),
     "Glm4vMoeForConditionalGeneration": Entry("glm4_1v", GRIDS),
+    "GlmOcrForConditionalGeneration": Entry("glm_ocr", GRIDS),
+    "PaddleOCRVLForConditionalGeneration": Entry("paddleocr_vl", GRIDS),
+    "LightOnOCRForConditionalGeneration": Entry("lightonocr"),
     "InternVLForConditionalGeneration": Entry("interns1", TILES, "InternS1ForConditionalGeneration"),
     "Idefics3ForConditionalGeneration": Entry("idefics3", SPLIT),
     "SmolVLMForConditionalGeneration": Entry("smolvlm", SPLIT),
 }
 NOT_YET = "it has not been found equal to crop.patch yet"
-REFUSED = {  # architectures that crop.patch knows -> module, why not here
-    "Gemma3ForConditionalGeneration": ("gemma3_mm", "its images see themselves, in masks made from placeholders"),
-    "Gemma4ForConditionalGeneration": ("gemma4_mm", NOT_YET),
-    "PaliGemmaForConditionalGeneration": ("paligemma", "its prompts see themselves"),
-    "Cohere2VisionForConditionalGeneration": (
-        "cohere2_vision",
-        "its sliding windows count places, which pruning moves",
+WINDOWS = "its sliding windows count places, which pruning moves"
+REFUSED = {  # architectures that crop.patch knows -> vLLM's class, why not here
+    "Cohere2VisionForConditionalGeneration": (Entry("cohere2_vision"), WINDOWS),
+    "CohereCompassForConditionalGeneration": (Entry("cohere_compass"), NOT_YET),
+    "Cosmos3EdgeForConditionalGeneration": (Entry("cosmos3_edge"), NOT_YET),
+    "Exaone4_5_ForConditionalGeneration": (Entry("exaone4_5"), WINDOWS),
+    "Gemma3ForConditionalGeneration": (
+        Entry("gemma3_mm"),
+        "its images see themselves, in masks made from placeholders",
     ),
-    "GlmOcrForConditionalGeneration": ("glm_ocr", NOT_YET),
-    "LightOnOCRForConditionalGeneration": ("lightonocr", NOT_YET),
-    "PaddleOCRVLForConditionalGeneration": ("paddleocr_vl", NOT_YET),
+    "Gemma4ForConditionalGeneration": (Entry("gemma4_mm"), WINDOWS),
+    "Gemma4UnifiedForConditionalGeneration": (Entry("gemma4_unified"), WINDOWS),
+    "Lfm2VlForConditionalGeneration": (Entry("lfm2_vl", name="Lfm2VLForConditionalGeneration"), NOT_YET),
+    "LlavaNextVideoForConditionalGeneration": (Entry("llava_next_video"), "vLLM gives it videos alone"),
+    "MiniCPMV4_6ForConditionalGeneration": (Entry("minicpmv4_6"), NOT_YET),
+    "MiniCPMV4_7ForConditionalGeneration": (Entry("minicpmv4_7"), NOT_YET),
+    "PaliGemmaForConditionalGeneration": (Entry("paligemma"), "its prompts see themselves"),
+    "QianfanOCRForConditionalGeneration": (Entry("qianfan_ocr"), NOT_YET),
 }
 
 
@@ -79,6 +89,10 @@ def __getattr__(name: str) -> Any:
     if architecture in REFUSED and name != architecture:
         return _refusing(architecture)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _stock(architecture: str, entry: Entry) -> type:
+    return getattr(importlib.import_module(f"{MODELS}.{entry.module}"), entry.name or architecture)
 
 
 @functools.cache
@@ -107,7 +121,7 @@ def _pruning(architecture: str) -> type:
     from crop.integrations.vllm.processor import PruningProcessor
 
     entry = ENTRIES[architecture]
-    stock = getattr(importlib.import_module(f"{MODELS}.{entry.module}"), entry.name or architecture)
+    stock = _stock(architecture, entry)
     own = (stock,) if hasattr(stock, "get_mrope_input_positions") else (OneAxis, stock, SupportsMRoPE)
     body: dict[str, Any] = {"__module__": __name__, "crop_flat": entry.flat}
     if entry.weights:
@@ -120,8 +134,8 @@ def _pruning(architecture: str) -> type:
 def _refusing(architecture: str) -> type:
     from crop.integrations.vllm.processor import RefusingProcessor
 
-    module, reason = REFUSED[architecture]
-    stock = getattr(importlib.import_module(f"{MODELS}.{module}"), architecture)
+    entry, reason = REFUSED[architecture]
+    stock = _stock(architecture, entry)
     model = types.new_class(f"Crop{architecture}", (stock,), exec_body=lambda space: space.update(__module__=__name__))
     why = f"{architecture} is none, because {reason}"
     return _registered(model, stock, type("Refusing", (RefusingProcessor,), {"reason": why}))

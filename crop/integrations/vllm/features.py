@@ -77,8 +77,8 @@ def part_of(kwargs: Mapping[str, Any], numbers: Sequence[int], flat: Mapping[str
     """Arguments of some of the images."""
     found = {}
     for name, value in kwargs.items():
-        if name in flat:
-            rows = flat[name](kwargs).tolist()
+        rows = flat[name](kwargs).tolist() if name in flat else []
+        if rows and len(value) != len(rows):
             pieces = value.split(rows)
             found[name] = torch.cat([pieces[number] for number in numbers])
         elif getattr(value, "ndim", 1) == 0:  # one for all

@@ -92,11 +92,26 @@ def check_reach(config: Any, max_model_len: int, lost: int) -> None:
     for rope in _ropes(config):
         if "original_max_position_embeddings" in rope and rope.get("rope_type") not in LENGTHENED:
             limit = min(limit, int(rope["original_max_position_embeddings"] * rope.get("factor", 1.0)))
+    _check_room(f"{limit} positions", limit, max_model_len, lost, ", or with positions='compact'")
+
+
+def check_windows(windows: Sequence[int | None], max_model_len: int, lost: int) -> None:
+    """Refuse a prompt whose answer could reach behind a sliding window, which counts the tokens that are left: ValueError.
+
+    Args:
+        windows: of every decoder layer, None where it sees everything. lost: tokens that pruning took out of the prompt.
+    """
+    limit = min((window for window in windows if window is not None), default=None)
+    if limit is not None:
+        _check_room(f"sliding window of {limit} tokens", limit, max_model_len, lost, "")
+
+
+def _check_room(what: str, limit: int, max_model_len: int, lost: int, further: str) -> None:
     if lost + max_model_len > limit:
         raise ValueError(
             f"crop: tokens pruned from a prompt must be at most {max(limit - max_model_len, 0)}, what max_model_len="
-            f"{max_model_len} leaves of the model's {limit} positions, got {lost}; start the server with a smaller "
-            "--max-model-len, or with positions='compact'"
+            f"{max_model_len} leaves of the model's {what}, got {lost}; start the server with a smaller "
+            f"--max-model-len{further}"
         )
 
 

@@ -20,9 +20,10 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 from crop.geometry.region import Region
 from crop.integrations.vllm.planning import locate, plan_image, whole_placeholder
 from crop.integrations.vllm.plans import FIELD, FORMAT, PlaceholderPlan, digest
-from crop.integrations.vllm.positions import check_reach
+from crop.integrations.vllm.positions import check_reach, check_windows
 from crop.integrations.vllm.request import LONGEST_QUESTION, ImageRequest, Request, own_keys, parse, without_own
 from crop.integrations.vllm.settings import Settings
+from crop.models import families
 
 logger = logging.getLogger("vllm.crop")
 TASK = "crop_task"
@@ -176,10 +177,13 @@ class PruningProcessor:
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         contents = [updates[0].content for items in mm_res.prompt_updates.values() for updates in items]
         lost = sum(content.lost for content in contents if isinstance(content, PrunedContent))
-        config = self.info.get_hf_config()
-        if lost and Settings.of(config).positions == "original":
+        if lost:
+            config, longest = self.info.get_hf_config(), self.info.ctx.model_config.max_model_len
+            text = config.get_text_config()
             try:
-                check_reach(config.get_text_config(), self.info.ctx.model_config.max_model_len, lost)
+                check_windows(families()[config.model_type].windows(text), longest, lost)
+                if Settings.of(config).positions == "original":
+                    check_reach(text, longest, lost)
             except ValueError as error:
                 raise refused(error) from error
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)

@@ -49,7 +49,7 @@ class EntryHook(ModelHook):
         if hasattr(self.model, hf.GENERATE):
             replace_method(self.model, hf.GENERATE, self._generate, undo)
             replace_method(self.model, hf.EXPAND, self._expand, undo)
-            if self.method.encodes and hasattr(self.model, hf.ENCODE):  # 5.17 encodes in the model's forward
+            if hasattr(self.model, hf.ENCODE):  # 5.17 encodes in the model's forward
                 replace_method(self.model, hf.ENCODE, self._encode, undo)
             replace_method(self.model, hf.PREPARE, self._prepare, undo)
             # For static caches generate() would make masks of the unpruned length; the language model makes its own.
@@ -89,9 +89,12 @@ class EntryHook(ModelHook):
         return expand(*args, **kwargs)
 
     def _encode(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.context.generation is not None:
-            found = self.planner.encodings(hf.encoded_by_generate(encode, args, kwargs))
-            self.context.generation.vision.encodings = by_tower_call(found)
+        generation = self.context.generation
+        if generation is not None:
+            start = mark(HOST)
+            generation.look = look = self.planner.look(hf.encoded_by_generate(encode, args, kwargs))
+            generation.looked = start, mark(HOST)
+            generation.vision.encodings = by_tower_call(look.encodings if look else [])
         return encode(*args, **kwargs)
 
     def _prepare(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -160,13 +163,18 @@ class EntryHook(ModelHook):
         if self.planner.makes_masks:
             state.input_valid = hf.caller_mask(arguments)
             state.prefix = self.family.traits.mask == "prefix" and hf.sees_whole_prompt(arguments)
-        given, copies = (None, 1) if generation is None else (generation.arguments, generation.copies)
+        given, copies, look = None, 1, None
+        if generation is not None:
+            given, copies, look = generation.arguments, generation.copies, generation.look
+            generation.look = None  # of the first call alone
         start = mark(HOST)
-        plan = self.planner.plan(arguments, given, copies)
+        plan = self.planner.plan(arguments, given, copies, look)
         if plan is None:  # no image
             return
         state.stats = PrefillStats(plan, len(self.layers))
         state.stats.add_span("plan", start, mark(HOST))
+        if look is not None:
+            state.stats.add_span("plan", *generation.looked)
         if plan.pool is not None or plan.prunes:
             state.plan = plan
         if hf.brings_pixels(arguments):

@@ -9,7 +9,7 @@ import torch
 
 from crop.geometry.region import Region
 from crop.integrations.vllm.plans import PlaceholderPlan
-from crop.integrations.vllm.positions import UnprunedPrompt, check_reach, lengthen_rotary
+from crop.integrations.vllm.positions import UnprunedPrompt, check_reach, check_windows, lengthen_rotary
 from crop.methods.plc import PreLLMCompression
 from tests.integrations.vllm.test_plans import plan_of
 from tests.support.batches import make_sample
@@ -114,3 +114,11 @@ def test_every_kind_of_layer_counts():
     text = config(1024, sliding={"rope_type": "default"}, full={"rope_type": "yarn", "factor": 2.0})
     lengthen_rotary(text, 1024)
     assert text.max_position_embeddings == 1024
+
+
+def test_sliding_windows_count_what_is_left():
+    check_windows([None, None], 400, 10_000)
+    check_windows([None, 512, 1024], 400, 112)
+    error = "at most 112, what max_model_len=400 leaves of the model's sliding window of 512 tokens, got 113; .*-len$"
+    with pytest.raises(ValueError, match=error):
+        check_windows([None, 512, 1024], 400, 113)

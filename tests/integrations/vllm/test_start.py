@@ -72,13 +72,13 @@ def test_explicit_leaves_stock_names_alone(vllm, monkeypatch):
         plugin.register()
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.320.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "0.320.0", "dev"])
 def test_other_versions_are_refused_with_one_sentence(vllm, version):
     vllm.module.__version__ = version
-    with pytest.raises(RuntimeError, match=f"vllm must be of version 0.32, got {version}; install .*VLLM_PLUGINS=''"):
+    with pytest.raises(RuntimeError, match=f"version 0.32 or 0.33, got {version}; install .*VLLM_PLUGINS=''"):
         plugin.register()
     assert not vllm.registry
-    plugin.check_version("0.32"), plugin.check_version("0.32.3")
+    plugin.check_version("0.32"), plugin.check_version("0.32.3"), plugin.check_version("0.33.0+cpu")
 
 
 def test_families_are_looked_up_by_their_targets():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.training.model2.pages.faces import width
+from bench.training.model2.pages.faces import SMALLEST, width
 from bench.training.model2.pages.names import COLORS, SIZE, numbers, words
 from bench.training.model2.pages.records import Question, Run, Thing, around, ask, place
 from bench.training.model2.pages.sheet import Sheet
@@ -14,7 +14,7 @@ def build(sheet: Sheet) -> Iterator[Question]:
     """Draw the chart and yield what can be asked about it."""
     rng, hard = sheet.rng, sheet.hardness
     count = rng.randint(2 if hard < 0.5 else 3, round(3 + 4 * hard))
-    size, face = max(10, round(18 * sheet.scale(0.55, 1.3))), sheet.face()
+    size, face = max(SMALLEST, round(18 * sheet.scale(0.55, 1.3))), sheet.face()
     labels = words(rng, count, 2, 4)
     step = max(width(label, face, size) for label in labels) + 0.9 * size
     while count * step > SIZE - 24 and count > 2:

@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 FILES = sorted((Path(__file__).parent / "faces").glob("*.ttf"))
 FACES = ("Aileron", *(path.stem for path in FILES))
-NARROWEST = 0.55  # least advance in em: a patch then holds the centres of three characters at most
+NARROWEST = 0.8  # least advance in em: letters are spaced widely, a patch holds the centres of two characters at most
+SMALLEST = 13  # pixels
 PAD = 3
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.training.model2.pages.faces import width
+from bench.training.model2.pages.faces import SMALLEST, width
 from bench.training.model2.pages.names import SIZE, word, words
 from bench.training.model2.pages.records import Question, Run, around, ask, place
 from bench.training.model2.pages.sheet import DARK, Sheet
@@ -19,9 +19,11 @@ def build(sheet: Sheet) -> Iterator[Question]:
     y, lines, used = rng.uniform(4, 40), [], set()
     for name in words(rng, count, 3, 7):
         entry = word(rng, rng.randint(3, 12)) if rng.random() < 0.6 else str(rng.randint(10, 999999))
-        face, other, size = sheet.face(), sheet.face(), max(10, round(22 * sheet.scale()))
+        face, other, size = sheet.face(), sheet.face(), max(SMALLEST, round(24 * sheet.scale()))
         gap = rng.uniform(0.8, 3)
-        while (full := width(name, face, size) + width(entry, other, size) + gap * size) > SIZE - 28 and size > 10:
+        while (
+            full := width(name, face, size) + width(entry, other, size) + gap * size
+        ) > SIZE - 28 and size > SMALLEST:
             size -= 1
         pitch = max(20, 1.5 * size)
         if full > SIZE - 28 or y + pitch > SIZE - 6 or entry in used:

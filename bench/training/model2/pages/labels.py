@@ -8,7 +8,7 @@ from bench.training.model2.pages.names import CHARACTERS, COLORS, GRID, PATCH, S
 from bench.training.model2.pages.records import Box, Scene, Spot
 
 KINDS = ("shape", "sign", "bar")
-SLOTS = 3  # characters per patch, from left to right
+SLOTS = 2  # characters per patch, from left to right
 HEADS = {  # classes per label; class 0 is "none" everywhere
     "kind": len(KINDS) + 1, "color": len(COLORS) + 1, "shape": len(SHAPES) + 1,
     **{f"character{i}": len(CHARACTERS) + 1 for i in range(SLOTS)},

@@ -18,6 +18,7 @@ PICTURES = ("shapes", "signs", "receipt", "table", "chart", "form")
 DIRECTIONS = ("left", "right", "above", "below")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CHARACTERS = LETTERS + "0123456789."
+LABELS = "ABCDEFGHJKLMNPQRSTUVWXYZ123456789"  # where letters and digits mix, an O would be a zero
 
 VOWELS, CONSONANTS = "AEIOU", "BCDFGHJKLMNPRSTVWXZ"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.training.model2.pages.faces import width
+from bench.training.model2.pages.faces import SMALLEST, width
 from bench.training.model2.pages.names import SIZE, words
 from bench.training.model2.pages.records import Question, Run, around, ask, place
 from bench.training.model2.pages.sheet import Sheet
@@ -16,7 +16,7 @@ def build(sheet: Sheet) -> Iterator[Question]:
     """Draw the receipt and yield what can be asked about it."""
     rng, hard = sheet.rng, sheet.hardness
     rows = rng.randint(2 if hard < 0.5 else 3, round(3 + 5 * hard))
-    size, face = max(10, round(20 * sheet.scale(0.5, 1.3))), sheet.face()
+    size, face = max(SMALLEST, round(20 * sheet.scale(0.5, 1.3))), sheet.face()
     pitch = max(17, round(size * rng.uniform(1.35, 1.7)))
     while (rows + 5) * pitch > SIZE - 10:
         rows -= 1

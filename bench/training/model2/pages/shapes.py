@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.training.model2.pages.names import CHARACTERS, COLORS, DIRECTIONS, SHAPES
+from bench.training.model2.pages.faces import SMALLEST
+from bench.training.model2.pages.names import COLORS, DIRECTIONS, LABELS, SHAPES
 from bench.training.model2.pages.records import Question, Thing, ask, place
 from bench.training.model2.pages.sheet import Sheet
 
@@ -40,11 +41,11 @@ def build(sheet: Sheet) -> Iterator[Question]:
         corner = sheet.place(side, side)
         if corner is None:
             continue
-        size = max(10, round(rng.uniform(0.3, 0.36) * side))
-        longest = min(3, max(1, int(0.85 * side / (0.72 * size))))
-        label = "".join(rng.choices(CHARACTERS[:-1], k=rng.randint(1, longest)))
+        size = max(SMALLEST, round(rng.uniform(0.3, 0.36) * side))
+        longest = min(3, max(1, int(0.85 * side / (0.84 * size))))
+        label = "".join(rng.choices(LABELS, k=rng.randint(1, longest)))
         while label in labels:
-            label = "".join(rng.choices(CHARACTERS[:-1], k=longest))
+            label = "".join(rng.choices(LABELS, k=longest))
         labels.add(label)
         x, y = corner
         sheet.paint(

@@ -1,10 +1,10 @@
-"""Sign boards with a word of up to twelve characters, anywhere in the picture, in letters of 10 to 36 pixels."""
+"""Sign boards with a word of up to twelve characters, anywhere in the picture, in letters of 13 to 42 pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.training.model2.pages.faces import width
+from bench.training.model2.pages.faces import SMALLEST, width
 from bench.training.model2.pages.names import COLORS, DIRECTIONS, SIZE, word
 from bench.training.model2.pages.records import Question, ask, place
 from bench.training.model2.pages.shapes import neighbour
@@ -17,7 +17,7 @@ def build(sheet: Sheet) -> Iterator[Question]:
     palette = rng.sample(sorted(COLORS), rng.choice((3, 8, 8)))
     seen: set[str] = set()
     for _ in range(rng.randint(1 if hard < 0.5 else 2, round(2 + 5 * hard))):
-        size = max(10, round(24 * sheet.scale()))
+        size = max(SMALLEST, round(28 * sheet.scale()))
         text = word(rng, rng.randint(2, 12)) if rng.random() < 0.8 else str(rng.randint(10, 99999))
         face, margin = sheet.face(), rng.uniform(0.6, 1.2)
         while (wide := width(text, face, size) + margin * size) > SIZE - 8:

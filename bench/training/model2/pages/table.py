@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.training.model2.pages.faces import width
+from bench.training.model2.pages.faces import SMALLEST, width
 from bench.training.model2.pages.names import SIZE, numbers, words
 from bench.training.model2.pages.records import Question, Run, around, ask, place
 from bench.training.model2.pages.sheet import Sheet
@@ -14,7 +14,7 @@ def build(sheet: Sheet) -> Iterator[Question]:
     """Draw the table and yield what can be asked about it."""
     rng, hard = sheet.rng, sheet.hardness
     rows, columns = rng.randint(2, round(3 + 3 * hard)), rng.randint(2, 3 + (hard > 0.5))
-    size, face = max(10, round(20 * sheet.scale(0.5, 1.3))), sheet.face()
+    size, face = max(SMALLEST, round(20 * sheet.scale(0.5, 1.3))), sheet.face()
     heads, sides = words(rng, columns, 2, 4), words(rng, rows, 3, 6)
     cells = numbers(rng, rows * columns, 0, 999)
 
@@ -26,8 +26,8 @@ def build(sheet: Sheet) -> Iterator[Question]:
     widths, pitch = pad()
     while sum(widths) > SIZE - 10 or (rows + 1) * pitch > SIZE - 10:
         size -= 1
-        if size < 10:  # too many columns for the smallest letters
-            size, columns, heads, cells = 10, columns - 1, heads[:-1], cells[: rows * (columns - 1)]
+        if size < SMALLEST:  # too many columns for the smallest letters
+            size, columns, heads, cells = SMALLEST, columns - 1, heads[:-1], cells[: rows * (columns - 1)]
         widths, pitch = pad()
     pitch = min(pitch * rng.uniform(1, 1.4), (SIZE - 10) / (rows + 1))
     x, y = sheet.place(sum(widths), (rows + 1) * pitch) or (4, 4)

@@ -1,7 +1,7 @@
 """Families through the engine against `crop.patch`: `python -m tests.integrations.vllm.engine.families NAME ...`, or `all`.
 
 Every family answers all of `cases.CASES` one by one, then as one batch from the prefix cache, then as one batch without it.
-The log of `run_families.sh` is committed.
+The log of `run_engine.sh families` is committed.
 """
 
 from __future__ import annotations

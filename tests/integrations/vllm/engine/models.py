@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 WORDS = [f"w{n}" for n in range(80)]
 TILES = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 NAMED = {  # attributes of a tokenizer that processors ask for -> tokens
+    "image_break_token": "[IMG_BREAK]",
+    "image_end_token": "[IMG_END]",
     "start_image_token": "<img>",
     "end_image_token": "</img>",
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<|video_pad|>",
 }
-SPECIAL = ["<pad>", "<unk>", "<image>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<|image_pad|>", *NAMED.values(),
+SPECIAL = ["<pad>", "<unk>", "<image>", "[IMG]", "<|image_pad|>", *NAMED.values(),
            "<|vision_start|>", "<|vision_end|>", "<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>",
            "<|begin_of_video|>", "<|end_of_video|>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
            "<|IMAGE_START|>", "<|IMAGE_END|>", "<|IMAGE_PLACEHOLDER|>", *TILES, "\n", "\n\n"]  # fmt: skip
@@ -50,6 +53,8 @@ class Model:
         processor: tokenizer -> its processor.
         image: what a prompt says for one image.
         size: (width, height) of pictures; others are made from it.
+        published: what checkpoints say in config.json other than transformers does.
+        image_token: what its tokenizer says that is, where the processor asks.
     """
 
     classes: str
@@ -57,6 +62,8 @@ class Model:
     processor: Callable[[Any], Any]
     image: str = "<image>"
     size: tuple[int, int] = (72, 48)
+    published: Mapping[str, Any] = field(default_factory=dict)
+    image_token: str = ""
 
 
 def llava() -> Any:
@@ -201,6 +208,38 @@ def glm_processor(tokenizer: Any) -> Any:
     return transformers.Glm4vProcessor(image, tokenizer, transformers.Glm4vVideoProcessor(**sizes))
 
 
+def glm_ocr() -> Any:
+    rope = dict(MROPE["rope_parameters"], partial_rotary_factor=1.0)
+    # vLLM takes the width of the tower's last layer from here, transformers from the tower: they agree in checkpoints.
+    text = dict(MROPE, rope_parameters=rope, intermediate_size=3 * MROPE["hidden_size"])
+    return glm_config("GlmOcrConfig", text)()
+
+
+def paddleocr_vl() -> Any:
+    vision = dict(TOWER, image_size=SIDE, spatial_merge_size=2)
+    ids = dict(QWEN_IDS, image_token_id=ID["<|IMAGE_PLACEHOLDER|>"])
+    return transformers.PaddleOCRVLConfig(text_config=MROPE, vision_config=vision, **ids, tie_word_embeddings=False)
+
+
+def paddle_processor(tokenizer: Any) -> Any:
+    size = {"shortest_edge": 16 * PATCH**2, "longest_edge": 1024 * PATCH**2}
+    image = transformers.PaddleOCRVLImageProcessor(patch_size=PATCH, merge_size=2, size=size)
+    return transformers.PaddleOCRVLProcessor(image, tokenizer)
+
+
+def lighton_ocr() -> Any:
+    return transformers.LightOnOcrConfig(
+        vision_config=pixtral_tower(), text_config=transformers.Qwen3Config(**TEXT), image_token_id=ID["[IMG]"],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def lighton_processor(tokenizer: Any) -> Any:
+    patch = {"height": 2 * PATCH, "width": 2 * PATCH}
+    image = transformers.PixtralImageProcessor(size={"longest_edge": 64}, patch_size=patch)
+    return transformers.LightOnOcrProcessor(image, tokenizer, patch_size=PATCH, spatial_merge_size=2)
+
+
 def internvl() -> Any:
     vision = {key: value for key, value in TOWER.items() if key != "patch_size"}
     return transformers.InternVLConfig(
@@ -255,18 +294,28 @@ MODELS: dict[str, Model] = {
     "onevision": Model("LlavaOnevisionForConditionalGeneration", onevision, onevision_processor),
     "glm4v": Model("Glm4vForConditionalGeneration", glm_config("Glm4vConfig", dict(GLM_TEXT, attention_bias=True)), glm_processor, GLM),
     "glm4v_moe": Model("Glm4vMoeForConditionalGeneration", glm_config("Glm4vMoeConfig", GLM_MOE), glm_processor, GLM),
+    "glm_ocr": Model("GlmOcrForConditionalGeneration", glm_ocr, glm_processor, GLM),
+    "paddleocr_vl": Model("PaddleOCRVLForConditionalGeneration", paddleocr_vl, paddle_processor,
+                          "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>", image_token="<|IMAGE_PLACEHOLDER|>",
+                          size=(SIDE, SIDE)),  # as its position table: vLLM and transformers stretch that differently
+    "lighton_ocr": Model("LightOnOcrForConditionalGeneration", lighton_ocr, lighton_processor, "[IMG]",
+                         image_token="[IMG]", published={
+        "architectures": ["LightOnOCRForConditionalGeneration"], "model_type": "mistral3",
+        "image_token_index": ID["[IMG]"],
+    }),
     "qwen3_5": Model("Qwen3_5ForConditionalGeneration", qwen3_5, QWEN3, QWEN),
     "qwen3_vl_moe": Model("Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe, QWEN3, QWEN),
 }  # fmt: skip
 
 
-def tokenizer() -> Any:
+def tokenizer(image_token: str = "") -> Any:
     """Words and all special tokens."""
     core = Tokenizer(models.WordLevel(ID, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    named = NAMED | ({"image_token": image_token} if image_token else {})
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, extra_special_tokens=NAMED, pad_token="<pad>", unk_token="<unk>"
+        tokenizer_object=core, extra_special_tokens=named, pad_token="<pad>", unk_token="<unk>"
     )
 
 
@@ -289,11 +338,14 @@ def build(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[
     model.lm_head.weight[len(WORDS) :] = 0.0  # only words are ever generated
     model.generation_config = transformers.GenerationConfig(pad_token_id=ID["<pad>"])
     model.to(dtype).save_pretrained(folder)
+    if family.published:
+        config = Path(folder) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | family.published))
     if name == "qwen3_vl_moe":  # experts lie the other way round in checkpoints
         weights = load_file(Path(folder) / "model.safetensors")
         for weight_name in [one for one in weights if ".experts." in one]:
             weights[weight_name] = weights[weight_name].transpose(1, 2).contiguous()
         save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})
-    family.processor(tokenizer()).save_pretrained(folder)
+    family.processor(tokenizer(family.image_token)).save_pretrained(folder)
     processor = transformers.AutoProcessor.from_pretrained(folder)
     return model, processor
