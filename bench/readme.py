@@ -1,4 +1,4 @@
-"""Write the tables of README.md and bench/README.md from the figures in bench/results, so that no number is typed by hand.
+"""Write the tables of the README files from the figures in bench/results, so that no number is typed by hand.
 
     python -m bench.readme            # rewrite
     python -m bench.readme --check    # only say what differs
@@ -14,9 +14,10 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+from bench import published
 from bench.accuracy import tables as accuracy
 from bench.common import ROOT, markdown
 from bench.headline import headline
@@ -25,12 +26,19 @@ from bench.latency import tables as latency
 from bench.localizers import tables as localizers
 
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "crop" / "integrations" / "README.md")
 
 
-def _of(make: Callable[[dict[str, Any]], list[str]], file: str) -> Callable[[Path], list[str]]:
-    """A maker that reads one file of the folder of results."""
-    return lambda results: make(json.loads((results / file).read_text()))
+def _of(make: Callable[..., list[str]], *files: str) -> Callable[[Path], list[str]]:
+    """A maker that reads files of the folder of results; of what has not been run yet the table says so."""
+
+    def made(results: Path) -> list[str]:
+        missing = [file for file in files if not (results / file).exists()]
+        if missing:
+            return [f"Not run yet: no {' and no '.join(missing)}."]
+        return make(*(json.loads((results / file).read_text()) for file in files))
+
+    return made
 
 
 def runs(results: Path) -> list[str]:
@@ -45,6 +53,10 @@ def runs(results: Path) -> list[str]:
     return markdown(["file", "commit", "threads", "load", "Python", "torch", "transformers"], table)
 
 
+def _published(model: str, results: Path) -> list[str]:
+    return published.table(model, results / "published", results / "contributed")
+
+
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "headline": headline,
     "runs": runs,
@@ -55,6 +67,25 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "accuracy-22-leads": _of(accuracy.accuracy_leads, "accuracy_22.json"),
     "regions": _of(accuracy.regions, "regions.json"),
     "encoder": _of(accuracy.encoder, "encoder.json"),
+    "pages": _of(accuracy.accuracy, "pages_1.json"),
+    "pages-2": _of(accuracy.accuracy, "pages_2.json"),
+    "pages-groups": _of(accuracy.accuracy_groups, "pages_1.json"),
+    "pages-hard": _of(accuracy.accuracy_hard, "pages_1.json"),
+    "pages-time": _of(accuracy.accuracy_time, "pages_1.json"),
+    "pages-leads": _of(accuracy.leads_of_two, "pages_1.json", "pages_2.json"),
+    "pages-targets": _of(accuracy.targets, "pages_1.json", "pages_2.json"),
+    "pages-regions": _of(accuracy.regions, "pages_regions.json"),
+    "pages-encoder": _of(accuracy.encoder, "pages_encoder.json"),
+    "pages-layers": _of(accuracy.layers, "pages_layers.json"),
+    "pages-layers-groups": _of(accuracy.layers_groups, "pages_layers.json"),
+    "pages-pooling": _of(accuracy.pooling, "pages_pooling.json"),
+    "pages-real": _of(accuracy.real, "pages_real.json"),
+    "pooling": _of(accuracy.pooling, "pooling.json"),
+    "layers": _of(accuracy.layers, "layers.json"),
+    **{
+        f"published-{path.stem}": partial(_published, path.stem)
+        for path in sorted((RESULTS / "published").glob("*.json"))
+    },
     "receipts": _of(accuracy.receipts, "receipts.json"),
     "e2e": _of(latency.e2e, "e2e.json"),
     "e2e-bars": _of(latency.bars, "e2e.json"),
@@ -62,7 +93,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "prefill-2880": _of(latency.prefill, "prefill_2880.json"),
     "attention-pass": _of(latency.attention_pass, "prefill_576.json"),
     "first-token": _of(latency.first_token, "first_token.json"),
-    "encoder-times": _of(latency.encoder_times, "first_token.json"),
+    "stages": _of(latency.stages, "stages.json"),
     "small": _of(latency.small, "small.json"),
     "scale": _of(latency.scale, "scale.json"),
     "serving": _of(latency.serving, "serving.json"),

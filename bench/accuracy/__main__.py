@@ -23,7 +23,7 @@ from rich.table import Table
 
 from bench.accuracy import data, summary
 from bench.accuracy.contenders import BUDGETS, CUT, contenders, jobs
-from bench.accuracy.run import read, run, shard
+from bench.accuracy.run import grid_of, read, run, shard
 from bench.accuracy.timing import measure
 from bench.common import machine
 from bench.worlds import World, add_world_options, chosen_world
@@ -125,10 +125,12 @@ def ask(options: argparse.Namespace, world: World, first: int, budgets: tuple[fl
     wanted = jobs(asker.num_layers, budgets, names, cut=options.cut, kept=options.kept, model=asker.model)
     if any(item.region is None for item in items):
         wanted = [job for job in wanted if job.contender.region not in ("oracle", "shifted")]
+    if grid_of(asker.model) is None:  # what a picture is made smaller for, its processor decides
+        wanted = [job for job in wanted if job.contender.prepare is None]
     localizer = asker.localizer(options.localizer or asker.default_localizer)
     how = {"batch": options.batch, "max_new_tokens": options.max_new_tokens or world.max_new_tokens}
     # Several processes ask everything of everybody: none of them knows who will be best.
-    some = items[: options.rest] if count == 1 and names is None else items
+    some = items[: options.rest or None] if count == 1 and names is None else items
     run(asker, wanted, some, localizer, options.out, **how)
     last = wanted[-1]
     if len(some) < len(items):

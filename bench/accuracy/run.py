@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch import nn
 from tqdm import tqdm
 
 from bench.accuracy.boxes import WHOLE, shifted
@@ -65,13 +66,19 @@ class Journal:
         os.fsync(self.file.fileno())
 
 
+def grid_of(model: nn.Module) -> int | None:
+    """Tokens per side of a model that scales every picture to one square; None: it does not."""
+    vision = getattr(model.config, "vision_config", None)
+    side, patch_side = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
+    return side // patch_side if isinstance(side, int) and isinstance(patch_side, int) else None
+
+
 def seen(asker: Asker, job: Job, item: Item, region: Region) -> Image:
     """The picture of a question as the processor gets it."""
     image = item.picture()
     if job.contender.prepare is None:
         return image
-    vision = asker.model.config.vision_config
-    return job.contender.prepare(image, job.budget, region, vision.image_size // vision.patch_size)
+    return job.contender.prepare(image, job.budget, region, grid_of(asker.model))
 
 
 @torch.no_grad()

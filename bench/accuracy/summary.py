@@ -186,7 +186,8 @@ def plot(rows: Sequence[dict[str, Any]], group: str, path: Path, axis: str) -> N
     axes = figure.subplots()
     lines: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        if row["group"] == group and row["counted"] == "average" and row[axis] is not None:
+        crowd = row["contender"].endswith(("shifted", "no region"))
+        if row["group"] == group and row["counted"] == "average" and row[axis] is not None and not crowd:
             lines[row["contender"]].append(row)
     ours = ("ILP", "PLC", "both")
     colours = {"ILP": "#c26a00", "PLC": "#1b7f4b", "both": "#1f4fbf"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.accuracy.summary import OVERALL, grid
+from bench.accuracy.summary import HARD, OVERALL, at_time, grid
 from bench.common import markdown
 
 
@@ -12,23 +12,33 @@ def _percent(cell: dict[str, Any] | None) -> str:
     return "-" if cell is None or cell["relative"] is None else f"{100 * cell['relative']:.1f}"
 
 
-def accuracy(content: dict[str, Any]) -> list[str]:
-    """All questions, by layer average; a cell that spent more than its budget says how much.
+def _label(budget: float, content: dict[str, Any]) -> str:
+    """A budget as its tokens, where the file knows of how many."""
+    tokens = content.get("pictures", {}).get("tokens")
+    return f"{budget:.1%}" if tokens is None else f"{round(budget * tokens)} tokens"
 
-    The best of each column is bold, among cells that do not know the true region and kept to the budget.
+
+def accuracy(content: dict[str, Any], group: str = OVERALL) -> list[str]:
+    """A group of questions, by layer average; a cell that spent more than its budget says how much.
+
+    The best of each column is bold, among cells that do not know the true region and kept to the budget. What enters the
+    decoder stands beside it where that is more than the budget; so does the number of questions where rows differ in it.
     """
     rows = content["rows"]
     budgets = sorted({row["budget"] for row in rows if row["counted"] == "average"}, reverse=True)
     plain = next(row for row in rows if row["contender"] == "unpruned" and row["group"] == OVERALL)
-    cells = grid(rows, OVERALL, "average", budgets)
+    cells = grid(rows, group, "average", budgets)
 
     def fair(name: str, cell: dict[str, Any] | None, budget: float) -> bool:
-        return cell is not None and "oracle" not in name and cell["average"] <= 1.05 * budget
+        knows = name.endswith(("oracle", "shifted")) or cell is None or cell["relative"] is None
+        return not knows and cell["average"] <= 1.05 * budget
 
     best = {
         b: max((found[b]["relative"] for name, found in cells.items() if fair(name, found.get(b), b)), default=None)
         for b in budgets
     }
+    counts = {name: max(cell["n"] for cell in found.values()) for name, found in cells.items()}
+    counted = len(set(counts.values())) > 1 and group == OVERALL
     table = []
     for name, found in cells.items():
         line = []
@@ -37,29 +47,123 @@ def accuracy(content: dict[str, Any]) -> list[str]:
             text = _percent(cell)
             if cell is not None and cell["average"] > 1.05 * budget:
                 text += f" (spent {cell['average']:.0%})"
+            elif cell is not None and cell.get("entering", 0) > 1.05 * budget:
+                text += f" ({cell['entering']:.0%} enter)"
             bold = fair(name, cell, budget) and cell["relative"] == best[budget]
             line.append(f"**{text}**" if bold else text)
-        table.append([name, *line])
-    head = [f"% of the unpruned score ({plain['score']:.3f}, {plain['n']} questions)", *(f"{b:.1%}" for b in budgets)]
-    return markdown(head, table)
+        table.append([name, *([str(counts[name])] if counted else []), *line])
+    of = "" if group == OVERALL else f", {group}"
+    head = [f"% of the unpruned score ({plain['score']:.3f}, {plain['n']} questions){of}"]
+    return markdown([*head, *["questions"] * counted, *(_label(b, content) for b in budgets)], table)
 
 
-def accuracy_leads(content: dict[str, Any]) -> list[str]:
+def accuracy_hard(content: dict[str, Any]) -> list[str]:
+    """The same of the questions that are wrong after down-sampling to the same budget."""
+    return accuracy(content, HARD)
+
+
+def accuracy_time(content: dict[str, Any]) -> list[str]:
+    """Best score of every contender within shares of the unpruned time, encoder and localizer included."""
+    shares = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+    table = []
+    for row in at_time(content["rows"], OVERALL, shares):
+        cells = (row[f"{share:g}"] for share in shares)
+        table.append([row["contender"], *("-" if cell is None else f"{100 * cell:.1f}" for cell in cells)])
+    return markdown(
+        ["best % of the unpruned score within a share of its time", *(f"{share:.0%}" for share in shares)], table
+    )
+
+
+def _lead(row: dict[str, Any]) -> str:
+    return f"{100 * row['lead']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+
+
+def accuracy_leads(content: dict[str, Any], group: str = OVERALL) -> list[str]:
     """Ours with a predicted region against the best baseline, in points, with 95 % intervals."""
-    leads = [row for row in content["leads"] if row.get("group", OVERALL) == OVERALL]
+    leads = [row for row in content["leads"] if row.get("group", OVERALL) == group]
     budgets = list(dict.fromkeys(row["budget"] for row in leads))
     found: dict[str, dict[float, str]] = {}
-    for row in leads:
-        text = f"{100 * row['lead']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
-        found.setdefault(row["contender"], {})[row["budget"]] = f"{text}, {row['baseline']}"
+    for row in leads:  # the strongest rival of a cell comes first
+        found.setdefault(row["contender"], {}).setdefault(row["budget"], f"{_lead(row)}, {row['baseline']}")
     table = [[name, *(cells.get(budget, "-") for budget in budgets)] for name, cells in found.items()]
-    return markdown(["points ahead of the best baseline", *(f"{budget:.1%}" for budget in budgets)], table)
+    return markdown(["points ahead of the best baseline", *(_label(budget, content) for budget in budgets)], table)
+
+
+def leads_of_two(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """The same of two disjoint sets of pictures, one line per budget and group, with what would show the difference.
+
+    A lead holds where both intervals exclude zero on the same side.
+    """
+    table = []
+    for row in first["leads"]:
+        where = row["contender"], row["budget"], row["group"]
+        if any(line[0] == where for line in table):
+            continue
+        again = [r for r in second["leads"] if (r["contender"], r["budget"], r["group"]) == where]
+        if not again:
+            continue
+        other = again[0]
+        same = [r for r in again if r["baseline"] == row["baseline"]] or [other]
+        holds = row["low"] > 0 < same[0]["low"] or row["high"] < 0 > same[0]["high"]
+        needed = "-" if row["needed"] is None else str(row["needed"])
+        table.append(
+            [where, _label(row["budget"], first), row["contender"], row["group"], f"{_lead(row)}, {row['baseline']}",
+             str(row["n"]), f"{row['p']:.2g}", needed, f"{_lead(other)}, {other['baseline']}", str(other["n"]),
+             "yes" if holds else "no"]
+        )  # fmt: skip
+    head = ["budget", "ours", "questions", "set 1: points ahead of the best rival", "n", "p", "n needed",
+            "set 2: points ahead of the best rival", "n", "holds on both"]  # fmt: skip
+    return markdown(head, [line[1:] for line in table])
+
+
+TARGETS = {0.3333: 0.995, 0.2222: 0.99, 0.1111: 0.98, 0.0556: 0.95}  # share of the unpruned score, by budget
+AHEAD = (0.1111, 0.0556)  # budgets at which every rival is to be behind
+GROUNDING_TARGET = (0.2222, 0.95)
+
+
+def targets(first: dict[str, Any], second: dict[str, Any], mine: str = "PLC, predicted") -> list[str]:
+    """What was aimed at with a found region, on two sets of pictures, and who is ahead where it is missed."""
+
+    def cell(content: dict[str, Any], budget: float, group: str) -> dict[str, Any] | None:
+        return grid(content["rows"], group, "average", [budget]).get(mine, {}).get(budget)
+
+    def kept(content: dict[str, Any], budget: float, group: str = OVERALL) -> tuple[str, bool]:
+        found = cell(content, budget, group)
+        if found is None or found["relative"] is None:
+            return "-", False
+        bar = GROUNDING_TARGET[1] if group != OVERALL else TARGETS[budget]
+        text = f"{100 * found['relative']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+        return text, found["relative"] >= bar
+
+    def worst(content: dict[str, Any], budget: float) -> tuple[str, bool]:
+        rows = [r for r in content["leads"] if (r["contender"], r["budget"], r["group"]) == (mine, budget, OVERALL)]
+        if not rows:
+            return "-", False
+        row = min(rows, key=lambda row: row["low"])
+        return f"{_lead(row)}, {row['baseline']}", row["low"] > 0
+
+    table = []
+
+    def add(what: str, made: list[tuple[str, bool]]) -> None:
+        table.append([what, *(text for text, _ in made), "met" if all(ok for _, ok in made) else "missed"])
+
+    both = first, second
+    for budget, bar in TARGETS.items():
+        add(f"{_label(budget, first)}: at least {100 * bar:g} %", [kept(content, budget) for content in both])
+    for budget in AHEAD:
+        what = f"{_label(budget, first)}: ahead of every rival (the one with the lowest interval)"
+        add(what, [worst(content, budget) for content in both])
+    budget, bar = GROUNDING_TARGET
+    what = f"{_label(budget, first)}, grounding: at least {100 * bar:g} %"
+    add(what, [kept(content, budget, "grounding") for content in both])
+    return markdown([f"target for {mine}", "set 1", "set 2", ""], table)
 
 
 def accuracy_groups(content: dict[str, Any]) -> list[str]:
-    """By kind of question, at 11 % layer average, with bootstrap intervals."""
-    rows, budget = content["rows"], 0.11
-    groups = sorted({row["group"] for row in rows} - {OVERALL})
+    """By kind of question, at the budget next to 11 % on average over the layers, with bootstrap intervals."""
+    rows = content["rows"]
+    budget = min({row["budget"] for row in rows if row["counted"] == "average"}, key=lambda b: abs(b - 0.11))
+    groups = sorted({row["group"] for row in rows} - {OVERALL, HARD})
     by_group = {group: grid(rows, group, "average", [budget]) for group in groups}
     table = []
     for name in dict.fromkeys(name for found in by_group.values() for name in found):
@@ -82,6 +186,57 @@ def encoder(content: dict[str, Any]) -> list[str]:
     """Exact answers by where in the encoder tokens leave."""
     table = [[row["tokens leave"], f"{100 * row['exact']:.1f}", f"{row['tokens']:.0f}"] for row in content["rows"]]
     return markdown([f"tokens leave ({content['run'][0]['questions']} questions)", "exact answers, %", "tokens"], table)
+
+
+def layers(content: dict[str, Any]) -> list[str]:
+    """Score by cut layer and budget, and what all layers see on average."""
+    rows, facts = content["rows"], content["run"][0]
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    table = []
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        cells = {row["budget"]: row for row in rows if row["layer"] == layer}
+        texts = [f"{100 * cells[b]['overall']:.1f} ({cells[b]['average']:.0%})" if b in cells else "-" for b in budgets]
+        table.append([f"layer {layer}" if layer else "pooled before layer 0", *texts])
+    head = f"% of the unpruned score (seen on average); region: {facts['region']}, {facts['questions']} questions"
+    return markdown([head, *(f"{round(b * facts['tokens'])} tokens" for b in budgets)], table)
+
+
+def layers_groups(content: dict[str, Any]) -> list[str]:
+    """The same by kind of question, at the budget next to 11 %."""
+    rows = content["rows"]
+    budget = min({row["budget"] for row in rows}, key=lambda b: abs(b - 0.11))
+    rows = [row for row in rows if row["budget"] == budget]
+    groups = [name for name in rows[0] if name not in ("budget", "layer", "average")]
+    table = [
+        [f"layer {row['layer']}" if row["layer"] else "pooled before layer 0", *(f"{100 * row[g]:.1f}" for g in groups)]
+        for row in rows
+    ]
+    return markdown([f"{round(budget * content['run'][0]['tokens'])} tokens stay", *groups], table)
+
+
+def pooling(content: dict[str, Any]) -> list[str]:
+    """What one change costs, by questions and budget."""
+    rows = content["rows"]
+    columns = list(dict.fromkeys((row["asked"], row["budget"]) for row in rows))
+    table = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        cells = {(row["asked"], row["budget"]): row for row in rows if row["way"] == way}
+        texts = []
+        for column in columns:
+            row = cells.get(column)
+            texts.append("-" if row is None else f"{100 * row['relative']:.1f} ({row['tokens']:.0f})")
+        table.append([way, *texts])
+    return markdown(["% of the unpruned score (tokens)", *(f"{asked}, {b:.0%}" for asked, b in columns)], table)
+
+
+def real(content: dict[str, Any]) -> list[str]:
+    """Real receipts: exact answers, characters right, and what the same answers are worth about other pages."""
+    table = [
+        [row["view"], row["pruned"], row["field"], str(row["n"]),
+         *(f"{100 * row[key]:.1f}" for key in ("exact", "characters", "others'"))]
+        for row in content["rows"]
+    ]  # fmt: skip
+    return markdown(["view", "pruned", "field", "n", "exact, %", "characters, %", "of another page, %"], table)
 
 
 def receipts(content: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """What planning takes on the host, per call: regions are new every time, sizes are not. CPU seconds, medians.
 
-    python -m bench.latency.planning            # compiled, and in numpy
+python -m bench.latency.planning            # compiled, and in numpy
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ class Tokens:
     """Vision tokens of an image, or of several; see ``PruneStats``."""
 
     before: int
+    encoded: int
     after_plc: int
     after_ilp: int
     layer_average: float
@@ -104,7 +105,7 @@ class Asker:
     def localizer(
         self, name: str, region: Region | None = None, *, path: str | Path | None = None, **more: Any
     ) -> Localizer:
-        """A localizer by name; ``path`` and ``more`` (``layer``, ``min_confidence``) as for ``get_localizer``."""
+        """A localizer by name; ``path`` and ``more`` (``layer``, ``min_confidence``, ``coarse``) as for ``get_localizer``."""
         if path is None and name in ("head", "cascade", "union"):
             path = self.head
         own = {"model": self.model, "processor": self.processor, "prompt": self.prompt}
@@ -182,8 +183,8 @@ class Asker:
             "prefill": spent["language_model"],
         }
         seconds |= {"decode": total - sum(seconds.values()), "total": total}
-        counts = stats.tokens_before, stats.tokens_after_plc, stats.tokens_after_ilp, stats.layer_average
-        tokens = map(Tokens, *counts)
+        counts = stats.tokens_before, stats.tokens_encoded, stats.tokens_after_plc, stats.tokens_after_ilp
+        tokens = map(Tokens, *counts, stats.layer_average)
         drawings = zip(stats.layouts, stats.plans, stats.kept, regions, strict=True)
         thoughts, text = split_thoughts(self.processor, new)
         text = self.tidy(thoughts if text is None else text)

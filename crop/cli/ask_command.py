@@ -22,6 +22,7 @@ from crop.cli.options import (
 from crop.geometry.region import Region
 from crop.localizers.base import Localizer
 from crop.localizers.pretrained import one_line
+from crop.localizers.registry import COARSE
 from crop.methods.registry import by_name
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ examples:
   crop ask photo.jpg "what does the sign say" --model Qwen/Qwen2.5-VL-3B-Instruct \\
       --method ilp --keep 0.25 --device cuda --dtype bfloat16 --compare
       another model and method, and the unpruned answer and time beside it
+  crop ask page.png "what is the total" --model Qwen/Qwen2.5-VL-7B-Instruct --prune-encoder --localizer ocr
+      of a large picture, encode little more than the region
   crop ask receipt.png "what is the total" --json | jq .tokens
   crop ask front.jpg back.jpg "which side is torn" --model ... --region whole --region px:40,60,400,300
   crop ask report.pdf "who signed" --pages 3 --model ...
@@ -68,6 +71,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                         "such as fastv, visionzip, divprune; or one of a plug-in")  # fmt: skip
     parser.add_argument("--keep", type=fraction, default=0.11, metavar="FRACTION",
                         help="vision tokens left in the end, above 0 and up to 1 (default 0.11)")  # fmt: skip
+    parser.add_argument("--prune-encoder", action="store_true",
+                        help="encode region and surroundings alone, the rest at low resolution (tiled models, Qwen-VL, GLM-V); "
+                        "attention and head then look at a small copy first")  # fmt: skip
     parser.add_argument("--overlay", metavar="OUT.png", help="write a picture of what was kept, pooled and dropped")
     parser.add_argument("--compare", action="store_true",
                         help="also answer without pruning (and warm up first, so that the times are fair)")  # fmt: skip
@@ -101,6 +107,7 @@ def run(options: argparse.Namespace) -> int:
         asker = load_chosen(options)
     name = options.localizer or _default_localizer(options, asker)
     settings = {key: getattr(options, key) for key in ("layer", "min_confidence")}
+    settings["coarse"] = 4 if options.prune_encoder and name in COARSE else 1
     localizers = [
         asker.localizer(name, region, path=options.localizer_model, **settings)
         for region in (regions or [None])  # one for all images, or one each
@@ -179,7 +186,7 @@ def _regions(options: argparse.Namespace, pictures: list[Image]) -> list[Region]
 def _default_localizer(options: argparse.Namespace, asker: Asker) -> str:
     if options.region:
         return "box"
-    if options.method == "none":
+    if options.method == "none" and not options.prune_encoder:
         return "whole"
     return asker.default_localizer if options.layer is None else "attention"
 
@@ -188,7 +195,7 @@ def _answers(
     options: argparse.Namespace, asker: Asker, pictures: list[Image], localizers: list[Localizer]
 ) -> tuple[Answer, Answer | None]:
     """Pruned, and unpruned where that is to be compared."""
-    method = by_name(options.method, options.keep, asker.num_layers)
+    method = by_name(options.method, options.keep, asker.num_layers, encoder=options.prune_encoder)
     how = {"method": method, "localizer": localizers, "max_new_tokens": options.max_new_tokens}
     if options.compare:
         return asker.compare(pictures, options.question, **how)

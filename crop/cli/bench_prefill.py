@@ -124,7 +124,7 @@ def measure(model: Any, images: int, rounds: int, only: str) -> list[dict[str, A
             if stats.tokens_after_ilp != want:
                 raise RuntimeError(f"bench: {name} must keep {want}, got {stats.tokens_after_ilp}")
             found = crop.estimate(model, inputs, method, regions, processor=processor)
-            flops[name] = found.before.flops / found.after.flops
+            flops[name] = found.before.decoder_flops / found.after.decoder_flops
             contenders[name] = pruned(name, method)
     stages.clear()
     plain()

@@ -33,6 +33,7 @@ def as_json(
         "dtype": str(asker.model.dtype).removeprefix("torch."),
         "method": options.method,
         "keep": options.keep,
+        "prune_encoder": options.prune_encoder,
         "localizer": localizer,
         "region": _region(pruned.images[0].region) if len(pruned.images) == 1 else None,
         "images": [{"region": _region(image.region), "tokens": asdict(image.tokens)} for image in pruned.images],
@@ -85,11 +86,13 @@ def print_answer(
     tokens = pruned.tokens
     facts.add_row(
         "tokens",
-        f"{tokens.before} before, {tokens.after_plc} after PLC, {tokens.after_ilp} after ILP; "
+        f"{tokens.before} before, {tokens.encoded} encoded, {tokens.after_plc} after PLC, {tokens.after_ilp} after ILP; "
         f"layer average {tokens.layer_average:.1f}",
     )
     times = Table(box=None, padding=(0, 2, 0, 0))
-    columns = [("pruned" if options.method != "none" else "time", pruned)] + ([("unpruned", plain)] if plain else [])
+    columns = [("pruned" if options.method != "none" or options.prune_encoder else "time", pruned)] + (
+        [("unpruned", plain)] if plain else []
+    )
     times.add_column("stage")
     for title, _ in columns:
         times.add_column(f"{title} ms", justify="right")

@@ -1,15 +1,19 @@
-"""What pruning will save, before anything runs: tokens, FLOPs, cache bytes, seconds, and whether it pays at all."""
+"""What pruning will save of the first token, before anything runs: tokens, FLOPs, bytes, seconds, and whether it pays."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from crop.cost.encoder import EncoderGeometry
 from crop.cost.geometry import DecoderGeometry
-from crop.cost.speed import Speed, layer_host_seconds, measure_speed
+from crop.cost.speed import Speed, measure_speed
+from crop.geometry.layout import VisionLayout
+from crop.geometry.pieces import Encoding, Pieces
 from crop.geometry.region import Region
 from crop.methods.base import Method
 from crop.patching.batch_plan import BatchPlan
@@ -20,21 +24,35 @@ MARGIN = 0.02  # a saving below this share of the prefill is within what such an
 
 @dataclass(frozen=True)
 class Cost:
-    """One prefill of the decoder.
+    """One prefill: vision encoder and decoder; FLOPs are multiply-adds of all samples, times two, of attention its full
+    square, as ``torch.utils.flop_counter`` counts.
 
     Args:
         tokens: vision tokens per image, averaged over the decoder layers.
-        flops: multiply-adds of all samples, times two; attention by its full square, as ``torch.utils.flop_counter`` counts.
+        encoder_flops: of the encoder and the projector behind it; 0 where these are not counted: of families that always take
+            all of a picture, where they cost the same either way, and of kinds that are not known here.
+        decoder_flops: of its layers.
         kv_bytes: keys and values of all samples after it.
-        seconds: predicted, the patch's own work included; NaN for a model on the meta device, which cannot be timed.
-        launched: layers that take as long as the host takes to launch them, because the device is quicker.
+        encoder_seconds, decoder_seconds: predicted, the patch's own work included in the latter; NaN for a model on the meta
+            device, which cannot be timed.
     """
 
     tokens: list[float]
-    flops: float
+    encoder_flops: float
+    decoder_flops: float
     kv_bytes: int
-    seconds: float
-    launched: int = 0
+    encoder_seconds: float
+    decoder_seconds: float
+
+    @property
+    def flops(self) -> float:
+        """Of both."""
+        return self.encoder_flops + self.decoder_flops
+
+    @property
+    def seconds(self) -> float:
+        """Of both."""
+        return self.encoder_seconds + self.decoder_seconds
 
 
 @dataclass(frozen=True)
@@ -42,15 +60,27 @@ class Estimate:
     """Prediction for one prompt.
 
     Args:
-        before: the model as it is. after: under the method.
-        prune: whether the predicted saving, less ``localizer_seconds``, is worth it; by FLOPs where there are no seconds.
+        before: the model as it is. after: under the method. look: what a localizer lets the model do first, None: nothing.
+        prune: whether the predicted saving, less ``look`` and ``localizer_seconds``, is worth it; by FLOPs where there are
+            no seconds.
         advice: the same in words, with what a localizer may take where it takes some.
     """
 
     before: Cost
     after: Cost
+    look: Cost | None
     prune: bool
     advice: str
+
+
+class Glance(Protocol):
+    """What a localizer that looks with the model itself lets it run, of a picture of a size (width, height).
+
+    Returns:
+        Model inputs, size of what it looks at, method under which it does, decoder layers that run at most.
+    """
+
+    def __call__(self, size: tuple[int, int]) -> tuple[Mapping[str, Any], tuple[int, int], Method, int]: ...
 
 
 def estimate(
@@ -61,8 +91,8 @@ def estimate(
     *,
     processor: Any = None,
     image_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+    localizer: Any = None,
     localizer_seconds: float = 0.0,
-    host_seconds: float | None = None,
     plan: bool = True,
 ) -> Estimate:
     """Predict what pruning one prompt saves; nothing runs on the model.
@@ -71,16 +101,17 @@ def estimate(
         model, method, processor, image_size: as for ``patch``.
         inputs: what ``generate()`` would be called with: ``input_ids``, ``pixel_values`` and so on.
         region: as for ``patch``; None asks before a localizer has run, which tells the same of methods with a budget.
-        localizer_seconds: what finding the region costs, to be earned back.
-        host_seconds: in which the host launches one decoder layer, which takes the longer of host and device; 0 for a
-            captured graph. None: ``EAGER_LAYER`` or ``COMPILED_LAYER`` of ``crop.cost.speed`` on a GPU, 0 on a CPU.
+        localizer: what is to find the region, "attention" or "head", whose look with the model itself is counted; feed-forward
+            parts of decoder layers, which it skips, included, and the encoder unless ``cache_vision`` lets look and answer
+            share it: where both see all of the same picture. Needs ``image_size``.
+        localizer_seconds: what finding the region costs beside that, to be earned back.
         plan: removed, must stay True.
     Returns:
-        Estimate: of the decoder alone; what ``EncoderPruning`` saves in the vision encoder is not counted, and the advice
-        says so. Tokens and FLOPs are exact (those of sliding windows an upper bound), seconds come from constants of
-        this device that are measured at first use (``measure_speed``, a fraction of a second).
+        Estimate: of encoder and decoder. Tokens and FLOPs are exact (those of sliding windows an upper bound), seconds come
+        from constants of this device that are measured at first use (``measure_speed``, a fraction of a second).
     Raises:
-        TypeError, ValueError: as ``patch``; ValueError: the prompt holds no image.
+        TypeError, ValueError: as ``patch``; ValueError: the prompt holds no image; a localizer that looks with no model, or
+            no ``image_size`` for one that does.
     """
     if plan is not True:
         raise ValueError(
@@ -90,65 +121,116 @@ def estimate(
     found = planner.plan(inputs)
     if found is None:
         raise ValueError("estimate: the prompt must hold an image, got none")
-    decoder = planner.language_model
-    geometry = DecoderGeometry.of(decoder)
-    device = next(decoder.layers[0].parameters()).device
-    speed = measure_speed(geometry, device, decoder.dtype)
-    host = layer_host_seconds(decoder.layers, device) if host_seconds is None else host_seconds
-    count, size = len(geometry.layers), decoder.dtype.itemsize
-    real = found.valid.sum(1).tolist()
-    unpruned, pruned = [real] * count, [_lengths(found, real, layer) for layer in range(count)]
-    averages = [sum(image.tokens_at(layer) for layer in range(count)) / count for image in found.images]
-    before = _cost(geometry, speed, host, unpruned, size, [float(len(image.layout)) for image in found.images])
-    after = _cost(geometry, speed, host, pruned, size, averages)
-    own = _own_seconds(found, geometry, speed, pruned)
-    after = replace(after, seconds=after.seconds + own)
+    work = _Work.of(planner)
+    lengths, whole = work.lengths(found), work.whole(inputs)
+    real = [found.valid.sum(1).tolist()] * len(lengths)
+    before = replace(work.cost(found, real, whole), tokens=[float(len(image.layout)) for image in found.images])
+    taken = [image.encoding for image in found.images] if planner.method.encodes else whole
+    after, own = work.cost(found, lengths, taken), _own_seconds(found, work.decoder, work.speed, lengths)
+    after = replace(after, decoder_seconds=after.decoder_seconds + own)
+    look = None if localizer is None else work.look(localizer)
     # The patch's work counts twice: measured alone it is quicker than among the layers, and it is surely paid.
     spare = before.seconds - after.seconds - MARGIN * before.seconds - own
-    prune = spare > localizer_seconds
+    wanted = localizer_seconds + (look.seconds if look else 0.0)
+    prune = spare > wanted
     share = f"{1000 * before.seconds:.1f} ms of prefill, {1000 * after.seconds:.1f} ms pruned"
-    if localizer_seconds:
-        share += f" and {1000 * localizer_seconds:.1f} ms for the localizer"
+    if wanted:
+        share += f" and {1000 * wanted:.1f} ms for the localizer"
         share += f", which may take {1000 * spare:.1f} ms" if spare > 0 else ""
-    if before.launched:
-        share += f"; in {before.launched} of {count} layers the host's loop takes longer than the device"
-        share += "" if prune else ": compile the layers, or ask more at once"
     source = "predicted"
-    if device.type == "meta":
-        prune = after.flops < (1 - MARGIN) * before.flops
+    if work.device.type == "meta":
+        prune = after.flops + (look.flops if look else 0.0) < (1 - MARGIN) * before.flops
         share = f"{before.flops / 1e12:.2f} TFLOPs of prefill, {after.flops / 1e12:.2f} pruned"
+        share += f" and {look.flops / 1e12:.2f} for the localizer" if look else ""
         source = "counted; there are no weights to time"
-    if planner.method.encodes:
-        source += "; what it saves in the vision encoder comes on top"
-    return Estimate(before, after, prune, f"{'prune' if prune else 'do not prune'}: {share} ({source})")
+    if work.encoder is None:
+        source += "; without the vision encoder, which is not counted for this model"
+    return Estimate(before, after, look, prune, f"{'prune' if prune else 'do not prune'}: {share} ({source})")
 
 
-def _lengths(plan: BatchPlan, real: list[int], layer: int) -> list[int]:
-    """Tokens per sample that a decoder layer sees. real: before pruning."""
-    found = list(real)
-    for image in plan.images:
-        found[image.sample] -= len(image.layout) - image.tokens_at(layer)
-    return found
+class _Everything(Method):
+    """Plans say what everything is."""
+
+    def encode(self, layout: VisionLayout, region: Region, pieces: Pieces) -> Tensor:
+        return torch.ones(len(pieces), dtype=torch.bool)
 
 
-def _cost(
-    geometry: DecoderGeometry,
-    speed: Speed,
-    host: float,
-    lengths: list[list[int]],
-    element_size: int,
-    tokens: list[float],
-) -> Cost:
-    """Of layers that see ``lengths[layer]`` tokens per sample; shorter samples are padded. host: seconds per layer."""
-    flops, seconds, held, launched = 0.0, 0.0, 0, 0
-    for layer, counts in zip(geometry.layers, lengths, strict=True):
-        flops += layer.matrix_flops(sum(map(layer.tokens, counts))) + sum(map(layer.attention_flops, counts))
-        device = speed.matrix_seconds(layer, len(counts) * layer.tokens(max(counts)))
-        device += speed.attention * len(counts) * layer.attention_flops(max(counts))
-        seconds += max(device, host)
-        launched += device < host
-        held += sum(layer.kv_bytes(count, element_size) for count in counts)
-    return Cost(tokens, flops, held, seconds, launched)
+@dataclass(frozen=True)
+class _Work:
+    """The sizes of a model, and how fast its device is."""
+
+    planner: Planner
+    decoder: DecoderGeometry
+    encoder: EncoderGeometry | None
+    speed: Speed
+    device: torch.device
+
+    @staticmethod
+    def of(planner: Planner) -> _Work:
+        layers, model = planner.language_model, planner.model
+        decoder, device = DecoderGeometry.of(layers), next(layers.layers[0].parameters()).device
+        encoder = EncoderGeometry.of(planner.family, model)
+        return _Work(planner, decoder, encoder, measure_speed(decoder, device, layers.dtype), device)
+
+    def lengths(self, plan: BatchPlan) -> list[list[int]]:
+        """Of every decoder layer, tokens per sample that it sees."""
+        found = []
+        for layer in range(len(self.decoder.layers)):
+            lengths = plan.valid.sum(1).tolist()
+            for image in plan.images:
+                lengths[image.sample] -= len(image.layout) - image.tokens_at(layer)
+            found.append(lengths)
+        return found
+
+    def whole(self, inputs: Mapping[str, Any]) -> list[Encoding]:
+        """What the encoder gets of the images of a prompt, if nothing is left out."""
+        if self.encoder is None:
+            return []
+        look = Planner(self.planner.model, _Everything(), None, self.planner.image_processor, None).look(inputs)
+        return list(look.encodings)
+
+    def cost(self, plan: BatchPlan, lengths: Sequence[Sequence[int]], encodings: Sequence[Encoding]) -> Cost:
+        """Of an encoder that gets ``encodings`` and of decoder layers that see ``lengths``; shorter samples are padded."""
+        speed, size, count = self.speed, self.planner.language_model.dtype.itemsize, len(self.decoder.layers)
+        flops, seconds, held = 0.0, 0.0, 0
+        for layer, counts in zip(self.decoder.layers, lengths, strict=False):
+            flops += layer.matrix_flops(sum(map(layer.tokens, counts))) + sum(map(layer.attention_flops, counts))
+            seconds += speed.matrix_seconds(layer, len(counts) * layer.tokens(max(counts)))
+            seconds += speed.attention * len(counts) * layer.attention_flops(max(counts))
+            held += sum(layer.kv_bytes(count, size) for count in counts)
+        # Vision layers have no triangle to spare.
+        matrices = self.encoder.matrices(encodings) if encodings else []
+        attention = self.encoder.attention_flops(encodings) if encodings else 0.0
+        tokens = [sum(image.tokens_at(layer) for layer in range(count)) / count for image in plan.images]
+        return Cost(
+            tokens,
+            sum(2.0 * weights * rows for weights, rows in matrices) + attention,
+            flops,
+            held,
+            sum(speed.product_seconds(weights, rows) for weights, rows in matrices) + 2 * speed.attention * attention,
+            seconds,
+        )
+
+    def look(self, localizer: Any) -> Cost:
+        """Of a localizer that looks with the model, at every image by itself; see ``Glance``."""
+        glance: Glance | None = getattr(localizer, "glance", None)
+        if glance is None:
+            raise ValueError(
+                f"estimate: localizer must be one that looks with the model itself (attention, head), got {localizer!r}; "
+                "give localizer_seconds for others"
+            )
+        if self.planner.image_sizes is None:
+            raise ValueError("estimate: image_size must be given for a localizer that looks with the model, got None")
+        costs = []
+        for size in self.planner.image_sizes:
+            inputs, seen, method, layers = glance(size)
+            plan = Planner(self.planner.model, method, None, self.planner.image_processor, seen).plan(inputs)
+            encodings = self.whole(inputs) if not method.encodes else [image.encoding for image in plan.images]
+            shared = seen == size and not method.encodes and not self.planner.method.encodes
+            costs.append(self.cost(plan, self.lengths(plan)[:layers], [] if shared else encodings))
+        names = ("encoder_flops", "decoder_flops", "encoder_seconds", "decoder_seconds")
+        return replace(costs[0], tokens=[one for cost in costs for one in cost.tokens], kv_bytes=0,
+                       **{name: sum(getattr(cost, name) for cost in costs) for name in names})  # fmt: skip
 
 
 def _own_seconds(plan: BatchPlan, geometry: DecoderGeometry, speed: Speed, lengths: list[list[int]]) -> float:

@@ -166,7 +166,7 @@ def _state(kind: str, config: Any) -> State | None:
 def _matrices(layer: nn.Module, config: Any) -> tuple[int, Experts | None]:
     """Elements of the matrices that every token passes, and the experts beside them."""
     found = [module for name, module in layer.named_modules() if name.rpartition(".")[2] == "experts"]
-    total = _elements(layer)
+    total = elements(layer)
     if not found:
         return total, None
     held = found[0]
@@ -179,10 +179,10 @@ def _matrices(layer: nn.Module, config: Any) -> tuple[int, Experts | None]:
             "estimate: the configuration of a mixture of experts must tell num_experts_per_tok or top_k_experts, got "
             f"{type(config).__name__} without"
         )
-    return total - _elements(held), Experts(count, per_token, _elements(held) // count)
+    return total - elements(held), Experts(count, per_token, elements(held) // count)
 
 
-def _elements(module: nn.Module) -> int:
+def elements(module: nn.Module) -> int:
     """Of all matrices in a module; quantised linear layers count as what they stand for."""
     total = 0
     for part in module.modules():

@@ -42,16 +42,16 @@ class Speed:
 
     def matrix_seconds(self, layer: LayerGeometry, tokens: int) -> float:
         """One layer's matrices on ``tokens`` tokens, which its experts share evenly."""
-        seconds = layer.weights * self._per_element(tokens)
+        seconds = self.product_seconds(layer.weights, tokens)
         if layer.experts is not None:
             runs = tokens * layer.experts.per_token
             busy = min(layer.experts.count, runs)
-            seconds += busy * layer.experts.weights * self._per_element(-(-runs // max(busy, 1)))
+            seconds += self.product_seconds(busy * layer.experts.weights, -(-runs // max(busy, 1)))
         return seconds
 
-    def _per_element(self, tokens: int) -> float:
-        """Between the measured sizes on a line, beyond them in proportion."""
-        return float(np.interp(tokens, SIZES, self.matrices)) * max(1.0, tokens / SIZES[-1])
+    def product_seconds(self, weights: int, tokens: int) -> float:
+        """Of so many tokens with matrices of so many elements: between the measured sizes on a line, beyond in proportion."""
+        return weights * float(np.interp(tokens, SIZES, self.matrices)) * max(1.0, tokens / SIZES[-1])
 
 
 def layer_host_seconds(layers: Iterable[nn.Module], device: torch.device) -> float:

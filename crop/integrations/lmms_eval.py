@@ -47,6 +47,7 @@ from crop.integrations.generation import (
     until_end,
 )
 from crop.localizers.base import WholeLocalizer
+from crop.localizers.registry import COARSE
 from crop.localizers.vision_cache import cache_vision
 from crop.methods.registry import by_name
 from crop.patching.patch import patch
@@ -112,7 +113,8 @@ class CropModel(lmms):
 
     Args:
         pretrained: folder or hub name, or "embedded".
-        method, keep: see ``crop.by_name``; "none" is the unpruned model and asks no localizer.
+        method, keep: see ``crop.by_name``; "none" is the unpruned model and asks no localizer. prune_encoder: its ``encoder``;
+            "attention" and "head" then look at small copies.
         localizer: name of a localizer, asked about every image of a request by itself; "whole" for methods that look at
             no region. localizer_model, min_confidence: as ``path`` and ``min_confidence`` of ``crop.get_localizer``.
         plugin: file or module that registers methods or localizers of your own.
@@ -136,6 +138,7 @@ class CropModel(lmms):
         localizer: str = "attention",
         localizer_model: str | None = None,
         min_confidence: float | None = None,
+        prune_encoder: bool = False,
         plugin: str | None = None,
         device: str = "cuda" if torch.cuda.is_available() else "cpu",
         device_map: str | None = None,
@@ -174,12 +177,10 @@ class CropModel(lmms):
         for name in self.template:
             if name not in str(getattr(self.asker.processor, "chat_template", "")):
                 raise ValueError(f"crop: {name} must be left out for {pretrained}: its chat template does not read it")
-        self.method = by_name(method, float(keep), self.asker.num_layers)
-        self.localizer = (
-            WholeLocalizer()
-            if self.method is None
-            else self.asker.localizer(localizer, path=localizer_model, min_confidence=min_confidence)
-        )
+        self.method = by_name(method, float(keep), self.asker.num_layers, encoder=prune_encoder)
+        asked = {"path": localizer_model, "min_confidence": min_confidence}
+        asked["coarse"] = 4 if prune_encoder and localizer in COARSE else 1
+        self.localizer = WholeLocalizer() if self.method is None else self.asker.localizer(localizer, **asked)
 
     @property
     def device(self) -> torch.device:

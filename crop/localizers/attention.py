@@ -16,7 +16,7 @@ from crop.geometry.layout import PATCH, VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.geometry.strides import MAX_STRIDE
-from crop.localizers.base import encode
+from crop.localizers.base import blank, encode
 from crop.localizers.boxes import box_settings, check_ranges, find_region
 from crop.localizers.reading import Stop, only_image, run_until_stop
 from crop.methods.base import Method
@@ -139,6 +139,17 @@ class AttentionLocalizer:
             run_until_stop(family_of(self.model).base(self.model), inputs)
         return found[0]
 
+    def glance(self, size: tuple[int, int]) -> tuple[Any, tuple[int, int], Method, int]:
+        """What a look at a picture of ``size`` lets the model run, for ``crop.estimate``: inputs, size, method, layers."""
+        return blank(self.processor, size, self.prompt), size, self._method, self.scoring_layer + 1
+
+    @property
+    def _method(self) -> Method:
+        method: Method = PreLLMCompression(inside=self.stride, context=self.stride, outside=self.stride, mode="mean")
+        if self.overview and family_of(self.model).encoder_of(self.model.config) is not None:
+            method = Compose(method, encoder=OverviewOnly())
+        return method
+
     @contextmanager
     def reading(self, read: Callable[[Tensor, Tensor, float | None], None], **where: Any) -> Iterator[PruneStats]:
         """A context in which the model's prefill does no more than the localizer needs, and is read.
@@ -151,10 +162,7 @@ class AttentionLocalizer:
         family = family_of(self.model)
         layers, layer = family.language_model(self.model).layers, self.scoring_layer
         scoring = layers[layer].self_attn
-        method: Method = PreLLMCompression(inside=self.stride, context=self.stride, outside=self.stride, mode="mean")
-        if self.overview and family.encoder_of(self.model.config) is not None:
-            method = Compose(method, encoder=OverviewOnly())
-        with patch(self.model, method, **where) as stats, ExitStack() as undo:
+        with patch(self.model, self._method, **where) as stats, ExitStack() as undo:
             undo.enter_context(attention_hook(scoring, read))
             if not self.rope:
                 undo.callback(scoring.register_forward_pre_hook(_without_rotation, with_kwargs=True).remove)

@@ -82,6 +82,14 @@ def encode(
     return inputs
 
 
+def blank(processor: Any, size: tuple[int, int], prompt: Callable[[str], str] | None = None) -> Any:
+    """As ``encode``, of a picture of (width, height) that shows nothing, and no question."""
+    from PIL import Image
+
+    with shared_encoding():
+        return encode(processor, Image.new("RGB", size, "gray"), "", prompt)
+
+
 def begin_once(processor: Any, text: str) -> dict[str, bool]:
     """Argument of a processor's call that keeps the tokenizer from adding a first token that the text holds already."""
     first = getattr(getattr(processor, "tokenizer", None), "bos_token", None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from crop.geometry.region import Region
 from crop.localizers.base import Localizer
@@ -14,11 +15,17 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def small_copy(image: Image, times: int, least: int) -> Image:
-    """The picture at a ``times``-th of its sides, its shorter one not below ``least`` pixels; itself where it is smaller."""
-    shorter = min(image.size)
+def small_size(size: tuple[int, int], times: int, least: int) -> tuple[int, int]:
+    """A ``times``-th of both sides in pixels, the shorter one not below ``least``; the same where it is smaller."""
+    shorter = min(size)
     side = min(max(shorter / times, least), shorter)
-    size = tuple(max(1, round(length * side / shorter)) for length in image.size)
+    width, height = (max(1, round(length * side / shorter)) for length in size)
+    return width, height
+
+
+def small_copy(image: Image, times: int, least: int) -> Image:
+    """The picture at its ``small_size``; itself where that is its own."""
+    size = small_size(image.size, times, least)
     return image if size == image.size else image.resize(size, reducing_gap=2.0)
 
 
@@ -48,6 +55,12 @@ class CoarseLocalizer:
 
     def __call__(self, image: Image, question: str) -> Region:
         return self.localizer(small_copy(image, self.times, self.least), question)
+
+    @property
+    def glance(self) -> Callable[[tuple[int, int]], Any] | None:
+        """That of its localizer, at the copy; None where it does not look with the model itself."""
+        glance = getattr(self.localizer, "glance", None)
+        return None if glance is None else lambda size: glance(small_size(size, self.times, self.least))
 
 
 def zoom(image: Image, region: Region, *, margin: float = 0.02, times: int = 4, least: int = 112) -> list[Image]:

@@ -17,9 +17,11 @@ from torch.nn import functional as F
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
+from crop.localizers.base import blank
 from crop.localizers.boxes import Raster, box_settings, check_ranges
 from crop.localizers.pretrained import damage, one_line
 from crop.localizers.reading import Embeddings, embeddings
+from crop.methods.base import Method
 from crop.models import family_of
 
 if TYPE_CHECKING:
@@ -166,6 +168,10 @@ class HeadLocalizer:
 
     def __call__(self, image: Image, question: str) -> Region:
         return self.region(embeddings(self.model, self.processor, image, question, self.prompt))
+
+    def glance(self, size: tuple[int, int]) -> tuple[Any, tuple[int, int], Method, int]:
+        """As of ``AttentionLocalizer``: the encoder alone."""
+        return blank(self.processor, size, self.prompt), size, Method(), 0
 
     def region(self, read: Embeddings) -> Region:
         """The head's own part: from what enters the decoder to the region."""

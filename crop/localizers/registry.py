@@ -78,6 +78,7 @@ _BUILT_IN: dict[str, Build] = {
     "vlm": lambda given: VLMLocalizer.load(given.need("path"), given.device),
     "whole": lambda given: WholeLocalizer(),
 }
+COARSE = ("attention", "head")  # those that can look at a small copy first
 _registered: dict[str, Build] = {}
 
 
@@ -137,7 +138,7 @@ def get_localizer(
     localizer = build(LocalizerArguments(name, region, model, processor, prompt, layer, path))
     if min_confidence is not None and not hasattr(localizer, "min_confidence"):
         raise ValueError(f"get_localizer: min_confidence must not be given for {name!r}, got {min_confidence}")
-    if coarse != 1 and name not in ("attention", "head"):
+    if coarse != 1 and name not in COARSE:
         raise ValueError(f"get_localizer: coarse must be left out for {name!r}, got {coarse}")
     if min_confidence is not None:
         localizer = replace(localizer, min_confidence=min_confidence)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from crop.methods.base import Method, check_keep
 from crop.methods.baselines import BASELINES
 from crop.methods.compose import Compose
+from crop.methods.encoder import EncoderPruning
 from crop.methods.ilp import InnerLLMPruning
 from crop.methods.plc import PreLLMCompression
 
@@ -47,7 +48,7 @@ def method_names() -> tuple[str, ...]:
     return tuple(_builds)
 
 
-def by_name(name: str, keep: float, num_layers: int | None = None) -> Method | None:
+def by_name(name: str, keep: float, num_layers: int | None = None, *, encoder: bool = False) -> Method | None:
     """Method with default settings that ends with a fraction ``keep`` of the vision tokens.
 
     Args:
@@ -56,10 +57,12 @@ def by_name(name: str, keep: float, num_layers: int | None = None) -> Method | N
             method's name.
         keep: fraction in (0, 1]; 1.0 keeps everything (``plan`` and ``select`` return None).
         num_layers: of the decoder, for methods whose layers are spread over the depth ("pyramiddrop", "autoprune").
+        encoder: ``EncoderPruning`` before it, or alone.
     Returns:
         Method, or None for "none".
     Raises:
-        ValueError: unknown name, ``keep`` out of range. TypeError: ``keep`` is not a float.
+        ValueError: unknown name, ``keep`` out of range, a method that does not compose with a stage before the encoder.
+        TypeError: ``keep`` is not a float.
     Source: own choice; the paper does not publish how it splits a budget between the stages.
     """
     if name not in _builds:
@@ -67,4 +70,21 @@ def by_name(name: str, keep: float, num_layers: int | None = None) -> Method | N
     if not isinstance(keep, float):
         raise TypeError(f"by_name: keep must be a float in (0, 1], got {keep!r}")
     check_keep("by_name", keep)
-    return _builds[name](keep, num_layers)
+    method = _builds[name](keep, num_layers)
+    return _behind_encoder(name, method) if encoder else method
+
+
+def _behind_encoder(name: str, method: Method | None) -> Method:
+    stage = EncoderPruning()
+    if method is None:
+        return stage
+    if method.encodes:
+        raise ValueError(f"by_name: {name!r} prunes before the encoder by itself, got encoder=True; leave it out")
+    if isinstance(method, Compose):
+        parts = {"plc": method.plc, "ilp": method.ilp}
+    else:
+        parts = {"ilp" if method.cuts else "plc": method}
+    try:
+        return Compose(**parts, encoder=stage)
+    except TypeError as error:
+        raise ValueError(f"by_name: {name!r} does not compose with a stage before the encoder: {error}") from error

@@ -56,6 +56,11 @@ class TileEncoder(AtTheInput):
 
         return tuple(map(part, args)), {name: part(value) for name, value in kwargs.items()}
 
+    def lengths(self, tower: nn.Module, images: Sequence[Encoding]) -> list[list[int]]:
+        """A tile is a sequence."""
+        tiles = [_of_a_picture(tower)] * sum(int(image.taken.sum()) for image in images)
+        return [tiles] * tower.config.num_hidden_layers
+
     def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
         """Rows of every tensor that has one per tile."""
         taken = torch.cat([image.taken for image in images])
@@ -69,6 +74,19 @@ def _first(args: tuple, kwargs: dict, count: int, what: str) -> Tensor:
         got = 0 if found is None else len(found)
         raise RuntimeError(f"patch: the vision tower must get the {count} {what} of the prompt, got {got}")
     return found
+
+
+def extra_tokens(tower: nn.Module) -> int:
+    """Tokens before the patches of a sequence: a class token, or none."""
+    names = ("class_embedding", "cls_token")
+    return sum(name.rpartition(".")[2] in names for name, _ in tower.named_parameters())
+
+
+def _of_a_picture(tower: nn.Module) -> int:
+    """Tokens that a tower makes of a picture or a tile of fixed size."""
+    config = tower.config
+    size, side = ([one] * 2 if isinstance(one, int) else one for one in (config.image_size, config.patch_size))
+    return (size[0] // side[0]) * (size[1] // side[1]) + extra_tokens(tower)
 
 
 def put_rows(output: Any, place: Tensor, total: int) -> Any:
@@ -185,6 +203,21 @@ class GridEncoder(AtTheInput):
         given = {name: value.to(pixels.device, non_blocking=True) for name, value in given.items()}
         return (torch.cat(chosen), *args[1:]), kwargs | given
 
+    def lengths(self, tower: nn.Module, images: Sequence[Encoding]) -> list[list[int]]:
+        """Frames, or windows of them, of what is taken and of the copies."""
+        merge, depth = tower.spatial_merge_size, tower.config.depth
+        parts = [image.layout.take(image.own) for image in images]
+        parts += [image.copy for image in images if image.copy is not None]
+
+        def counted(numbers: list[Tensor]) -> list[int]:
+            return [merge**2 * count for one in numbers for count in torch.bincount(one).tolist() if count]
+
+        frames = counted([part.view for part in parts])
+        if not hasattr(tower, "window_size"):
+            return [frames] * depth
+        windows = counted([_window(part, _window_side(tower, merge)) for part in parts])
+        return [frames if layer in tower.fullatt_block_indexes else windows for layer in range(depth)]
+
     def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
         """Merged tokens, and those of further levels."""
         own = torch.cat([image.own for image in images])
@@ -298,6 +331,12 @@ class LayerEncoder:
             if "flash" not in (tower.config._attn_implementation or "eager"):  # whose masks have two dimensions
                 mask = mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
         return args, kwargs | {self.KEY: (index, mask, len(self.layers(tower)))}
+
+    def lengths(self, tower: nn.Module, images: Sequence[Encoding]) -> list[list[int]]:
+        """Pictures, of which late layers see a part, filled up to the longest."""
+        every, count = _of_a_picture(tower), tower.config.num_hidden_layers
+        most = max(int(image.tokens.sum()) for image in images) + class_tokens(tower.config)
+        return [[every if layer < self.cut(count) else most] * len(images) for layer in range(count)]
 
     def layers(self, tower: nn.Module) -> Sequence[nn.Module]:
         """All of them, because all get what is meant for the late ones."""

@@ -120,6 +120,9 @@ class Encoder(Protocol):
     def take_at(self, number: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of a call of ``layers(tower)[number]``."""
 
+    def lengths(self, tower: nn.Module, images: Sequence[Encoding]) -> list[list[int]]:
+        """Of every layer of a tower, the lengths of the sequences in which it attends, fillers included."""
+
     def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
         """The tower's output at full length, zeros where nothing was encoded."""
 

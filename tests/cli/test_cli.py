@@ -16,6 +16,7 @@ from PIL import Image
 
 import crop
 import crop.cli.ask
+import crop.localizers.coarse
 from crop.cli import main as cli
 from crop.cli import options
 from crop.cli.ask import STAGES
@@ -46,12 +47,12 @@ def shape(value):
     return type(value).__name__
 
 
-TOKENS = dict(before="int", after_plc="int", after_ilp="int", layer_average="float")
+TOKENS = dict(before="int", encoded="int", after_plc="int", after_ilp="int", layer_average="float")
 SECONDS = dict.fromkeys(STAGES, "float")
 REGION = {"boxes": [["float"]], "confidence": "float", "area": "float", "reason": "str"}
 SCHEMA = {
     "question": "str", "answer": "str", "model": "str", "device": "str", "dtype": "str", "method": "str",
-    "keep": "float", "localizer": "str", "region": REGION, "images": [{"region": REGION, "tokens": TOKENS}],
+    "keep": "float", "prune_encoder": "bool", "localizer": "str", "region": REGION, "images": [{"region": REGION, "tokens": TOKENS}],
     "tokens": TOKENS, "seconds": SECONDS, "overlay": "str",
     "compare": {"answer": "str", "tokens": TOKENS, "seconds": SECONDS, "speedup": "float"},
 }  # fmt: skip
@@ -90,6 +91,21 @@ def test_methods(capsys, image, method, after_plc, after_ilp):
     found = json.loads(run(capsys, *words, "--region", box(QUESTION.region))[0])
     assert (found["tokens"]["after_plc"], found["tokens"]["after_ilp"]) == (after_plc, after_ilp)
     assert found["localizer"] == "box" and found["overlay"] is None and found["compare"] is None
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("method", ["crop", "none"])
+def test_pruning_before_the_encoder(capsys, image, method):
+    words = ["ask", image, QUESTION.text, "--json", "--method", method, "--keep", "0.1", "--prune-encoder"]
+    found = json.loads(run(capsys, *words, "--region", box(QUESTION.region))[0])
+    tokens = found["tokens"]
+    assert found["prune_encoder"] and tokens["after_ilp"] <= tokens["encoded"] < tokens["before"] == 256
+    assert (tokens["after_ilp"] == tokens["encoded"]) == (method == "none")
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crop.localizers.coarse, "small_copy", lambda image, *_: asked.append(image) or image)
+        found = json.loads(run(capsys, *words)[0])
+    assert found["localizer"] == "head" and len(asked) == 1
 
 
 @pytest.mark.fast

@@ -100,7 +100,7 @@ def compared(family: str, method: crop.Method | None, wide: bool = False) -> tup
     with patched(model, method, batch, regions):
         flops, cache = counted(model, decoder_of(family, model), batch.inputs)
     cost = estimate.after if method else estimate.before
-    return cost.flops / flops, cost.kv_bytes / held(cache)
+    return cost.decoder_flops / flops, cost.kv_bytes / held(cache)
 
 
 @families()

@@ -32,6 +32,7 @@ FLAVOURS = {  # flags of kernels, of the runtime, of the linker
              ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address", "-fsanitize-recover=address"], ["-fsanitize=address"]),
     "race": (["-O1", *RACE], ["-O2", "-DSIMT_RACE"], []),
 }  # fmt: skip
+RUNTIME = ("simt", "warp", "shared", "check", "hooks", "reports")  # sources of the emulator itself
 POLICIES = {"forward": 0, "reverse": 1, "random": 2}
 OPERATORS = (
     "attention_mass",
@@ -99,7 +100,7 @@ def build(flavour: str, kernels: tuple[Path, ...], host: tuple[Path, ...] = (), 
     python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     bindings = ["-g0", "-DCROP_HAVE_CUDA=1", '-DCROP_CUDA_ARCHS=""', '-DCROP_NVCC=""', *python]
     jobs = [(source, [*system, "-x", "c++", "-include", str(HERE / "simt.h"), *kernel_flags]) for source in kernels]
-    jobs += [(HERE / name, [*system, *runtime_flags]) for name in ("simt.cpp", "warp.cpp", "check.cpp", "reports.cpp")]
+    jobs += [(HERE / f"{name}.cpp", [*system, *runtime_flags]) for name in RUNTIME]
     jobs += [(source, bindings) for source in host]
     CACHE.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
@@ -115,7 +116,7 @@ def build(flavour: str, kernels: tuple[Path, ...], host: tuple[Path, ...] = (), 
 
 @functools.cache
 def load(path: Path) -> ctypes.CDLL:
-    """The emulator's own interface: emu_config, emu_cluster, emu_take, emu_give_back, emu_report, emu_statistics."""
+    """The emulator's own interface: emu_config, emu_take, emu_give_back, emu_report, emu_statistics."""
     emu = ctypes.CDLL(str(path))
     emu.emu_report.restype = ctypes.c_char_p
     emu.emu_take.restype = ctypes.c_void_p
@@ -157,8 +158,7 @@ class Emulated:
     policy: str = "forward"
     seed: int = 0
     residents: int = 1
-    capability: int = 9  # major; from 9 on blocks form clusters
-    cluster: int = 8  # blocks of the largest
+    cluster: int = 8  # blocks of the largest; 1 before sm_90
     without: tuple[str, int] = ("", 0)  # file and line of a barrier that lets everybody through
     has_cuda = True
 
@@ -171,8 +171,7 @@ class Emulated:
             return lambda device, *args: function(0, *args)
 
         def launch(device: int, target: int, *args: Any) -> int:
-            emu.emu_config(POLICIES[self.policy], self.seed, self.residents, self.capability)
-            emu.emu_cluster(self.cluster)
+            emu.emu_config(POLICIES[self.policy], self.seed, self.residents, self.cluster)
             emu.emu_without(self.without[0].encode(), self.without[1])
             code = function(0, 0, *args)
             report = emu.emu_report().decode()

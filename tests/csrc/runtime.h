@@ -1,5 +1,5 @@
-// What the parts of the emulator share (scheduler simt.cpp, warp operations warp.cpp, checker check.cpp, reports.cpp): threads,
-// blocks, the launch in progress.
+// What the parts of the emulator share (scheduler simt.cpp, warp operations warp.cpp, shared memory shared.cpp, checker check.cpp with
+// hooks.cpp, reports.cpp): threads, blocks, the launch in progress.
 #pragma once
 #include <map>
 #include <string>
@@ -14,6 +14,8 @@
 namespace simt {
 
 constexpr int kMaxThreads = 1024;
+constexpr size_t kPlainLimit = 48 * 1024;  // of shared memory without opt-in; LAUNCH makes it for much dynamic memory
+constexpr size_t kOptInLimit = 99 * 1024;  // on the smallest of the GPUs that kernels are built for
 
 // A source line: of a call into the runtime, or (race build) the program counter of an instrumented access.
 struct Site {
@@ -108,6 +110,7 @@ struct Launch {
     uint64_t switches;
 };
 extern Launch now;
+bool now_and_then(unsigned sides);  // in one of so many cases where chance decides, never else
 void execute(Block&, unsigned first, unsigned mask);  // a warp operation of the lanes `mask` from thread `first` on
 inline Thread& self() { return *static_cast<Thread*>(here); }
 

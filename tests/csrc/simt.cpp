@@ -11,9 +11,6 @@
 #include "fiber.h"
 #include "runtime.h"
 
-constexpr size_t kPlainLimit = 48 * 1024;  // of shared memory without opt-in; LAUNCH makes it for much dynamic memory
-constexpr size_t kOptInLimit = 99 * 1024;  // on the smallest of the GPUs that kernels are built for
-
 namespace simt {
 
 Position* here = nullptr;
@@ -22,7 +19,7 @@ Launch now;
 namespace {
 
 enum Policy { kForward, kReverse, kRandom };
-int policy = kForward, residents = 1, capability = 9, most_blocks = 8;  // of a cluster
+int policy = kForward, residents = 1, largest = 8;  // blocks of a cluster
 std::string gone_file;  // a barrier that lets everybody through
 unsigned gone_line = 0;
 bool gone(Where at) { return at.line() == gone_line && std::strstr(at.file_name(), gone_file.c_str()); }
@@ -354,6 +351,8 @@ uint64_t warp(Call call) {
     return call.result;
 }
 
+bool now_and_then(unsigned sides) { return policy == kRandom && roll(sides) == 0; }
+
 void yield() {
     Thread& t = self();
     set_waiting(t, State::kYielded, t.where);
@@ -364,13 +363,13 @@ void before_atomic(const void* address, size_t size, Where at) {
     Thread& t = self();
     t.where = at;
     // In between others may run. Somebody who tries again and again waits for them.
-    if ((policy == kRandom && roll(4) == 0) || ++t.atomics % 256 == 0) yield();
+    if (now_and_then(4) || ++t.atomics % 256 == 0) yield();
     touch(address, size, Access::kAtomic, Site::of(at));
 }
 
 void after_atomic(bool changed) { progress += changed; }
 
-int largest_cluster() { return capability < 9 ? 1 : most_blocks; }
+int largest_cluster() { return largest; }
 
 Cluster cluster_of(Block& block) {
     const int size = std::max(now.kernel->cluster, 1);
@@ -386,73 +385,8 @@ void cluster_sync(bool ordered, Where at) {
     to_scheduler();
 }
 
-const void* cluster_at(const void* shared, int rank, Where at) {
-    Block& mine = *self().owner;
-    const Cluster cluster = cluster_of(mine);
-    const char* const place = static_cast<const char*>(shared);
-    if (rank < 0 || rank >= cluster.size) {
-        report("bounds: no block " + std::to_string(rank) + " in a cluster of " + std::to_string(cluster.size), Site::of(at));
-        return shared;
-    }
-    for (const Object& object : mine.shared)
-        if (place >= object.memory && place < object.memory + object.bytes)
-            for (const Object& other : cluster.first[rank].shared)
-                if (other.key == object.key) return other.memory + (place - object.memory);
-    report("cluster: nothing is shared there, or block " + std::to_string(rank) + " has not begun", Site::of(at));
-    return shared;
-}
-
-void grid_wait() { self().waited = self().owner->waited = true; }
-
-void* shared(const void* key, size_t bytes, const char* name) {
-    Block& block = *self().owner;
-    for (const Object& object : block.shared)
-        if (object.key == key) return object.memory;
-    block.shared.push_back({key, device_memory(name, Kind::kShared, 0, {0}, bytes, &block), bytes});
-    if (&block == &slots[0]) {
-        const size_t dynamic = static_cast<size_t>(now.kernel->dynamic_bytes);
-        if (key != &now) now.static_bytes += (bytes + 15) / 16 * 16;
-        if (now.static_bytes > kPlainLimit || now.static_bytes + dynamic > (dynamic > kPlainLimit ? kOptInLimit : kPlainLimit))
-            report("launch: too much shared memory, " + std::to_string(now.static_bytes) + " bytes static and " +
-                   std::to_string(dynamic) + " dynamic");
-    }
-    return block.shared.back().memory;
-}
-
-void* dynamic_shared() { return shared(&now, static_cast<size_t>(now.kernel->dynamic_bytes), "dynamic"); }
-
-void copy_async(void* to, const void* from, int size, int present, Where at) {
-    Thread& t = self();
-    if (reinterpret_cast<uintptr_t>(to) % size || reinterpret_cast<uintptr_t>(from) % size)
-        report("misaligned: address of cp.async", Site::of(at));
-    if (!is_shared(to)) return report("bounds: target of cp.async is not in shared memory", Site::of(at));
-    if (present < 0 || present > size) return report("bounds: cp.async of more bytes than its size", Site::of(at));
-    Copy copy = {static_cast<char*>(to), {}, size, t.group, at};
-    touch(from, static_cast<size_t>(present), Access::kRead, Site::of(at));
-    std::memcpy(copy.bytes, from, static_cast<size_t>(present));
-    touch(to, static_cast<size_t>(size), Access::kWrite, Site::of(at));
-    forget(to, static_cast<size_t>(size));
-    if (policy == kRandom && roll(2)) std::memcpy(to, copy.bytes, static_cast<size_t>(size));  // arrives early
-    else std::memset(to, 0xff, static_cast<size_t>(size));
-    t.copies.push_back(copy);
-}
-
-void commit_async() { self().group += 1; }
-
-void wait_async(int pending) {
-    Thread& t = self();
-    std::erase_if(t.copies, [&](const Copy& copy) {
-        if (copy.group >= t.group - pending) return false;
-        std::memcpy(copy.to, copy.bytes, static_cast<size_t>(copy.size));
-        touch(copy.to, static_cast<size_t>(copy.size), Access::kWrite, Site::of(copy.at));
-        return true;
-    });
-}
-
-extern "C" [[gnu::visibility("default")]] void emu_cluster(int most) { most_blocks = most; }
-
-extern "C" [[gnu::visibility("default")]] void emu_config(int new_policy, unsigned seed, int new_residents, int new_capability) {
-    policy = new_policy, residents = new_residents, capability = new_capability;
+extern "C" [[gnu::visibility("default")]] void emu_config(int new_policy, unsigned seed, int new_residents, int new_largest) {
+    policy = new_policy, residents = new_residents, largest = new_largest;
     dice.seed(seed + 1);
 }
 
@@ -460,20 +394,3 @@ extern "C" [[gnu::visibility("default")]] void emu_config(int new_policy, unsign
 extern "C" [[gnu::visibility("default")]] void emu_without(const char* file, unsigned line) { gone_file = file, gone_line = line; }
 
 }  // namespace simt
-
-// --- the CUDA runtime, as far as launchers use it: one small GPU ------------------------------------------------------------
-
-cudaError_t cudaGetLastError() { return simt::clean() ? cudaSuccess : cudaErrorLaunchFailure; }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) { return std::memset(memory, value, bytes), cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    switch (attribute) {
-        case cudaDevAttrMultiProcessorCount: *value = 4; break;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = kOptInLimit; break;
-        case cudaDevAttrComputeCapabilityMajor: *value = simt::capability; break;
-        case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-        default: return cudaErrorInvalidValue;
-    }
-    return cudaSuccess;
-}

@@ -1,5 +1,5 @@
 // What kernel sources see instead of nvcc (g++ -x c++ -include simt.h): the names of csrc/common/portable.cuh and the part
-// of CUDA that its head lists. Every operation that synchronises or touches memory is a call into the runtime (simt.cpp),
+// of CUDA that its head lists. Every operation that synchronises or touches memory is a call into the runtime (runtime.h),
 // with the line it was called from.
 #pragma once
 #include <cuda_bf16.h>

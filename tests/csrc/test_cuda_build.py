@@ -15,14 +15,17 @@ ARCHS = ("80", "90", "100")
 # Kernel: registers at most on sm_80 and 90, on sm_100; bytes of shared memory; warps that must fit on an SM of sm_90.
 # 16 warps with 4 KiB of keys each on their way are four times what hides the latency of memory.
 BUDGET = {
-    r"mass_mma_kernel<64, 1, 0>": (80, 104, 24592, 24),
-    r"mass_mma_kernel<(80|96), 1, 0>": (96, 128, 24592, 16),
-    r"mass_mma_kernel<128, 1, 0>": (112, 128, 24592, 16),
-    r"mass_mma_kernel<64, 2, 0>": (120, 168, 20496, 16),
-    r"mass_mma_kernel<(80|96), 2, 0>": (144, 168, 20496, 12),
-    r"mass_mma_kernel<(128, 2|256, 1), 0>": (160, 168, 20496, 12),
-    r"mass_mma_kernel<128, 1, 1>": (168, 168, 24592, 8),  # a lane loads its elements one by one
-    r"mass_mma_kernel<256, 1, 1>": (232, 232, 20496, 8),
+    r"mass_mma_kernel<64, 1, 0, 0>": (80, 104, 24592, 24),
+    r"mass_mma_kernel<(80|96), 1, 0, 0>": (96, 128, 24592, 16),
+    r"mass_mma_kernel<128, 1, 0, 0>": (112, 128, 24592, 16),
+    r"mass_mma_kernel<64, 2, 0, 0>": (120, 168, 20496, 16),
+    r"mass_mma_kernel<(80|96), 2, 0, 0>": (144, 168, 20496, 12),
+    r"mass_mma_kernel<(128, 2|256, 1), 0, 0>": (160, 168, 20496, 12),
+    r"mass_mma_kernel<64, 2, 0, 1>": (128, 168, 29712, 16),
+    r"mass_mma_kernel<(80|96), 2, 0, 1>": (152, 168, 29712, 12),
+    r"mass_mma_kernel<(128, 2|256, 1), 0, 1>": (168, 168, 37904, 12),
+    r"mass_mma_kernel<128, 1, 1, 0>": (168, 168, 24592, 8),  # a lane loads its elements one by one
+    r"mass_mma_kernel<256, 1, 1, 0>": (232, 232, 20496, 8),
     r"lse_mma_kernel<(64|80|96|128), 0>": (88, 112, 9232, 16),
     r"lse_mma_kernel<128, 1>": (120, 128, 9232, 16),
     r"lse_mma_kernel<256, 0>": (128, 144, 5136, 16),
@@ -82,18 +85,31 @@ def test_instructions(built: tuple[Path, list[Kernel]]) -> None:
             assert count(r"(LDL|STL)\b") == 0, name
             # Dependent launches exist from sm_90 on: wait for the kernel ahead, let the next one start.
             assert (count("ACQBULK"), count("PREEXIT")) == ((1, 1) if arch == "90" else (0, 0)), name
+            # And nothing is touched before, nor read as if nobody could be writing it.
+            touched = next(
+                i for i, line in enumerate(lines) if re.match(r"(LDG|LDGSTS|STG|ATOMG|REDG?|LD|ST|CCTL)\b", line)
+            )
+            assert arch == "80" or touched > next(i for i, line in enumerate(lines) if line.startswith("ACQBULK")), name
+            assert count(r"LDG\S*\.CONSTANT") == 0, name
             wide, wide_stores = count(r"LDG\.E\.\S*128"), count(r"STG\.E\.\S*128")
-            if mma := re.fullmatch(r"(mass|lse)_mma_kernel<(\d+), (?:(\d), )?(\d)>", name):
-                steps, tiles = (int(mma[2]) + 31) // 32 * 2, int(mma[3] or 1)
+            if mma := re.fullmatch(r"mass_mma_kernel<(\d+), (\d), (\d), (\d)>|lse_mma_kernel<(\d+), (\d)>", name):
+                dim, tiles, checked, staged = map(int, mma.group(1, 2, 3, 4) if mma[1] else (mma[5], 1, mma[6], 0))
+                steps = (dim + 31) // 32 * 2
                 assert count("HMMA.16816.F32.BF16") == count(r"HMMA.16816.F32 ") == steps * tiles, name
-                assert wide >= (0 if mma[4] == "1" else steps * tiles + steps // 2), name
+                assert wide >= (0 if checked else steps * tiles + (0 if staged else steps // 2)), name
+                queries = (
+                    count(r"LDS\.128"),
+                    count(r"LDGSTS\.E\.BYPASS\.128"),
+                )  # read 16 bytes at a time, never touched on the way
+                assert (min(queries) >= steps // 2) if staged else (queries[1] == 0), name
                 # Keys lie in registers as the products want them; between products nothing is moved.
                 products = [i for i, line in enumerate(lines) if line.startswith("HMMA.16816.F32.BF16")]
                 moves = sum(bool(re.match(r"SEL|MOV|IMAD\.MOV", line)) for line in lines[products[0] : products[-1]])
-                assert moves <= (4 if mma[4] == "0" else 8), name
-                barriers = count("UCGABAR_ARV")  # of a cluster
-                clusters = arch == "90" and mma[1] == "mass"
-                assert barriers == count("UCGABAR_WAIT") and (barriers >= 2) == clusters, name
+                assert moves <= (8 if checked else 4), name
+                # Two barriers of a cluster, of which the first alone waits for what was written.
+                clusters = arch == "90" and mma[1] is not None
+                found = count("UCGABAR_ARV"), min(count("UCGABAR_WAIT"), 2), count("MEMBAR")
+                assert found == ((2, 2, 1) if clusters else (0, 0, 0)), name
             elif name.startswith(("mass_fp32", "lse_fp32")):
                 assert count("HMMA") == 0 and count("FFMA") >= 64 and wide >= 2, name
             elif name.startswith("select"):

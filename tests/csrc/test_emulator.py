@@ -23,10 +23,10 @@ class Selftest:
         self.emu = emulator.load(emulator.build(flavour, (emulator.HERE / "selftest.cu",)))
 
     def __call__(
-        self, name: str, *args: Any, policy: str = "forward", seed: int = 0, residents: int = 1, capability: int = 9
+        self, name: str, *args: Any, policy: str = "forward", seed: int = 0, residents: int = 1, largest: int = 8
     ) -> str:
         """Run; return the report."""
-        self.emu.emu_config(emulator.POLICIES[policy], seed, residents, capability)
+        self.emu.emu_config(emulator.POLICIES[policy], seed, residents, largest)
         values = []
         for i, arg in enumerate(args):
             array, output = arg if isinstance(arg, tuple) else (arg, 0)
@@ -350,10 +350,10 @@ def test_launch_limits(emu: Selftest) -> None:
 
 
 def test_cluster_limits(emu: Selftest) -> None:
-    for grid, size, capability in [(6, 4, 9), (6, 3, 9), (16, 16, 9), (8, 2, 8)]:
-        report, _ = cluster(emu, 0, grid=grid, size=size, capability=capability)
+    for grid, size, largest in [(6, 4, 8), (6, 3, 8), (16, 16, 8), (8, 2, 1)]:
+        report, _ = cluster(emu, 0, grid=grid, size=size, largest=largest)
         assert f"launch: clusters of {size} blocks cannot be made" in report
-    assert cluster(emu, 0, grid=3, size=1, capability=8) == cluster(emu, 0, grid=8, size=8) == ("", True)
+    assert cluster(emu, 0, grid=3, size=1, largest=1) == cluster(emu, 0, grid=8, size=8) == ("", True)
 
 
 def test_traffic(emu: Selftest) -> None:

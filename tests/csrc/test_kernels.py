@@ -63,6 +63,22 @@ def mass_sizes(run: Backend) -> None:
         assert_mass(run(ops.attention_mass, query, key, index, lse=lse), mass_oracle(query, key, index, lse=lse))
 
 
+def mass_staged(run: Backend) -> None:
+    """So many keys and columns that warps share queries: two and four of them, channels that end within a step, dead rows."""
+    for sizes, dtype in (
+        ((1, 8, 8, 61, 360, 256), BF16),
+        ((1, 4, 4, 121, 720, 256), F16),
+        ((1, 16, 16, 61, 1300, 72), BF16),
+    ):
+        query, key = mass_inputs(*sizes, dtype=dtype)
+        index, lse = torch.randperm(sizes[4])[None], torch.rand(query.shape[:3]) + 3
+        length = torch.randint(sizes[4] // 2, sizes[4] + 1, (1, sizes[3]))
+        length[0, [0, 7, -1]] = 0
+        kwargs = {"lse": lse, "visible_len": length}
+        assert_mass(run(ops.attention_mass, query, key, index, **kwargs), mass_oracle(query, key, index, **kwargs))
+    assert not run(ops.attention_mass, query, key, index, lse=lse, visible_len=length * 0).any()
+
+
 def mass_ragged(run: Backend) -> None:
     for dtype in (BF16, F32):
         query, key = mass_inputs(3, 6, 2, 4, 200, 64, dtype=dtype)
@@ -221,7 +237,7 @@ def pool_lies(run: Backend) -> None:
 
 CASES: dict[str, Callable[[Backend], None]] = {
     case.__name__: case
-    for case in (mass_sizes, mass_ragged, mass_lies, select_sizes, select_middling, select_large, pack_slabs, pack_lies, compact_types, compact_lies,
+    for case in (mass_sizes, mass_staged, mass_ragged, mass_lies, select_sizes, select_middling, select_large, pack_slabs, pack_lies, compact_types, compact_lies,
                  saliency_sizes, saliency_lies, pool_modes, pool_lies)
 }  # fmt: skip
 RUNS = {  # test_ops*.py have the race build, forward
@@ -259,6 +275,7 @@ def test_sanitizer_build() -> None:
         ((1, 2, 2, 1100, 40, 64), 1, (3, 12)),  # 36 units in 32 slots
         ((1, 32, 32, 6, 500, 64), 1, (32, 128)),
         ((1, 32, 32, 6, 500, 64), 4, (128, 512)),
+        ((1, 8, 8, 61, 360, 256), 1, (23, 48)),  # clusters of four with shared queries
     ],
     ids=str,
 )
@@ -269,8 +286,8 @@ def test_clusters_change_no_bit(sizes: tuple[int, ...], images: int, blocks: tup
     query, key = mass_inputs(*sizes, dtype=BF16)
     index, lse = torch.arange(sizes[4]).expand(images, -1).contiguous(), torch.rand(query.shape[:3]) + 3
     masses, seen = [], []
-    for capability, cluster in ((8, 1), (9, 8), (9, 2), (9, 1)):
-        run = Backend("native", emulated=Emulated(capability=capability, cluster=cluster))
+    for cluster in (1, 8, 2):
+        run = Backend("native", emulated=Emulated(cluster=cluster))
         run.emulated.statistics()
         masses.append(
             run(ops.attention_mass, query, key, index, sample=torch.zeros(images, dtype=torch.int64), lse=lse)
@@ -278,7 +295,7 @@ def test_clusters_change_no_bit(sizes: tuple[int, ...], images: int, blocks: tup
         seen += [row["blocks"] for row in run.emulated.statistics().values()]
     for mass in masses[1:]:
         same(mass, masses[0])
-    assert tuple(seen[:2]) == blocks and seen[0] == seen[3] <= seen[2] <= 2 * seen[0]
+    assert tuple(seen[:2]) == blocks and seen[0] <= seen[2] <= 2 * seen[0]
 
 
 # --- traffic ----------------------------------------------------------------------------------------------------------
@@ -319,6 +336,11 @@ def test_traffic_against_the_floor() -> None:
     assert distinct == key.nbytes + query.nbytes + index.nbytes + 8 * 4 * 4 and written == once == 256 * 4
     blocks = -(-256 // 16)
     assert read - key.nbytes <= blocks * 2 * (query.nbytes + 8 * index.nbytes)  # K once; the queries per block
+
+    query, key = mass_inputs(1, 4, 4, 121, 720, 256, dtype=BF16)
+    read = measure(ops.attention_mass, query, key, torch.arange(720)[None], lse=torch.full((1, 4, 121), 6.0))[0]
+    tiles = -(-720 // 64)  # of four warps, which share queries; the units of a head are shared out in two
+    assert tiles * query.nbytes <= read - 2 * key.nbytes <= 1.2 * tiles * query.nbytes
 
 
 # --- barriers ---------------------------------------------------------------------------------------------------------

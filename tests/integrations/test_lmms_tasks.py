@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import published
 from tests.integrations import benchmarks
 from tests.integrations.conftest import INSTALLED, questions
 
@@ -47,6 +48,10 @@ def test_every_published_benchmark_runs_on_its_own_task_file(tmp_path):
     assert all(any(",none" in key for key in result) for result in right.values())
     assert found["config"]["model_backend"] == "crop.integrations.lmms_eval.CropModel (chat)"
     assert found["config"]["batch_sizes"] == [4]
+    for part in ("results", "n-samples"):
+        found[part] |= {name.removeprefix("local_"): value for name, value in found[part].items()}
+    made = published.contribution(found, "a test", "a machine", "0123abc")
+    assert made["tasks"].keys() == published.TASKS.keys() & benchmarks.TASKS.keys() and made["keep"] == 0.33
     assert found["throughput"]["avg_vision_tokens_kept"] == 84 and found["throughput"]["avg_time_to_first_token"] > 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
-from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, by_name, register_method
+from crop.methods import (
+    Compose,
+    EncoderPruning,
+    InnerLLMPruning,
+    Method,
+    PreLLMCompression,
+    by_name,
+    register_method,
+    registry,
+)
 from crop.methods.registry import POOL_SHARE
 from tests.methods.test_ilp import kept_by
 from tests.support.layouts import (
@@ -114,6 +124,26 @@ def test_both_stages_end_with_keep_of_the_original_tokens(layout, region, keep):
     left = len(layout) if selection is None else selection.num_keep
     assert left == max(1, round(keep * layout.num_original))
     assert len(kept_by(selection, [0.0] * len(layout))) == left
+
+
+def test_a_stage_before_the_encoder_by_name():
+    stage = EncoderPruning()
+    assert by_name("crop", 0.0625, encoder=True) == replace(by_name("crop", 0.0625), encoder=stage)
+    assert by_name("none", 0.5, encoder=True) == stage
+    assert by_name("plc", 0.5, encoder=True) == Compose(PreLLMCompression(keep=0.5), encoder=stage)
+    for name in ("ilp", "pyramiddrop", "divprune"):
+        made = by_name(name, 0.5, 12, encoder=True)
+        assert made.encoder == stage and by_name(name, 0.5, 12) in (made.plc, made.ilp)
+    with pytest.raises(ValueError, match="'visionzip' does not compose .*: Compose: plc must not observe the encoder"):
+        by_name("visionzip", 0.5, encoder=True)
+    register_method("tiles", lambda keep, num_layers: stage)
+    try:
+        with pytest.raises(
+            ValueError, match="'tiles' prunes before the encoder by itself, got encoder=True; leave it out"
+        ):
+            by_name("tiles", 0.5, encoder=True)
+    finally:
+        del registry._builds["tiles"]
 
 
 def test_names_of_the_package_stay_its_own():

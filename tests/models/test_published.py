@@ -78,7 +78,7 @@ def test_a_picture_is_planned(real: Real, name: str) -> None:
     text = real.inputs["input_ids"].numel() - tokens
     # Attention saves more than in proportion; a recurrent layer takes whole chunks. Layers that reuse keys are nearly free.
     share = (sum(seen[:running]) / running + text) / (tokens + text)
-    assert 0.8 * share < after.flops / before.flops < 1.05 * share
+    assert 0.8 * share < after.decoder_flops / before.decoder_flops < 1.05 * share
     assert after.kv_bytes < before.kv_bytes
     assert found.prune and "no weights to time" in found.advice
 
@@ -95,7 +95,7 @@ def test_counted_flops_are_those_of_its_parameters(real: Real) -> None:
         met = getattr(config, "num_experts_per_tok", None) or config.top_k_experts
         held -= routed * (1 - met / experts)
     length = real.inputs["input_ids"].numel()
-    flops = crop.estimate(real.model, real.inputs, crop.by_name("plc", KEEP), **real.where).before.flops
+    flops = crop.estimate(real.model, real.inputs, crop.by_name("plc", KEEP), **real.where).before.decoder_flops
     assert 1 < flops / (2 * held * length) < 1.5
 
 

@@ -202,6 +202,14 @@ def test_mass_alone_equals_batch(native: Backend) -> None:
             same(native(ops.attention_mass, query, key, index, visible_len=length, lse=lse), alone)
 
 
+def test_mass_of_many_candidates_equals_that_of_few(native: Backend) -> None:
+    """Bitwise: with many a GPU lets warps share queries."""
+    query, key = mass_inputs(1, 8, 8, 61, 360, 256, dtype=torch.bfloat16)
+    index, lse = torch.randperm(360)[None], torch.rand(1, 8, 61) + 3
+    many = native(ops.attention_mass, query, key, index, lse=lse)
+    same(native(ops.attention_mass, query, key, index[:, :90].contiguous(), lse=lse), many[:, :90])
+
+
 def test_mass_of_many_images_equals_that_of_one(native: Backend) -> None:
     """Bitwise: with many images a GPU shares the work of each among fewer blocks."""
     query, key = mass_inputs(1, 32, 32, 2, 260, 64, dtype=torch.bfloat16)

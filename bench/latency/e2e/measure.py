@@ -129,11 +129,11 @@ def _predict(work: Workload, runs: Sequence[Contender], rows: dict[str, dict[str
         found = crop.estimate(
             work.model.model, work.inputs, method, regions, **work.where, localizer_seconds=row["parts"]["localizer"]
         )
-        row["flops"] = found.after.flops if who.keep < 1 else found.before.flops
+        row["flops"] = found.after.decoder_flops if who.keep < 1 else found.before.decoder_flops
         row["advice"] = found.prune if who.ours else None
         if "first" in plain:
             layers = plain["parts"]["before"] + plain["parts"]["after"]
-            row["ideal"] = plain["first"] - layers * (1 - row["flops"] / found.before.flops)
+            row["ideal"] = plain["first"] - layers * (1 - row["flops"] / found.before.decoder_flops)
 
 
 class _Kernels(TorchDispatchMode):

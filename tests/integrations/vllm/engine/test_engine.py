@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image, ImageDraw, ImageFont
 
 from crop import embedded
 from crop.geometry.region import Region
+from crop.localizers.registry import get_localizer
 from tests.integrations.vllm.engine import cases, families, models
 from tests.integrations.vllm.test_request import WRONG
 
@@ -187,6 +191,26 @@ def test_a_localizer_finds_the_region_in_the_front_process(engine, asked, monkey
         cases.ask(engine, [with_wishes(base, localizer="ocr")])
 
 
+def test_the_ocr_localizer_reads_the_picture(engine, monkeypatch, caplog):
+    """The real one; its region is not the whole picture, and the answer is that of `crop.patch` with this region."""
+    from crop.integrations.vllm import processor
+
+    page = Image.new("RGB", (512, 512), "white")
+    for number, line in enumerate(("Invoice number 4711", "Date 2026-05-01", "Total amount 12.50 EUR")):
+        ImageDraw.Draw(page).text((30, 60 + 150 * number), line, "black", ImageFont.load_default(40))
+    text = embedded.prompt("what is the date ?")
+    region = get_localizer("ocr")(page, "what is the date ?")
+    ((x0, y0, x1, y1),) = region.boxes
+    assert x0 < 0.1 and 0.35 < y0 < y1 < 0.6 and x1 < 0.8
+    case = cases.Case(1, [[[x0, y0, x1, y1]]], 0.11)
+    wanted = cases.answer(*embedded.load(), text, [page], case)
+    request = {"prompt": text, "multi_modal_data": {"image": page}}
+    monkeypatch.setattr(processor.logger, "propagate", True)
+    found = cases.ask(engine, [with_wishes(request, localizer="ocr", keep=0.11, question="what is the date ?")])[0]
+    assert not cases.compare(found, wanted) and found[2] < 50
+    assert re.search(r"localizer ocr took \d+ ms for 1 images", caplog.text)
+
+
 # ------------------------------------------------------------------------------------------- three axes
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory) -> Iterator[Any]:
@@ -219,6 +243,31 @@ def test_images_that_change_places_or_are_known_in_part(qwen):
         wanted = cases.answer(qwen.model, qwen.processor, text, pictures, case)
         request = {"prompt": text, "multi_modal_data": {"image": pictures}, "mm_processor_kwargs": case.wishes}
         assert not cases.compare(cases.ask(qwen.llm, [request])[0], wanted)
+
+
+def test_videos_pass_untouched(qwen):
+    """A video alone, then before a pruned picture."""
+    frames = np.stack([np.asarray(cases.picture((64, 48), 50 + number)) for number in range(4)])
+    about = {"fps": 2.0, "duration": 2.0, "total_num_frames": 4, "frames_indices": [0, 1, 2, 3]}
+    video = "w3 <|vision_start|><|video_pad|><|vision_end|> w7"
+    given = {"multi_modal_data": {"video": [(frames, about | {"do_sample_frames": False})]},
+             "mm_processor_kwargs": {"do_sample_frames": False}}  # fmt: skip
+    how = {"do_sample_frames": False, "fps": 2.0, "video_metadata": [about]}
+    inputs = qwen.processor(text=video, videos=[frames], return_tensors="pt", videos_kwargs=how)
+    out = qwen.model.generate(
+        **inputs, max_new_tokens=cases.STEPS, do_sample=False, output_logits=True, return_dict_in_generate=True,
+        eos_token_id=None,
+    )  # fmt: skip
+    tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    logs = [float(row[0].log_softmax(-1)[token]) for row, token in zip(out.logits, tokens, strict=True)]
+    alone = cases.ask(qwen.llm, [given | {"prompt": video}])[0]
+    assert not cases.compare(alone, (tokens, logs))
+    both = given | {"prompt": f"{video} {models.QWEN} w8"}
+    both["multi_modal_data"] = both["multi_modal_data"] | {"image": cases.picture((72, 48), 0)}
+    whole = cases.ask(qwen.llm, [both])[0]
+    both["mm_processor_kwargs"] = both["mm_processor_kwargs"] | {"crop_region": [cases.BOX], "crop_keep": 0.2}
+    pruned = cases.ask(qwen.llm, [both])[0]
+    assert whole[2] - pruned[2] == 54 - 11 and pruned[1] != whole[1]  # of the picture's 54 tokens
 
 
 def test_one_region_for_two_images_is_refused(qwen):

@@ -1,0 +1,78 @@
+"""Where to cut: answers by the decoder layer at whose input tokens leave, for several budgets and kinds of question.
+
+    python -m bench.accuracy.layers --questions 200 --json bench/results/layers.json
+
+Counted are the tokens that stay behind the cut: a later cut costs more time and has more of its tokens chosen by the question.
+``--source`` says whose region comes first: one that was found, the true one, or none, where attention alone chooses. "average" is
+what all layers see on average, of the picture's tokens; pooled to the same count before the first layer stands as layer 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from itertools import islice
+from statistics import mean
+
+import crop
+from bench.accuracy.asking import Reply, Run, add_options, answers, begin
+from bench.accuracy.data import Item, rendered
+from crop.geometry.region import Region
+from crop.methods import InnerLLMPruning, Method, PreLLMCompression
+
+SOURCES = ("predicted", "oracle", "none")
+
+
+def found(run: Run, items: list[Item], source: str) -> list[Region]:
+    """The region of every question."""
+    if source != "predicted":
+        return [item.region if source == "oracle" else Region.whole() for item in items]
+    find = run.asker.localizer(run.asker.default_localizer)
+    regions = []
+    for item in run.bar(items, "regions"):
+        with crop.cache_vision(run.asker.model):
+            regions.append(find(item.picture(), item.question))
+    return regions
+
+
+def by_group(items: list[Item], replies: list[Reply]) -> dict[str, float]:
+    """Mean score of all questions, and of every group."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for item, reply in zip(items, replies, strict=True):
+        groups["overall"].append(reply.score)
+        groups[item.group].append(reply.score)
+    return {name: mean(scores) for name, scores in sorted(groups.items(), key=lambda pair: pair[0] != "overall")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.accuracy.layers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, questions=200)
+    parser.add_argument("--budgets", type=float, nargs="+", help="fractions of the tokens; default: those of the world")
+    parser.add_argument("--layers", type=int, nargs="+", help="default: every layer but the first")
+    parser.add_argument("--source", choices=SOURCES, default="predicted", help="of the region")
+    options = parser.parse_args()
+    run = begin(options)
+    items = list(islice(rendered(run.world, run.first), options.questions))
+    regions = found(run, items, options.source)
+    unpruned = by_group(items, answers(run, items, None, regions))
+    jobs: list[tuple[float, int, Method]] = []
+    for budget in options.budgets or run.world.budgets:
+        jobs.append((budget, 0, PreLLMCompression(keep=budget)))
+        for layer in options.layers or range(1, run.asker.num_layers):
+            jobs.append((budget, layer, InnerLLMPruning(budget, layer=layer)))
+    rows = []
+    for budget, layer, method in run.bar(jobs, "cuts"):
+        replies = answers(run, items, method, regions)
+        average = mean(reply.average for reply in replies) / run.world.num_tokens
+        scores = {name: score / unpruned[name] for name, score in by_group(items, replies).items() if unpruned[name]}
+        rows.append({"budget": budget, "layer": layer, "average": average, **scores})
+    facts = run.facts | {"region": options.source, "questions": len(items), "tokens": run.world.num_tokens}
+    run.finish(rows, {"run": [facts], "unpruned": [unpruned]})
+
+
+if __name__ == "__main__":
+    main()
