@@ -367,8 +367,9 @@ class LayerEncoder:
 
         output["last_hidden_state"] = full(output["last_hidden_state"])
         if output.get("hidden_states") is not None:
-            states = enumerate(output["hidden_states"])  # what enters layer after layer, and what leaves the last
-            output["hidden_states"] = tuple(one if number <= cut else full(one) for number, one in states)
+            # What enters layer after layer, and what leaves the last; None where nobody asked.
+            states = enumerate(output["hidden_states"])
+            output["hidden_states"] = tuple(one if one is None or n <= cut else full(one) for n, one in states)
         return output
 
 
