@@ -100,6 +100,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "ops": _of(kernels.ops, "ops.json"),
     "ops-region-topk": _of(kernels.ops, "ops_region_topk.json"),
     "localizers": _of(localizers.localizers, "localizers.json"),
+    "looks": _of(localizers.looks, "localizers_coarse.json"),
     "head-cost": _of(localizers.head_cost, "localizers.json"),
 }
 
