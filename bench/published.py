@@ -118,8 +118,8 @@ def table(model: str, published: Path = PUBLISHED, contributed: Path = CONTRIBUT
     """One model: rows of others by number of tokens, and ours beside them, "not run" where nobody has run them.
 
     Args:
-        model: name of a file of ``published``, which holds ``model``, ``columns`` (names of tasks), ``budgets`` (tokens that are
-            kept, with the fraction that ``keep`` takes) and ``rows`` (method, tokens, source, figures by column).
+        model: name of a file of ``published``, which holds ``model``, ``columns`` (names of tasks), ``budgets`` (tokens that
+            are kept, or a share in words, with the fraction that ``keep`` takes) and ``rows`` (method, tokens, source, figures by column).
         contributed: folder of files as ``contribution`` makes them.
     """
     content = json.loads((published / f"{model}.json").read_text())
@@ -129,7 +129,7 @@ def table(model: str, published: Path = PUBLISHED, contributed: Path = CONTRIBUT
     names = {task.name: key for key, task in TASKS.items()}
     out = []
     for tokens, keep in content["budgets"].items():
-        for row in (row for row in content["rows"] if row["tokens"] == int(tokens)):
+        for row in (row for row in content["rows"] if str(row["tokens"]) == tokens):
             cells = (row["figures"].get(column) for column in content["columns"])
             out.append([f"{row['method']} [{row['source']}]", tokens, *("-" if c is None else f"{c:g}" for c in cells)])
         mine = [one for one in given if one["model"] == content["model"] and abs(one["keep"] - keep) < 0.001]

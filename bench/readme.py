@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bench import published
@@ -52,6 +53,10 @@ def runs(results: Path) -> list[str]:
     return markdown(["file", "commit", "threads", "load", "Python", "torch", "transformers"], table)
 
 
+def _published(model: str, results: Path) -> list[str]:
+    return published.table(model, results / "published", results / "contributed")
+
+
 TABLES: dict[str, Callable[[Path], list[str]]] = {
     "headline": headline,
     "runs": runs,
@@ -77,9 +82,10 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "pages-real": _of(accuracy.real, "pages_real.json"),
     "pooling": _of(accuracy.pooling, "pooling.json"),
     "layers": _of(accuracy.layers, "layers.json"),
-    "published-llava-1.5-7b": lambda results: published.table(
-        "llava-1.5-7b", results / "published", results / "contributed"
-    ),
+    **{
+        f"published-{path.stem}": partial(_published, path.stem)
+        for path in sorted((RESULTS / "published").glob("*.json"))
+    },
     "receipts": _of(accuracy.receipts, "receipts.json"),
     "e2e": _of(latency.e2e, "e2e.json"),
     "e2e-bars": _of(latency.bars, "e2e.json"),
@@ -87,7 +93,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "prefill-2880": _of(latency.prefill, "prefill_2880.json"),
     "attention-pass": _of(latency.attention_pass, "prefill_576.json"),
     "first-token": _of(latency.first_token, "first_token.json"),
-    "encoder-times": _of(latency.encoder_times, "first_token.json"),
+    "stages": _of(latency.stages, "stages.json"),
     "small": _of(latency.small, "small.json"),
     "scale": _of(latency.scale, "scale.json"),
     "serving": _of(latency.serving, "serving.json"),

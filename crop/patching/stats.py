@@ -64,7 +64,7 @@ class PrefillStats:
 
     @property
     def tokens_encoded(self) -> list[int]:
-        """Vision tokens per image that the encoder made, newlines of their rows included."""
+        """Vision tokens per image that the encoder made, those of a copy included that stand for others, and newlines."""
         return [len(image.encoded) for image in self.images]
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from contextlib import contextmanager
 from itertools import islice
 
@@ -15,6 +16,7 @@ from PIL import Image
 pytest.importorskip("tqdm")
 
 from bench import readme, worlds  # noqa: E402
+from bench.accuracy import __main__ as command  # noqa: E402
 from bench.accuracy import data, metrics, statistics, summary, tables  # noqa: E402
 from bench.accuracy import run as running  # noqa: E402
 from bench.accuracy.canvas import CornerOnly, ZoomOnly, shrink, zoom, zoomed  # noqa: E402
@@ -220,6 +222,40 @@ def test_a_killed_run_goes_on_and_shards_join(asker, tmp_path, monkeypatch):
         running.run(asker, wanted, items, localizer, tmp_path / "shards", batch=3)
     joined = {(row["job"], row["item"]): row for row in running.read(tmp_path / "shards")}
     assert joined == complete and len(list((tmp_path / "shards").iterdir())) == 2
+
+
+def test_the_best_are_asked_more_and_the_file_says_so(tmp_path, monkeypatch):
+    """From the command line to the tables, with one budget: two questions for everybody, a third for the best."""
+    words = [
+        "--questions",
+        "3",
+        "--rest",
+        "2",
+        "--budgets",
+        "0.11",
+        "--out",
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "s.json"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["accuracy", *words])
+    threads = torch.get_num_threads()
+    command.main()
+    torch.set_num_threads(threads)
+    made = json.loads((tmp_path / "s.json").read_text())
+    asked = {row["contender"]: row["n"] for row in made["rows"] if row["group"] == summary.OVERALL}
+    more = {name for name, n in asked.items() if n == 3}
+    ours, rivals = command.sides(2)
+    assert set(asked.values()) == {2, 3} and more >= {
+        "unpruned",
+        "down-sampled image",
+        "PLC, predicted",
+        "both, predicted",
+    }
+    assert len(more & set(rivals) - {"down-sampled image"}) in (2, 3)  # down-sampling may be among the best three
+    assert not {name for name in rivals if name.endswith(("oracle", "shifted"))} and "zoom, predicted" in rivals
+    assert made["pictures"] == {"world": "embedded", "first seed": 10_900_000, "tokens": 256}
+    assert {row["contender"] for row in made["leads"]} <= set(ours) and tables.accuracy(made)[0].count("questions") == 2
 
 
 def test_whole_stays_whole_and_corner():
