@@ -94,13 +94,14 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "prefill-2880": _of(latency.prefill, "prefill_2880.json"),
     "attention-pass": _of(latency.attention_pass, "prefill_576.json"),
     "first-token": _of(latency.first_token, "first_token.json"),
-    "encoder-times": _of(latency.encoder_times, "first_token.json"),
+    "stages": _of(latency.stages, "stages.json"),
     "small": _of(latency.small, "small.json"),
     "scale": _of(latency.scale, "scale.json"),
     "serving": _of(latency.serving, "serving.json"),
     "ops": _of(kernels.ops, "ops.json"),
     "ops-region-topk": _of(kernels.ops, "ops_region_topk.json"),
     "localizers": _of(localizers.localizers, "localizers.json"),
+    "looks": _of(localizers.looks, "localizers_coarse.json"),
     "head-cost": _of(localizers.head_cost, "localizers.json"),
 }
 

@@ -180,7 +180,12 @@ def traffic() -> list[dict[str, object]]:
     query, key = torch.randn(1, 32, 8, 128).to(bf16), torch.randn(1, 8, 576, 128).to(bf16)
     index, lse = torch.arange(576)[None], torch.full((1, 32, 8), 3.0)
     many, most = torch.randn(1, 32, 64, 128).to(bf16), torch.full((1, 32, 64), 3.0)
+    wide, long = torch.randn(1, 4, 121, 256).to(bf16), torch.randn(1, 4, 720, 256).to(bf16)
+    places, shift = torch.arange(720)[None], torch.full((1, 4, 121), 6.0)
     score, kept = torch.rand(1, 8192), torch.arange(0, 576, 4)[None]
+    stays = torch.ones(1, 640, dtype=torch.bool)
+    stays[:, 32:608] = False
+    width = 64 + 144
     hidden = torch.randn(1, 576, 4096).to(bf16)
     caches = [torch.randn(1, 8, 576, 128).to(bf16) for _ in range(2)]
     plan, tokens = region_plan(24), torch.randn(576, 1024).to(bf16)
@@ -193,10 +198,15 @@ def traffic() -> list[dict[str, object]]:
          lambda: ops.attention_mass(query, key, index, lse=lse)),
         ("attention_mass, lse given", "the same, M64", key.nbytes + many.nbytes + 8 * 576 + 4 * 576 + most.nbytes,
          lambda: ops.attention_mass(many, key, index, lse=most)),
+        ("attention_mass, lse given", "B1 N720 M121 4/4 heads d256 bf16, queries shared",
+         wide.nbytes + long.nbytes + shift.nbytes + 12 * 720, lambda: ops.attention_mass(wide, long, places, lse=shift)),
         ("attention_mass, lse computed", "as the first", inputs, lambda: ops.attention_mass(query, key, index)),
         ("select", "B1 N8192 k2048", score.nbytes + 8 * 2048, lambda: ops.select(score, 2048)),
+        ("pack", "B1 L640, 64 and 144 stay", 640 + kept.nbytes + 8 * (width + 640),
+         lambda: ops.pack(stays, width, kept=kept + 32)),
         ("compact", "hidden D4096 + K + V, 144 of 576, bf16", 2 * 144 * (4096 + 2 * 8 * 128) * 2 + kept.nbytes,
          lambda: ops.compact([hidden, *caches], kept, token_dim=[1, 2, 2])),
+        ("saliency", "576x1024 bf16", tokens.nbytes + 12 * 576, lambda: ops.saliency(tokens, index)),
         ("adaptive_pool", f"24x24x1024 -> {plan.num_out} bf16", pooled, lambda: ops.adaptive_pool(tokens, plan)),
         ("adaptive_pool, gradient", "the same", pooled,
          lambda: torch.ops.crop.adaptive_pool_backward.default(*back)),

@@ -124,10 +124,19 @@ def first_token(content: dict[str, Any]) -> list[str]:
     return markdown(["", "pruned", "TFLOP", "encoder, %", "language model, %", "look, %", "all, %"], table)
 
 
-def encoder_times(content: dict[str, Any]) -> list[str]:
-    """Time of a pruned encoder against the share that it encodes."""
-    table = [
-        [row["model"], *(f"{100 * row[name]:.1f}" for name in ("share", "time")), f"{row['per share']:.2f}"]
-        for row in content["times"]
-    ]
-    return markdown(["encoder alone", "encoded, %", "time, %", "time per share"], table)
+def stages(content: dict[str, Any]) -> list[str]:
+    """Seconds of every stage, against the unpruned model, and peak memory."""
+    names, table = ("look", "preprocess", "host", "encoder", "language model", "total"), []
+    for row in content["rows"]:
+        share = f"{row['encoder per share']:.2f}" if row["encoded"] < 1 else "-"
+        table.append(
+            [
+                f"{row['model']} / {row['width /']} wide, / {row['depth /']} deep",
+                row["pruned"],
+                *(f"{row[name]:.2f}" for name in names),
+                f"{100 * row['of unpruned']:.0f}",
+                share,
+                f"{row['peak MB']:.0f}",
+            ]
+        )
+    return markdown(["seconds", "pruned", *names, "of unpruned, %", "encoder, per share", "peak, MB"], table)

@@ -27,6 +27,7 @@ def measure_kernels(
     Returns:
         Microseconds per call, medians: on a GPU in graph replay with a cold L2 (eager where one of the two cannot be captured).
         "timed": which of these, the same for both. "faults": how many of the two are wrong or fail; "note" says how.
+        A case for which time was left over has a note alone.
         "floor us": the bytes of every implementation over the bandwidth of a copy, on a GPU.
     """
     bandwidth = copy_bandwidth(device) if device.type == "cuda" else None
@@ -34,6 +35,7 @@ def measure_kernels(
     for name in only:
         for case in CASES[name](device, full):
             if seconds is not None and time.monotonic() - start > seconds:
+                yield {"op": case.op, "shape": case.shape, "note": f"not run, nor what follows: {seconds:g} s are over"}
                 return
             yield _row(case, device, rounds, bandwidth)
 

@@ -91,7 +91,9 @@ class EncoderGeometry:
 
 def _is_blocks(part: nn.Module) -> bool:
     """Whether it is a list of layers with attention."""
-    return isinstance(part, nn.ModuleList) and any("att" in name for name, _ in part[0].named_children())
+    return (
+        isinstance(part, nn.ModuleList) and len(part) > 0 and any("att" in name for name, _ in part[0].named_children())
+    )
 
 
 def _matrices(module: nn.Module) -> Iterator[nn.Module]:

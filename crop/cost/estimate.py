@@ -29,7 +29,8 @@ class Cost:
 
     Args:
         tokens: vision tokens per image, averaged over the decoder layers.
-        encoder_flops: 0 where the encoder is of a family that always takes all of a picture: it costs the same either way.
+        encoder_flops: of the encoder and the projector behind it; 0 where these are not counted: of families that always take
+            all of a picture, where they cost the same either way, and of kinds that are not known here.
         decoder_flops: of its layers.
         kv_bytes: keys and values of all samples after it.
         encoder_seconds, decoder_seconds: predicted, the patch's own work included in the latter; NaN for a model on the meta
@@ -143,7 +144,7 @@ def estimate(
         share += f" and {look.flops / 1e12:.2f} for the localizer" if look else ""
         source = "counted; there are no weights to time"
     if work.encoder is None:
-        source += "; without the vision encoder, which takes the same either way"
+        source += "; without the vision encoder, which is not counted for this model"
     return Estimate(before, after, look, prune, f"{'prune' if prune else 'do not prune'}: {share} ({source})")
 
 

@@ -13,6 +13,7 @@ from crop import ops
 from crop.ops.build_info import build_info
 from crop.ops.dispatch import native
 from crop.selftest.cases import CASES
+from crop.selftest.options import difference, option_calls
 
 Status = Literal["ok", "slow", "missing", "refused", "WRONG"]
 
@@ -54,7 +55,8 @@ def check_kernels() -> Iterator[Finding]:
 
 
 def check_operators(device: torch.device) -> Iterator[Finding]:
-    """Every case on small tensors, by the compiled kernels where there are some and by their twins in plain torch."""
+    """Every case on small tensors, by the compiled kernels where there are some and by their twins in plain torch; the kernels
+    against the twins with every option."""
     compiled = native is not None and (device.type == "cpu" or native.has_cuda)
     backends = {"kernel": "native", "twin": "twin"} if compiled else {"twin": "twin"}
     counts: Counter[str] = Counter()
@@ -72,6 +74,18 @@ def check_operators(device: torch.device) -> Iterator[Finding]:
                     continue
                 if error:
                     wrong.setdefault(operator, f"{name}, {case.op}, {case.shape}: off by {error:.3g}")
+    for operator, what, call in option_calls(device) if compiled else ():
+        counts[operator] += 1
+        results = []
+        try:
+            for backend in backends.values():
+                with ops.use_backend(backend):
+                    results.append(call())
+        except RuntimeError as failure:
+            wrong.setdefault(operator, f"{what}: {failure}")
+            continue
+        if error := difference(*results):
+            wrong.setdefault(operator, f"{what}: kernel and twin are {error:.3g} apart")
     for operator, count in counts.items():
         if operator in wrong:
             yield Finding("WRONG", operator, f"on {device.type}: {wrong[operator]}")

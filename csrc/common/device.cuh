@@ -83,7 +83,7 @@ DEV Piece<T> load_piece(const T* from, int64_t left, bool aligned, Load load16) 
 
 template <class T>
 DEV Piece<T> load_piece(const T* from, int64_t left, bool aligned) {
-    return load_piece(from, left, aligned, [](const uint4* at) { return __ldg(at); });
+    return load_piece(from, left, aligned, [](const uint4* at) { return *at; });
 }
 
 template <class T>

@@ -24,6 +24,7 @@
 //     no __activemask, no code that relies on lanes running in step without __syncwarp
 //   - atomicAdd/Sub/Min/Max/And/Or/Xor/Exch/CAS/Inc on 32 and 64 bits, __threadfence; shared-memory atomics order nothing:
 //     use a barrier
+//   - no __ldg and no __restrict__ on what a kernel ahead may write: the compiler would trust that nobody does
 //   - no memcpy or memset in kernels, no __device__ or __constant__ variables, no static variables, no heap
 //   - waiting for another block: ptx::ld_acquire, never a plain or volatile load
 #pragma once
@@ -60,6 +61,16 @@ inline dim3 as_grid(int64_t blocks) { return dim3(static_cast<unsigned>(blocks))
 
 constexpr int kDevices = 64;  // of which answers are remembered
 
+// While it lives a capture on this thread allows what loading a kernel takes, of which it would otherwise know nothing.
+class Uncaptured {
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+
+  public:
+    Uncaptured() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    ~Uncaptured() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    Uncaptured(const Uncaptured&) = delete;
+};
+
 // Architecture whose code a device, the current one, runs, 0 if it cannot be told. That of the device says too much: code
 // compiled for an older one lacks what the newer one adds. All kernels of a build are compiled alike, so the first one answers
 // for all.
@@ -68,6 +79,7 @@ inline int compiled_for(int device, const void* kernel) {
     int arch = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
     cudaFuncAttributes attributes = {};
     if (arch == 0) {
+        const Uncaptured asking;
         if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return cudaGetLastError(), 0;  // the launch will say why
         arch = attributes.ptxVersion;
         if (device < kDevices) known[device].store(arch, std::memory_order_relaxed);
@@ -108,6 +120,7 @@ int largest_cluster(int device, int threads) {
     if (compiled_for(device, reinterpret_cast<const void*>(kKernel)) < 90) return 1;
     int largest = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
     if (largest > 0) return largest;
+    const Uncaptured asking;
     for (largest = 8; largest > 1; largest /= 2) {
         cudaLaunchAttribute attribute = {};
         attribute.id = cudaLaunchAttributeClusterDimension;
@@ -182,16 +195,17 @@ DEV float ex2(float x) {  // 2^x, two ulp
 // x is computed here, once, and not again wherever it is used.
 DEV void settle(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
-// 16 bytes that nobody writes while the kernel runs. once: leaves no trace in L1, and L2 fetches ahead.
+// 16 bytes that nobody writes after grid_wait. once: leaves no trace in L1, and L2 fetches ahead. Not .nc: a dependent launch
+// begins while the kernel ahead may still write what this one reads.
 DEV uint4 load_once(const uint4* from) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+    asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
     return v;
 }
 DEV uint4 load_again(const uint4* from) {  // other blocks will want it: stays in L1 as long as possible
     uint4 v;
-    asm volatile("ld.global.nc.L1::evict_last.v4.u32 {%0,%1,%2,%3}, [%4];"
+    asm volatile("ld.global.L1::evict_last.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
     return v;
 }

@@ -177,8 +177,9 @@ mass_mma_kernel(AttentionMassParams p, int subtiles, int cluster, float lse_unit
         auto column_of = [&](int s) { return (first_unit + s / stages) % parts * kUnitColumns + s % stages * stage; };
         auto fetch = [&](int s) {  // starts the copies of stage s
             Column column = {};
-            const int unit = first_unit + s / stages, number = column_of(s) + place % stage;
+            const int unit = first_unit + s / stages;
             if (unit < end_unit) {
+                const int number = column_of(s) + place % stage;
                 column = column_at(p, rows, b, unit / parts, number, group, lse_unit);
                 uint4* to = staged + (s % 2 * kStage<kDim> + place) * kRow;
                 const uint16_t* from = queries - 8 * t + column.query;

@@ -48,7 +48,7 @@ struct Candidates {
             UNROLL
             for (int j = 0; j < 4; ++j) rank[4 * v + j] = n + j < count ? 0 : -1;
             if (priority && vectors && n < count) {
-                const char4 four = __ldg(reinterpret_cast<const char4*>(priority + n));
+                const char4 four = *reinterpret_cast<const char4*>(priority + n);
                 rank[4 * v] = four.x, rank[4 * v + 1] = four.y, rank[4 * v + 2] = four.z, rank[4 * v + 3] = four.w;
             } else if (priority) {
                 UNROLL

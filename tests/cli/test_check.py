@@ -153,6 +153,20 @@ def test_a_wrong_operator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert results["compact"].good
 
 
+@pytest.mark.fast
+@pytest.mark.skipif(dispatch.native is None, reason="no kernels were compiled")
+def test_a_kernel_that_is_wrong_with_one_option_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = dispatch.native.select
+
+    def select(device: int, threads: int, score: int, weight: int, priority: int, *rest: Any) -> int:
+        return native(device, threads, score, weight, 0, *rest)
+
+    monkeypatch.setattr(dispatch.native, "select", select)
+    results = {each.subject: each for each in check_operators(CPU)}
+    assert results["select"].detail == "on cpu: weight, priority, index: kernel and twin are 1 apart"
+    assert all(each.good for name, each in results.items() if name != "select")
+
+
 # -------------------------------------------------------------------------------------------------------- packages
 @pytest.mark.fast
 def test_missing_extras_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,13 +85,22 @@ def test_instructions(built: tuple[Path, list[Kernel]]) -> None:
             assert count(r"(LDL|STL)\b") == 0, name
             # Dependent launches exist from sm_90 on: wait for the kernel ahead, let the next one start.
             assert (count("ACQBULK"), count("PREEXIT")) == ((1, 1) if arch == "90" else (0, 0)), name
+            # And nothing is touched before, nor read as if nobody could be writing it.
+            touched = next(
+                i for i, line in enumerate(lines) if re.match(r"(LDG|LDGSTS|STG|ATOMG|REDG?|LD|ST|CCTL)\b", line)
+            )
+            assert arch == "80" or touched > next(i for i, line in enumerate(lines) if line.startswith("ACQBULK")), name
+            assert count(r"LDG\S*\.CONSTANT") == 0, name
             wide, wide_stores = count(r"LDG\.E\.\S*128"), count(r"STG\.E\.\S*128")
             if mma := re.fullmatch(r"mass_mma_kernel<(\d+), (\d), (\d), (\d)>|lse_mma_kernel<(\d+), (\d)>", name):
                 dim, tiles, checked, staged = map(int, mma.group(1, 2, 3, 4) if mma[1] else (mma[5], 1, mma[6], 0))
                 steps = (dim + 31) // 32 * 2
                 assert count("HMMA.16816.F32.BF16") == count(r"HMMA.16816.F32 ") == steps * tiles, name
                 assert wide >= (0 if checked else steps * tiles + (0 if staged else steps // 2)), name
-                queries = count(r"LDS\.128"), count(r"LDGSTS\.E\.BYPASS\.128")  # read 16 bytes at a time, never touched on the way
+                queries = (
+                    count(r"LDS\.128"),
+                    count(r"LDGSTS\.E\.BYPASS\.128"),
+                )  # read 16 bytes at a time, never touched on the way
                 assert (min(queries) >= steps // 2) if staged else (queries[1] == 0), name
                 # Keys lie in registers as the products want them; between products nothing is moved.
                 products = [i for i, line in enumerate(lines) if line.startswith("HMMA.16816.F32.BF16")]

@@ -76,6 +76,7 @@ def mass_staged(run: Backend) -> None:
         length[0, [0, 7, -1]] = 0
         kwargs = {"lse": lse, "visible_len": length}
         assert_mass(run(ops.attention_mass, query, key, index, **kwargs), mass_oracle(query, key, index, **kwargs))
+    assert not run(ops.attention_mass, query, key, index, lse=lse, visible_len=length * 0).any()
 
 
 def mass_ragged(run: Backend) -> None:

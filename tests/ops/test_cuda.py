@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -77,6 +79,41 @@ def test_no_synchronisation_and_any_stream() -> None:
     for result in results:
         for a, b in zip(result, expected, strict=True):
             assert torch.equal(a, b)
+
+
+FIRST = """
+import torch
+from crop import ops
+torch.manual_seed(0)
+query, key = (torch.randn(1, 8, n, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 300))
+index = torch.arange(300, device="cuda")[None]
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = ops.region_topk(query, key, index, 100, return_scores=True)
+graph.replay()
+for a, b in zip(captured, ops.region_topk(query, key, index, 100, return_scores=True)):
+    assert torch.equal(a, b)
+"""
+
+
+def test_a_graph_may_hold_the_first_call_of_all() -> None:
+    """Kernels are loaded when they are asked for first, here inside the capture."""
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_tensors_name_the_device() -> None:
+    query, key = (t.to(torch.bfloat16) for t in mass_inputs(1, 8, 2, 4, 300, 64))
+    index = torch.arange(300)[None]
+    results = []
+    for device in ("cuda:0", "cuda:1"):  # the current one is the first
+        given = (t.to(device) for t in (query, key, index))
+        kept, mass = ops.region_topk(*given, 100, return_scores=True)
+        assert kept.device == mass.device == torch.device(device)
+        results.append((kept.cpu(), mass.cpu()))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 FLASH = ["sdpa", *(["flash_attention_2"] if importlib.util.find_spec("flash_attn") else [])]

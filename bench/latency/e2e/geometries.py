@@ -145,7 +145,7 @@ def _qwen2_5_vl(shrink: Shrink) -> Any:
     return transformers.Qwen2_5_VLConfig(
         text_config=text | {"rope_parameters": _rotary(text, (16, 24, 24), 1e6)},
         vision_config=_qwen_vision(shrink, 32, 1280, 3420, text["hidden_size"])
-        | {"fullatt_block_indexes": sorted({shrink.layer(index, 32) for index in (7, 15, 23, 31)})},
+        | {"fullatt_block_indexes": list(range(7, shrink.layers(32), 8)) or [shrink.layers(32) - 1]},
         tie_word_embeddings=False,
         **_markers(text["vocab_size"]),
     )

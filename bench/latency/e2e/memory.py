@@ -33,11 +33,12 @@ def peak(call: Callable[[], Any], device: torch.device) -> int | None:
     except (OSError, AttributeError):
         call()
         return None
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     call()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
+    """Bytes of the process: "VmRSS" now, "VmHWM" at most."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024

