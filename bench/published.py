@@ -42,7 +42,7 @@ TASKS = {
     "docvqa_val": Task("DocVQA", ("anls",)),
     "ocrbench": Task("OCRBench", ("ocrbench_accuracy",)),
     "refcoco_bbox_rec_val": Task("RefCOCO", ("refcoco_ACC@0.5",)),
-    "refcoco_grounding_testA": Task("RefCOCO A", ("refcoco_ACC@0.5",)),
+    "refcoco_grounding_testA": Task("RefCOCO A", ("refcoco_grounding_ACC@0.5",)),
 }
 FIELDS = {"model": str, "method": str, "keep": Real, "localizer": str, "tokens": Mapping, "tasks": Mapping,
           "command": str, "commit": str, "versions": Mapping, "by": str, "machine": str, "date": str}  # fmt: skip

@@ -51,7 +51,10 @@ def test_every_published_benchmark_runs_on_its_own_task_file(tmp_path):
     for part in ("results", "n-samples"):
         found[part] |= {name.removeprefix("local_"): value for name, value in found[part].items()}
     made = published.contribution(found, "a test", "a machine", "0123abc")
-    assert made["tasks"].keys() == published.TASKS.keys() & benchmarks.TASKS.keys() and made["keep"] == 0.33
+    expected = published.TASKS.keys() & benchmarks.TASKS.keys() - {
+        "mme"
+    }  # the questions made here are of perception alone
+    assert made["tasks"].keys() == expected and made["keep"] == 0.33
     assert found["throughput"]["avg_vision_tokens_kept"] == 84 and found["throughput"]["avg_time_to_first_token"] > 0
 
 
