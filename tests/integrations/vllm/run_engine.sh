@@ -45,7 +45,7 @@ print(f"vllm {vllm.__version__}, transformers {transformers.__version__}, torch 
     families "original positions" all
     families "compact positions" llava qwen2_5_vl qwen3_vl llava_next pixtral --positions compact
     families "chunked prefill" llava qwen2_5_vl --options '{"max_num_batched_tokens": 48, "disable_chunked_mm_input": false}'
-    families "bfloat16; allowed is twice what rounding does to transformers' own answers" llava qwen2_5_vl --options '{"dtype": "bfloat16"}'
+    families "bfloat16; allowed is twice what rounding does to transformers' own answers" llava qwen2_5_vl qwen3_5 --options '{"dtype": "bfloat16"}'
     export VLLM_ENABLE_V1_MULTIPROCESSING=1
     families "torch.compile" llava --options '{"enforce_eager": false}'
     families "torch.compile" qwen2_5_vl --options '{"enforce_eager": false}'
