@@ -35,7 +35,7 @@ fi
 commit=$(git describe --always --dirty) failed=0
 families() { # what it is called, then arguments; lines about the engine itself are left out
     echo "== $1"
-    python -m tests.integrations.vllm.engine.families "${@:2}" 2>/dev/null | { grep --line-buffered -aE "equal|Error|^  " || true; } || failed=1
+    python -m tests.integrations.vllm.engine.families "${@:2}" 2>/dev/null | { grep --line-buffered -aE "^[a-z0-9_]+ .*(equal|Error)|^  " || true; } || failed=1
 }
 {
     echo "commit $commit, $(date -u +%F), $(python -c 'import torch, transformers, vllm
