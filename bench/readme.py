@@ -81,6 +81,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "pages-pooling": _of(accuracy.pooling, "pages_pooling.json"),
     "pages-real": _of(accuracy.real, "pages_real.json"),
     "pooling": _of(accuracy.pooling, "pooling.json"),
+    "pooling-sides": _of(accuracy.pooling_sides, "pooling.json"),
     "layers": _of(accuracy.layers, "layers.json"),
     **{
         f"published-{path.stem}": partial(_published, path.stem)
@@ -100,6 +101,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "ops": _of(kernels.ops, "ops.json"),
     "ops-region-topk": _of(kernels.ops, "ops_region_topk.json"),
     "localizers": _of(localizers.localizers, "localizers.json"),
+    "looks": _of(localizers.looks, "localizers_coarse.json"),
     "head-cost": _of(localizers.head_cost, "localizers.json"),
 }
 

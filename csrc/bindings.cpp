@@ -7,6 +7,7 @@
 
 #include "common/dispatch.h"
 #include "common/ops.h"
+#include "host/planning.h"
 
 // setup.py defines CROP_HAVE_CUDA (0 or 1), CROP_CUDA_ARCHS (e.g. "80 90 90+PTX") and CROP_NVCC (its release).
 #if CROP_HAVE_CUDA
@@ -190,6 +191,57 @@ int adaptive_pool_backward(int device, int64_t target, Pointer grad, Pointer tok
                   CROP_ON_CUDA(crop::launch_adaptive_pool_backward));
 }
 
+// num_tokens, center, row, col, view, kind
+using LayoutRow = std::tuple<int64_t, Pointer, Pointer, Pointer, Pointer, Pointer>;
+using Boxes = std::vector<std::array<float, 4>>;
+
+crop::PlanLayout plan_layout(const LayoutRow& row) {
+    const auto& [num_tokens, center, rows, cols, views, kind] = row;
+    return {to<float>(center), to<int32_t>(rows), to<int32_t>(cols), to<int32_t>(views), to<uint8_t>(kind), num_tokens};
+}
+
+std::vector<crop::PlanBox> plan_boxes(const Boxes& boxes) {
+    std::vector<crop::PlanBox> found;
+    for (const auto& [x0, y0, x1, y1] : boxes) found.push_back({x0, y0, x1, y1});
+    return found;
+}
+
+void plan_levels(const LayoutRow& layout, const Boxes& boxes, int ring, Pointer level) {
+    crop::plan_levels(plan_layout(layout), plan_boxes(boxes), ring, to<uint8_t>(level));
+}
+
+std::array<int64_t, 2> plan_cells(const LayoutRow& layout, const Boxes& boxes, int ring, const std::array<int, 3>& strides,
+                                  int64_t budget, Pointer members, Pointer offsets, Pointer leader, Pointer level) {
+    crop::PlanCells cells{to<int32_t>(members), to<int32_t>(offsets), to<int32_t>(leader), to<uint8_t>(level), 0, 0};
+    crop::plan_cells(plan_layout(layout), plan_boxes(boxes), ring, strides.data(), budget, cells);
+    return {cells.num_members, cells.num_out};
+}
+
+int plan_pooled(const LayoutRow& layout, int64_t num_out, Pointer members, Pointer offsets, Pointer leader, Pointer center,
+                Pointer row, Pointer col, Pointer view, Pointer kind) {
+    const crop::PlanCells cells{to<int32_t>(members), to<int32_t>(offsets), to<int32_t>(leader), nullptr, 0, num_out};
+    crop::PlanPooled pooled{to<float>(center), to<int32_t>(row), to<int32_t>(col), to<int32_t>(view), to<uint8_t>(kind)};
+    return crop::plan_pooled(plan_layout(layout), cells, pooled);
+}
+
+// sample, num_tokens, num_out, position, members, offsets, leader
+using ImageRow = std::tuple<int64_t, int64_t, int64_t, Pointer, Pointer, Pointer, Pointer>;
+
+int plan_leaders(Pointer valid, int64_t batch, int64_t seq_len, const std::vector<ImageRow>& rows, Pointer leader_of) {
+    std::vector<crop::PlanImage> images;
+    for (const auto& [sample, num_tokens, num_out, position, members, offsets, leader] : rows)
+        images.push_back({sample, num_tokens, num_out, to<int64_t>(position), to<int32_t>(members), to<int32_t>(offsets),
+                          to<int32_t>(leader)});
+    return crop::plan_leaders(to<uint8_t>(valid), batch, seq_len, images, to<int64_t>(leader_of));
+}
+
+int64_t plan_pool(Pointer leader_of, int64_t batch, int64_t seq_len, int64_t width, Pointer kept_index, Pointer slot_of,
+                  Pointer source, Pointer alone, Pointer real, Pointer members, Pointer offsets) {
+    return crop::plan_pool({to<int64_t>(leader_of), batch, seq_len, width, to<int64_t>(kept_index), to<int64_t>(slot_of),
+                            to<int64_t>(source), to<uint8_t>(alone), to<uint8_t>(real), to<int32_t>(members),
+                            to<int32_t>(offsets)});
+}
+
 py::dict build_info() {
     py::list isas;
     for (int build = 0; build < crop::num_builds(); ++build) isas.append(crop::build_name(build));
@@ -214,4 +266,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("saliency", &bind::saliency);
     m.def("adaptive_pool", &bind::adaptive_pool);
     m.def("adaptive_pool_backward", &bind::adaptive_pool_backward);
+    m.def("plan_levels", &bind::plan_levels);
+    m.def("plan_cells", &bind::plan_cells);
+    m.def("plan_pooled", &bind::plan_pooled);
+    m.def("plan_leaders", &bind::plan_leaders);
+    m.def("plan_pool", &bind::plan_pool);
 }

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.glob("crop/**/*.py"))}
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
 LAYERS = (
+    ("backend",),
     ("geometry",),
     ("ops",),
     ("methods", "models"),

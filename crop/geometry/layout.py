@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from crop import backend
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Box, Region
 
@@ -26,6 +27,7 @@ class VisionLayout:
         view: (N,) int32 grid the token belongs to (0 where there is one; base view / tiles differ).
         kind: (N,) uint8 PATCH = 0, NEWLINE = 1, PADDING = 2.
         num_original: vision tokens of this image before any pruning.
+        check: False skips the checks, where the arrays are valid by construction.
     Raises:
         TypeError: wrong dtype. ValueError: wrong shape or device, position not ascending, negative
             grid coordinates.
@@ -38,8 +40,11 @@ class VisionLayout:
     view: Tensor
     kind: Tensor
     num_original: int
+    check: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, check: bool) -> None:
+        if not check:
+            return
         count, dtypes = len(self.position), {"position": torch.int64, "center": torch.float32, "kind": torch.uint8}
         for name in ("position", "center", "row", "col", "view", "kind"):
             dtype = dtypes.get(name, torch.int32)
@@ -62,18 +67,7 @@ class VisionLayout:
                 raise ValueError(f"VisionLayout: {name} must be >= 0, got a negative value")
 
     def __len__(self) -> int:
-        return len(self.position)
-
-    @cached_property
-    def _value(self) -> tuple[int | bytes, ...]:
-        arrays = (self.position, self.center, self.row, self.col, self.view, self.kind)
-        return self.num_original, *(array.numpy().tobytes() for array in arrays)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, VisionLayout) and self._value == other._value
-
-    def __hash__(self) -> int:  # by value, so that plans can be cached
-        return hash(self._value)
+        return self.position.shape[0]
 
     @staticmethod
     def grid(
@@ -96,6 +90,20 @@ class VisionLayout:
         if position is None and start:
             position = torch.from_numpy(np.arange(start, start + len(layout)))
         return layout if position is None else replace(layout, position=position)
+
+    def at(self, position: Tensor) -> VisionLayout:
+        """The same tokens at other places of a sequence: (N,) int64, ascending (not checked)."""
+        arrays = (self.center, self.row, self.col, self.view, self.kind)
+        return VisionLayout(position, *arrays, self.num_original, check=False)
+
+    @cached_property
+    def _dense(self) -> tuple[Tensor, ...]:
+        return tuple(array.contiguous() for array in (self.center, self.row, self.col, self.view, self.kind))
+
+    @cached_property
+    def address(self) -> tuple[int, ...]:
+        """Number of tokens, and where their arrays lie in memory: what compiled code takes."""
+        return (len(self), *(array.data_ptr() for array in self._dense))
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -160,6 +168,10 @@ class VisionLayout:
         """
         if ring < 0:
             raise ValueError(f"levels: ring must be >= 0, got {ring}")
+        if (planner := backend.planner()) is not None:
+            found = torch.empty(len(self), dtype=torch.uint8)
+            planner.plan_levels(self.address, region.boxes, ring, found.data_ptr())
+            return found
         patch = self._patch
         inside = self._inside_patches(region)
         level = np.full(len(self), 2, dtype=np.uint8)
@@ -220,13 +232,23 @@ class VisionLayout:
         """
         if plan.num_tokens != len(self):
             raise ValueError(f"VisionLayout.pool: plan.num_tokens must be N={len(self)}, got {plan.num_tokens}")
-        center = self.center.numpy().astype(np.float64)[plan.members.numpy()]
+        if (planner := backend.planner()) is not None:
+            count = plan.num_out
+            center, kind = torch.empty(count, 2, dtype=torch.float32), torch.empty(count, dtype=torch.uint8)
+            grid = torch.empty(3, count, dtype=torch.int32).unbind()
+            cells = [array.contiguous() for array in (plan.members, plan.offsets, plan.leader)]
+            pointers = [array.data_ptr() for array in (*cells, center, *grid, kind)]
+            if planner.plan_pooled(self.address, count, *pointers):
+                raise ValueError(planner.last_error())
+            return VisionLayout(position, center, *grid, kind, self.num_original, check=False)
+        center = self.center.numpy()[plan.members.numpy()].astype(np.float64)
         mean = np.zeros((plan.num_out, 2))
         if plan.num_out:
-            mean = np.add.reduceat(center, plan.offsets[:-1].numpy()) / plan.counts[:, None].numpy()
-        leader = plan.leader.long()
-        led = {name: getattr(self, name)[leader] for name in ("row", "col", "view", "kind")}
-        return replace(self, position=position, center=torch.from_numpy(mean.astype(np.float32)), **led)
+            offsets = plan.offsets.numpy()
+            mean = np.add.reduceat(center, offsets[:-1]) / np.diff(offsets)[:, None]
+        leader = plan.leader.numpy()
+        led = (torch.from_numpy(array.numpy()[leader]) for array in (self.row, self.col, self.view, self.kind))
+        return VisionLayout(position, torch.from_numpy(mean.astype(np.float32)), *led, self.num_original, check=False)
 
 
 @lru_cache(maxsize=32)  # every call of a model lays out its pictures again

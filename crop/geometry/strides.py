@@ -1,4 +1,4 @@
-"""Cells by strides: blocks of the token grid, cut at the borders of region and ring."""
+"""Cells by strides: blocks of the token grid, cut at the borders of region and ring; by strides or by a number of cells."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from crop import backend
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
+from crop.geometry.region import Region
 
 MAX_STRIDE = 16
 
@@ -98,3 +100,61 @@ def fit_strides(layout: VisionLayout, level: Tensor, budget: int) -> tuple[int, 
                 if count(RING, context) <= rest:
                     return inside, context, outside
     return None
+
+
+def plan_by_strides(layout: VisionLayout, region: Region, ring: int, strides: tuple[int, int, int]) -> PoolPlan:
+    """``build_plan`` for a region and a ring of some tokens around it, at strides (inside, context, outside)."""
+    if backend.planner() is not None:
+        check_strides("plan_by_strides", strides)
+        return _compiled(layout, region, ring, strides, 0)
+    return build_plan(layout, layout.levels(region, ring), strides)
+
+
+def plan_by_budget(layout: VisionLayout, region: Region, ring: int, budget: int) -> PoolPlan:
+    """Plan with exactly ``budget`` cells, in [1, len(layout)].
+
+    The mildest strides that fit (``fit_strides``; 16 everywhere if none do) make a first plan. Its cells are ranked by
+    group (inside, ring, outside, newline, padding), then by the signed distance of the leader to the region, then by
+    reading order. Spare tokens split the first cells into single tokens; the last cell touched gives up only as many
+    members as are paid for, the nearest first. If even stride 16 gives too many cells, the last ones are dropped.
+
+    Source: own choice; splitting to single tokens widens the part seen at full resolution.
+    """
+    if backend.planner() is not None:
+        return _compiled(layout, region, ring, (1, 1, 1), budget)
+    level = layout.levels(region, ring)
+    plan = build_plan(layout, level, fit_strides(layout, level, budget) or (MAX_STRIDE,) * 3)
+    if plan.num_out == budget:
+        return plan
+    leader, counts, label = plan.leader.numpy(), plan.counts.numpy(), plan.inverse.numpy()
+    distance = region.distance(layout.center).numpy()
+    group = layout.group(level).numpy()
+    rank = np.lexsort((distance[leader], group[leader]))  # stable: ties in reading order
+    chosen = np.zeros(plan.num_out, dtype=bool)
+    if plan.num_out > budget:
+        chosen[rank[budget:]] = True
+        label = np.where(chosen[label], -1, label)
+    else:
+        spare = budget - plan.num_out
+        gain = (counts[rank] - 1).cumsum()
+        whole = int(np.searchsorted(gain, spare, side="right"))
+        chosen[rank[:whole]] = True
+        single = chosen[label]
+        left = spare - (int(gain[whole - 1]) if whole else 0)
+        if left:
+            begin, end = plan.offsets[rank[whole] :][:2].tolist()
+            members = plan.members[begin:end].numpy()
+            single[members[distance[members].argsort(kind="stable")[:left]]] = True
+        label = np.where(single, plan.num_out + np.arange(len(label)), label)
+    label = torch.from_numpy(label.astype(np.int64))
+    return PoolPlan.from_labels(label, layout.row, layout.col, level)
+
+
+def _compiled(layout: VisionLayout, region: Region, ring: int, strides: tuple[int, int, int], budget: int) -> PoolPlan:
+    """Either of them in compiled code, bit for bit; budget: 0 = by strides."""
+    size = len(layout)
+    members, offsets, leader = (torch.empty(count, dtype=torch.int32) for count in (size, size + 1, size))
+    level = torch.empty(size, dtype=torch.uint8)
+    pointers = (members.data_ptr(), offsets.data_ptr(), leader.data_ptr(), level.data_ptr())
+    num_members, num_out = backend.native.plan_cells(layout.address, region.boxes, ring, strides, budget, *pointers)
+    return PoolPlan(members[:num_members], offsets[: num_out + 1], leader[:num_out], level[:num_out], size, check=False)

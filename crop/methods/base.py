@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,10 +48,11 @@ class Selection:
                 raise ValueError(
                     f"patch: {name} of a Selection must have shape ({len(layout)},), got {tuple(value.shape)}"
                 )
-        kind, highest = self.priority.dtype, int(self.priority.max()) if len(self.priority) else 0
+        priority = self.priority.numpy()
+        kind, highest = self.priority.dtype, int(priority.max(initial=0))
         if kind != torch.int8 or highest == 127:  # a place above is left for what an earlier cut kept
             raise ValueError(f"patch: priority of a Selection must be int8 and at most 126, got {kind} up to {highest}")
-        candidates = int((self.priority >= 0).sum())
+        candidates = np.count_nonzero(priority >= 0)
         if not 0 <= self.num_keep <= candidates:
             raise ValueError(
                 f"patch: num_keep of a Selection must be in [0, {candidates}] (tokens of priority >= 0), got {self.num_keep}"

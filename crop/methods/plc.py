@@ -3,64 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-
-import numpy as np
-import torch
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.geometry.strides import MAX_STRIDE, build_plan, check_strides, fit_strides
+from crop.geometry.strides import check_strides, plan_by_budget, plan_by_strides
 from crop.methods.base import POOL_MODES, Method, PoolMode, budget_of, check_choice, check_count, check_keep
-
-
-@lru_cache(maxsize=64)
-def plan_by_strides(layout: VisionLayout, region: Region, ring: int, strides: tuple[int, int, int]) -> PoolPlan:
-    """``build_plan`` for a region and a ring of some tokens around it, at strides (inside, context, outside).
-
-    Cached by value, hence shared: do not modify.
-    """
-    return build_plan(layout, layout.levels(region, ring), strides)
-
-
-@lru_cache(maxsize=64)
-def plan_by_budget(layout: VisionLayout, region: Region, ring: int, budget: int) -> PoolPlan:
-    """Plan with exactly ``budget`` cells, in [1, len(layout)]; cached by value, hence shared: do not modify.
-
-    The mildest strides that fit (``fit_strides``; 16 everywhere if none do) make a first plan. Its cells are ranked by
-    group (inside, ring, outside, newline, padding), then by the signed distance of the leader to the region, then by
-    reading order. Spare tokens split the first cells into single tokens; the last cell touched gives up only as many
-    members as are paid for, the nearest first. If even stride 16 gives too many cells, the last ones are dropped.
-
-    Source: own choice; splitting to single tokens widens the part seen at full resolution.
-    """
-    level = layout.levels(region, ring)
-    plan = build_plan(layout, level, fit_strides(layout, level, budget) or (MAX_STRIDE,) * 3)
-    if plan.num_out == budget:
-        return plan
-    leader, counts, label = plan.leader.numpy(), plan.counts.numpy(), plan.inverse.numpy()
-    distance = region.distance(layout.center).numpy()
-    group = layout.group(level).numpy()
-    rank = np.lexsort((distance[leader], group[leader]))  # stable: ties in reading order
-    chosen = np.zeros(plan.num_out, dtype=bool)
-    if plan.num_out > budget:
-        chosen[rank[budget:]] = True
-        label = np.where(chosen[label], -1, label)
-    else:
-        spare = budget - plan.num_out
-        gain = (counts[rank] - 1).cumsum()
-        whole = int(np.searchsorted(gain, spare, side="right"))
-        chosen[rank[:whole]] = True
-        single = chosen[label]
-        left = spare - (int(gain[whole - 1]) if whole else 0)
-        if left:
-            begin, end = plan.offsets[rank[whole] :][:2].tolist()
-            members = plan.members[begin:end].numpy()
-            single[members[distance[members].argsort(kind="stable")[:left]]] = True
-        label = np.where(single, plan.num_out + np.arange(len(label)), label)
-    label = torch.from_numpy(label.astype(np.int64))
-    return PoolPlan.from_labels(label, layout.row, layout.col, level)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,8 +14,11 @@ from crop.geometry.layout import PATCH, VisionLayout
 
 def patches_of(images: Sequence[tuple[int, VisionLayout]], seq_len: int) -> Tensor:
     """(num_images, most) int64 places of each image's patches among the (batch * seq_len) tokens, -1 = filler."""
-    places = [layout.position[layout.kind == PATCH] + sample * seq_len for sample, layout in images]
-    return torch.nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)
+    places = [layout.position.numpy()[layout.kind.numpy() == PATCH] + sample * seq_len for sample, layout in images]
+    found = np.full((len(places), max(map(len, places))), -1, dtype=np.int64)
+    for row, own in zip(found, places, strict=True):
+        row[: len(own)] = own
+    return torch.from_numpy(found)
 
 
 @torch.no_grad()

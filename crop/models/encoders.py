@@ -356,21 +356,20 @@ class LayerEncoder:
         return (hidden, *rest), kwargs
 
     def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
-        """Hidden states behind the cut."""
-        index = _index(tower, images)
+        """Hidden states behind the cut, which may be as many as before it where a picture keeps all."""
+        index, cut = _index(tower, images), self.cut(len(self.layers(tower)))
         total = len(images[0].layout) + class_tokens(tower.config)
 
-        def full(value: Any) -> Any:
-            if isinstance(value, (tuple, list)):
-                return type(value)(map(full, value))
-            if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[:2] != index.shape:
-                return value
+        def full(value: Tensor) -> Tensor:
             place = torch.where(index >= 0, index, total).to(value.device, non_blocking=True)
             found = value.new_zeros(len(value), total + 1, value.shape[2])
             return found.scatter(1, place[..., None].expand_as(value), value)[:, :-1]
 
-        for name, value in list(output.items()):
-            output[name] = full(value)
+        output["last_hidden_state"] = full(output["last_hidden_state"])
+        if output.get("hidden_states") is not None:
+            # What enters layer after layer, and what leaves the last; None where nobody asked.
+            states = enumerate(output["hidden_states"])
+            output["hidden_states"] = tuple(one if one is None or n <= cut else full(one) for n, one in states)
         return output
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crop.backend import use_backend
 from crop.geometry.pooling import PoolPlan
 from crop.ops import launchers, reference
-from crop.ops.dispatch import use_backend
 from crop.ops.launchers import DTYPES, MODES
 
 __all__ = ["adaptive_pool", "attention_mass", "compact", "pack", "region_topk", "saliency", "select", "use_backend"]

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.util
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,31 +13,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-# None where no kernel was compiled. Any other import failure is a broken installation and must be seen.
-native: Any = importlib.import_module("crop._C") if importlib.util.find_spec("crop._C") else None
-
-
-_backend: ContextVar[str] = ContextVar("crop_backend", default="auto")
-
-
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Choose the implementation of the operators inside a `with` block (per thread and per asyncio task).
-
-    Args:
-        name: "auto": compiled kernels; plain torch for CPU tensors where nothing was compiled. "native": compiled
-            kernels or RuntimeError. "twin": plain torch (`crop.reference`).
-    Raises:
-        ValueError: unknown name.
-    """
-    if name not in ("auto", "native", "twin"):
-        raise ValueError(f'use_backend: name must be "auto", "native" or "twin", got {name!r}')
-    token = _backend.set(name)
-    try:
-        yield
-    finally:
-        _backend.reset(token)
-
+from crop.backend import chosen, native
 
 library = torch.library.Library("crop", "DEF")
 Target = tuple[int, int]  # number of the CUDA device and a stream of it, or -1 and the number of threads on a CPU
@@ -79,7 +51,7 @@ def register(name: str, schema: str, twin: Callable[..., Any], fake: Callable[..
 
     def decorate(launch: Callable[..., Any]) -> Callable[..., Any]:
         def cpu(*args: Any) -> Any:
-            backend = _backend.get()
+            backend = chosen.get()
             if backend == "twin" or (native is None and backend == "auto"):
                 return twin(**dict(zip(names, args, strict=True)))
             if native is None:
@@ -89,7 +61,7 @@ def register(name: str, schema: str, twin: Callable[..., Any], fake: Callable[..
             return launch(*args, (-1, get_num_threads()))
 
         def cuda(*args: Any) -> Any:
-            if _backend.get() == "twin":
+            if chosen.get() == "twin":
                 return twin(**dict(zip(names, args, strict=True)))
             if native is None or not native.has_cuda:
                 raise RuntimeError(

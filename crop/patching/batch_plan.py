@@ -1,15 +1,18 @@
 """What one prefill will do, decided on the host before the vision tower runs.
 
 Planning needs token ids, the padding mask and the regions only, so every size is known up front: the device is never
-asked. All tensors of a plan are views into one host buffer, which goes to the device in one copy.
+asked. All tensors of a plan go to the device in one copy of one buffer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +23,7 @@ from crop.geometry.region import Region
 from crop.methods.base import FeaturePooling, Method, Selection
 from crop.methods.encoding import planned
 from crop.methods.saliency import patches_of
-from crop.patching.pool_step import PoolStep, pool_step
+from crop.patching.pool_step import PoolStep, pool_images
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class ImagePlan:
         sample: its batch row.
         layout: its tokens, input positions.
         plan: its cells, a stand-in of the right size where features decide; None: not pooled.
-        pooled: its tokens after pooling, pooled positions.
+        places: (num_pooled,) int64 pooled positions of its tokens after pooling.
         selections: by decoder layer, what stays there.
         by_features: what decides in the place of ``plan``, or None.
         encoding: what the encoder gets of it; None: no method leaves anything out.
@@ -40,7 +43,7 @@ class ImagePlan:
     sample: int
     layout: VisionLayout
     plan: PoolPlan | None
-    pooled: VisionLayout
+    places: Tensor
     selections: dict[int, Selection]
     by_features: FeaturePooling | None = None
     encoding: Encoding | None = None
@@ -53,16 +56,20 @@ class ImagePlan:
     @property
     def leaders(self) -> Tensor:
         """(num_pooled,) input positions of the tokens that lead its cells, as planned."""
-        return _leaders(self.layout, self.plan)
+        return self.layout.position if self.plan is None else self.layout.position[self.plan.leader.long()]
+
+    @cached_property
+    def pooled(self) -> VisionLayout:
+        """Its tokens after pooling, pooled positions; where features decide, of no kind: those of a stand-in say nothing."""
+        if self.plan is None:
+            return self.layout if self.places is self.layout.position else self.layout.at(self.places)
+        found = self.layout.pool(self.plan, self.places)
+        return found if self.by_features is None else replace(found, kind=torch.full_like(found.kind, PATCH))
 
     def tokens_at(self, layer: int) -> int:
         """How many of its tokens decoder layer ``layer`` sees."""
         counts = [selection.num_keep for cut, selection in self.selections.items() if cut <= layer]
-        return counts[-1] if counts else len(self.pooled)
-
-
-def _leaders(layout: VisionLayout, plan: PoolPlan | None) -> Tensor:
-    return layout.position if plan is None else layout.position[plan.leader.long()]
+        return counts[-1] if counts else len(self.places)
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,11 @@ class PruneStep:
         priority: int8, weight: float32 or None, both like ``candidates``.
         num_keep, num_candidates: tokens to keep per image, and those to choose from.
         by_features: (priority, weight or None) of the original tokens of each pruned image whose pooling features decide.
-        rows: (batch, num_rows) int64 scoring rows, -1 = filler; None where no scores are needed.
+        rows: (batch, num_rows) int64 scoring rows, -1 = filler; None where no scores are needed. visible: so many of the pooled
+            tokens each sees, one more than its own number.
         first: (batch,) int64 first real token of each sample; None where padding stands between real tokens.
+        seen_from: (batch, width) int64 the first of the entries afterwards that sees each of them, ``width`` for a filler, which
+            none does; None where there are no fillers.
     """
 
     method: Method
@@ -98,7 +108,9 @@ class PruneStep:
     num_candidates: list[int]
     by_features: dict[int, tuple[Tensor, Tensor | None]]
     rows: Tensor | None
+    visible: Tensor | None
     first: Tensor | None
+    seen_from: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -128,44 +140,56 @@ class BatchPlan:
         """Where its tensors are."""
         return self.valid.device
 
-    def packed(self) -> BatchPlan:
-        """The same plan with all tensors as views into one buffer."""
-        tensors: list[Tensor] = []
-        _map_tensors(self, lambda tensor: tensors.append(tensor) or tensor)
-        starts, size = [], 0
-        for tensor in tensors:
-            starts.append(size)
-            size += -(-tensor.numel() * tensor.element_size() // 16) * 16  # views need aligned starts
-        buffer, found = torch.empty(size, dtype=torch.uint8), iter(starts)
-
-        def place(tensor: Tensor) -> Tensor:
-            view = _view(buffer, next(found), tensor)
-            view.copy_(tensor)
-            return view
-
-        return _map_tensors(self, place)
-
     def to(self, device: torch.device) -> BatchPlan:
-        """A packed plan on ``device``, by one copy of its buffer."""
+        """The plan on ``device``, by one copy of one buffer."""
         if device == self.device:
             return self
-        storage = self.valid.untyped_storage()
-        buffer = torch.empty(0, dtype=torch.uint8).set_(storage)
+        places: list[tuple[Tensor, int]] = []
+        size = 0
+        for tensor in self._tensors():
+            places.append((tensor, size))
+            size += -(-tensor.numel() * tensor.element_size() // 16) * 16  # views need aligned starts
+        packed = np.empty(size, dtype=np.uint8)
+        for tensor, start in places:
+            content = tensor.contiguous().numpy().reshape(-1).view(np.uint8)
+            packed[start : start + content.size] = content
+        buffer = torch.from_numpy(packed)
         if device.type == "cuda":
             buffer = buffer.pin_memory()  # or the copy would wait for what the device has yet to do
         buffer = buffer.to(device, non_blocking=True)
-        return _map_tensors(self, lambda tensor: _view(buffer, tensor.storage_offset() * tensor.element_size(), tensor))
+        typed = {dtype: buffer.view(dtype) for dtype in {tensor.dtype for tensor, _ in places}}
+        starts = iter(places)
 
+        def moved(tensor: Tensor) -> Tensor:
+            _, start = next(starts)
+            shape = tensor.shape
+            strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+            return typed[tensor.dtype].as_strided(shape, strides, start // tensor.element_size())
 
-def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
-    return buffer[start : start + like.numel() * like.element_size()].view(like.dtype).view(like.shape)
+        return _map_tensors(self, moved)
+
+    def _tensors(self) -> list[Tensor]:
+        found: list[Tensor] = []
+        _map_tensors(self, lambda tensor: found.append(tensor) or tensor)
+        return found
 
 
 # What of a plan is on the device; the rest describes single images, and numbers that the host knows.
 _ON_DEVICE = {
     BatchPlan: ("valid", "pool", "prunes", "positions", "text", "patches"),
-    PoolStep: ("plan", "kept_index", "slot_of", "filled", "alone", "source"),
-    PruneStep: ("stays", "sample", "candidates", "priority", "weight", "by_features", "rows", "first"),
+    PoolStep: ("plan", "kept_index", "slot_of", "source", "alone", "real"),
+    PruneStep: (
+        "stays",
+        "sample",
+        "candidates",
+        "priority",
+        "weight",
+        "by_features",
+        "rows",
+        "visible",
+        "first",
+        "seen_from",
+    ),
     PoolPlan: ("members", "offsets", "leader", "level"),
 }
 
@@ -210,40 +234,34 @@ def plan_batch(
     ]
     by_features = [plan if isinstance(plan, FeaturePooling) else None for plan in made]
     plans = [plan if later is None else later.stand_in() for plan, later in zip(made, by_features, strict=True)]
-    pool, real, pooled = None, valid, [layout for _, layout in images]
+    pool, real, counts = None, valid.numpy(), None
+    places = [layout.position for _, layout in images]
     if any(plan is not None for plan in plans):
-        batch, seq_len = valid.shape
-        leader_of = torch.arange(batch * seq_len).view(batch, seq_len).masked_fill(~valid, -1)
-        for (sample, layout), plan in zip(images, plans, strict=True):
-            if plan is not None:
-                cell = plan.inverse.long()
-                leader = layout.position[plan.leader.long()][cell.clamp(min=0)]
-                leader_of[sample, layout.position] = torch.where(cell >= 0, sample * seq_len + leader, -1)
-        counts = (leader_of.flatten() == torch.arange(batch * seq_len)).view(batch, seq_len).sum(1)
-        pool = pool_step(leader_of, int(counts.max()), int(counts.sum()))
-        real = pool.kept_index >= 0
-        pooled = [
-            layout.pool(plan or PoolPlan.identity(len(layout)), pool.slot_of[sample, _leaders(layout, plan)])
-            for (sample, layout), plan in zip(images, plans, strict=True)
-        ]
+        pool, counts = pool_images(valid, images, plans)
+        real, slot_of = pool.real.numpy(), pool.slot_of.numpy()
+        for number, ((sample, layout), plan) in enumerate(zip(images, plans, strict=True)):
+            leaders = layout.position.numpy() if plan is None else layout.position.numpy()[plan.leader.numpy()]
+            places[number] = torch.from_numpy(slot_of[sample, leaders])
     found = []
-    made = zip(images, plans, pooled, regions, by_features, encodings, strict=True)
+    made = zip(images, plans, places, regions, by_features, encodings, strict=True)
     for (sample, layout), plan, after, region, later, encoding in made:
-        if later is not None:  # the kind of a stand-in's tokens says nothing about those that will take their places
-            after = replace(after, kind=torch.full_like(after.kind, PATCH))
-        selections = _selections(method, layout if later else after, region, len(after))
-        found.append(ImagePlan(sample, layout, plan, after, selections, later, encoding))
+        image = ImagePlan(sample, layout, plan, after, {}, later, encoding)
+        if method.cuts:
+            image.selections.update(_selections(method, layout if later else image.pooled, region, len(after)))
+        found.append(image)
     text = _text_after(found, valid) if any(later is not None for later in by_features) else None
-    ends = _ends(found, valid, real, pool is not None)
-    steps = {cut.layer: _prune_step(cut, found, real, ends) for cut in method.cuts}
-    prunes = {layer: step for layer, step in steps.items() if step is not None}
+    prunes = {}
+    if any(image.selections for image in found):
+        counts = real.sum(1) if counts is None else np.array(counts)
+        ends = _ends(found, valid.numpy(), real.shape[1], pool is not None)
+        steps = {cut.layer: _prune_step(cut, found, real, counts, ends) for cut in method.cuts}
+        prunes = {layer: step for layer, step in steps.items() if step is not None}
     patches = None
     if pool is not None and method.pool_mode == "distinct":
         patches = patches_of(
             [(image.sample, image.encoded) for image in found if image.plan is not None], valid.shape[1]
         )
-    positions = [image.pooled.position for image in found]
-    return BatchPlan(found, valid, pool, prunes, positions, text, patches).packed()
+    return BatchPlan(found, valid, pool, prunes, [image.places for image in found], text, patches)
 
 
 def _selections(method: Method, layout: VisionLayout, region: Region, count: int) -> dict[int, Selection]:
@@ -282,85 +300,86 @@ def _text_after(images: Sequence[ImagePlan], valid: Tensor) -> list[Tensor]:
     return [torch.nonzero(row[first:]).flatten() + first for row, first in zip(valid, begin, strict=True)]
 
 
-def _ends(images: Sequence[ImagePlan], valid: Tensor, real: Tensor, pooled: bool) -> list[int]:
-    """Pooled position behind the last image, per sample."""
-    ends = [0] * len(real)
-    for image in images:
+def _ends(images: Sequence[ImagePlan], valid: np.ndarray, width: int, pooled: bool) -> dict[int, tuple[int, int]]:
+    """By sample with an image: pooled position behind the last one, and how many real tokens stand there."""
+    found = {}
+    for sample, image in {image.sample: image for image in images}.items():
         end = int(image.layout.position[-1]) + 1
-        if pooled:  # packed to the right; text may stand behind the last token that is left
-            end = real.shape[1] - int(valid[image.sample, end:].sum())
-        ends[image.sample] = max(ends[image.sample], end)
-    return ends
+        count = np.count_nonzero(valid[sample, end:])
+        # Packed to the right; text may stand behind the last token that is left.
+        found[sample] = (width - count if pooled else end, count)
+    return found
 
 
-def _prune_step(cut: Method, images: Sequence[ImagePlan], real: Tensor, after: Sequence[int]) -> PruneStep | None:
+def _prune_step(
+    cut: Method, images: Sequence[ImagePlan], real: np.ndarray, counts: np.ndarray, ends: dict[int, tuple[int, int]]
+) -> PruneStep | None:
+    """What a cut does. counts: real tokens of each sample."""
     layer = cut.layer
     pruned = [number for number, image in enumerate(images) if layer in image.selections]
     if not pruned:
         return None
-    stays, kept = real.clone(), real.sum(1)
+    stays, kept = real.copy(), counts.copy()
     for image in images:
-        kept[image.sample] += image.tokens_at(layer) - len(image.pooled)
-    for image in (images[number] for number in pruned):
-        if not real[image.sample, after[image.sample] :].any():
+        kept[image.sample] += image.tokens_at(layer) - len(image.places)
+    chosen = [(images[number], images[number].selections[layer]) for number in pruned]
+    by_features = {
+        row: (one.priority, one.weight) for row, (image, one) in enumerate(chosen) if image.by_features is not None
+    }
+    shape = len(chosen), max(len(image.places) for image, _ in chosen)
+    candidates, priority = np.full(shape, -1, dtype=np.int64), np.full(shape, -1, dtype=np.int8)
+    weight = None if all(one.weight is None for _, one in chosen) else np.ones(shape, dtype=np.float32)
+    for row, (image, one) in enumerate(chosen):
+        if not ends[image.sample][1]:
             # Nothing would ask, and the token that predicts the answer could itself be dropped.
             raise ValueError(
                 f"patch: text must follow the last image of a prompt to prune inside the decoder, "
                 f"got a prompt of sample {image.sample} that ends with an image"
             )
-        stays[image.sample, image.pooled.position] = False
+        places = image.places.numpy()
+        stays[image.sample, places] = False
+        candidates[row, : len(places)] = places
+        # Where features decide, which of its tokens are left is decided later.
+        priority[row, : len(places)] = one.priority.numpy()[: len(places)]
+        if one.weight is not None:
+            weight[row, : len(places)] = one.weight.numpy()[: len(places)]
     width = int(kept.max())
-    chosen = [(images[number], images[number].selections[layer]) for number in pruned]
-    by_features = {
-        row: (one.priority, one.weight) for row, (image, one) in enumerate(chosen) if image.by_features is not None
-    }
-    chosen = [  # which of its tokens are left is decided later
-        (image, one if image.by_features is None else _first_of(one, len(image.pooled))) for image, one in chosen
-    ]
-    weight = None
-    if any(one.weight is not None for _, one in chosen):
-        weight = _stack(
-            [
-                torch.ones(len(one.priority), dtype=torch.float32) if one.weight is None else one.weight
-                for _, one in chosen
-            ],
-            1.0,
-        )
+    sample = [image.sample for image, _ in chosen]
+    rows = _scoring_rows(cut.rows, ends, real) if any(one.needs_scores for _, one in chosen) else None
+    full, entry = bool((kept == width).all()), np.arange(width)
     return PruneStep(
         method=cut,
-        stays=stays,
+        stays=torch.from_numpy(stays),
         width=width,
-        full=bool((kept == width).all()),
+        full=full,
         images=pruned,
-        owners=[image.sample for image, _ in chosen],
-        sample=torch.tensor([image.sample for image, _ in chosen]),
-        candidates=_stack([image.pooled.position for image, _ in chosen], -1),
-        priority=_stack([one.priority for _, one in chosen], -1),
-        weight=weight,
+        owners=sample,
+        sample=torch.tensor(sample),
+        candidates=torch.from_numpy(candidates),
+        priority=torch.from_numpy(priority),
+        weight=None if weight is None else torch.from_numpy(weight),
         num_keep=[one.num_keep for _, one in chosen],
-        num_candidates=[int((one.priority >= 0).sum()) for _, one in chosen],
+        num_candidates=np.count_nonzero(priority >= 0, axis=1).tolist(),
         by_features=by_features,
-        rows=_scoring_rows(cut.rows, after, real) if any(one.needs_scores for _, one in chosen) else None,
-        first=_first_if_contiguous(real),
+        rows=None if rows is None else torch.from_numpy(rows),
+        visible=None if rows is None else torch.from_numpy(rows + 1),
+        first=_first_if_contiguous(real, counts),
+        # Packed to the right end.
+        seen_from=None if full else torch.from_numpy(np.where(entry >= width - kept[:, None], entry, width)),
     )
 
 
-def _first_of(selection: Selection, count: int) -> Selection:
-    weight = None if selection.weight is None else selection.weight[:count]
-    return replace(selection, priority=selection.priority[:count], weight=weight)
+def _first_if_contiguous(real: np.ndarray, counts: np.ndarray) -> Tensor | None:
+    first = real.argmax(1)
+    last = real.shape[1] - 1 - real[:, ::-1].argmax(1)
+    return torch.from_numpy(first) if (last - first + 1 == counts).all() else None
 
 
-def _first_if_contiguous(real: Tensor) -> Tensor | None:
-    first = real.int().argmax(1)
-    last = real.shape[1] - 1 - real.flip(1).int().argmax(1)
-    return first if bool((last - first + 1 == real.sum(1)).all()) else None
-
-
-def _stack(rows: Sequence[Tensor], fill: float) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=fill)
-
-
-def _scoring_rows(kind: str, after: Sequence[int], real: Tensor) -> Tensor:
+def _scoring_rows(kind: str, ends: dict[int, tuple[int, int]], real: np.ndarray) -> np.ndarray:
     """Rows whose attention decides: the text after a sample's last image, or its last token alone."""
-    rows = [torch.nonzero(row[begin:]).flatten() + begin for row, begin in zip(real, after, strict=True)]
-    return _stack([row[-1:] if kind == "last" else row for row in rows], -1)
+    most = 1 if kind == "last" else max(count for _, count in ends.values())
+    rows = np.full((len(real), most), -1, dtype=np.int64)
+    for sample, (begin, _) in ends.items():
+        found = np.flatnonzero(real[sample, begin:])[-most:] + begin
+        rows[sample, : len(found)] = found
+    return rows

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from crop.methods.base import Assignment, Features
 from crop.patching.batch_plan import BatchPlan, PruneStep
@@ -29,8 +30,11 @@ def settle(plan: BatchPlan, embeds: Tensor, observed: list[Tensor] | None) -> tu
         TypeError: a method returned something else than an Assignment.
     """
     pool, (batch, seq_len), device = plan.pool, embeds.shape[:2], embeds.device
-    inverse, leader = pool.plan.inverse.long(), pool.plan.leader.long()
-    leader_of = torch.where(inverse >= 0, leader[inverse.clamp(min=0)], -1)  # flat position, of every flat position
+    # Flat position of the token that leads each token's cell.
+    leader = (
+        pool.kept_index.gather(1, pool.slot_of.clamp(min=0)) + seq_len * torch.arange(batch, device=device)[:, None]
+    )
+    leader_of = torch.where(pool.slot_of >= 0, leader, -1).flatten()
     decisions: dict[int, Assignment] = {}
     place: dict[int, Tensor] = {}
     for number, image in enumerate(plan.images):
@@ -50,8 +54,7 @@ def settle(plan: BatchPlan, embeds: Tensor, observed: list[Tensor] | None) -> tu
         leader_of[where] = torch.where(found.cell >= 0, where[found.leader][found.cell.clamp(min=0)], -1)
         decisions[number] = found
     # The same number of cells as planned, elsewhere.
-    width = pool.kept_index.shape[1]
-    pool = pool_step(leader_of.view(batch, seq_len), width, len(leader))
+    pool = pool_step(leader_of.view(batch, seq_len), pool.kept_index.shape[1], pool.full)
     leaders = [
         place[number][decisions[number].leader]
         if number in decisions
@@ -59,18 +62,16 @@ def settle(plan: BatchPlan, embeds: Tensor, observed: list[Tensor] | None) -> tu
         for number, image in enumerate(plan.images)
     ]
     positions = [pool.slot_of.flatten()[one] for one in leaders]
-    prunes = {layer: _settled(step, pool.kept_index, positions, decisions) for layer, step in plan.prunes.items()}
+    prunes = {layer: _settled(step, pool.real, positions, decisions) for layer, step in plan.prunes.items()}
     return replace(plan, pool=pool, positions=positions, prunes=prunes), decisions
 
 
-def _settled(
-    step: PruneStep, kept_index: Tensor, positions: list[Tensor], decisions: dict[int, Assignment]
-) -> PruneStep:
+def _settled(step: PruneStep, real: Tensor, positions: list[Tensor], decisions: dict[int, Assignment]) -> PruneStep:
     """A cut, for the tokens that are left."""
     candidates, priority = step.candidates.clone(), step.priority.clone()
     weight = None if step.weight is None else step.weight.clone()
     # One spare column at the end swallows the fillers.
-    stays = torch.cat([kept_index >= 0, kept_index.new_zeros(len(kept_index), 1, dtype=torch.bool)], 1)
+    stays = pad(real, (0, 1))
     for row, (number, sample) in enumerate(zip(step.images, step.owners, strict=True)):
         count = len(positions[number])
         candidates[row, :count] = positions[number]

@@ -29,20 +29,16 @@ def layer_valid(valid: Tensor | None, tokens: TokenMap | None, total: int) -> Te
 
 
 def pooled_valid(
-    valid: Tensor | None, before: TokenMap | None, now: TokenMap | None, past: int, pooled_past: int, pooled_length: int
+    valid: Tensor | None, before: TokenMap | None, later: Tensor | None, past: int, pooled_past: int, pooled_length: int
 ) -> Tensor | None:
     """Which pooled tokens, those of the cache first, are real: (batch, pooled_past + pooled_length) bool; None: all are.
 
     Args:
         valid: (batch, past + added) mask over input tokens, None: all are real.
         before: pooled tokens of the cache; None: nothing was pooled.
-        now: pooled tokens after this call; None: this call pools nothing.
+        later: (batch, pooled_length) bool, which pooled tokens of this call are real; None: all.
         past: input tokens before this call. pooled_past, pooled_length: pooled tokens before and in it.
     """
-    if now is None:
-        later = None if valid is None else valid[:, past:].bool()
-    else:
-        later = None if now.full else now.index[:, -pooled_length:] >= 0
     if pooled_past == 0:
         return later
     earlier = layer_valid(None if valid is None else valid[:, :past].bool(), before, past)
@@ -76,6 +72,14 @@ def key_positions(maps: Sequence[TokenMap | None], batch: int, total: int, added
     if window is not None:
         positions = positions[:, -(min(positions.shape[1] - added, window - 1) + added) :]
     return positions
+
+
+def causal(seen_from: Tensor) -> Tensor:
+    """The mask of entries packed to the right end, (batch, 1, width, width) bool; ``seen_from``: as in ``PruneStep``.
+
+    A filler sees all, which is no matter.
+    """
+    return seen_from[:, None, None, :] <= seen_from[:, None, :, None]
 
 
 def gather(mask: Tensor | None, keys: Tensor, full: bool, queries: int, total: int, flash: bool) -> Tensor | None:

@@ -62,7 +62,8 @@ def patch(
     Raises:
         TypeError: not a Hugging Face model; method or region of a wrong type; an unknown argument.
         ValueError: unknown family, no vision, layer out of range, number of regions other than of images, missing
-            processor or image size, unsupported attention mask or cache. Raised before anything runs on the model.
+            processor or image size, unsupported attention mask or cache. Raised before the language model runs; before
+            anything runs, but for what the method's own ``plan`` and ``select`` refuse.
         RuntimeError: the model is patched already; transformers is too old.
     """
     for name in gone:

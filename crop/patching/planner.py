@@ -26,18 +26,20 @@ from crop.patching.validation import as_regions, as_sizes, one_per_image
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """The images of one call.
+    """The images of one call; all that its plan needs, on the CPU.
 
     Args:
         images: (sample, layout) each, before samples are repeated.
         encodings: what the encoder gets of each, None where nothing is left out.
         valid: (samples, seq_len) bool, what is no padding, of all copies.
+        past: tokens in the cache before the call.
         copies: how often every sample is repeated.
     """
 
     images: Placed
     encodings: list[Encoding | None]
     valid: Tensor
+    past: int
     copies: int = 1
 
     def repeated(self, copies: int) -> Look:
@@ -107,46 +109,27 @@ class Planner:
         whole = self.regions is None or all(entry.is_whole for entry in self.regions)
         self.family.check(self.model.config, self.image_processor, self.image_sizes, whole)
 
+    def plan(self, arguments: Mapping[str, Any]) -> BatchPlan | None:
+        """The plan of a call, from the arguments that the multimodal model is called with; None: it holds no image.
+
+        Raises:
+            ValueError: as ``patch``.
+        """
+        look = self.look(arguments)
+        return None if look is None else self.plan_look(look)
+
     def look(
         self, arguments: Mapping[str, Any], given: Mapping[str, Any] | None = None, copies: int = 1
     ) -> Look | None:
-        """The images of one call, and what the encoder gets of them; None: it holds none.
-
-        Args and Raises: as ``plan``.
-        """
-        with _on_the_host():
-            found = self._prompt(arguments, given, copies)
-            if found is None:
-                return None
-            prompt, valid = found
-            images = self.family.images(prompt)
-            return Look(images, self._encodings(prompt, images), valid, copies) if images else None
-
-    def plan(
-        self,
-        arguments: Mapping[str, Any],
-        given: Mapping[str, Any] | None = None,
-        copies: int = 1,
-        look: Look | None = None,
-    ) -> BatchPlan | None:
-        """The plan of one call; None: it holds no image.
+        """The images of a call; checks all that can be known before anything runs. None: it holds none.
 
         Args:
             arguments: what the multimodal model is called with.
             given: what the caller gave ``generate()``, where that makes the call: it repeats every sample for beams, but
                 its caller gave each image once. copies: how often it repeats them.
-            look: at this call, taken before its samples were repeated; None: it is taken now.
         Raises:
             ValueError: as ``patch``.
         """
-        look = self.look(arguments, given, copies) if look is None else look.repeated(copies)
-        with _on_the_host():
-            return None if look is None else self._plan(look, arguments)
-
-    def _prompt(
-        self, arguments: Mapping[str, Any], given: Mapping[str, Any] | None, copies: int
-    ) -> tuple[Prompt, Tensor] | None:
-        """What the family gets to see of a call, and (batch, seq_len) which tokens are real; None where it holds no image."""
         ids = hf.token_ids(arguments)
         if ids is None and self.prunes:
             raise ValueError(
@@ -155,11 +138,19 @@ class Planner:
             )
         if ids is None or not hf.brings_images(arguments, self.family.videos):
             return None
-        ids, valid = hf.on_host(ids, arguments)
-        if not self.family.is_vision(self.model.config, ids).any():
-            return None
-        prompt = Prompt(self.model.config, ids[::copies], given or arguments, self.image_processor, self.image_sizes)
-        return prompt, valid
+        with _on_the_host():
+            ids, valid = hf.on_host(ids, arguments)
+            if not self.family.is_vision(self.model.config, ids).any():
+                return None
+            prompt = Prompt(
+                self.model.config, ids[::copies], given or arguments, self.image_processor, self.image_sizes
+            )
+            images = self.family.images(prompt)
+            if not images:
+                return None
+            past = self._past(arguments, images)
+            self._regions(_repeated(images, copies), copies)
+            return Look(images, self._encodings(prompt, images), valid, past, copies)
 
     def _regions(self, images: Placed, copies: int = 1) -> list[Region]:
         """One per image of a call."""
@@ -178,13 +169,10 @@ class Planner:
             for (sample, layout), part, region in zip(images, pieces, regions, strict=True)
         ]
 
-    def _plan(self, look: Look, arguments: Mapping[str, Any]) -> BatchPlan:
-        ids, images = hf.token_ids(arguments), _repeated(look.images, look.copies)
-        regions = self._regions(images, look.copies)
-        owners = [sample for sample, _ in look.images]
-        encodings = [one for _, one in _repeated(list(zip(owners, look.encodings, strict=True)), look.copies)]
+    def _past(self, arguments: Mapping[str, Any], images: Placed) -> int:
+        """Tokens in the cache of a call; refuses what the call asks for and the method would get wrong."""
         if self.prunes:
-            hf.refuse_unsupported(arguments, ids, self.language_model, self.uniform)
+            hf.refuse_unsupported(arguments, hf.token_ids(arguments), self.language_model, self.uniform)
         cache = hf.cache_of(arguments)
         past = 0 if cache is None else cache.get_seq_length()
         if self.uniform and self.prunes and cache_state(cache).cuts:
@@ -204,16 +192,28 @@ class Planner:
                 f"patch: rope must be True for an image that follows a cache, got False and {past} cached "
                 "tokens; score with positions, or process the whole conversation without a cache"
             )
-        plan = plan_batch(self.method, images, regions, look.valid, encodings)
-        filled = plan.pool is None or plan.pool.filled is None
-        if past and not (filled and all(step.full for step in plan.prunes.values())) and self._carries_states:
+        return past
+
+    def plan_look(self, look: Look) -> BatchPlan:
+        """The plan for what was seen; neither the device nor the model is asked.
+
+        Raises:
+            ValueError: as ``patch``.
+        """
+        images = _repeated(look.images, look.copies)
+        owners = [sample for sample, _ in look.images]
+        encodings = [one for _, one in _repeated(list(zip(owners, look.encodings, strict=True)), look.copies)]
+        with _on_the_host():
+            plan = plan_batch(self.method, images, self._regions(images, look.copies), look.valid, encodings)
+        filled = plan.pool is None or plan.pool.full
+        if look.past and not (filled and all(step.full for step in plan.prunes.values())) and self._carries_states:
             # Fillers stand before the new tokens, where a state that is not empty decays.
             raise ValueError(
                 "patch: images that follow a cache must leave equally many tokens in every sample where layers carry "
                 f"states ({self.family.model_type!r}), got a ragged batch; process the samples one by one"
             )
         scored = [layer for layer, step in plan.prunes.items() if step.rows is not None]
-        self.family.check_scoring(self.language_model.config, scored, past + ids.shape[1])
+        self.family.check_scoring(self.language_model.config, scored, look.past + look.valid.shape[1])
         return plan
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from crop import ops
+from crop import backend, ops
+from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 
 
@@ -16,41 +20,90 @@ class PoolStep:
     """Pre-LLM compression of a whole batch as one pooling.
 
     Args:
-        plan: cells over the flattened (batch * seq_len) tokens; text tokens are cells of one, padding is in none.
+        plan: cells over the flattened (batch * seq_len) tokens, one for each of the (batch * pooled length) pooled tokens; text
+            tokens are cells of one, padding is in none, a filler is a cell without members.
         kept_index: (batch, pooled length) int64 input position of each pooled token, -1 = filler.
         slot_of: (batch, seq_len) int64 pooled token that stands for each input position, -1 = padding or dropped.
-        filled: (num_out,) int64 flat pooled position of each cell, or None where the cells fill the batch exactly.
-        alone: (batch * seq_len,) bool, tokens that are a cell of their own.
         source: (batch * seq_len,) int64, ``slot_of`` as flat pooled positions; padding has one, too.
+        alone: (batch * seq_len,) bool, tokens that are a cell of their own.
+        real: (batch, pooled length) bool, what is no filler.
+        full: there is no filler, known on the host.
     """
 
     plan: PoolPlan
     kept_index: Tensor
     slot_of: Tensor
-    filled: Tensor | None
-    alone: Tensor
     source: Tensor
+    alone: Tensor
+    real: Tensor
+    full: bool
 
 
-def pool_step(leader_of: Tensor, width: int, num_out: int) -> PoolStep:
+def pool_images(
+    valid: Tensor, images: Sequence[tuple[int, VisionLayout]], plans: Sequence[PoolPlan | None]
+) -> tuple[PoolStep, list[int]]:
+    """The pooling of a batch, and the pooled tokens of each sample; on the CPU.
+
+    Args:
+        valid: (batch, seq_len) bool, what is no padding. images: (sample, layout) each. plans: of each, None: not pooled.
+    """
+    batch, seq_len = valid.shape
+    pooled = [(sample, layout, plan) for (sample, layout), plan in zip(images, plans, strict=True) if plan is not None]
+    if (planner := backend.planner()) is None:
+        leader_of = torch.arange(batch * seq_len).view(batch, seq_len).masked_fill(~valid, -1)
+        for sample, layout, plan in pooled:
+            cell = plan.inverse.long()
+            leader = layout.position[plan.leader.long()][cell.clamp(min=0)]
+            leader_of[sample, layout.position] = torch.where(cell >= 0, sample * seq_len + leader, -1)
+    else:
+        leader_of = torch.empty(batch, seq_len, dtype=torch.int64)
+        valid, rows = valid.contiguous(), []
+        held = [
+            tuple(array.contiguous() for array in (layout.position, plan.members, plan.offsets, plan.leader))
+            for _, layout, plan in pooled
+        ]
+        for (sample, layout, plan), arrays in zip(pooled, held, strict=True):
+            rows.append((sample, len(layout), plan.num_out, *(array.data_ptr() for array in arrays)))
+        if planner.plan_leaders(valid.data_ptr(), batch, seq_len, rows, leader_of.data_ptr()):
+            raise ValueError(planner.last_error())
+    flat = leader_of.numpy().reshape(-1)
+    counts = (flat == np.arange(flat.size)).reshape(batch, seq_len).sum(1).tolist()
+    return pool_step(leader_of, max(counts), min(counts) == max(counts)), counts
+
+
+def pool_step(leader_of: Tensor, width: int, full: bool) -> PoolStep:
     """One pooling of a batch; no host sync.
 
     Args:
         leader_of: (batch, seq_len) int64 flat position of the token that leads each token's cell, -1 = in none.
-        width: pooled tokens of the longest sample. num_out: of all samples.
+        width: pooled tokens of the longest sample. full: of every sample.
     """
+    if leader_of.is_cpu and (planner := backend.planner()) is not None:
+        return _compiled(planner, leader_of, width, full)
     batch, seq_len = leader_of.shape
     flat = leader_of.flatten()
-    position = torch.arange(len(flat), device=flat.device)
-    leads = flat == position
-    rank = leads.cumsum(0) - 1
-    # One spare entry at the end swallows what does not lead.
-    leader = position.new_zeros(num_out + 1).scatter(0, torch.where(leads, rank, num_out), position)[:-1]
+    leads = flat == torch.arange(len(flat), device=flat.device)
     kept_index, slot = ops.pack(leads.view(batch, seq_len), width)
-    slot_of, cell = (torch.where(flat >= 0, table[flat.clamp(min=0)], -1) for table in (slot.flatten(), rank))
-    filled = None if num_out == batch * width else leader // seq_len * width + slot_of[leader]
-    plan = PoolPlan.from_cells(cell, leader)
-    alone = (plan.counts[cell.clamp(min=0)] == 1) & (cell >= 0)
-    slot_of = slot_of.view(batch, seq_len)
-    source = slot_of.clamp(min=0) + torch.arange(batch, device=flat.device).unsqueeze(1) * width
-    return PoolStep(plan, kept_index, slot_of, filled, alone, source.flatten())
+    slot_of = torch.where(flat >= 0, slot.flatten()[flat.clamp(min=0)], -1).view(batch, seq_len)
+    source = (slot_of.clamp(min=0) + torch.arange(batch, device=flat.device).unsqueeze(1) * width).flatten()
+    cell = torch.where(slot_of.flatten() >= 0, source, -1)
+    plan = PoolPlan.from_cells(cell, kept_index.flatten())
+    alone = (plan.counts[source] == 1) & (cell >= 0)
+    return PoolStep(plan, kept_index, slot_of, source, alone, kept_index >= 0, full)
+
+
+def _compiled(planner: Any, leader_of: Tensor, width: int, full: bool) -> PoolStep:
+    (batch, seq_len), size = leader_of.shape, leader_of.numel()
+    kept_index, slot_of = torch.empty(batch, width, dtype=torch.int64), torch.empty(batch, seq_len, dtype=torch.int64)
+    source, alone = torch.empty(size, dtype=torch.int64), torch.empty(size, dtype=torch.bool)
+    real, offsets = torch.empty(batch, width, dtype=torch.bool), torch.empty(batch * width + 1, dtype=torch.int32)
+    members = torch.empty(size, dtype=torch.int32)
+    found = (kept_index, slot_of, source, alone, real, members, offsets)
+    count = planner.plan_pool(
+        leader_of.contiguous().data_ptr(), batch, seq_len, width, *(array.data_ptr() for array in found)
+    )
+    if count < 0:
+        raise ValueError(planner.last_error())
+    leader, level = kept_index.flatten().int(), torch.zeros(batch * width, dtype=torch.uint8)
+    plan = PoolPlan(members[:count], offsets, leader, level, size, check=False)
+    return PoolStep(plan, kept_index, slot_of, source, alone, real, full)

@@ -34,7 +34,10 @@ def score(
         TypeError: the method's score is no float32 tensor of that shape.
     """
     device = query.device
-    rows, sample, candidates = (item.to(device) for item in (step.rows, step.sample, step.candidates))
+    rows, visible, sample, candidates = (
+        item.to(device) for item in (step.rows, step.visible, step.sample, step.candidates)
+    )
+    planned = rows
     if here.slot_of is not None:
         slot_of = here.slot_of.to(device)
         rows, candidates = look_up(slot_of, rows), look_up(slot_of[sample], candidates)
@@ -56,7 +59,8 @@ def score(
             key = ops.compact([key], keys, token_dim=2)[0]
             start = real.shape[1] - real.sum(1)
             row_key, candidates = look_up(slot, row_key), look_up(slot[sample], candidates)
-    visible = row_key + 1
+    if row_key is not planned:
+        visible = row_key + 1
     if state.prefix:
         end = key.shape[2] if start is None else (start + real.sum(1)).unsqueeze(1)
         visible = torch.where(rows >= 0, end, 0)
@@ -101,7 +105,10 @@ def cut(state: ForwardState, layer: int, step: PruneStep, scores: Tensor) -> tup
     tokens = TokenMap.extended(earlier, state.pooled_past, kept_index, state.pooled_length, step.full)
     taken = kept_index if here.kept_index is None else look_up(here.slot_of, kept_index)
     merges = type(step.method).merge is not Method.merge
-    return kept, LayerState(tokens, kept_index, slot_of, taken=taken, merge=merge if merges else None)
+    seen_from = step.seen_from if state.pooled_past == 0 else None
+    return kept, LayerState(
+        tokens, kept_index, slot_of, taken=taken, seen_from=seen_from, merge=merge if merges else None
+    )
 
 
 def restore(state: ForwardState, hidden: Tensor, layer: int) -> Tensor:
@@ -114,6 +121,11 @@ def restore(state: ForwardState, hidden: Tensor, layer: int) -> Tensor:
     for first, here in sorted(state.layers.items(), reverse=True):
         if first <= layer and here.hidden_before is not None:
             before, index = here.hidden_before.to(hidden), here.taken.to(hidden.device)
+            if here.taken is here.kept_index and not here.tokens.full:
+                slot_of = here.slot_of.to(hidden.device)
+                found = ops.compact([hidden], slot_of)[0]
+                hidden = torch.where((slot_of >= 0).unsqueeze(-1), found, before)
+                continue
             if not here.tokens.full:  # one spare entry at the end swallows the fillers
                 before, index = pad(before, (0, 0, 0, 1)), torch.where(index >= 0, index, before.shape[1])
             restored = before.scatter(1, index.unsqueeze(-1).expand_as(hidden), hidden)

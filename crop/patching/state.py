@@ -56,15 +56,17 @@ class GenerationState:
         owner: the block whose model generates. arguments: what its caller gave.
         copies: how often every sample is repeated, for beams and return sequences.
         input_ids: of the call of the model that comes next; None once that has begun.
-        look: at the images of its first call, taken before their encoder runs. looked: when, marks of begin and end.
+        encodes: what the model is going to be called with, where the vision tower may run before it does.
+        look: at the images of that call, once the tower does run. coming: the state of that call, if no sample is repeated.
     """
 
     owner: Any
     arguments: Mapping[str, Any]
     copies: int = 1
     input_ids: Tensor | None = None
+    encodes: Mapping[str, Any] | None = None
     look: Look | None = None
-    looked: tuple[Any, Any] | None = None
+    coming: ForwardState | None = None
     vision: VisionRun = field(default_factory=VisionRun)
 
 
@@ -78,6 +80,7 @@ class LayerState:
         slot_of: (batch, pooled length) int64 inverse of kept_index, -1 = dropped.
         hidden_before: hidden states that came to the cut, of which these layers take a part.
         taken: (batch, width) int64 places of that part in hidden_before, -1 = filler.
+        seen_from: (batch, width) int64 the first entry that sees each, as in ``PruneStep``; None: masks tell.
         position_ids: (axes, batch, width), where they are not the model's.
         shift: (batch,) int64 how far renumbered ids lie below: in layer 0 the caller's, later layer 0's; None: not renumbered.
         merge: what the method does to the hidden states before tokens leave, None: nothing.
@@ -89,6 +92,7 @@ class LayerState:
     slot_of: Tensor | None = None
     hidden_before: Tensor | None = None
     taken: Tensor | None = None
+    seen_from: Tensor | None = None
     position_ids: Tensor | None = None
     shift: Tensor | None = None
     merge: Callable[[Tensor], Tensor] | None = None
@@ -110,6 +114,7 @@ class ForwardState:
     Args:
         owner: the block whose model is called.
         plan: what is pruned, on the device of the embeddings once these exist; None: nothing.
+        later: makes the plan; None: made, or there is none.
         stats: None for a call without images.
         vision: of the tower.
         input_valid: (batch, past + added) mask of the caller, where the multimodal model makes the masks.
@@ -124,6 +129,7 @@ class ForwardState:
 
     owner: Any
     plan: BatchPlan | None = None
+    later: Callable[[], None] | None = None
     stats: PrefillStats | None = None
     vision: VisionRun = field(default_factory=VisionRun)
     input_valid: Tensor | None = None
@@ -135,6 +141,12 @@ class ForwardState:
     pooled: TokenMap | None = None
     layers: dict[int, LayerState] = field(default_factory=lambda: {0: LayerState()})
     layer: int = 0
+
+    def plan_now(self) -> None:
+        """Make the plan, unless it is made."""
+        later, self.later = self.later, None
+        if later is not None:
+            later()
 
     @property
     def before(self) -> CacheState:
@@ -200,13 +212,9 @@ class ForwardState:
         return found
 
 
-def gather_positions(position_ids: Tensor | None, index: Tensor, past: int, full: bool = False) -> Tensor:
-    """Position ids (..., 1 or batch, seq_len) of the tokens that ``index`` (batch, n) names, ascending; fillers get some.
-
-    ``full``: there are no fillers, known on the host.
-    """
+def gather_positions(position_ids: Tensor | None, index: Tensor, past: int) -> Tensor:
+    """Position ids (..., 1 or batch, seq_len) of the tokens that ``index`` (batch, n) names, ascending; fillers get some."""
     if position_ids is None:
-        index = index if full else index.clamp(min=0)
         return index + past if past else index
     full = position_ids.expand(*position_ids.shape[:-2], len(index), -1).movedim(-2, 0)
     return ops.compact([full], index, token_dim=-1)[0].movedim(0, -2)

@@ -40,9 +40,9 @@ class PrefillStats:
     kept at each cut, what features decided by image, where the pooled tokens of every image came to stand.
     """
 
-    def __init__(self, plan: BatchPlan | None = None, num_layers: int = 0) -> None:
-        self.plan, self.num_layers = plan, num_layers
-        self.images: list[ImagePlan] = [] if plan is None else plan.images
+    def __init__(self, num_layers: int = 0) -> None:
+        self.plan: BatchPlan | None = None
+        self.num_layers = num_layers
         self.spans: list[tuple[str, Any, Any]] = []
         self.selected: dict[int, Tensor] = {}
         self.decisions: dict[int, Assignment] = {}
@@ -51,6 +51,11 @@ class PrefillStats:
     def add_span(self, stage: str, start: Any, stop: Any) -> None:
         """Note the two marks of a stage."""
         self.spans.append((stage, start, stop))
+
+    @property
+    def images(self) -> list[ImagePlan]:
+        """What was planned for each."""
+        return [] if self.plan is None else self.plan.images
 
     @property
     def layouts(self) -> list[VisionLayout]:

@@ -14,7 +14,7 @@ pytest.importorskip("tqdm")
 import crop  # noqa: E402
 from bench import show  # noqa: E402
 from bench.latency.e2e import __main__ as command  # noqa: E402
-from bench.latency.e2e import report, workload  # noqa: E402
+from bench.latency.e2e import compiled, report, workload  # noqa: E402
 from bench.latency.e2e.clock import PARTS  # noqa: E402
 from bench.latency.e2e.contenders import Answer, Contender, verify  # noqa: E402
 from bench.latency.e2e.fastv import fastv  # noqa: E402
@@ -31,6 +31,28 @@ def test_full_size_is_the_published_size(name: str) -> None:
     model = build(geometry.config(Shrink()), "meta", torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(geometry.parameters, rel=0.002)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_compiled_layers_give_what_eager_ones_give(tmp_path, monkeypatch):
+    """The row says so itself: a compiled answer that is not close to its eager one is a problem, and an error at the end."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")  # dynamo's part; inductor takes a minute
+    path = tmp_path / "rows.json"
+    command.main(["--geometry", "llava-1.5-7b", "--no-twins", "--localizer", "none", "--compiled", "layers", "--json", str(path), *TINY])  # fmt: skip
+    (row,) = json.loads(path.read_text())["rows"]
+    found = row["contenders"]
+    assert not row["problems"] and list(found)[-2:] == ["unpatched, compiled", "both, compiled"]
+    assert found["both, compiled"]["tokens"] == found["both"]["tokens"] == 63
+    assert found["both, compiled"]["kv_bytes"] == found["both"]["kv_bytes"]
+    torch._dynamo.reset()
+
+
+def test_graphs_need_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        command.parse(["--compiled", "graphs", "--device", "cpu"])
+    assert "needs a CUDA device, got cpu; use --compiled layers" in capsys.readouterr().err
+    model = workload.Model.build(GEOMETRIES["llava-1.5-7b"], Shrink(64, 8), "cpu", torch.float32)
+    with pytest.raises(ValueError, match="graphs need a CUDA device, got cpu"):
+        compiled.compile_layers(model, "graphs")
 
 
 def test_shrinking_keeps_the_ratios() -> None:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import crop
 from crop.cost.geometry import DecoderGeometry, LayerGeometry
-from crop.cost.speed import Speed, measure_speed
+from crop.cost.speed import COMPILED_LAYER, EAGER_LAYER, Speed, layer_host_seconds, measure_speed
 from tests.support.batches import make_batch, standard_batch
 from tests.support.tiny_families import build_model
 
@@ -87,6 +87,39 @@ def test_advice_follows_the_speed(
     found = crop.estimate(model, inputs, crop.InnerLLMPruning(0.25, layer=1), regions(inputs))
     assert found.prune is prunes
     assert found.advice.startswith("prune" if prunes else "do not prune")
+
+
+GPU = Speed(**FREE | dict(matrices=tuple(size * 1e-7 for size in (16, 64, 256, 1024)), image=1e-4, step=1e-4))
+
+
+@pytest.mark.fast
+def test_what_the_host_takes_to_launch_is_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that does a layer of one prompt in half the time in which the host asks for it, and of eight in four times that."""
+    model = build_model("llava", "sdpa")
+    sample, method = standard_batch("llava", "single", 1).samples[0], crop.InnerLLMPruning(0.25, layer=1)
+    monkeypatch.setattr(module, "measure_speed", lambda *_: GPU)
+    layers = DecoderGeometry.of(model.model.language_model).layers
+    host = 2 * GPU.matrix_seconds(layers[0], len(sample.ids))
+
+    def asked(count: int, host: float) -> crop.Estimate:
+        inputs = make_batch([sample] * count, "none").inputs
+        return crop.estimate(model, inputs, method, regions(inputs), host_seconds=host)
+
+    alone, eight, graph = asked(1, host), asked(8, host), asked(1, 0.0)
+    assert (alone.prune, eight.prune, graph.prune) == (False, True, True)
+    assert alone.before.seconds == pytest.approx(len(layers) * host) and alone.before.launched == len(layers)
+    assert "compile the layers" in alone.advice and "host" not in eight.advice + graph.advice
+    assert asked(1, host / 8).prune  # compiled
+
+
+@pytest.mark.fast
+def test_the_loop_of_compiled_layers_is_shorter() -> None:
+    layers = build_model("llava", "sdpa").model.language_model.layers
+    assert layer_host_seconds(layers, torch.device("cpu")) == 0
+    assert layer_host_seconds(layers, torch.device("cuda")) == EAGER_LAYER
+    for layer in layers:
+        layer.compile()
+    assert layer_host_seconds(layers, torch.device("cuda")) == COMPILED_LAYER < EAGER_LAYER
 
 
 def test_a_budget_costs_the_same_wherever_the_region_is(

@@ -66,13 +66,6 @@ def test_layout_validates_itself():
             VisionLayout.grid(*size, box=box)
 
 
-def test_layouts_compare_by_value():
-    assert VisionLayout.grid(3, 4) == VisionLayout.grid(3, 4)
-    assert hash(VisionLayout.grid(3, 4)) == hash(VisionLayout.grid(3, 4))
-    assert VisionLayout.grid(3, 4) != VisionLayout.grid(4, 3)
-    assert VisionLayout.grid(3, 4) != VisionLayout.grid(3, 4, start=1)
-
-
 def test_inside_selects_nearest_patch_where_a_box_holds_no_centre():
     layout = VisionLayout.grid(4, 4)
     assert layout.inside(Region.box(0.0, 0.0, 0.5, 0.25)).nonzero()[:, 0].tolist() == [0, 1]

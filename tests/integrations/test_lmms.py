@@ -87,22 +87,11 @@ def test_batches_are_of_similar_length_and_equal_options(lmms, ask, monkeypatch)
     assert found == [["a b c d e", "a b c d"], ["a b c", "a"], ["a b"]]
 
 
-def test_pruning_before_the_encoder(lmms, ask):
+@pytest.mark.parametrize("early", [False, True])
+def test_what_a_sample_took_is_written_beside_it(lmms, ask, early):
     scene, question = questions(1)[0]
-    model = lmms.CropModel("embedded", "none", device="cpu", prune_encoder=True)
-    assert isinstance(model.localizer, crop.CoarseLocalizer) and model.method == crop.EncoderPruning()
-    counts = ask(model, [(question.text, [scene.image])], {"max_new_tokens": 1})[0].token_counts
-    region = model.localizer(scene.image, question.text)
-    asked = dict(processor=model.asker.processor, image_size=scene.image.size)
-    inputs = model.asker.processor(images=scene.image, text=embedded.prompt(question.text), return_tensors="pt")
-    with crop.patch(model.asker.model, model.method, region, **asked) as stats:
-        model.asker.model(**inputs)
-    assert counts.vision_tokens_kept == stats.tokens_encoded[0]
-
-
-def test_what_a_sample_took_is_written_beside_it(lmms, ask):
-    scene, question = questions(1)[0]
-    model = lmms.CropModel("embedded", "crop", 0.25, device="cpu")
+    model = lmms.CropModel("embedded", "crop", 0.25, device="cpu", prune_encoder=early)
+    assert isinstance(model.localizer, crop.CoarseLocalizer) == model.method.encodes == early
     counts = ask(model, [(question.text, [scene.image])], {"max_new_tokens": 5})[0].token_counts
     found = counts.to_dict()
     prompt = embedded.prompt(question.text)
@@ -112,7 +101,7 @@ def test_what_a_sample_took_is_written_beside_it(lmms, ask):
                     processor=model.asker.processor, image_size=scene.image.size) as stats:  # fmt: skip
         output = model.asker.model.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert found["output_tokens"] == output.shape[1] - inputs["input_ids"].shape[1]
-    assert found["vision_tokens"] == 256 and found["vision_tokens_kept"] == stats.tokens_after_ilp[0] == 64
+    assert found["vision_tokens"] == 256 and found["vision_tokens_kept"] == stats.tokens_after_ilp[0] <= 64
     assert found["vision_tokens_average"] == stats.layer_average[0] and 0 < found["time_to_first_token"] < 60
     assert "reasoning_tokens" not in found
 

@@ -84,7 +84,7 @@ def test_stride_attends_to_means_of_blocks(family):
         inside = found.question[:, block == number]
         assert torch.equal(inside, inside[:, :1].expand_as(inside))
     plain = localizer(model, family, layer=0).attend(PICTURE, "?")
-    assert found.layout == plain.layout and 0 < found.question.sum() < len(found.question)
+    assert torch.equal(found.layout.center, plain.layout.center) and 0 < found.question.sum() < len(found.question)
     assert not torch.allclose(found.question, plain.question, atol=1e-4)
 
 

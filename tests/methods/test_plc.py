@@ -159,12 +159,3 @@ def test_larger_budgets_are_never_coarser(layout, region):
         assert (inside, outside, context) <= previous
         previous = inside, outside, context
     assert fit_strides(layout, level, len(layout)) == (1, 1, 1)
-
-
-def test_plans_are_cached_by_value():
-    def plan() -> PoolPlan:
-        return PreLLMCompression(keep=0.3).plan(VisionLayout.grid(6, 6), Region.box(0, 0, 0.5, 0.5))
-
-    assert plan() is plan()
-    other = PreLLMCompression(keep=0.3).plan(VisionLayout.grid(6, 6), Region.box(0, 0, 0.5, 0.4))
-    assert other is not plan()

@@ -73,6 +73,23 @@ def test_pruned_is_the_oracle(family, padding, images, name, at_layer_0):
         assert_steps(out, [expect.steps for expect in wanted])
 
 
+@pytest.mark.parametrize("late", [True, False])
+@families(NAMES, fast=True)
+def test_one_picture_keeps_all(family, late, request):
+    """Others of the call do not, before whose cut the hidden states are as many."""
+    if not late:
+        request.getfixturevalue("at_layer_0")
+    model, batch = get_model(family), standard_batch(family, "left", 2)
+    regions = [REGIONS[0], Region.whole(), REGIONS[1], REGIONS[0]]
+    left = iter(regions)
+    wanted = [Expected(sample, METHODS["all"], [next(left) for _ in sample.images]) for sample in batch.samples]
+    with patched(model, METHODS["all"], batch, regions) as stats:
+        out = model(**batch.inputs)
+    assert stats.tokens_encoded[1] == stats.tokens_before[1] > stats.tokens_encoded[0]
+    assert_kept(stats, [expect.decision for expect in wanted])
+    assert_logits(out.logits, batch, wanted)
+
+
 def expect_without_mask(expect):
     """Logits where the tokens are dropped behind the encoder, which saw all."""
     decision = replace(expect.decision, encoded=())

@@ -8,7 +8,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from crop.geometry.layout import _grid
 from crop.methods import PreLLMCompression
-from crop.methods.plc import plan_by_budget, plan_by_strides
 from tests.support.batches import standard_batch
 from tests.support.cases import METHODS, decide, families, get_oracle, patched, regions_for, regions_of
 from tests.support.oracle import Oracle
@@ -74,9 +73,8 @@ def test_gradients_are_the_oracles(family, name, checkpointing):
 
 @families(THOROUGH)
 def test_training_after_inference(family):
-    """Layouts and plans that are remembered from inference mode can be trained with."""
-    for remembered in (_grid, plan_by_budget, plan_by_strides):
-        remembered.cache_clear()
+    """Layouts that are remembered from inference mode can be trained with."""
+    _grid.cache_clear()
     model, batch, method = trainable(family, "sdpa"), standard_batch(family, "left", 1), TRAINED["compose"]
     with torch.inference_mode(), patched(model, method, batch, regions_of(batch)):
         model(**batch.inputs)

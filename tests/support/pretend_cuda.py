@@ -51,7 +51,7 @@ class Log(list[Event]):
         package = str(ROOT / "crop")
         # The model runs inside a hook of ours that calls it: who is nearest asked.
         for frame in reversed(traceback.extract_stack()):
-            if frame.filename.startswith(package):
+            if frame.filename.startswith(package) and frame.name != "__torch_dispatch__":  # which passes the model's on
                 self.append(Event(kind, operator, f"{frame.filename[len(package) + 1 :]}:{frame.lineno}"))
                 return
             if "/transformers/" in frame.filename:

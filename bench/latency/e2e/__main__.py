@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from bench.common import header, machine
+from bench.latency.e2e.compiled import MODES, compile_layers
 from bench.latency.e2e.geometries import GEOMETRIES, Shrink
 from bench.latency.e2e.measure import NO_ROOM, measure
 from bench.latency.e2e.report import row_title, text
@@ -60,6 +61,7 @@ def settings(options: argparse.Namespace, facts: dict[str, str]) -> dict[str, An
         "device": facts.get("gpu", "cuda") if options.device.startswith("cuda") else "cpu",
         "dtype": str(options.dtype).removeprefix("torch."),
         "localizer": options.localizer,
+        "compiled": options.compiled,
         "rounds": options.rounds,
         "regions": regions_source(),
         "commit": facts["commit"],
@@ -84,7 +86,7 @@ def run(todo: Sequence[Job], same: dict[str, Any], options: argparse.Namespace) 
     """One row after another; a model is kept for as long as rows ask for it."""
     started = time.perf_counter()
     for geometry, group in itertools.groupby(tqdm(todo, unit="row", disable=None), key=lambda job: job[0]):
-        model = None
+        model, compiled = None, False
         for _, batch, keep in group:
             row = same | {"geometry": geometry, "tokens": GEOMETRIES[geometry].tokens, "batch": batch, "keep": keep}
             if options.time is not None and time.perf_counter() - started > options.time:
@@ -94,10 +96,14 @@ def run(todo: Sequence[Job], same: dict[str, Any], options: argparse.Namespace) 
                 model = model or Model.build(
                     GEOMETRIES[geometry], Shrink(*options.reduce), options.device, options.dtype
                 )
+                if options.compiled and not compiled:
+                    compile_layers(model, options.compiled)
+                compiled = bool(options.compiled)
                 work = make(model, batch)
                 yield row | measure(
                     work, keep, options.localizer, rounds=options.rounds, seconds=options.row_seconds,
                     decode=options.decode, twins=options.twins,
+                    compiled=compiled,
                 )  # fmt: skip
             except NO_ROOM as error:
                 yield row | {"reason": f"does not fit: {str(error).splitlines()[0]}"}
@@ -126,6 +132,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--row-seconds", type=float, default=10, help="fewer rounds, down to 2, where a row is slow")
     parser.add_argument("--decode", type=int, default=4, help="tokens after the first")
     parser.add_argument("--no-twins", dest="twins", action="store_false", help="leave out ours without kernels")
+    parser.add_argument("--compiled", choices=MODES, help="also unpatched and both with compiled layers, or as graphs")
     parser.add_argument("--time", type=float, help="begin no row after so many seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write JSON here, and go on where a run ended")
@@ -133,6 +140,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.batch and not options.geometry:
         parser.error("--batch needs --geometry")
     gpu = options.device.startswith("cuda")
+    if options.compiled == "graphs" and not gpu:
+        parser.error(f"--compiled graphs needs a CUDA device, got {options.device}; use --compiled layers")
     options.dtype = torch.bfloat16 if gpu else torch.float32
     options.reduce = options.reduce or ([1, 1] if gpu else [16, 4])
     options.keep = options.keep or ([0.33, 0.22, 0.11] if gpu else [0.11])

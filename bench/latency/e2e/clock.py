@@ -64,6 +64,7 @@ def clocked(model: Model, cut: int) -> Iterator[Clock]:
     }  # fmt: skip
     with ExitStack() as undo:
         for point, module in points.items():
-            undo.callback(module.register_forward_pre_hook(lambda *_, point=point: clock.note(point)).remove)
+            note = torch.compiler.disable(lambda *_, point=point: clock.note(point))
+            undo.callback(module.register_forward_pre_hook(note).remove)
         undo.callback(model.tower.register_forward_hook(lambda *_: clock.note("features")).remove)
         yield clock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 
 import crop
 from bench.latency.e2e.clock import Clock
+from bench.latency.e2e.compiled import running
 from bench.latency.e2e.fastv import fastv
 from bench.latency.e2e.workload import Workload
 from bench.methods import ours
 from crop.ops import use_backend
 
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit, for fused arithmetic
 CUT = 2  # decoder layer at whose input tokens leave
 
 
@@ -28,25 +30,29 @@ class Contender:
         name: of the table.
         method: ours; None: "unpatched" or "FastV".
         keep: fraction of the vision tokens that reach the last layer.
-        twins: plain torch in the place of the kernels.
+        twins: plain torch in the place of the kernels. compiled: decoder layers run compiled in the prefill.
     """
 
     name: str
     method: crop.Method | None = None
     keep: float = 1.0
     twins: bool = False
+    compiled: bool = False
 
     @property
     def ours(self) -> bool:
         return self.method is not None
 
 
-def contenders(keep: float, twins: bool = True) -> list[Contender]:
-    """All of one budget, the unpatched model first."""
+def contenders(keep: float, twins: bool = True, compiled: bool = False) -> list[Contender]:
+    """All of one budget, the unpatched model first, compiled ones last."""
     found = [Contender("unpatched"), Contender("FastV, eager layer", keep=keep)]
     for name, method in ours(keep).items():
         found.append(Contender(name, method, keep))
         found += [Contender(f"{name}, no kernels", method, keep, True)] if twins else []
+    if compiled:
+        eager = [one for one in found if one.name in ("unpatched", "both")]
+        found += [replace(one, name=f"{one.name}, compiled", compiled=True) for one in eager]
     return found
 
 
@@ -96,11 +102,13 @@ def answer(
             stack.enter_context(crop.cache_vision(model))
             clock.enter("localizer")
             clock.note("start")
-            localizer()
+            with running(False):
+                localizer()
             clock.note("stop")
         clock.enter("prefill")
         stats = stack.enter_context(_pruning(who, work))
-        output = model(**work.inputs, use_cache=True, logits_to_keep=1)
+        with running(who.compiled):
+            output = model(**work.inputs, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         clock.note("stop")
         clock.enter("")
@@ -108,7 +116,8 @@ def answer(
         found = Answer(output.logits[:, -1].float().cpu(), _tokens(who, stats, work), _kv_bytes(output), first)
         start = timer()
         for _ in range(decode):
-            output = model(input_ids=token, past_key_values=output.past_key_values)
+            with running(False):
+                output = model(input_ids=token, past_key_values=output.past_key_values)
             token = output.logits[:, -1].argmax(-1, keepdim=True)
         found.per_token = (timer() - start) / decode if decode else None
         found.parts = clock.split()
@@ -141,13 +150,16 @@ def _kv_bytes(output: Any) -> int:
 
 
 def verify(who: Contender, found: Answer, plain: Answer | None, work: Workload) -> str:
-    """Why a run is not what was planned; "" if it is."""
+    """Why a run is not what was planned; "" if it is. plain: of the unpatched model; of the same method for a compiled one."""
     wanted = [max(1, round(who.keep * work.model.geometry.tokens))] * len(work.regions)
     if found.tokens != wanted:
         return f"must keep {wanted}, got {found.tokens}"
     if not bool(torch.isfinite(found.logits).all()):
         return "logits must be finite"
+    far = 0.0 if plain is None else float((found.logits - plain.logits).abs().max())
+    if plain is not None and who.compiled:
+        most = CLOSE[work.model.model.dtype] * float(plain.logits.abs().max())
+        return "" if far <= most else f"compiled layers must give the eager logits up to {most:.2g}, got {far:.2g} off"
     if plain is not None and who.keep == 1.0 and not torch.equal(found.logits, plain.logits):
-        far = float((found.logits - plain.logits).abs().max())
         return f"keep-all must be the unpatched model's output, bit for bit, got {far:.2g} off"
     return ""

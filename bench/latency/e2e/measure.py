@@ -25,7 +25,15 @@ NO_ROOM = (torch.cuda.OutOfMemoryError, MemoryError)
 
 
 def measure(
-    work: Workload, keep: float, localizer: str, *, rounds: int, seconds: float, decode: int, twins: bool = True
+    work: Workload,
+    keep: float,
+    localizer: str,
+    *,
+    rounds: int,
+    seconds: float,
+    decode: int,
+    twins: bool = True,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Everything about one workload at one budget.
 
@@ -33,7 +41,7 @@ def measure(
         work: see there. keep: fraction of the vision tokens. localizer: as ``localize.make``.
         rounds: timed rounds, contenders in turns; fewer, but at least two, where they would take more than ``seconds``.
         decode: tokens after the first.
-        twins: also run ours in plain torch.
+        twins: also run ours in plain torch. compiled: also run unpatched and both with the model's compiled layers.
     Returns:
         {"timed", "preprocess", "weights", "attention", "problems": what is not as planned, "contenders": {name: figures, or
         {"reason": why there are none}}}, seconds and bytes. Ours is timed with the localizer in front, whose share is a part.
@@ -49,13 +57,14 @@ def measure(
             return answer(who, work, find, clock, _timer(device), tokens)
 
         plain: Answer | None = None
+        eager: dict[crop.Method | None, Answer] = {}
         one_round, problems = 0.0, []
 
         def check(who: Contender, found: Answer) -> None:
-            if problem := verify(who, found, plain, work):
+            if problem := verify(who, found, eager.get(who.method) if who.compiled else plain, work):
                 problems.append(f"{who.name}: {problem}")
 
-        for who in contenders(keep, twins):
+        for who in contenders(keep, twins, compiled):
             try:
                 found = run(who)
                 start = time.perf_counter()
@@ -69,6 +78,7 @@ def measure(
                 plain, everything = found, Contender("keep all", crop.InnerLLMPruning(1.0))
                 check(everything, run(everything))
             check(who, found)
+            eager.setdefault(who.method, found)
             rows[who.name] = {"tokens": found.tokens[0], "kv_bytes": found.kv_bytes, "memory": memory}
             runs[who] = []
         timed = min(rounds, max(2, int(seconds / max(one_round, 1e-9))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from crop.models.attention_hook import attention_hook
 from crop.patching import hf
 from crop.patching.context import ModelHook, PatchContext, hook, replace_method
 from crop.patching.current import CALL, GENERATION
-from crop.patching.state import ForwardState, GenerationState, by_tower_call
+from crop.patching.planner import Look
+from crop.patching.state import ForwardState, GenerationState, VisionRun, by_tower_call
 from crop.patching.stats import PrefillStats, mark
 
 HOST = torch.device("cpu")  # planning waits for nothing
@@ -89,12 +91,8 @@ class EntryHook(ModelHook):
         return expand(*args, **kwargs)
 
     def _encode(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        generation = self.context.generation
-        if generation is not None:
-            start = mark(HOST)
-            generation.look = look = self.planner.look(hf.encoded_by_generate(encode, args, kwargs))
-            generation.looked = start, mark(HOST)
-            generation.vision.encodings = by_tower_call(look.encodings if look else [])
+        if self.context.generation is not None:
+            self.context.generation.encodes = hf.encoded_by_generate(encode, args, kwargs)
         return encode(*args, **kwargs)
 
     def _prepare(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -120,6 +118,13 @@ class EntryHook(ModelHook):
         vision = self.context.vision
         if vision is None:
             return None
+        generation = self.context.generation
+        if self.context.call is None and generation.encodes is not None:
+            start = mark(HOST)
+            generation.look = self.planner.look(generation.encodes)
+            generation.coming = ForwardState(self.context, vision=vision)
+            self._begin(generation.coming, generation.look, start)
+            generation.encodes = None
         vision.marks = [mark(next(module.parameters()).device)]
         vision.running = vision.encodings.pop(0) if vision.encodings else None
         return None if vision.running is None else self.planner.encoder.take(module, args, kwargs, vision.running)
@@ -137,6 +142,9 @@ class EntryHook(ModelHook):
         if vision.running is not None:
             output = self.planner.encoder.put(module, output, vision.running)
         vision.marks.append(mark(next(module.parameters()).device))
+        state = self.context.call or self.context.generation.coming
+        if state is not None:
+            state.plan_now()  # while the encoder runs, where a device works beside the host
         return output
 
     # The multimodal model
@@ -156,26 +164,35 @@ class EntryHook(ModelHook):
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = hf.named_arguments(module, args, kwargs)
         generation = self._made_by_generate(arguments)
-        state = ForwardState(self.context)
-        CALL.set(state)  # until _call ends
+        start, given, copies, look, state = mark(HOST), None, 1, None, None
         if generation is not None:
-            state.vision = generation.vision
+            given, copies, look = generation.arguments, generation.copies, generation.look
+            state = generation.coming if copies == 1 else None
+            generation.look = generation.coming = None  # of the first call alone
+        begun = state is not None
+        if not begun:
+            state = ForwardState(self.context, vision=VisionRun() if generation is None else generation.vision)
+        CALL.set(state)  # until _call ends
         if self.planner.makes_masks:
             state.input_valid = hf.caller_mask(arguments)
             state.prefix = self.family.traits.mask == "prefix" and hf.sees_whole_prompt(arguments)
-        given, copies, look = None, 1, None
-        if generation is not None:
-            given, copies, look = generation.arguments, generation.copies, generation.look
-            generation.look = None  # of the first call alone
-        start = mark(HOST)
-        plan = self.planner.plan(arguments, given, copies, look)
-        if plan is None:  # no image
+        if not begun:
+            look = self.planner.look(arguments, given, copies) if look is None else look.repeated(copies)
+            self._begin(state, look, start, tower=hf.brings_pixels(arguments))
+
+    def _begin(self, state: ForwardState, look: Look | None, start: Any, tower: bool = True) -> None:
+        """Note the images of a call, seen since ``start``; ``tower``: the vision tower is going to run."""
+        if look is None:
             return
-        state.stats = PrefillStats(plan, len(self.layers))
+        state.stats = PrefillStats(len(self.layers))
         state.stats.add_span("plan", start, mark(HOST))
-        if look is not None:
-            state.stats.add_span("plan", *generation.looked)
+        state.later = partial(self._plan, state, look)
+        if tower:
+            state.vision.encodings = by_tower_call(look.encodings)
+
+    def _plan(self, state: ForwardState, look: Look) -> None:
+        start = mark(HOST)
+        plan = state.stats.plan = self.planner.plan_look(look)
+        state.stats.add_span("plan", start, mark(HOST))
         if plan.pool is not None or plan.prunes:
             state.plan = plan
-        if hf.brings_pixels(arguments):
-            state.vision.encodings = by_tower_call([image.encoding for image in plan.images])

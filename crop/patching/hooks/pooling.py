@@ -41,6 +41,7 @@ class PoolingHook(ModelHook):
         state, call = self.context.call, hf.DecoderCall(module, kwargs)
         if state is None or call.embeds is None:
             return None
+        state.plan_now()
         if state.stats is not None:
             if len(state.vision.marks) == 2:
                 state.stats.add_span("vision", *state.vision.marks)
@@ -102,9 +103,7 @@ class PoolingHook(ModelHook):
         if call.per_layer is not None:  # of token ids, of which an image's are alike
             rows, width = call.per_layer.flatten(2), call.per_layer.shape[2:]
             call.per_layer = ops.compact([rows], pool.kept_index.to(rows.device))[0].unflatten(2, width)
-        state.pooled = TokenMap.extended(
-            state.before.pooled, state.past, pool.kept_index, state.added, full=pool.filled is None
-        )
+        state.pooled = TokenMap.extended(state.before.pooled, state.past, pool.kept_index, state.added, pool.full)
         self._pool_positions(state, call)
 
     def _settle(self, state: ForwardState, embeds: Tensor) -> None:
@@ -135,9 +134,7 @@ class PoolingHook(ModelHook):
             ids, shift = close_gaps(ids, alive, images)
             state.layers[0].shift = shift + state.before.shifts.get(0, 0)
         if ids is None:
-            call.position_ids = gather_positions(
-                call.position_ids, kept, state.past, full=state.plan.pool.filled is None
-            )
+            call.position_ids = gather_positions(call.position_ids, kept, state.past)
         else:
             state.layers[0].position_ids = gather_positions(ids, kept, 0)
             call.position_ids = given_ids(state.layers[0].position_ids)
@@ -152,8 +149,11 @@ class PoolingHook(ModelHook):
             return
         if pool is None and valid is None and before.full:
             return
-        now = None if pool is None else state.pooled
-        state.valid = pooled_valid(valid, before, now, state.past, state.pooled_past, state.pooled_length)
+        if pool is None:
+            later = None if valid is None else valid[:, state.past :].bool()
+        else:
+            later = None if pool.full else pool.real
+        state.valid = pooled_valid(valid, before, later, state.past, state.pooled_past, state.pooled_length)
         if self.planner.makes_masks:
             return
         call.mask = state.valid
@@ -217,8 +217,4 @@ def spread(features: Tensor, is_vision: Tensor) -> Tensor:
 
 def _pool(pool: PoolStep, embeds: Tensor, mode: str, weight: Tensor | None) -> Tensor:
     batch, seq_len, dim = embeds.shape
-    pooled = ops.adaptive_pool(embeds.reshape(batch * seq_len, dim), pool.plan, mode, weight)
-    if pool.filled is not None:
-        packed = pooled.new_zeros(pool.kept_index.numel(), dim)
-        pooled = packed.index_copy(0, pool.filled.to(embeds.device), pooled)
-    return pooled.view(batch, -1, dim)
+    return ops.adaptive_pool(embeds.reshape(batch * seq_len, dim), pool.plan, mode, weight).view(batch, -1, dim)

@@ -18,7 +18,7 @@ from crop.patching import hf
 from crop.patching.batch_plan import PruneStep
 from crop.patching.context import ModelHook, PatchContext, hook, replace_method
 from crop.patching.hooks.pooling import spread
-from crop.patching.masks import gather, gather_own, key_positions, pad_columns
+from crop.patching.masks import causal, gather, gather_own, key_positions, pad_columns
 from crop.patching.positions import given_ids
 from crop.patching.scoring import cut, restore, score
 from crop.patching.state import ForwardState, LayerState, gather_positions
@@ -104,12 +104,17 @@ class PruningHook(ModelHook):
                 lambda mask: self._fit_mask(state, here, index, call.hidden, mask),
             )
         moved = here.kept_index is not None or here.position_ids is not None and index
-        if whole and call.rotary is not None and moved:
-            call.rotary = here.fitted(call.rotary, "rotary", lambda old: self._fit_rotary(here, call.hidden, old))
+        rotated = whole and call.rotary is not None and moved
+        if rotated:
+            call.rotary, ids = here.fitted(
+                call.rotary, "rotary", lambda old: self._fit_rotary(here, call.hidden, old, call.position_ids)
+            )
         if whole and here.kept_index is not None and call.per_layer is not None:
             call.per_layer = ops.compact([call.per_layer], here.kept_index.to(call.per_layer.device))[0]
         if state.plan is not None and (call.position_ids is None or hf.is_flash(self.language_model.config)):
             call.position_ids = None  # gaps would send flash attention down its packed-sequence path
+        elif rotated:
+            call.position_ids = ids
         elif here.kept_index is not None:
             call.position_ids = here.fitted(
                 call.position_ids, "ids", lambda ids: gather_positions(ids, here.kept_index, 0)
@@ -155,6 +160,14 @@ class PruningHook(ModelHook):
     ) -> Tensor | None:
         """A mask for what a layer holds: made over input tokens by the multimodal model, else over pooled ones."""
         batch, queries = hidden.shape[:2]
+        flash = hf.is_flash(self.language_model.config)
+        if (
+            here.seen_from is not None
+            and queries == here.seen_from.shape[1]
+            and not (flash or self.planner.makes_masks or index in self.recurrent)
+            and (mask is None or mask.dtype == torch.bool)
+        ):
+            return pad_columns(causal(here.seen_from.to(hidden.device)), hf.capacity_of(state.cache))
         maps = [state.pooled, here.tokens] if self.planner.makes_masks else [here.tokens]
         total = state.past + state.added if self.planner.makes_masks else state.pooled_total
         keys = key_positions(maps, batch, total, state.entries(index), self.windows[index])
@@ -163,13 +176,22 @@ class PruningHook(ModelHook):
             pooled = self.planner.makes_masks and state.plan is not None and state.plan.pool is not None
             moved = pooled or here.kept_index is not None
             return gather_own(mask, keys[:, -queries:], total) if moved and not (mask is None and full) else mask
-        mask = gather(mask, keys, full, queries, total, hf.is_flash(self.language_model.config))
+        mask = gather(mask, keys, full, queries, total, flash)
         return pad_columns(mask, hf.capacity_of(state.cache))
 
-    def _fit_rotary(self, here: LayerState, hidden: Tensor, old: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    def _fit_rotary(
+        self, here: LayerState, hidden: Tensor, old: tuple[Tensor, Tensor], ids: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Rotary tables and position ids of the tokens that a layer holds, in one call where both are gathered."""
         if here.position_ids is not None:
-            return self.language_model.rotary_emb(hidden, given_ids(here.position_ids))
-        return tuple(ops.compact([table.expand(hidden.shape[0], -1, -1) for table in old], here.kept_index))
+            tables = self.language_model.rotary_emb(hidden, given_ids(here.position_ids))
+            return tables, ids if ids is None or here.kept_index is None else gather_positions(ids, here.kept_index, 0)
+        rows, dims = [table.expand(hidden.shape[0], -1, -1) for table in old], [1] * len(old)
+        if ids is None:
+            return tuple(ops.compact(rows, here.kept_index)), None
+        ids = ids.expand(*ids.shape[:-2], hidden.shape[0], -1).movedim(-2, 0)
+        *tables, ids = ops.compact([*rows, ids], here.kept_index, token_dim=[*dims, -1])
+        return tuple(tables), ids.movedim(0, -2)
 
     def _enter_norm(self, module: nn.Module, args: tuple) -> tuple | None:
         state = self.context.call

@@ -1,0 +1,347 @@
+#include "planning.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "../common/ops.h"
+
+namespace crop {
+namespace {
+
+enum Kind : uint8_t { kPatch = 0, kNewline = 1 };
+enum Group : uint8_t { kInside = 0, kRing = 1, kOutside = 2, kNewlines = 3, kPads = 4 };
+constexpr int kGroups = 5, kMaxStride = 16;
+
+struct Grid {
+    int64_t views = 0, height = 0, width = 0;
+    explicit Grid(const PlanLayout& l) {
+        for (int64_t n = 0; n < l.num_tokens; ++n) {
+            views = std::max<int64_t>(views, l.view[n] + 1);
+            height = std::max<int64_t>(height, l.row[n] + 1);
+            width = std::max<int64_t>(width, l.col[n] + 1);
+        }
+    }
+    int64_t span() const { return views * height * width; }
+    int64_t at(int64_t view, int64_t row, int64_t col) const { return (view * height + row) * width + col; }
+};
+
+// Patches whose centre a box holds; a box that holds none selects the patch nearest to its own centre.
+std::vector<uint8_t> inside_patches(const PlanLayout& l, const std::vector<PlanBox>& boxes) {
+    std::vector<uint8_t> inside(l.num_tokens, 0);
+    for (const PlanBox& b : boxes) {
+        bool empty = true;
+        for (int64_t n = 0; n < l.num_tokens; ++n) {
+            const float x = l.center[2 * n], y = l.center[2 * n + 1];
+            if (l.kind[n] == kPatch && x >= b.x0 && x < b.x1 && y >= b.y0 && y < b.y1) inside[n] = 1, empty = false;
+        }
+        if (!empty) continue;
+        const float middle_x = (b.x0 + b.x1) / 2, middle_y = (b.y0 + b.y1) / 2;
+        float least = std::numeric_limits<float>::infinity();
+        int64_t nearest = -1;
+        for (int64_t n = 0; n < l.num_tokens; ++n) {
+            if (l.kind[n] != kPatch) continue;
+            const float dx = l.center[2 * n] - middle_x, dy = l.center[2 * n + 1] - middle_y;
+            const float apart = dx * dx + dy * dy;
+            if (apart < least || nearest < 0) least = apart, nearest = n;
+        }
+        if (nearest >= 0) inside[nearest] = 1;
+    }
+    return inside;
+}
+
+// A square window is separable: along a row of the grid, then along a column.
+void dilate(const Grid& g, int ring, std::vector<uint8_t>& mask) {
+    std::vector<uint8_t> grown(mask.size());
+    const auto pass = [&](int64_t lines, int64_t inner, int64_t length) {  // `length` entries, `inner` apart, per line
+        grown.assign(mask.size(), 0);
+        for (int64_t line = 0; line < lines; ++line) {
+            const int64_t begin = line / inner * inner * length + line % inner;
+            int64_t until = 0;  // what lies before it is filled
+            for (int64_t i = 0; i < length; ++i) {
+                if (!mask[begin + i * inner]) continue;
+                for (int64_t j = std::max(until, i - ring); j < std::min(length, i + ring + 1); ++j)
+                    grown[begin + j * inner] = 1;
+                until = i + ring + 1;
+            }
+        }
+        mask.swap(grown);
+    };
+    pass(g.views * g.height, 1, g.width);
+    pass(g.views * g.width, g.width, g.height);
+}
+
+void levels(const PlanLayout& l, const Grid& g, const std::vector<PlanBox>& boxes, int ring, uint8_t* level) {
+    const std::vector<uint8_t> inside = inside_patches(l, boxes);
+    std::vector<uint8_t> near;
+    if (ring) {
+        near.assign(g.span(), 0);
+        for (int64_t n = 0; n < l.num_tokens; ++n) near[g.at(l.view[n], l.row[n], l.col[n])] = inside[n];
+        dilate(g, ring, near);
+    }
+    bool newlines = false;
+    for (int64_t n = 0; n < l.num_tokens; ++n) {
+        newlines |= l.kind[n] == kNewline;
+        const bool ringed = ring && l.kind[n] == kPatch && near[g.at(l.view[n], l.row[n], l.col[n])];
+        level[n] = inside[n] ? 0 : ringed ? 1 : 2;
+    }
+    if (!newlines) return;
+    std::vector<uint8_t> lowest(g.views * g.height, 2);
+    for (int64_t n = 0; n < l.num_tokens; ++n)
+        if (l.kind[n] == kPatch) {
+            uint8_t& row = lowest[l.view[n] * g.height + l.row[n]];
+            row = std::min(row, level[n]);
+        }
+    for (int64_t n = 0; n < l.num_tokens; ++n)
+        if (l.kind[n] == kNewline) level[n] = lowest[l.view[n] * g.height + l.row[n]];
+}
+
+// One image while its cells are found.
+struct Planner {
+    const PlanLayout& l;
+    const Grid g;
+    std::vector<uint8_t> level, group;
+    int64_t counts[kMaxStride + 1][kGroups];
+    bool counted[kMaxStride + 1] = {};
+    std::vector<int32_t> stamp;
+
+    Planner(const PlanLayout& layout, const std::vector<PlanBox>& boxes, int ring)
+        : l(layout), g(layout), stamp(kGroups * g.span(), 0) {
+        level.assign(l.num_tokens, 0), group.assign(l.num_tokens, 0);
+        levels(l, g, boxes, ring, level.data());
+        for (int64_t n = 0; n < l.num_tokens; ++n) group[n] = l.kind[n] == kPatch ? level[n] : l.kind[n] + 2;
+    }
+
+    std::vector<int32_t> quotients(int stride) const {
+        std::vector<int32_t> found(std::max(g.height, g.width));
+        for (size_t i = 0; i < found.size(); ++i) found[i] = static_cast<int32_t>(i) / stride;
+        return found;
+    }
+
+    // Cells of a group with every patch pooled at `stride`; of newlines, their number.
+    int64_t count(Group wanted, int stride) {
+        if (!counted[stride]) {
+            counted[stride] = true;
+            std::fill(counts[stride], counts[stride] + kGroups, 0);
+            const std::vector<int32_t> part = quotients(stride);
+            for (int64_t n = 0; n < l.num_tokens; ++n) {
+                int32_t& seen = stamp[group[n] * g.span() + g.at(l.view[n], part[l.row[n]], part[l.col[n]])];
+                counts[stride][group[n]] += group[n] == kNewlines || seen != stride;
+                seen = stride;
+            }
+        }
+        return counts[stride][wanted];
+    }
+
+    // fit_strides: the mildest with at most `budget` cells; 16 everywhere where none are.
+    void fit(int64_t budget, int strides[3]) {
+        const bool ring = count(kRing, 1), outside_any = count(kOutside, 1), pads = count(kPads, 1);
+        const int64_t newlines = count(kNewlines, 1), least = newlines + ring + outside_any + pads;
+        for (int inside = 1; inside <= kMaxStride; ++inside) {
+            if (count(kInside, inside) + least > budget) continue;
+            const int last = ring || outside_any || pads ? kMaxStride : inside;
+            for (int outside = inside; outside <= last; ++outside) {
+                const int64_t rest =
+                    budget - newlines - count(kInside, inside) - count(kOutside, outside) - count(kPads, outside);
+                for (int context = inside; context <= outside; ++context)
+                    if (count(kRing, context) <= rest) {
+                        strides[0] = inside, strides[1] = context, strides[2] = outside;
+                        return;
+                    }
+            }
+        }
+        strides[0] = strides[1] = strides[2] = kMaxStride;
+    }
+
+    // build_plan: the label of every token, below (kGroups * span + num_tokens).
+    std::vector<int64_t> labels(const int strides[3]) const {
+        const int of_group[kGroups] = {strides[0], strides[1], strides[2], 1, strides[2]};
+        std::vector<int32_t> part[kGroups];
+        for (int i = 0; i < kGroups; ++i) part[i] = quotients(of_group[i]);
+        std::vector<int64_t> label(l.num_tokens);
+        for (int64_t n = 0; n < l.num_tokens; ++n) {
+            const auto& of = part[group[n]];
+            label[n] = group[n] == kNewlines ? kGroups * g.span() + n
+                                             : group[n] * g.span() + g.at(l.view[n], of[l.row[n]], of[l.col[n]]);
+        }
+        return label;
+    }
+
+    // PoolPlan.from_labels; labels are below `bound`, negative ones in no cell. cell: the cell of every token.
+    void from_labels(const std::vector<int64_t>& label, int64_t bound, PlanCells& out, std::vector<int32_t>& cell) const {
+        struct Sum {
+            int64_t count = 0, row = 0, col = 0, least = std::numeric_limits<int64_t>::max(), leader = -1;
+        };
+        std::vector<int32_t> number(bound, -1);
+        std::vector<Sum> sums;
+        cell.assign(l.num_tokens, -1);
+        for (int64_t n = 0; n < l.num_tokens; ++n) {
+            if (label[n] < 0) continue;
+            int32_t& found = number[label[n]];
+            if (found < 0) found = static_cast<int32_t>(sums.size()), sums.emplace_back();
+            cell[n] = found;
+            Sum& sum = sums[found];
+            ++sum.count, sum.row += l.row[n], sum.col += l.col[n];
+        }
+        for (int64_t n = 0; n < l.num_tokens; ++n) {
+            if (cell[n] < 0) continue;
+            Sum& sum = sums[cell[n]];
+            const int64_t dy = l.row[n] * sum.count - sum.row, dx = l.col[n] * sum.count - sum.col;
+            const int64_t spread = dy * dy + dx * dx;
+            if (spread < sum.least) sum.least = spread, sum.leader = n;
+        }
+        // Cells in the order of their leaders.
+        std::vector<int32_t> rank(sums.size()), next(sums.size());
+        out.num_out = 0, out.offsets[0] = 0;
+        for (int64_t n = 0; n < l.num_tokens; ++n) {
+            if (cell[n] < 0 || sums[cell[n]].leader != n) continue;
+            const int64_t i = out.num_out++;
+            rank[cell[n]] = static_cast<int32_t>(i), next[i] = out.offsets[i];
+            out.leader[i] = static_cast<int32_t>(n), out.level[i] = level[n];
+            out.offsets[i + 1] = out.offsets[i] + static_cast<int32_t>(sums[cell[n]].count);
+        }
+        out.num_members = out.offsets[out.num_out];
+        for (int64_t n = 0; n < l.num_tokens; ++n) {
+            if (cell[n] < 0) continue;
+            cell[n] = rank[cell[n]];
+            out.members[next[cell[n]]++] = static_cast<int32_t>(n);
+        }
+    }
+
+    // Region.distance of one token.
+    static float distance(const PlanLayout& l, const std::vector<PlanBox>& boxes, int64_t n) {
+        const float x = l.center[2 * n], y = l.center[2 * n + 1];
+        float least = std::numeric_limits<float>::infinity();
+        for (const PlanBox& b : boxes) {
+            const float dx = std::max(b.x0 - x, x - b.x1), dy = std::max(b.y0 - y, y - b.y1);
+            const float outside = std::hypot(std::max(dx, 0.0f), std::max(dy, 0.0f));
+            least = std::min(least, outside + std::min(std::max(dx, dy), 0.0f));
+        }
+        return least;
+    }
+
+    // plan_by_budget, from the first plan on.
+    void split(const std::vector<PlanBox>& boxes, int64_t budget, PlanCells& out, std::vector<int32_t>& cell) const {
+        const int64_t cells = out.num_out;
+        std::vector<float> apart(cells);
+        std::vector<int32_t> rank(cells);
+        for (int64_t i = 0; i < cells; ++i) rank[i] = static_cast<int32_t>(i), apart[i] = distance(l, boxes, out.leader[i]);
+        const auto of = [&](int32_t i) { return group[out.leader[i]]; };
+        std::sort(rank.begin(), rank.end(), [&](int32_t a, int32_t b) {
+            if (of(a) != of(b)) return of(a) < of(b);
+            return apart[a] != apart[b] ? apart[a] < apart[b] : a < b;
+        });
+        std::vector<int64_t> label(cell.begin(), cell.end());
+        std::vector<uint8_t> chosen(cells, 0);
+        if (cells > budget) {  // the last ones are dropped
+            for (int64_t i = budget; i < cells; ++i) chosen[rank[i]] = 1;
+            for (int64_t& one : label) one = chosen[one] ? -1 : one;
+        } else {
+            int64_t spare = budget - cells, at = 0;
+            for (; at < cells; ++at) {
+                const int64_t gain = out.offsets[rank[at] + 1] - out.offsets[rank[at]] - 1;
+                if (gain > spare) break;
+                chosen[rank[at]] = 1, spare -= gain;
+            }
+            for (int64_t n = 0; n < l.num_tokens; ++n)
+                if (chosen[label[n]]) label[n] = cells + n;
+            if (spare && at < cells) {  // the next one gives up only as many members as are paid for, the nearest first
+                std::vector<int32_t> members(out.members + out.offsets[rank[at]], out.members + out.offsets[rank[at] + 1]);
+                std::vector<float> near(l.num_tokens);
+                for (int32_t n : members) near[n] = distance(l, boxes, n);
+                std::stable_sort(members.begin(), members.end(), [&](int32_t a, int32_t b) { return near[a] < near[b]; });
+                for (int64_t i = 0; i < spare; ++i) label[members[i]] = cells + members[i];
+            }
+        }
+        from_labels(label, cells + l.num_tokens, out, cell);
+    }
+};
+
+}  // namespace
+
+void plan_levels(const PlanLayout& layout, const std::vector<PlanBox>& boxes, int ring, uint8_t* level) {
+    levels(layout, Grid(layout), boxes, ring, level);
+}
+
+void plan_cells(const PlanLayout& layout, const std::vector<PlanBox>& boxes, int ring, const int strides[3],
+                int64_t budget, PlanCells& out) {
+    Planner planner(layout, boxes, ring);
+    int chosen[3] = {strides[0], strides[1], strides[2]};
+    if (budget > 0) planner.fit(budget, chosen);
+    std::vector<int32_t> cell;
+    planner.from_labels(planner.labels(chosen), kGroups * planner.g.span() + layout.num_tokens, out, cell);
+    if (budget > 0 && out.num_out != budget) planner.split(boxes, budget, out, cell);
+}
+
+int plan_pooled(const PlanLayout& l, const PlanCells& cells, PlanPooled& out) {
+    const auto strange = [&](int64_t n) { return n < 0 || n >= l.num_tokens; };
+    for (int64_t c = 0; c < cells.num_out; ++c) {
+        double x = 0, y = 0;
+        for (int32_t i = cells.offsets[c]; i < cells.offsets[c + 1]; ++i) {
+            const int64_t n = cells.members[i];
+            if (strange(n)) return fail("plan: members must be tokens of the image");
+            x += l.center[2 * n], y += l.center[2 * n + 1];
+        }
+        const double count = cells.offsets[c + 1] - cells.offsets[c];
+        out.center[2 * c] = static_cast<float>(x / count), out.center[2 * c + 1] = static_cast<float>(y / count);
+        const int64_t n = cells.leader[c];
+        if (strange(n)) return fail("plan: leaders must be tokens of the image");
+        out.row[c] = l.row[n], out.col[c] = l.col[n], out.view[c] = l.view[n], out.kind[c] = l.kind[n];
+    }
+    return 0;
+}
+
+int plan_leaders(const uint8_t* valid, int64_t batch, int64_t seq_len, const std::vector<PlanImage>& images,
+                 int64_t* leader_of) {
+    for (int64_t n = 0; n < batch * seq_len; ++n) leader_of[n] = valid[n] ? n : -1;
+    for (const PlanImage& image : images) {
+        const int64_t base = image.sample * seq_len;
+        const auto outside = [](int64_t index, int64_t count) { return index < 0 || index >= count; };
+        for (int64_t n = 0; n < image.num_tokens; ++n) {
+            if (outside(image.sample, batch) || outside(image.position[n], seq_len))
+                return fail("plan: positions must lie in the batch");
+            leader_of[base + image.position[n]] = -1;
+        }
+        for (int64_t c = 0; c < image.num_out; ++c) {
+            if (outside(image.leader[c], image.num_tokens)) return fail("plan: leaders must be tokens of the image");
+            const int64_t leader = base + image.position[image.leader[c]];
+            for (int32_t i = image.offsets[c]; i < image.offsets[c + 1]; ++i) {
+                if (outside(image.members[i], image.num_tokens)) return fail("plan: members must be tokens of the image");
+                leader_of[base + image.position[image.members[i]]] = leader;
+            }
+        }
+    }
+    return 0;
+}
+
+int64_t plan_pool(const PlanPool& p) {
+    const int64_t tokens = p.batch * p.seq_len, cells = p.batch * p.width;
+    std::fill(p.offsets, p.offsets + cells + 1, 0);
+    std::vector<int64_t> cell(tokens, -1);
+    for (int64_t b = 0; b < p.batch; ++b) {
+        int64_t left = p.width;
+        for (int64_t n = (b + 1) * p.seq_len - 1; n >= b * p.seq_len; --n)
+            if (p.leader_of[n] == n) {
+                if (--left < 0) return fail("plan: width must hold the tokens of every sample");
+                p.kept_index[b * p.width + left] = n - b * p.seq_len, p.real[b * p.width + left] = 1;
+                cell[n] = b * p.width + left;
+            }
+        for (; left > 0; --left) p.kept_index[b * p.width + left - 1] = -1, p.real[b * p.width + left - 1] = 0;
+    }
+    for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t n = b * p.seq_len; n < (b + 1) * p.seq_len; ++n) {
+            const int64_t found = p.leader_of[n] < 0 ? -1 : cell[p.leader_of[n]];
+            p.source[n] = found < 0 ? b * p.width : found;
+            p.slot_of[n] = found < 0 ? -1 : found - b * p.width;
+            if (found >= 0) ++p.offsets[found + 1];
+        }
+    for (int64_t n = 0; n < tokens; ++n) p.alone[n] = p.slot_of[n] >= 0 && p.offsets[p.source[n] + 1] == 1;
+    for (int64_t i = 0; i < cells; ++i) p.offsets[i + 1] += p.offsets[i];
+    std::vector<int32_t> next(p.offsets, p.offsets + cells);
+    for (int64_t n = 0; n < tokens; ++n)
+        if (p.slot_of[n] >= 0) p.members[next[p.source[n]]++] = static_cast<int32_t>(n);
+    return p.offsets[cells];
+}
+
+}  // namespace crop
