@@ -162,8 +162,11 @@ class Work:
             run()
 
     def encoded(self) -> float:
-        """Share that the encoder gets."""
+        """Share that the encoder gets; 1 where tokens leave at a late layer of it."""
         planner = Planner(self.model, CONTENDERS["all"], REGION, self.processor, self.picture.size)
+        tower = planner.family.vision_tower(planner.family.base(self.model))
+        if planner.encoder.layers(tower):
+            return 1.0
         return encoded_share([image.encoding for image in planner.plan(self.inputs()).images])
 
 

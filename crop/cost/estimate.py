@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from crop.cost.encoder import EncoderGeometry
 from crop.cost.geometry import DecoderGeometry
-from crop.cost.speed import Speed, measure_speed
+from crop.cost.speed import Speed, layer_host_seconds, measure_speed
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pieces import Encoding, Pieces
 from crop.geometry.region import Region
@@ -35,6 +35,7 @@ class Cost:
         kv_bytes: keys and values of all samples after it.
         encoder_seconds, decoder_seconds: predicted, the patch's own work included in the latter; NaN for a model on the meta
             device, which cannot be timed.
+        launched: decoder layers that take as long as the host takes to launch them, because the device is quicker.
     """
 
     tokens: list[float]
@@ -43,6 +44,7 @@ class Cost:
     kv_bytes: int
     encoder_seconds: float
     decoder_seconds: float
+    launched: int = 0
 
     @property
     def flops(self) -> float:
@@ -93,6 +95,7 @@ def estimate(
     image_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
     localizer: Any = None,
     localizer_seconds: float = 0.0,
+    host_seconds: float | None = None,
     plan: bool = True,
 ) -> Estimate:
     """Predict what pruning one prompt saves; nothing runs on the model.
@@ -105,6 +108,8 @@ def estimate(
             parts of decoder layers, which it skips, included, and the encoder unless ``cache_vision`` lets look and answer
             share it: where both see all of the same picture. Needs ``image_size``.
         localizer_seconds: what finding the region costs beside that, to be earned back.
+        host_seconds: in which the host launches one decoder layer, which takes the longer of host and device; 0 for a
+            captured graph. None: ``EAGER_LAYER`` or ``COMPILED_LAYER`` of ``crop.cost.speed`` on a GPU, 0 on a CPU.
         plan: removed, must stay True.
     Returns:
         Estimate: of encoder and decoder. Tokens and FLOPs are exact (those of sliding windows an upper bound), seconds come
@@ -121,7 +126,7 @@ def estimate(
     found = planner.plan(inputs)
     if found is None:
         raise ValueError("estimate: the prompt must hold an image, got none")
-    work = _Work.of(planner)
+    work = _Work.of(planner, host_seconds)
     lengths, whole = work.lengths(found), work.whole(inputs)
     real = [found.valid.sum(1).tolist()] * len(lengths)
     before = replace(work.cost(found, real, whole), tokens=[float(len(image.layout)) for image in found.images])
@@ -137,6 +142,9 @@ def estimate(
     if wanted:
         share += f" and {1000 * wanted:.1f} ms for the localizer"
         share += f", which may take {1000 * spare:.1f} ms" if spare > 0 else ""
+    if before.launched:
+        share += f"; in {before.launched} of {len(lengths)} layers the host's loop takes longer than the device"
+        share += "" if prune else ": compile the layers, or ask more at once"
     source = "predicted"
     if work.device.type == "meta":
         prune = after.flops + (look.flops if look else 0.0) < (1 - MARGIN) * before.flops
@@ -157,20 +165,22 @@ class _Everything(Method):
 
 @dataclass(frozen=True)
 class _Work:
-    """The sizes of a model, and how fast its device is."""
+    """The sizes of a model, how fast its device is, and what the host takes per decoder layer."""
 
     planner: Planner
     decoder: DecoderGeometry
     encoder: EncoderGeometry | None
     speed: Speed
     device: torch.device
+    host: float
 
     @staticmethod
-    def of(planner: Planner) -> _Work:
+    def of(planner: Planner, host: float | None) -> _Work:
         layers, model = planner.language_model, planner.model
         decoder, device = DecoderGeometry.of(layers), next(layers.layers[0].parameters()).device
         encoder = EncoderGeometry.of(planner.family, model)
-        return _Work(planner, decoder, encoder, measure_speed(decoder, device, layers.dtype), device)
+        host = layer_host_seconds(layers.layers, device) if host is None else host
+        return _Work(planner, decoder, encoder, measure_speed(decoder, device, layers.dtype), device, host)
 
     def lengths(self, plan: BatchPlan) -> list[list[int]]:
         """Of every decoder layer, tokens per sample that it sees."""
@@ -192,11 +202,13 @@ class _Work:
     def cost(self, plan: BatchPlan, lengths: Sequence[Sequence[int]], encodings: Sequence[Encoding]) -> Cost:
         """Of an encoder that gets ``encodings`` and of decoder layers that see ``lengths``; shorter samples are padded."""
         speed, size, count = self.speed, self.planner.language_model.dtype.itemsize, len(self.decoder.layers)
-        flops, seconds, held = 0.0, 0.0, 0
+        flops, seconds, held, launched = 0.0, 0.0, 0, 0
         for layer, counts in zip(self.decoder.layers, lengths, strict=False):
             flops += layer.matrix_flops(sum(map(layer.tokens, counts))) + sum(map(layer.attention_flops, counts))
-            seconds += speed.matrix_seconds(layer, len(counts) * layer.tokens(max(counts)))
-            seconds += speed.attention * len(counts) * layer.attention_flops(max(counts))
+            on_device = speed.matrix_seconds(layer, len(counts) * layer.tokens(max(counts)))
+            on_device += speed.attention * len(counts) * layer.attention_flops(max(counts))
+            seconds += max(on_device, self.host)
+            launched += on_device < self.host
             held += sum(layer.kv_bytes(count, size) for count in counts)
         # Vision layers have no triangle to spare.
         matrices = self.encoder.matrices(encodings) if encodings else []
@@ -209,6 +221,7 @@ class _Work:
             held,
             sum(speed.product_seconds(weights, rows) for weights, rows in matrices) + 2 * speed.attention * attention,
             seconds,
+            launched,
         )
 
     def look(self, localizer: Any) -> Cost:

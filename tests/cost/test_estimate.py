@@ -107,7 +107,7 @@ def test_what_the_host_takes_to_launch_is_the_floor(monkeypatch: pytest.MonkeyPa
 
     alone, eight, graph = asked(1, host), asked(8, host), asked(1, 0.0)
     assert (alone.prune, eight.prune, graph.prune) == (False, True, True)
-    assert alone.before.seconds == pytest.approx(len(layers) * host) and alone.before.launched == len(layers)
+    assert alone.before.decoder_seconds == pytest.approx(len(layers) * host) and alone.before.launched == len(layers)
     assert "compile the layers" in alone.advice and "host" not in eight.advice + graph.advice
     assert asked(1, host / 8).prune  # compiled
 

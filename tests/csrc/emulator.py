@@ -129,7 +129,8 @@ def load(path: Path) -> ctypes.CDLL:
 def _module(flavour: str) -> tuple[Any, ctypes.CDLL]:
     kernels = tuple(sorted(path for path in CSRC.rglob("*.cu") if path.stem != "cuda_error"))
     wraps = tuple(f"-Wl,--wrap=launch_{name}" for name in OPERATORS)
-    path = build(flavour, kernels, (CSRC / "bindings.cpp", HERE / "operators.cpp"), wraps)
+    host = (CSRC / "bindings.cpp", *sorted((CSRC / "host").glob("*.cpp")), HERE / "operators.cpp")
+    path = build(flavour, kernels, host, wraps)
     spec = importlib.util.spec_from_file_location(f"crop_emulated_{flavour}._C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

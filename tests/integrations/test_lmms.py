@@ -94,8 +94,7 @@ def test_what_a_sample_took_is_written_beside_it(lmms, ask, early):
     assert isinstance(model.localizer, crop.CoarseLocalizer) == model.method.encodes == early
     counts = ask(model, [(question.text, [scene.image])], {"max_new_tokens": 5})[0].token_counts
     found = counts.to_dict()
-    prompt = embedded.prompt(question.text)
-    inputs = model.asker.processor(images=scene.image, text=prompt, return_tensors="pt")
+    inputs = model.asker.processor(images=scene.image, text=embedded.prompt(question.text), return_tensors="pt")
     assert found["input_tokens"] == inputs["input_ids"].shape[1]
     with crop.patch(model.asker.model, model.method, model.localizer(scene.image, question.text),
                     processor=model.asker.processor, image_size=scene.image.size) as stats:  # fmt: skip

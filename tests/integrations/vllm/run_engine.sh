@@ -35,7 +35,7 @@ fi
 commit=$(git describe --always --dirty) failed=0
 families() { # what it is called, then arguments; lines about the engine itself are left out
     echo "== $1"
-    python -m tests.integrations.vllm.engine.families "${@:2}" 2>/dev/null | { grep --line-buffered -aE "equal|Error|^  " || true; } || failed=1
+    python -m tests.integrations.vllm.engine.families "${@:2}" 2>/dev/null | { grep --line-buffered -aE "^[a-z0-9_]+ .*(equal|Error)|^  " || true; } || failed=1
 }
 {
     echo "commit $commit, $(date -u +%F), $(python -c 'import torch, transformers, vllm
@@ -45,7 +45,7 @@ print(f"vllm {vllm.__version__}, transformers {transformers.__version__}, torch 
     families "original positions" all
     families "compact positions" llava qwen2_5_vl qwen3_vl llava_next pixtral --positions compact
     families "chunked prefill" llava qwen2_5_vl --options '{"max_num_batched_tokens": 48, "disable_chunked_mm_input": false}'
-    families "bfloat16; allowed is twice what rounding does to transformers' own answers" llava qwen2_5_vl --options '{"dtype": "bfloat16"}'
+    families "bfloat16; allowed is twice what rounding does to transformers' own answers" llava qwen2_5_vl qwen3_5 --options '{"dtype": "bfloat16"}'
     export VLLM_ENABLE_V1_MULTIPROCESSING=1
     families "torch.compile" llava --options '{"enforce_eager": false}'
     families "torch.compile" qwen2_5_vl --options '{"enforce_eager": false}'

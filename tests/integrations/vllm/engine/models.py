@@ -55,6 +55,7 @@ class Model:
         size: (width, height) of pictures; others are made from it.
         published: what checkpoints say in config.json other than transformers does.
         image_token: what its tokenizer says that is, where the processor asks.
+        half: vLLM's kernels for the CPU run it in bfloat16 alone.
     """
 
     classes: str
@@ -64,6 +65,7 @@ class Model:
     size: tuple[int, int] = (72, 48)
     published: Mapping[str, Any] = field(default_factory=dict)
     image_token: str = ""
+    half: bool = False
 
 
 def llava() -> Any:
@@ -303,7 +305,7 @@ MODELS: dict[str, Model] = {
         "architectures": ["LightOnOCRForConditionalGeneration"], "model_type": "mistral3",
         "image_token_index": ID["[IMG]"],
     }),
-    "qwen3_5": Model("Qwen3_5ForConditionalGeneration", qwen3_5, QWEN3, QWEN),
+    "qwen3_5": Model("Qwen3_5ForConditionalGeneration", qwen3_5, QWEN3, QWEN, half=True),
     "qwen3_vl_moe": Model("Qwen3VLMoeForConditionalGeneration", qwen3_vl_moe, QWEN3, QWEN),
 }  # fmt: skip
 
