@@ -1,9 +1,8 @@
-"""The accuracy bench: metrics by hand, budgets met, a killed run goes on, shards join, README says what the JSON says."""
+"""The accuracy bench: metrics by hand, budgets met, a killed run goes on, shards join."""
 
 from __future__ import annotations
 
 import json
-import random
 import sys
 from contextlib import contextmanager
 from itertools import islice
@@ -15,13 +14,12 @@ from PIL import Image
 
 pytest.importorskip("tqdm")
 
-from bench import readme, worlds  # noqa: E402
+from bench import worlds  # noqa: E402
 from bench.accuracy import __main__ as command  # noqa: E402
-from bench.accuracy import data, metrics, statistics, summary, tables  # noqa: E402
+from bench.accuracy import data, metrics, summary, tables  # noqa: E402
 from bench.accuracy import run as running  # noqa: E402
 from bench.accuracy.canvas import CornerOnly, ZoomOnly, shrink, zoom, zoomed  # noqa: E402
-from bench.accuracy.contenders import BUDGETS, WholeStaysWhole, jobs  # noqa: E402
-from bench.headline import headline  # noqa: E402
+from bench.accuracy.contenders import WholeStaysWhole, jobs  # noqa: E402
 from bench.records import read_jsonl  # noqa: E402
 from bench.worlds import WORLDS  # noqa: E402
 from crop.geometry.layout import VisionLayout  # noqa: E402
@@ -329,199 +327,3 @@ def test_registered_methods_take_part(monkeypatch):
     (average, kept) = (job for job in jobs(8, (0.5,), ("mine",), kept=True) if job.contender.name == "mine")
     assert (kept.counted, kept.method.keep, kept.method.layer) == ("kept", 0.5, 2)
     assert average.method.keep == pytest.approx(1 / 3, abs=1e-6)  # two layers of eight see all
-
-
-def test_interval_covers_and_narrows():
-    rng = np.random.default_rng(1)
-    base, alone = np.ones(400), [str(n) for n in range(400)]
-    scores = (rng.random(400) < 0.8).astype(float)
-    low, high = statistics.interval(scores, base, alone)
-    few = statistics.interval(scores[:40], base[:40], alone[:40])
-    assert low < scores.mean() < high and high - low < few[1] - few[0]
-    assert statistics.interval(base, base, alone) == (1.0, 1.0)
-
-
-def test_questions_of_one_picture_count_once():
-    """Four copies of every answer say no more than one of each."""
-    scores = (np.random.default_rng(2).random(100) < 0.7).astype(float)
-    once = statistics.interval(scores, np.ones(100), [str(n) for n in range(100)])
-    copies, pictures = scores.repeat(4), [str(n // 4) for n in range(400)]
-    assert statistics.interval(copies, np.ones(400), pictures) == once
-    assert statistics.difference_interval(copies - 1, pictures) == pytest.approx([end - 1 for end in once])
-
-
-@pytest.mark.parametrize("wins,losses,p", [(0, 0, 1.0), (5, 0, 0.0625), (1, 9, 0.021484375), (6, 6, 1.0)])
-def test_exact_test_by_hand(wins, losses, p):
-    assert statistics.exact_test(np.array([1.0] * wins + [-1.0] * losses + [0.0] * 7)) == pytest.approx(p)
-
-
-def test_questions_needed_show_the_difference_as_often_as_promised():
-    """Of data sets of that size, four fifths give p < 0.05."""
-    ahead = np.array([1.0] * 12 + [-1.0] * 4 + [0.0] * 84)
-    needed, rng = statistics.questions_needed(ahead), np.random.default_rng(0)
-    shown = [statistics.exact_test(rng.choice(ahead, needed)) < 0.05 for _ in range(400)]
-    assert 150 < needed < 260 and 0.7 < np.mean(shown) < 0.88
-    assert statistics.questions_needed(np.array([1.0, -1.0, 0.0])) is None
-
-
-def test_hard_questions_are_those_that_down_sampling_gets_wrong():
-    rows = made_rows()
-    easy = [{**row, "job": "down-sampled image|0.11|average", "score": float(int(row["item"]) < 30)}
-            for row in rows if row["job"].startswith("unpruned")]  # fmt: skip
-    (cell,) = (
-        row
-        for row in summary.summarise(rows + easy, {})
-        if row["group"] == summary.HARD and row["contender"] == "uniform"
-    )
-    mine = [row["score"] for row in rows if row["job"].startswith("uniform") and int(row["item"]) >= 30]
-    assert cell["n"] == 10 and cell["score"] == pytest.approx(np.mean(mine))
-    of_all, of_hard = summary.leads(rows + easy, ["both, predicted"], ["uniform"])
-    assert summary.finalists(rows + easy, ["both, predicted"], ["uniform"]) == {
-        "unpruned|1|", "uniform|0.11|average", "both, predicted|0.11|average", "down-sampled image|0.11|average"}  # fmt: skip
-    assert (of_all["n"], of_hard["n"], of_hard["group"]) == (40, 10, summary.HARD)
-
-
-def made_rows() -> list[dict]:
-    rng, rows = random.Random(0), []
-    for job, chance in (("unpruned|1|", 1.0), ("uniform|0.11|average", 0.5), ("both, predicted|0.11|average", 0.9)):
-        for item in range(40):
-            right = float(rng.random() < chance)
-            rows.append({"job": job, "item": str(item), "picture": str(item // 2), "group": ("a", "b")[item % 2], "answer": "", "score": right,
-                         "entering": 28, "tokens": 28, "average": 28.0, "before": 256, "whole": False})  # fmt: skip
-    return rows
-
-
-def test_leads_are_paired_differences_and_the_strongest_rival_comes_first():
-    rows = made_rows()
-    weak = [{**row, "job": "random|0.11|average", "score": 0.0} for row in rows if row["job"].startswith("uniform")]
-    # A rival that answered half of the questions is compared on those.
-    lead, other = summary.leads(rows + weak[:20], ["both, predicted"], ["random", "uniform"])
-    score = {job: np.mean([row["score"] for row in rows if row["job"] == job]) for job in {row["job"] for row in rows}}
-    gap = score["both, predicted|0.11|average"] - score["uniform|0.11|average"]
-    assert (lead["contender"], lead["baseline"], lead["budget"]) == ("both, predicted", "uniform", 0.11)
-    assert (
-        lead["lead"] == pytest.approx(gap / score["unpruned|1|"], abs=1e-4)
-        and 0 < lead["low"] < lead["lead"] < lead["high"]
-    )
-    mine = [row["score"] for row in rows if row["job"].startswith("both") and int(row["item"]) < 20]
-    assert (other["baseline"], other["n"], other["lead"]) == ("random", 20, pytest.approx(np.mean(mine)))
-    assert summary.leads(rows, ["both, predicted"], ["tome"]) == []  # nobody to compare with
-
-
-def test_summary_and_time(tmp_path):
-    times = {
-        "uniform|0.11|average": {"ms": 5.0, "ratio": 0.5},
-        "both, predicted|0.11|average": {"ms": 8.0, "ratio": 0.8},
-    }
-    rows = summary.summarise(made_rows(), times)
-    found = summary.grid(rows, summary.OVERALL, "average", BUDGETS)
-    assert found["both, predicted"][0.11]["relative"] > found["uniform"][0.11]["relative"]
-    assert found["uniform"][0.11]["average"] == pytest.approx(28 / 256, abs=1e-4)
-    within = {row["contender"]: row for row in summary.at_time(rows, summary.OVERALL, (0.6, 1.0))}
-    assert within["both, predicted"]["0.6"] is None and within["both, predicted"]["1"] is not None
-    with pytest.raises(ValueError, match="unpruned model's answers"):
-        summary.summarise([row for row in made_rows() if not row["job"].startswith("unpruned")], {})
-    pytest.importorskip("matplotlib")
-    for axis in ("average", "time"):
-        summary.plot(rows, summary.OVERALL, tmp_path / f"{axis}.png", axis)
-        assert (tmp_path / f"{axis}.png").stat().st_size > 10_000
-
-
-# -------------------------------------------------------------------------------------------------------------- README
-def test_readme_says_what_the_results_say():
-    pages = [page.read_text(encoding="utf-8") for page in readme.PAGES]
-    for text in pages:
-        assert readme.rewrite(text) == text, "run python -m bench.readme"
-    for name in readme.TABLES:
-        assert any(readme.marks(name)[0] in text for text in pages), f"table {name} is made for nobody"
-
-
-def test_headline_shows_losing_rows():
-    rows = headline(readme.RESULTS)[2:]
-    assert len(rows) <= 6 and any("-4.3 points" in row for row in rows) and "times as slow" in rows[-1]
-
-
-def test_a_changed_figure_is_noticed(tmp_path):
-    rows = summary.summarise(made_rows(), {})
-    (tmp_path / "accuracy.json").write_text(json.dumps({"rows": rows}))
-    begin, end = readme.marks("accuracy")
-    made = readme.rewrite(f"before\n{begin}\n{end}\nafter\n", tmp_path)
-    assert made.startswith(f"before\n{begin}\n| % of") and made.endswith(f"|\n{end}\nafter\n")
-    assert readme.rewrite(made, tmp_path) == made
-    figure = f"{100 * summary.grid(rows, summary.OVERALL, 'average', [0.11])['uniform'][0.11]['relative']:.1f}"
-    assert figure in made
-    forged = made.replace(f"| {figure} |", "| 99.9 |")
-    assert forged != made and readme.rewrite(forged, tmp_path) == made
-
-
-def test_a_table_of_what_has_not_been_run_says_so(tmp_path):
-    begin, end = readme.marks("pages-leads")
-    assert readme.rewrite(f"{begin}\n{end}", tmp_path) == (
-        f"{begin}\nNot run yet: no pages_1.json and no pages_2.json.\n{end}"
-    )
-
-
-def content(rows: list[dict], times: dict | None = None) -> dict:
-    """A results file, as the bench writes it."""
-    made = {"rows": summary.summarise(rows, times or {}), "pictures": {"tokens": 576}}
-    return made | {"leads": summary.leads(rows, ["PLC, predicted"], ["uniform", "random"])}
-
-
-def set_of(plc: float, seed: int) -> dict:
-    """Two hundred questions: PLC right with a chance, uniform half as often, at the budgets of the second world."""
-    rng, rows = random.Random(seed), []
-    for budget in WORLDS["pages"].budgets:
-        for job, chance in (("PLC, predicted", plc), ("uniform", 0.5), ("down-sampled image", 0.3)):
-            for item in range(200):
-                rows.append({"job": f"{job}|{budget:g}|average", "item": str(item), "picture": str(item // 2),
-                             "group": ("grounding", "global")[item % 2], "answer": "", "score": float(rng.random() < chance),
-                             "entering": 576 * budget, "tokens": 64, "average": 576 * budget, "before": 576, "whole": False})  # fmt: skip
-    whole = {"entering": 576, "tokens": 576, "average": 576.0, "score": 1.0, "job": "unpruned|1|"}
-    return content([*rows, *({**row, **whole} for row in rows[:200])])
-
-
-def test_targets_are_met_or_missed_on_both_sets():
-    good, bad = set_of(1.0, 0), set_of(0.9, 1)
-    lines = tables.targets(good, good)[2:]
-    assert len(lines) == 7 and all(line.endswith("met |") for line in lines)
-    assert [line.split("|")[1].split(":")[0].strip() for line in lines[:4]] == [
-        f"{n} tokens" for n in (192, 128, 64, 32)
-    ]
-    lines = tables.targets(good, bad)[2:]
-    assert [line.endswith("met |") for line in lines] == [False] * 4 + [True] * 2 + [False]
-    assert "100.0 (100.0 to 100.0)" in lines[0] and ", uniform" in lines[4]
-
-
-def test_a_lead_holds_where_it_is_there_on_both_sets():
-    made = tables.leads_of_two(set_of(0.9, 0), set_of(0.9, 1))[2:]
-    assert len(made) == 8 and all(line.endswith("yes |") for line in made)  # four budgets, all and the hard questions
-    assert all(line.endswith("no |") for line in tables.leads_of_two(set_of(0.9, 0), set_of(0.5, 1))[2:])
-
-
-def test_tables_say_what_enters_the_decoder_and_how_many_were_asked():
-    rows = made_rows()
-    late = [{**row, "job": "fastv|0.11|average", "entering": 256} for row in rows if row["job"].startswith("uniform")]
-    few = [{**row, "job": "tome|0.11|average"} for row in rows if row["job"].startswith("uniform")][:30]
-    text = tables.accuracy(content(rows + late + few))
-    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in text}
-    assert cells["fastv"][0] == "40" and cells["fastv"][1].endswith("(100% enter)") and cells["tome"][0] == "30"
-    assert "enter" not in cells["uniform"][1]
-
-
-def test_time_includes_what_every_contender_needs():
-    rows = made_rows()
-    times = {
-        "uniform|0.11|average": {"ms": 5.0, "ratio": 0.55},
-        "both, predicted|0.11|average": {"ms": 8.0, "ratio": 0.8},
-    }
-    lines = tables.accuracy_time(content(rows, times))
-    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
-    assert (
-        cells["both, predicted"][3:] == ["-"] * 3 and cells["both, predicted"][2] != "-" and cells["uniform"][4] != "-"
-    )
-
-
-@pytest.mark.parametrize("text", ["<!-- table no-such -->\n<!-- end no-such -->", "<!-- table accuracy -->\n"])
-def test_wrong_marks_raise(text):
-    with pytest.raises(ValueError, match="rewrite: "):
-        readme.rewrite(text)

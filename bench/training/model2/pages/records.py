@@ -10,7 +10,7 @@ from PIL import Image
 from bench.training.model2.pages.names import BLOCKS, SIZE
 
 if TYPE_CHECKING:
-    from crop.region import Region
+    from crop.geometry.region import Region
 
 Box = tuple[float, float, float, float]
 Spot = tuple[float, float]
@@ -65,8 +65,8 @@ class Question:
 
     @property
     def region(self) -> Region:
-        """The boxes as a ``crop.region.Region``."""
-        from crop.region import Region
+        """The boxes as a ``crop.Region``."""
+        from crop.geometry.region import Region
 
         return Region(self.boxes)
 
@@ -121,7 +121,7 @@ def place(name: str, box: Box, clues: tuple[Run, ...] = ()) -> Question:
 
 def box_region(answer: str) -> Region | None:
     """The region that an answer of ``BOX_KIND`` names, None where it names none."""
-    from crop.region import Region
+    from crop.geometry.region import Region
 
     digits = answer.replace(" ", "")
     if len(digits) != 4 or not digits.isdecimal():
