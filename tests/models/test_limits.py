@@ -75,15 +75,27 @@ def test_the_harness_says_what_is_missing(monkeypatch):
         sample.layouts()
 
 
-def refused(model: Any, message: str, inputs: dict | None = None, method: Any = ILP, region: Any = None, **more: Any):
-    """At the door without inputs, else by the first forward, before any layer runs; nothing is left behind."""
+def refused(
+    model: Any,
+    message: str,
+    inputs: dict | None = None,
+    method: Any = ILP,
+    region: Any = None,
+    behind: str = "tower",
+    **more: Any,
+):
+    """At the door without inputs, else by the first forward, before ``behind`` runs; nothing is left behind.
+
+    What the plan has to say comes before the decoder: a plan is made while the vision tower runs.
+    """
     before, entered = snapshot(model), []
     if inputs is None:
         with pytest.raises(ValueError, match=message):
             patch(model, method, region, **more).__enter__()
     else:
-        tower = families()[model.config.model_type].vision_tower(model.model)
-        handle = tower.register_forward_pre_hook(lambda *_: entered.append(1))
+        family = families()[model.config.model_type]
+        part = family.vision_tower(model.model) if behind == "tower" else family.language_model(model).layers[0]
+        handle = part.register_forward_pre_hook(lambda *_: entered.append(1))
         with patch(model, method, region, **more), pytest.raises(ValueError, match=message):
             model(**inputs)
         handle.remove()
@@ -181,7 +193,7 @@ def test_masks_beyond_causal():
         refused(model, "needs positions='original' and cache='ragged', got cache='uniform'", cache="uniform")
     inputs = standard_batch("gemma3", "left", 1).inputs
     short = r"layer must follow a layer that sees all 63 tokens, i.e. be one of \[2\], got 3: layer 2 .* window of 20"
-    refused(gemma, short, inputs, InnerLLMPruning(keep=0.3, layer=3))
+    refused(gemma, short, inputs, InnerLLMPruning(keep=0.3, layer=3), behind="decoder")
     refused(gemma, "do_pan_and_scan .* must be off", processor=Gemma3ImageProcessorPil(do_pan_and_scan=True))
     once = make_batch(
         standard_batch("gemma3", "left", 2).samples[:1], "none"
