@@ -102,11 +102,8 @@ def test_damaged_metadata_leave_the_picture_and_its_orientation(ending, tmp_path
 def test_no_other_place_opens_pictures():
     """Elsewhere transparency, orientation and deep greys would be lost."""
     root = Path(crop.__file__).parents[1]
-    drawn = (
-        "painting.py",
-        "page.py",
-        "processor.py",
-    )  # which draw on what they are given, or show what vLLM's model sees
+    # These draw, draw on what they are given, or show what vLLM's model sees.
+    drawn = ("painting.py", "page.py", "processor.py", "stages.py")
     for file in (*root.glob("crop/**/*.py"), *root.glob("bench/**/*.py")):
         text = file.read_text(encoding="utf-8")
         assert "Image.open(" not in text or file.name == "images.py", file

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from crop import ops
+from crop import backend, ops
 from crop.ops import dispatch, reference
-from tests.support import operators as ops_cases
 from tests.support.operators import (
     NAN,
     Backend,
@@ -250,4 +249,4 @@ def test_backends() -> None:
                 ops.select(V.float(), 1)
     finally:
         reference.select = original
-    assert ops_cases.dispatch._backend.get() == "auto"
+    assert backend.chosen.get() == "auto"

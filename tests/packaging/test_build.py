@@ -91,7 +91,7 @@ C = importlib.util.module_from_spec(spec); spec.loader.exec_module(C)
 SELECT = """
 import array
 score, kept = array.array("f", [1, 3, 2]), array.array("q", [-7] * 2)
-code = C.select({cuda}, {target}, score.buffer_info()[0], 0, 0, 0, [2], kept.buffer_info()[0], 1, 3, 2)
+code = C.select({device}, {target}, score.buffer_info()[0], 0, 0, 0, [2], kept.buffer_info()[0], 1, 3, 2)
 print(code, list(kept), C.last_error())
 """
 USE = """
@@ -108,10 +108,8 @@ def test_compiler_only(source: Path, build_tools: Path, tmp_path: Path) -> None:
     assert install.ok, install.log
     assert "crop: build=cpu" in install.log
     assert "cpu_isas" in install.alone(LOAD + "print(C.build_info())")
-    assert install.alone(LOAD + SELECT.format(cuda=False, target=1)) == "0 [1, 2]"
-    assert install.alone(LOAD + SELECT.format(cuda=True, target=0)).startswith(
-        "-1 [-7, -7] crop was built without CUDA"
-    )
+    assert install.alone(LOAD + SELECT.format(device=-1, target=1)) == "0 [1, 2]"
+    assert install.alone(LOAD + SELECT.format(device=0, target=0)).startswith("-1 [-7, -7] crop was built without CUDA")
     assert install.with_torch(USE) == f"{install.packages}/crop/__init__.py True False [[1, 2]]"
     for name in ("weights", "__init__.py"):
         assert (install.packages / "crop/embedded" / name).exists()
@@ -128,11 +126,11 @@ def test_nvcc(source: Path, build_tools: Path, tmp_path: Path) -> None:
     assert "crop: build=cuda" in install.log
     assert "spilled" not in install.log
     assert install.alone(LOAD + "print(C.has_cuda, C.build_info()['cuda_archs'])") == "True 90 90+PTX"
-    assert install.alone(LOAD + SELECT.format(cuda=False, target=1)) == "0 [1, 2]"
+    assert install.alone(LOAD + SELECT.format(device=-1, target=1)) == "0 [1, 2]"
     needed = subprocess.run(["ldd", *install.packages.glob("crop/_C.*.so")], capture_output=True, text=True).stdout
     assert not re.search(r"libcudart|libcuda\.|torch", needed), needed  # the module loads without driver and toolkit
     if not Path("/dev/nvidia0").exists():
-        answer = install.alone(LOAD + SELECT.format(cuda=True, target=0))
+        answer = install.alone(LOAD + SELECT.format(device=0, target=0))
         assert re.match(r"(35|100) \[-7, -7\] CUDA error \d+: .*driver|(100) .*no CUDA-capable", answer), answer
 
 
@@ -259,7 +257,7 @@ def test_only_one_module_imports_the_kernels() -> None:
     code = [
         name for name in users if re.search(r"^[^#\n]*(import|find_spec)\S*.*crop\._C", (ROOT / name).read_text(), re.M)
     ]
-    assert code == ["crop/ops/dispatch.py"]
+    assert code == ["crop/backend.py"]
 
 
 def test_kernels_know_nothing_of_torch() -> None:
