@@ -42,6 +42,12 @@ class Look:
     past: int
     copies: int = 1
 
+    @property
+    def encoded(self) -> list[Encoding | None]:
+        """``encodings``, one per image of all copies."""
+        owners = [sample for sample, _ in self.images]
+        return [one for _, one in _repeated(list(zip(owners, self.encodings, strict=True)), self.copies)]
+
     def repeated(self, copies: int) -> Look:
         """The same for so many copies of every sample."""
         return replace(self, valid=self.valid.repeat_interleave(copies, 0), copies=copies)
@@ -201,10 +207,8 @@ class Planner:
             ValueError: as ``patch``.
         """
         images = _repeated(look.images, look.copies)
-        owners = [sample for sample, _ in look.images]
-        encodings = [one for _, one in _repeated(list(zip(owners, look.encodings, strict=True)), look.copies)]
         with _on_the_host():
-            plan = plan_batch(self.method, images, self._regions(images, look.copies), look.valid, encodings)
+            plan = plan_batch(self.method, images, self._regions(images, look.copies), look.valid, look.encoded)
         filled = plan.pool is None or plan.pool.full
         if look.past and not (filled and all(step.full for step in plan.prunes.values())) and self._carries_states:
             # Fillers stand before the new tokens, where a state that is not empty decays.

@@ -188,7 +188,7 @@ class EntryHook(ModelHook):
         state.stats.add_span("plan", start, mark(HOST))
         state.later = partial(self._plan, state, look)
         if tower:
-            state.vision.encodings = by_tower_call(look.encodings)
+            state.vision.encodings = by_tower_call(look.encoded)
 
     def _plan(self, state: ForwardState, look: Look) -> None:
         start = mark(HOST)
