@@ -47,7 +47,8 @@ class EncoderGeometry:
         outside = [part for part in _matrices(tower) if id(part) not in inside]
         embedding = next(part for part in outside if not hasattr(part, "in_features"))
         outside.remove(embedding)
-        levels = getattr(model.config, "vision_feature_layer", None)
+        # An older transformers has another name for several.
+        levels = getattr(model.config, "vision_feature_layers", getattr(model.config, "vision_feature_layer", None))
         levels = len(levels) if isinstance(levels, (list, tuple)) else 1  # whose features are joined
 
         def behind(parts: list[nn.Module]) -> tuple[int, int]:
