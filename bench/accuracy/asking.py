@@ -59,13 +59,19 @@ class Run:
             save(self.json, rows, more)
 
 
-def add_options(parser: argparse.ArgumentParser, questions: int, seeds: str = "try") -> None:
-    """The options of these benches."""
-    add_world_options(parser, seeds)
+def option_parser(name: str, description: str | None, questions: int) -> argparse.ArgumentParser:
+    """The options of these benches; questions: how many by default."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.accuracy.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_world_options(parser, "try")
     parser.add_argument("--questions", type=int, default=questions)
     parser.add_argument("--batch", type=int, default=20, help="questions answered together")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the rows here")
+    return parser
 
 
 def begin(options: argparse.Namespace) -> Run:

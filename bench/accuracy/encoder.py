@@ -10,7 +10,6 @@ the picture answers.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import mean
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 import crop
-from bench.accuracy.asking import add_options, answers, begin
+from bench.accuracy.asking import answers, begin, option_parser
 from bench.accuracy.data import rendered
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
@@ -44,12 +43,7 @@ class Behind(crop.EncoderPruning):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.accuracy.encoder",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_options(parser, questions=400)
+    parser = option_parser("encoder", __doc__, questions=400)
     parser.add_argument("--rings", type=int, nargs="+", default=(1, 2))
     options = parser.parse_args()
     run = begin(options)

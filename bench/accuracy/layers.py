@@ -9,13 +9,12 @@ what all layers see on average, of the picture's tokens; pooled to the same coun
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from itertools import islice
 from statistics import mean
 
 import crop
-from bench.accuracy.asking import Reply, Run, add_options, answers, begin
+from bench.accuracy.asking import Reply, Run, answers, begin, option_parser
 from bench.accuracy.data import Item, rendered
 from crop.geometry.region import Region
 from crop.methods import InnerLLMPruning, Method, PreLLMCompression
@@ -45,12 +44,7 @@ def by_group(items: list[Item], replies: list[Reply]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.accuracy.layers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_options(parser, questions=200)
+    parser = option_parser("layers", __doc__, questions=200)
     parser.add_argument("--budgets", type=float, nargs="+", help="fractions of the tokens; default: those of the world")
     parser.add_argument("--layers", type=int, nargs="+", help="default: every layer but the first")
     parser.add_argument("--source", choices=SOURCES, default="predicted", help="of the region")

@@ -11,7 +11,6 @@ blank" keeps every token, those outside the region all alike; "a tenth of the ou
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.accuracy.asking import Around, Reply, Run, add_options, answers, begin
+from bench.accuracy.asking import Around, Reply, Run, answers, begin, option_parser
 from bench.accuracy.data import Item, rendered
 from bench.worlds import GROUNDING
 from crop.geometry.layout import VisionLayout
@@ -202,12 +201,7 @@ def sides(items: list[Item], replies: list[Reply]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.accuracy.pooling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_options(parser, questions=200)
+    parser = option_parser("pooling", __doc__, questions=200)
     parser.add_argument("--budgets", type=float, nargs="+", default=(0.2222, 0.1111))
     parser.add_argument("--asked", nargs="+", choices=("grounding", "others"), default=("grounding", "others"))
     parser.add_argument("--only", nargs="+", help="only these ways")

@@ -10,7 +10,6 @@ a guess is worth. "characters" is one minus the edit distance over the longer te
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from bench import jsonl
-from bench.accuracy.asking import Reply, add_options, answers, begin
+from bench.accuracy.asking import Reply, answers, begin, option_parser
 from bench.accuracy.data import Item
 from bench.accuracy.metrics import Box, edit_distance
 from bench.common import data_folder
@@ -111,10 +110,7 @@ def figures(items: list[Item], replies: list[Reply]) -> Iterator[dict[str, Any]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.accuracy.real", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, questions=300)
+    parser = option_parser("real", __doc__, questions=300)
     parser.add_argument("--budgets", type=float, nargs="+", default=(0.2222, 0.1111))
     options = parser.parse_args()
     run = begin(options)

@@ -10,14 +10,13 @@ questions that a part of the picture answers.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import defaultdict
 from itertools import islice
 from statistics import mean
 
 import crop
-from bench.accuracy.asking import Run, add_options, answers, begin
+from bench.accuracy.asking import Run, answers, begin, option_parser
 from bench.accuracy.boxes import QUARTER, WHOLE, anywhere, shifted
 from bench.accuracy.data import Item, rendered
 from crop.geometry.region import Region
@@ -57,12 +56,7 @@ def sources(run: Run, items: list[Item]) -> dict[str, list[Region]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.accuracy.regions",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_options(parser, questions=200)
+    parser = option_parser("regions", __doc__, questions=200)
     parser.add_argument("--keep", type=float, default=0.11)
     options = parser.parse_args()
     run = begin(options)

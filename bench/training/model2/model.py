@@ -101,7 +101,7 @@ def places() -> Tensor:
 def look_around(tower: nn.Module) -> None:
     """Start with places as sines in dimensions of their own, and with heads that look at the four neighbours.
 
-    A letter lies across up to four patches; heads would have to find the neighbours before anything is read.
+    A letter lies across up to four patches.
     """
     embeddings = tower.embeddings
     embeddings.position_embedding.weight.data.zero_()[:, : 4 * WAVES] = places()
@@ -130,11 +130,11 @@ class Aids:
     """Losses on the attention of a few heads (training only).
 
     Where the character before this one is, where the answer is, and where a character of the question or the answer's
-    next one is: without them a decoder of this size needs ten times as many questions before it reads at all.
+    next one is.
     """
 
     before, regions, spots, heads = (0, 1), (3, 5), (2, 5), 2  # decoder layers, and heads of each
-    later = 3  # ``spots`` in the last of both layers are read by heads from here on
+    later = 3  # first head for ``spots`` in a layer whose first heads look for regions
 
     def __init__(self) -> None:
         self.on = False

@@ -26,7 +26,7 @@ from bench.training.model2.pages.names import (
     SIZE,
     vocabulary,
 )
-from bench.training.model2.pages.records import Question, Run, Scene, Thing, ask, box_region
+from bench.training.model2.pages.records import Question, Run, Scene, Thing, ask
 from bench.training.model2.pages.sheet import Sheet
 
 __all__ = [
@@ -48,7 +48,6 @@ __all__ = [
     "Scene",
     "Thing",
     "box_mask",
-    "box_region",
     "patch_labels",
     "patch_of",
     "scene",

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from bench.training.model2.pages.names import BLOCKS, SIZE
-
-if TYPE_CHECKING:
-    from crop.geometry.region import Region
 
 Box = tuple[float, float, float, float]
 Spot = tuple[float, float]
@@ -63,13 +59,6 @@ class Question:
     spots: tuple[Spot, ...] = ()
     clues: tuple[Spot, ...] = ()
 
-    @property
-    def region(self) -> Region:
-        """The boxes as a ``crop.Region``."""
-        from crop.geometry.region import Region
-
-        return Region(self.boxes)
-
 
 @dataclass(frozen=True)
 class Scene:
@@ -117,14 +106,3 @@ def place(name: str, box: Box, clues: tuple[Run, ...] = ()) -> Question:
     low = (int(x0 * BLOCKS), int(y0 * BLOCKS))
     high = tuple(min(BLOCKS - 1, int(v * BLOCKS - 1e-6)) for v in (x1, y1))
     return ask("box", f"what box is {name} in", "".join(map(str, (*low, *high))), box, clues=clues)
-
-
-def box_region(answer: str) -> Region | None:
-    """The region that an answer of ``BOX_KIND`` names, None where it names none."""
-    from crop.geometry.region import Region
-
-    digits = answer.replace(" ", "")
-    if len(digits) != 4 or not digits.isdecimal():
-        return None
-    x0, y0, x1, y1 = map(int, digits)
-    return Region.from_blocks(x0, y0, x1, y1, BLOCKS) if x0 <= x1 < BLOCKS and y0 <= y1 < BLOCKS else None
