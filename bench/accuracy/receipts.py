@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("--development", action="store_true", help="measure on the development part instead")
     parser.add_argument("--first", type=int, help="only so many receipts")
     parser.add_argument("--timed", type=int, default=8, help="images on which the steps are timed")
+    parser.add_argument("--threads", type=int, default=2, help="of the steps that are timed; all else has one")
     parser.add_argument("--misses", action="store_true", help="print what was missed")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "receipts.json")
     options = parser.parse_args()
@@ -290,6 +291,7 @@ def main() -> None:
     rows.append({"localizer": "ocr, given text", "question": "no text answers", "n": len(beside), "coverage": None, "containment": None,
                  "sound": None, "area": mean(region.area for region in beside), "IoU": None,
                  "whole": mean(region.is_whole for region in beside)})  # fmt: skip
+    torch.set_num_threads(options.threads)
     steps = timed(part[: options.timed + 1])
     new = steps["find the lines"] + steps["the first question"]
     attention = median(case.milliseconds for case in own)
