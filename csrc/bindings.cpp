@@ -1,4 +1,5 @@
 // crop._C: one function per launcher, pointers as integers. Repeats the checks that protect memory; crop/ops does the rest.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -191,13 +192,21 @@ int adaptive_pool_backward(int device, int64_t target, Pointer grad, Pointer tok
                   CROP_ON_CUDA(crop::launch_adaptive_pool_backward));
 }
 
-// num_tokens, center, row, col, view, kind
-using LayoutRow = std::tuple<int64_t, Pointer, Pointer, Pointer, Pointer, Pointer>;
+// VisionLayout.address: num_tokens, position, center, row, col, view, kind.
+using LayoutRow = std::tuple<int64_t, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer>;
+// PoolPlan.address: num_out, members, offsets, leader.
+using CellsRow = std::tuple<int64_t, Pointer, Pointer, Pointer>;
 using Boxes = std::vector<std::array<float, 4>>;
 
 crop::PlanLayout plan_layout(const LayoutRow& row) {
-    const auto& [num_tokens, center, rows, cols, views, kind] = row;
-    return {to<float>(center), to<int32_t>(rows), to<int32_t>(cols), to<int32_t>(views), to<uint8_t>(kind), num_tokens};
+    const auto& [num_tokens, position, center, rows, cols, views, kind] = row;
+    return {num_tokens,        to<int64_t>(position), to<float>(center), to<int32_t>(rows), to<int32_t>(cols),
+            to<int32_t>(views), to<uint8_t>(kind)};
+}
+
+crop::PlanGiven plan_given(const CellsRow& row) {
+    const auto& [num_out, members, offsets, leader] = row;
+    return {num_out, to<int32_t>(members), to<int32_t>(offsets), to<int32_t>(leader)};
 }
 
 std::vector<crop::PlanBox> plan_boxes(const Boxes& boxes) {
@@ -206,40 +215,59 @@ std::vector<crop::PlanBox> plan_boxes(const Boxes& boxes) {
     return found;
 }
 
-void plan_levels(const LayoutRow& layout, const Boxes& boxes, int ring, Pointer level) {
-    crop::plan_levels(plan_layout(layout), plan_boxes(boxes), ring, to<uint8_t>(level));
+template <class T>
+py::array_t<T> array_of(const std::vector<T>& values) {
+    return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-std::array<int64_t, 2> plan_cells(const LayoutRow& layout, const Boxes& boxes, int ring, const std::array<int, 3>& strides,
-                                  int64_t budget, Pointer members, Pointer offsets, Pointer leader, Pointer level) {
-    crop::PlanCells cells{to<int32_t>(members), to<int32_t>(offsets), to<int32_t>(leader), to<uint8_t>(level), 0, 0};
-    crop::plan_cells(plan_layout(layout), plan_boxes(boxes), ring, strides.data(), budget, cells);
-    return {cells.num_members, cells.num_out};
+void check_plan(int code) {
+    if (code) throw py::value_error(crop::last_error());
 }
 
-int plan_pooled(const LayoutRow& layout, int64_t num_out, Pointer members, Pointer offsets, Pointer leader, Pointer center,
-                Pointer row, Pointer col, Pointer view, Pointer kind) {
-    const crop::PlanCells cells{to<int32_t>(members), to<int32_t>(offsets), to<int32_t>(leader), nullptr, 0, num_out};
-    crop::PlanPooled pooled{to<float>(center), to<int32_t>(row), to<int32_t>(col), to<int32_t>(view), to<uint8_t>(kind)};
-    return crop::plan_pooled(plan_layout(layout), cells, pooled);
+py::array plan_levels(const LayoutRow& layout, const Boxes& boxes, int ring) {
+    py::array_t<uint8_t> level(std::get<0>(layout));
+    crop::plan_levels(plan_layout(layout), plan_boxes(boxes), ring, level.mutable_data());
+    return level;
 }
 
-// sample, num_tokens, num_out, position, members, offsets, leader
-using ImageRow = std::tuple<int64_t, int64_t, int64_t, Pointer, Pointer, Pointer, Pointer>;
+py::tuple plan_cells(const LayoutRow& layout, const Boxes& boxes, int ring, const std::array<int, 3>& strides, int64_t budget) {
+    const crop::PlanCells cells = crop::plan_cells(plan_layout(layout), plan_boxes(boxes), ring, strides.data(), budget);
+    return py::make_tuple(array_of(cells.members), array_of(cells.offsets), array_of(cells.leader), array_of(cells.level));
+}
 
-int plan_leaders(Pointer valid, int64_t batch, int64_t seq_len, const std::vector<ImageRow>& rows, Pointer leader_of) {
+py::tuple plan_pooled(const LayoutRow& layout, const CellsRow& cells) {
+    const py::ssize_t count = std::get<0>(cells);
+    py::array_t<float> center({count, py::ssize_t{2}});
+    py::array_t<int32_t> row(count), col(count), view(count);
+    py::array_t<uint8_t> kind(count);
+    check_plan(crop::plan_pooled(plan_layout(layout), plan_given(cells),
+                                 {center.mutable_data(), row.mutable_data(), col.mutable_data(), view.mutable_data(),
+                                  kind.mutable_data()}));
+    return py::make_tuple(center, row, col, view, kind);
+}
+
+py::tuple plan_leaders(const py::array_t<bool, py::array::c_style>& valid,
+                       const std::vector<std::tuple<int64_t, LayoutRow, CellsRow>>& rows) {
     std::vector<crop::PlanImage> images;
-    for (const auto& [sample, num_tokens, num_out, position, members, offsets, leader] : rows)
-        images.push_back({sample, num_tokens, num_out, to<int64_t>(position), to<int32_t>(members), to<int32_t>(offsets),
-                          to<int32_t>(leader)});
-    return crop::plan_leaders(to<uint8_t>(valid), batch, seq_len, images, to<int64_t>(leader_of));
+    for (const auto& [sample, layout, cells] : rows) images.push_back({sample, plan_layout(layout), plan_given(cells)});
+    const py::ssize_t batch = valid.shape(0), seq_len = valid.shape(1);
+    py::array_t<int64_t> leader_of({batch, seq_len});
+    std::vector<int64_t> counts(batch);
+    check_plan(crop::plan_leaders(valid.data(), batch, seq_len, images, leader_of.mutable_data(), counts.data()));
+    return py::make_tuple(leader_of, counts);
 }
 
-int64_t plan_pool(Pointer leader_of, int64_t batch, int64_t seq_len, int64_t width, Pointer kept_index, Pointer slot_of,
-                  Pointer source, Pointer alone, Pointer real, Pointer members, Pointer offsets) {
-    return crop::plan_pool({to<int64_t>(leader_of), batch, seq_len, width, to<int64_t>(kept_index), to<int64_t>(slot_of),
-                            to<int64_t>(source), to<uint8_t>(alone), to<uint8_t>(real), to<int32_t>(members),
-                            to<int32_t>(offsets)});
+py::tuple plan_pool(const py::array_t<int64_t, py::array::c_style>& leader_of, py::ssize_t width) {
+    const py::ssize_t batch = leader_of.shape(0), seq_len = leader_of.shape(1);
+    py::array_t<int64_t> kept_index({batch, width}), slot_of({batch, seq_len}), source(batch * seq_len);
+    py::array_t<bool> alone(batch * seq_len), real({batch, width});
+    py::array_t<int32_t> offsets(batch * width + 1);
+    std::vector<int32_t> members;
+    check_plan(crop::plan_pool(leader_of.data(), batch, seq_len, width,
+                               {kept_index.mutable_data(), slot_of.mutable_data(), source.mutable_data(), alone.mutable_data(),
+                                real.mutable_data(), offsets.mutable_data()},
+                               members));
+    return py::make_tuple(kept_index, slot_of, source, alone, real, array_of(members), offsets);
 }
 
 py::dict build_info() {

@@ -98,7 +98,8 @@ class VisionLayout:
 
     @cached_property
     def _dense(self) -> tuple[Tensor, ...]:
-        return tuple(array.contiguous() for array in (self.center, self.row, self.col, self.view, self.kind))
+        arrays = (self.position, self.center, self.row, self.col, self.view, self.kind)
+        return tuple(array.contiguous() for array in arrays)
 
     @cached_property
     def address(self) -> tuple[int, ...]:
@@ -169,9 +170,7 @@ class VisionLayout:
         if ring < 0:
             raise ValueError(f"levels: ring must be >= 0, got {ring}")
         if (planner := backend.planner()) is not None:
-            found = torch.empty(len(self), dtype=torch.uint8)
-            planner.plan_levels(self.address, region.boxes, ring, found.data_ptr())
-            return found
+            return torch.from_numpy(planner.plan_levels(self.address, region.boxes, ring))
         patch = self._patch
         inside = self._inside_patches(region)
         level = np.full(len(self), 2, dtype=np.uint8)
@@ -233,14 +232,8 @@ class VisionLayout:
         if plan.num_tokens != len(self):
             raise ValueError(f"VisionLayout.pool: plan.num_tokens must be N={len(self)}, got {plan.num_tokens}")
         if (planner := backend.planner()) is not None:
-            count = plan.num_out
-            center, kind = torch.empty(count, 2, dtype=torch.float32), torch.empty(count, dtype=torch.uint8)
-            grid = torch.empty(3, count, dtype=torch.int32).unbind()
-            cells = [array.contiguous() for array in (plan.members, plan.offsets, plan.leader)]
-            pointers = [array.data_ptr() for array in (*cells, center, *grid, kind)]
-            if planner.plan_pooled(self.address, count, *pointers):
-                raise ValueError(planner.last_error())
-            return VisionLayout(position, center, *grid, kind, self.num_original, check=False)
+            arrays = map(torch.from_numpy, planner.plan_pooled(self.address, plan.address))
+            return VisionLayout(position, *arrays, self.num_original, check=False)
         center = self.center.numpy()[plan.members.numpy()].astype(np.float64)
         mean = np.zeros((plan.num_out, 2))
         if plan.num_out:

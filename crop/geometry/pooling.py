@@ -28,7 +28,7 @@ class PoolPlan:
         leader: (num_out,) int32, strictly ascending: whose position ids the pooled token takes.
         level: (num_out,) uint8 level of the cell: 0 region, 1 ring, 2 outside.
         num_tokens: number of tokens the plan applies to.
-        check: False skips reading the arrays, where they are valid by construction. Arrays on
+        check: False skips the checks, where the arrays are valid by construction. Arrays on
             another device than the CPU are never read back.
     Raises:
         ValueError: the arrays contradict each other. TypeError: wrong dtype.
@@ -43,6 +43,8 @@ class PoolPlan:
     check: InitVar[bool] = True
 
     def __post_init__(self, check: bool) -> None:
+        if not check:
+            return
         for name in ("members", "offsets", "leader", "level"):
             array, dtype = getattr(self, name), torch.uint8 if name == "level" else torch.int32
             if array.dtype != dtype or array.dim() != 1:
@@ -52,7 +54,7 @@ class PoolPlan:
                 "PoolPlan: leader and level must have one entry per cell, len(offsets) - 1 = "
                 f"{len(self.offsets) - 1}, got {len(self.leader)} and {len(self.level)}"
             )
-        if check and self.members.is_cpu:
+        if self.members.is_cpu:
             self._check_values()
 
     def _check_values(self) -> None:
@@ -86,12 +88,21 @@ class PoolPlan:
     @property
     def num_out(self) -> int:
         """Number of cells, i.e. of pooled tokens."""
-        return len(self.leader)
+        return self.leader.shape[0]  # len() of a tensor costs as much as small work on it
 
     @property
     def is_identity(self) -> bool:
         """Whether every token is a cell of its own, so that pooling would change nothing."""
         return self.num_out == self.num_tokens
+
+    @cached_property
+    def _dense(self) -> tuple[Tensor, ...]:
+        return self.members.contiguous(), self.offsets.contiguous(), self.leader.contiguous()
+
+    @cached_property
+    def address(self) -> tuple[int, ...]:
+        """Number of cells, and where their arrays lie in memory: what compiled code takes."""
+        return (self.num_out, *(array.data_ptr() for array in self._dense))
 
     @cached_property
     def counts(self) -> Tensor:

@@ -152,9 +152,5 @@ def plan_by_budget(layout: VisionLayout, region: Region, ring: int, budget: int)
 
 def _compiled(layout: VisionLayout, region: Region, ring: int, strides: tuple[int, int, int], budget: int) -> PoolPlan:
     """Either of them in compiled code, bit for bit; budget: 0 = by strides."""
-    size = len(layout)
-    members, offsets, leader = (torch.empty(count, dtype=torch.int32) for count in (size, size + 1, size))
-    level = torch.empty(size, dtype=torch.uint8)
-    pointers = (members.data_ptr(), offsets.data_ptr(), leader.data_ptr(), level.data_ptr())
-    num_members, num_out = backend.native.plan_cells(layout.address, region.boxes, ring, strides, budget, *pointers)
-    return PoolPlan(members[:num_members], offsets[: num_out + 1], leader[:num_out], level[:num_out], size, check=False)
+    arrays = backend.native.plan_cells(layout.address, region.boxes, ring, strides, budget)
+    return PoolPlan(*map(torch.from_numpy, arrays), len(layout), check=False)

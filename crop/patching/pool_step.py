@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,19 +54,12 @@ def pool_images(
             cell = plan.inverse.long()
             leader = layout.position[plan.leader.long()][cell.clamp(min=0)]
             leader_of[sample, layout.position] = torch.where(cell >= 0, sample * seq_len + leader, -1)
+        leads = leader_of.flatten() == torch.arange(batch * seq_len)
+        counts = leads.view(batch, seq_len).sum(1).tolist()
     else:
-        leader_of = torch.empty(batch, seq_len, dtype=torch.int64)
-        valid, rows = valid.contiguous(), []
-        held = [
-            tuple(array.contiguous() for array in (layout.position, plan.members, plan.offsets, plan.leader))
-            for _, layout, plan in pooled
-        ]
-        for (sample, layout, plan), arrays in zip(pooled, held, strict=True):
-            rows.append((sample, len(layout), plan.num_out, *(array.data_ptr() for array in arrays)))
-        if planner.plan_leaders(valid.data_ptr(), batch, seq_len, rows, leader_of.data_ptr()):
-            raise ValueError(planner.last_error())
-    flat = leader_of.numpy().reshape(-1)
-    counts = (flat == np.arange(flat.size)).reshape(batch, seq_len).sum(1).tolist()
+        rows = [(sample, layout.address, plan.address) for sample, layout, plan in pooled]
+        leader_of, counts = planner.plan_leaders(valid.numpy(), rows)
+        leader_of = torch.from_numpy(leader_of)
     return pool_step(leader_of, max(counts), min(counts) == max(counts)), counts
 
 
@@ -93,17 +85,8 @@ def pool_step(leader_of: Tensor, width: int, full: bool) -> PoolStep:
 
 
 def _compiled(planner: Any, leader_of: Tensor, width: int, full: bool) -> PoolStep:
-    (batch, seq_len), size = leader_of.shape, leader_of.numel()
-    kept_index, slot_of = torch.empty(batch, width, dtype=torch.int64), torch.empty(batch, seq_len, dtype=torch.int64)
-    source, alone = torch.empty(size, dtype=torch.int64), torch.empty(size, dtype=torch.bool)
-    real, offsets = torch.empty(batch, width, dtype=torch.bool), torch.empty(batch * width + 1, dtype=torch.int32)
-    members = torch.empty(size, dtype=torch.int32)
-    found = (kept_index, slot_of, source, alone, real, members, offsets)
-    count = planner.plan_pool(
-        leader_of.contiguous().data_ptr(), batch, seq_len, width, *(array.data_ptr() for array in found)
-    )
-    if count < 0:
-        raise ValueError(planner.last_error())
-    leader, level = kept_index.flatten().int(), torch.zeros(batch * width, dtype=torch.uint8)
-    plan = PoolPlan(members[:count], offsets, leader, level, size, check=False)
+    arrays = map(torch.from_numpy, planner.plan_pool(leader_of.numpy(), width))
+    kept_index, slot_of, source, alone, real, members, offsets = arrays
+    leader, level = kept_index.flatten().int(), torch.zeros(kept_index.numel(), dtype=torch.uint8)
+    plan = PoolPlan(members, offsets, leader, level, leader_of.numel(), check=False)
     return PoolStep(plan, kept_index, slot_of, source, alone, real, full)

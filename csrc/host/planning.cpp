@@ -192,16 +192,17 @@ struct Planner {
             if (spread < sum.least) sum.least = spread, sum.leader = n;
         }
         // Cells in the order of their leaders.
-        std::vector<int32_t> rank(sums.size()), next(sums.size());
-        out.num_out = 0, out.offsets[0] = 0;
+        std::vector<int32_t> rank(sums.size());
+        out = {};
+        out.offsets.push_back(0);
         for (int64_t n = 0; n < l.num_tokens; ++n) {
             if (cell[n] < 0 || sums[cell[n]].leader != n) continue;
-            const int64_t i = out.num_out++;
-            rank[cell[n]] = static_cast<int32_t>(i), next[i] = out.offsets[i];
-            out.leader[i] = static_cast<int32_t>(n), out.level[i] = level[n];
-            out.offsets[i + 1] = out.offsets[i] + static_cast<int32_t>(sums[cell[n]].count);
+            rank[cell[n]] = static_cast<int32_t>(out.leader.size());
+            out.leader.push_back(static_cast<int32_t>(n)), out.level.push_back(level[n]);
+            out.offsets.push_back(out.offsets.back() + static_cast<int32_t>(sums[cell[n]].count));
         }
-        out.num_members = out.offsets[out.num_out];
+        out.members.resize(out.offsets.back());
+        std::vector<int32_t> next = out.offsets;
         for (int64_t n = 0; n < l.num_tokens; ++n) {
             if (cell[n] < 0) continue;
             cell[n] = rank[cell[n]];
@@ -223,7 +224,7 @@ struct Planner {
 
     // plan_by_budget, from the first plan on.
     void split(const std::vector<PlanBox>& boxes, int64_t budget, PlanCells& out, std::vector<int32_t>& cell) const {
-        const int64_t cells = out.num_out;
+        const int64_t cells = out.leader.size();
         std::vector<float> apart(cells);
         std::vector<int32_t> rank(cells);
         for (int64_t i = 0; i < cells; ++i) rank[i] = static_cast<int32_t>(i), apart[i] = distance(l, boxes, out.leader[i]);
@@ -247,7 +248,8 @@ struct Planner {
             for (int64_t n = 0; n < l.num_tokens; ++n)
                 if (chosen[label[n]]) label[n] = cells + n;
             if (spare && at < cells) {  // the next one gives up only as many members as are paid for, the nearest first
-                std::vector<int32_t> members(out.members + out.offsets[rank[at]], out.members + out.offsets[rank[at] + 1]);
+                const auto begin = out.members.begin();
+                std::vector<int32_t> members(begin + out.offsets[rank[at]], begin + out.offsets[rank[at] + 1]);
                 std::vector<float> near(l.num_tokens);
                 for (int32_t n : members) near[n] = distance(l, boxes, n);
                 std::stable_sort(members.begin(), members.end(), [&](int32_t a, int32_t b) { return near[a] < near[b]; });
@@ -264,17 +266,19 @@ void plan_levels(const PlanLayout& layout, const std::vector<PlanBox>& boxes, in
     levels(layout, Grid(layout), boxes, ring, level);
 }
 
-void plan_cells(const PlanLayout& layout, const std::vector<PlanBox>& boxes, int ring, const int strides[3],
-                int64_t budget, PlanCells& out) {
+PlanCells plan_cells(const PlanLayout& layout, const std::vector<PlanBox>& boxes, int ring, const int strides[3],
+                     int64_t budget) {
     Planner planner(layout, boxes, ring);
     int chosen[3] = {strides[0], strides[1], strides[2]};
     if (budget > 0) planner.fit(budget, chosen);
+    PlanCells out;
     std::vector<int32_t> cell;
     planner.from_labels(planner.labels(chosen), kGroups * planner.g.span() + layout.num_tokens, out, cell);
-    if (budget > 0 && out.num_out != budget) planner.split(boxes, budget, out, cell);
+    if (budget > 0 && static_cast<int64_t>(out.leader.size()) != budget) planner.split(boxes, budget, out, cell);
+    return out;
 }
 
-int plan_pooled(const PlanLayout& l, const PlanCells& cells, PlanPooled& out) {
+int plan_pooled(const PlanLayout& l, const PlanGiven& cells, const PlanPooled& out) {
     const auto strange = [&](int64_t n) { return n < 0 || n >= l.num_tokens; };
     for (int64_t c = 0; c < cells.num_out; ++c) {
         double x = 0, y = 0;
@@ -292,56 +296,61 @@ int plan_pooled(const PlanLayout& l, const PlanCells& cells, PlanPooled& out) {
     return 0;
 }
 
-int plan_leaders(const uint8_t* valid, int64_t batch, int64_t seq_len, const std::vector<PlanImage>& images,
-                 int64_t* leader_of) {
+int plan_leaders(const bool* valid, int64_t batch, int64_t seq_len, const std::vector<PlanImage>& images, int64_t* leader_of,
+                 int64_t* counts) {
     for (int64_t n = 0; n < batch * seq_len; ++n) leader_of[n] = valid[n] ? n : -1;
-    for (const PlanImage& image : images) {
-        const int64_t base = image.sample * seq_len;
-        const auto outside = [](int64_t index, int64_t count) { return index < 0 || index >= count; };
-        for (int64_t n = 0; n < image.num_tokens; ++n) {
-            if (outside(image.sample, batch) || outside(image.position[n], seq_len))
-                return fail("plan: positions must lie in the batch");
-            leader_of[base + image.position[n]] = -1;
+    const auto outside = [](int64_t index, int64_t count) { return index < 0 || index >= count; };
+    for (const auto& [sample, layout, cells] : images) {
+        const int64_t base = sample * seq_len, *position = layout.position;
+        for (int64_t n = 0; n < layout.num_tokens; ++n) {
+            if (outside(sample, batch) || outside(position[n], seq_len)) return fail("plan: positions must lie in the batch");
+            leader_of[base + position[n]] = -1;
         }
-        for (int64_t c = 0; c < image.num_out; ++c) {
-            if (outside(image.leader[c], image.num_tokens)) return fail("plan: leaders must be tokens of the image");
-            const int64_t leader = base + image.position[image.leader[c]];
-            for (int32_t i = image.offsets[c]; i < image.offsets[c + 1]; ++i) {
-                if (outside(image.members[i], image.num_tokens)) return fail("plan: members must be tokens of the image");
-                leader_of[base + image.position[image.members[i]]] = leader;
+        for (int64_t c = 0; c < cells.num_out; ++c) {
+            if (outside(cells.leader[c], layout.num_tokens)) return fail("plan: leaders must be tokens of the image");
+            const int64_t leader = base + position[cells.leader[c]];
+            for (int32_t i = cells.offsets[c]; i < cells.offsets[c + 1]; ++i) {
+                if (outside(cells.members[i], layout.num_tokens)) return fail("plan: members must be tokens of the image");
+                leader_of[base + position[cells.members[i]]] = leader;
             }
         }
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+        counts[b] = 0;
+        for (int64_t n = b * seq_len; n < (b + 1) * seq_len; ++n) counts[b] += leader_of[n] == n;
     }
     return 0;
 }
 
-int64_t plan_pool(const PlanPool& p) {
-    const int64_t tokens = p.batch * p.seq_len, cells = p.batch * p.width;
-    std::fill(p.offsets, p.offsets + cells + 1, 0);
+int plan_pool(const int64_t* leader_of, int64_t batch, int64_t seq_len, int64_t width, const PlanPool& out,
+              std::vector<int32_t>& members) {
+    const int64_t tokens = batch * seq_len, cells = batch * width;
+    std::fill(out.offsets, out.offsets + cells + 1, 0);
     std::vector<int64_t> cell(tokens, -1);
-    for (int64_t b = 0; b < p.batch; ++b) {
-        int64_t left = p.width;
-        for (int64_t n = (b + 1) * p.seq_len - 1; n >= b * p.seq_len; --n)
-            if (p.leader_of[n] == n) {
+    for (int64_t b = 0; b < batch; ++b) {
+        int64_t left = width;
+        for (int64_t n = (b + 1) * seq_len - 1; n >= b * seq_len; --n)
+            if (leader_of[n] == n) {
                 if (--left < 0) return fail("plan: width must hold the tokens of every sample");
-                p.kept_index[b * p.width + left] = n - b * p.seq_len, p.real[b * p.width + left] = 1;
-                cell[n] = b * p.width + left;
+                out.kept_index[b * width + left] = n - b * seq_len, out.real[b * width + left] = true;
+                cell[n] = b * width + left;
             }
-        for (; left > 0; --left) p.kept_index[b * p.width + left - 1] = -1, p.real[b * p.width + left - 1] = 0;
+        for (; left > 0; --left) out.kept_index[b * width + left - 1] = -1, out.real[b * width + left - 1] = false;
     }
-    for (int64_t b = 0; b < p.batch; ++b)
-        for (int64_t n = b * p.seq_len; n < (b + 1) * p.seq_len; ++n) {
-            const int64_t found = p.leader_of[n] < 0 ? -1 : cell[p.leader_of[n]];
-            p.source[n] = found < 0 ? b * p.width : found;
-            p.slot_of[n] = found < 0 ? -1 : found - b * p.width;
-            if (found >= 0) ++p.offsets[found + 1];
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t n = b * seq_len; n < (b + 1) * seq_len; ++n) {
+            const int64_t found = leader_of[n] < 0 ? -1 : cell[leader_of[n]];
+            out.source[n] = found < 0 ? b * width : found;
+            out.slot_of[n] = found < 0 ? -1 : found - b * width;
+            if (found >= 0) ++out.offsets[found + 1];
         }
-    for (int64_t n = 0; n < tokens; ++n) p.alone[n] = p.slot_of[n] >= 0 && p.offsets[p.source[n] + 1] == 1;
-    for (int64_t i = 0; i < cells; ++i) p.offsets[i + 1] += p.offsets[i];
-    std::vector<int32_t> next(p.offsets, p.offsets + cells);
+    for (int64_t n = 0; n < tokens; ++n) out.alone[n] = out.slot_of[n] >= 0 && out.offsets[out.source[n] + 1] == 1;
+    for (int64_t i = 0; i < cells; ++i) out.offsets[i + 1] += out.offsets[i];
+    std::vector<int32_t> next(out.offsets, out.offsets + cells);
+    members.resize(out.offsets[cells]);
     for (int64_t n = 0; n < tokens; ++n)
-        if (p.slot_of[n] >= 0) p.members[next[p.source[n]]++] = static_cast<int32_t>(n);
-    return p.offsets[cells];
+        if (out.slot_of[n] >= 0) members[next[out.source[n]]++] = static_cast<int32_t>(n);
+    return 0;
 }
 
 }  // namespace crop

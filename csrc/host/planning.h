@@ -6,11 +6,12 @@
 
 namespace crop {
 
-struct PlanLayout {       // VisionLayout, contiguous
-    const float* center;  // (num_tokens, 2) x, y
+struct PlanLayout {  // VisionLayout, contiguous
+    int64_t num_tokens;
+    const int64_t* position;  // (num_tokens,) in the sample
+    const float* center;      // (num_tokens, 2) x, y
     const int32_t *row, *col, *view;
     const uint8_t* kind;  // 0 patch, 1 newline, 2 padding
-    int64_t num_tokens;
 };
 
 struct PlanBox {
@@ -20,16 +21,20 @@ struct PlanBox {
 // (num_tokens,) 0 inside the region, 1 in the ring around it, 2 outside: VisionLayout.levels.
 void plan_levels(const PlanLayout& layout, const std::vector<PlanBox>& boxes, int ring, uint8_t* level);
 
-struct PlanCells {  // PoolPlan; room for num_tokens cells
-    int32_t *members, *offsets, *leader;
-    uint8_t* level;
-    int64_t num_members, num_out;
+struct PlanCells {  // PoolPlan
+    std::vector<int32_t> members, offsets, leader;
+    std::vector<uint8_t> level;
 };
 
 // Cells by three strides (inside, ring, outside), or, where budget > 0, exactly that many of the mildest: plan_by_strides and
 // plan_by_budget of crop/geometry/strides.py.
-void plan_cells(const PlanLayout& layout, const std::vector<PlanBox>& boxes, int ring, const int strides[3],
-                int64_t budget, PlanCells& out);
+PlanCells plan_cells(const PlanLayout& layout, const std::vector<PlanBox>& boxes, int ring, const int strides[3],
+                     int64_t budget);
+
+struct PlanGiven {  // PoolPlan of anyone's, contiguous
+    int64_t num_out;
+    const int32_t *members, *offsets, *leader;
+};
 
 struct PlanPooled {  // VisionLayout of pooled tokens, one per cell
     float* center;
@@ -38,32 +43,27 @@ struct PlanPooled {  // VisionLayout of pooled tokens, one per cell
 };
 
 // VisionLayout.pool: mean centre; row, col, view and kind of the leader.
-int plan_pooled(const PlanLayout& layout, const PlanCells& cells, PlanPooled& out);
+int plan_pooled(const PlanLayout& layout, const PlanGiven& cells, const PlanPooled& out);
 
 struct PlanImage {  // one pooled image of a batch
-    int64_t sample, num_tokens, num_out;
-    const int64_t* position;  // (num_tokens,) in the sample
-    const int32_t *members, *offsets, *leader;
+    int64_t sample;
+    PlanLayout layout;
+    PlanGiven cells;
 };
 
 // leader_of (batch, seq_len): flat position of the token that leads each token's cell, -1 = in none. Text leads itself.
-int plan_leaders(const uint8_t* valid, int64_t batch, int64_t seq_len, const std::vector<PlanImage>& images,
-                 int64_t* leader_of);
+// counts (batch,): how many lead one.
+int plan_leaders(const bool* valid, int64_t batch, int64_t seq_len, const std::vector<PlanImage>& images, int64_t* leader_of,
+                 int64_t* counts);
 
-// PoolStep of crop/patching/pool_step.py.
+// PoolStep of crop/patching/pool_step.py, but for the members.
 struct PlanPool {
-    const int64_t* leader_of;  // (batch, seq_len)
-    int64_t batch, seq_len, width;
-    int64_t* kept_index;       // (batch, width)
-    int64_t* slot_of;          // (batch, seq_len)
-    int64_t* source;           // (batch * seq_len,)
-    uint8_t* alone;            // (batch * seq_len,)
-    uint8_t* real;             // (batch, width)
-    int32_t* members;          // room for (batch * seq_len,)
-    int32_t* offsets;          // (batch * width + 1,)
+    int64_t *kept_index, *slot_of, *source;  // (batch, width), (batch, seq_len), (batch * seq_len,)
+    bool *alone, *real;                      // (batch * seq_len,), (batch, width)
+    int32_t* offsets;                        // (batch * width + 1,)
 };
 
-// Returns the number of members, or kBadArgument.
-int64_t plan_pool(const PlanPool& p);
+int plan_pool(const int64_t* leader_of, int64_t batch, int64_t seq_len, int64_t width, const PlanPool& out,
+              std::vector<int32_t>& members);
 
 }  // namespace crop
