@@ -192,20 +192,20 @@ int adaptive_pool_backward(int device, int64_t target, Pointer grad, Pointer tok
                   CROP_ON_CUDA(crop::launch_adaptive_pool_backward));
 }
 
-// VisionLayout.address: num_tokens, position, center, row, col, view, kind.
-using LayoutRow = std::tuple<int64_t, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer>;
-// PoolPlan.address: num_out, members, offsets, leader.
-using CellsRow = std::tuple<int64_t, Pointer, Pointer, Pointer>;
+// VisionLayout.address: num_tokens, position, center, row, col, view, kind, what keeps them.
+using LayoutRow = std::tuple<int64_t, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer, py::object>;
+// PoolPlan.address: num_out, members, offsets, leader, what keeps them.
+using CellsRow = std::tuple<int64_t, Pointer, Pointer, Pointer, py::object>;
 using Boxes = std::vector<std::array<float, 4>>;
 
 crop::PlanLayout plan_layout(const LayoutRow& row) {
-    const auto& [num_tokens, position, center, rows, cols, views, kind] = row;
+    const auto& [num_tokens, position, center, rows, cols, views, kind, kept] = row;
     return {num_tokens,        to<int64_t>(position), to<float>(center), to<int32_t>(rows), to<int32_t>(cols),
             to<int32_t>(views), to<uint8_t>(kind)};
 }
 
 crop::PlanGiven plan_given(const CellsRow& row) {
-    const auto& [num_out, members, offsets, leader] = row;
+    const auto& [num_out, members, offsets, leader, kept] = row;
     return {num_out, to<int32_t>(members), to<int32_t>(offsets), to<int32_t>(leader)};
 }
 

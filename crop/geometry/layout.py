@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import InitVar, dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,14 +98,11 @@ class VisionLayout:
         return VisionLayout(position, *arrays, self.num_original, check=False)
 
     @cached_property
-    def _dense(self) -> tuple[Tensor, ...]:
+    def address(self) -> tuple[Any, ...]:
+        """What compiled code takes: number of tokens, where their arrays lie in memory, and these arrays, to keep them."""
         arrays = (self.position, self.center, self.row, self.col, self.view, self.kind)
-        return tuple(array.contiguous() for array in arrays)
-
-    @cached_property
-    def address(self) -> tuple[int, ...]:
-        """Number of tokens, and where their arrays lie in memory: what compiled code takes."""
-        return (len(self), *(array.data_ptr() for array in self._dense))
+        dense = [array.contiguous() for array in arrays]
+        return (len(self), *(array.data_ptr() for array in dense), dense)
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

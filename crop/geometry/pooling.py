@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,13 +97,10 @@ class PoolPlan:
         return self.num_out == self.num_tokens
 
     @cached_property
-    def _dense(self) -> tuple[Tensor, ...]:
-        return self.members.contiguous(), self.offsets.contiguous(), self.leader.contiguous()
-
-    @cached_property
-    def address(self) -> tuple[int, ...]:
-        """Number of cells, and where their arrays lie in memory: what compiled code takes."""
-        return (self.num_out, *(array.data_ptr() for array in self._dense))
+    def address(self) -> tuple[Any, ...]:
+        """What compiled code takes: number of cells, where their arrays lie in memory, and these arrays, to keep them."""
+        dense = [array.contiguous() for array in (self.members, self.offsets, self.leader)]
+        return (self.num_out, *(array.data_ptr() for array in dense), dense)
 
     @cached_property
     def counts(self) -> Tensor:

@@ -91,9 +91,9 @@ class InnerLLMPruning(Method):
         num_keep = budget_of("InnerLLMPruning", self.keep, layout)
         if num_keep == len(layout):
             return None
-        priority = np.array((2, 1, 0), dtype=np.int8)[layout.levels(region, self.ring).numpy()]
-        kind = layout.kind.numpy()
-        priority[kind == PADDING] = -1
-        if num_keep > np.count_nonzero(kind != PADDING):
+        priority = 2 - layout.levels(region, self.ring).numpy().view(np.int8)
+        padding = layout.kind.numpy() == PADDING
+        priority[padding] = -1
+        if num_keep > len(layout) - np.count_nonzero(padding):
             priority += 1
         return Selection(num_keep, torch.from_numpy(priority))

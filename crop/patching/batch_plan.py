@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ class ImagePlan:
         sample: its batch row.
         layout: its tokens, input positions.
         plan: its cells, a stand-in of the right size where features decide; None: not pooled.
-        places: (num_pooled,) int64 pooled positions of its tokens after pooling.
+        pooled: its tokens after pooling, pooled positions; where features decide, of no kind: those of a stand-in say nothing.
         selections: by decoder layer, what stays there.
         by_features: what decides in the place of ``plan``, or None.
         encoding: what the encoder gets of it; None: no method leaves anything out.
@@ -43,10 +42,10 @@ class ImagePlan:
     sample: int
     layout: VisionLayout
     plan: PoolPlan | None
-    places: Tensor
+    pooled: VisionLayout
     selections: dict[int, Selection]
-    by_features: FeaturePooling | None = None
-    encoding: Encoding | None = None
+    by_features: FeaturePooling | None
+    encoding: Encoding | None
 
     @property
     def encoded(self) -> VisionLayout:
@@ -58,18 +57,10 @@ class ImagePlan:
         """(num_pooled,) input positions of the tokens that lead its cells, as planned."""
         return self.layout.position if self.plan is None else self.layout.position[self.plan.leader.long()]
 
-    @cached_property
-    def pooled(self) -> VisionLayout:
-        """Its tokens after pooling, pooled positions; where features decide, of no kind: those of a stand-in say nothing."""
-        if self.plan is None:
-            return self.layout if self.places is self.layout.position else self.layout.at(self.places)
-        found = self.layout.pool(self.plan, self.places)
-        return found if self.by_features is None else replace(found, kind=torch.full_like(found.kind, PATCH))
-
     def tokens_at(self, layer: int) -> int:
         """How many of its tokens decoder layer ``layer`` sees."""
         counts = [selection.num_keep for cut, selection in self.selections.items() if cut <= layer]
-        return counts[-1] if counts else len(self.places)
+        return counts[-1] if counts else len(self.pooled)
 
 
 @dataclass(frozen=True)
@@ -234,25 +225,22 @@ def plan_batch(
     ]
     by_features = [plan if isinstance(plan, FeaturePooling) else None for plan in made]
     plans = [plan if later is None else later.stand_in() for plan, later in zip(made, by_features, strict=True)]
-    pool, real, counts = None, valid.numpy(), None
-    places = [layout.position for _, layout in images]
+    pool, real, slot_of, found = None, valid.numpy(), None, []
     if any(plan is not None for plan in plans):
         pool, counts = pool_images(valid, images, plans)
         real, slot_of = pool.real.numpy(), pool.slot_of.numpy()
-        for number, ((sample, layout), plan) in enumerate(zip(images, plans, strict=True)):
-            leaders = layout.position.numpy() if plan is None else layout.position.numpy()[plan.leader.numpy()]
-            places[number] = torch.from_numpy(slot_of[sample, leaders])
-    found = []
-    made = zip(images, plans, places, regions, by_features, encodings, strict=True)
-    for (sample, layout), plan, after, region, later, encoding in made:
-        image = ImagePlan(sample, layout, plan, after, {}, later, encoding)
-        if method.cuts:
-            image.selections.update(_selections(method, layout if later else image.pooled, region, len(after)))
-        found.append(image)
+    else:
+        counts = real.sum(1).tolist()
+    made = zip(images, plans, regions, by_features, encodings, strict=True)
+    for (sample, layout), plan, region, later, encoding in made:
+        pooled = layout if pool is None else _pooled(layout, plan, slot_of[sample])
+        if later is not None:
+            pooled = replace(pooled, kind=torch.full_like(pooled.kind, PATCH))
+        selections = _selections(method, pooled if later is None else layout, region, len(pooled))
+        found.append(ImagePlan(sample, layout, plan, pooled, selections, later, encoding))
     text = _text_after(found, valid) if any(later is not None for later in by_features) else None
     prunes = {}
     if any(image.selections for image in found):
-        counts = real.sum(1) if counts is None else np.array(counts)
         ends = _ends(found, valid.numpy(), real.shape[1], pool is not None)
         steps = {cut.layer: _prune_step(cut, found, real, counts, ends) for cut in method.cuts}
         prunes = {layer: step for layer, step in steps.items() if step is not None}
@@ -261,7 +249,15 @@ def plan_batch(
         patches = patches_of(
             [(image.sample, image.encoded) for image in found if image.plan is not None], valid.shape[1]
         )
-    return BatchPlan(found, valid, pool, prunes, [image.places for image in found], text, patches)
+    return BatchPlan(found, valid, pool, prunes, [image.pooled.position for image in found], text, patches)
+
+
+def _pooled(layout: VisionLayout, plan: PoolPlan | None, slot_of: np.ndarray) -> VisionLayout:
+    """The tokens of an image after pooling; slot_of (seq_len,): pooled position that stands for each of its sample's."""
+    position = layout.position.numpy()
+    if plan is None:
+        return layout.at(torch.from_numpy(slot_of[position]))
+    return layout.pool(plan, torch.from_numpy(slot_of[position[plan.leader.numpy()]]))
 
 
 def _selections(method: Method, layout: VisionLayout, region: Region, count: int) -> dict[int, Selection]:
@@ -304,7 +300,7 @@ def _ends(images: Sequence[ImagePlan], valid: np.ndarray, width: int, pooled: bo
     """By sample with an image: pooled position behind the last one, and how many real tokens stand there."""
     found = {}
     for sample, image in {image.sample: image for image in images}.items():
-        end = int(image.layout.position[-1]) + 1
+        end = int(image.layout.position.numpy()[-1]) + 1
         count = np.count_nonzero(valid[sample, end:])
         # Packed to the right; text may stand behind the last token that is left.
         found[sample] = (width - count if pooled else end, count)
@@ -312,7 +308,7 @@ def _ends(images: Sequence[ImagePlan], valid: np.ndarray, width: int, pooled: bo
 
 
 def _prune_step(
-    cut: Method, images: Sequence[ImagePlan], real: np.ndarray, counts: np.ndarray, ends: dict[int, tuple[int, int]]
+    cut: Method, images: Sequence[ImagePlan], real: np.ndarray, counts: list[int], ends: dict[int, tuple[int, int]]
 ) -> PruneStep | None:
     """What a cut does. counts: real tokens of each sample."""
     layer = cut.layer
@@ -321,12 +317,12 @@ def _prune_step(
         return None
     stays, kept = real.copy(), counts.copy()
     for image in images:
-        kept[image.sample] += image.tokens_at(layer) - len(image.places)
+        kept[image.sample] += image.tokens_at(layer) - len(image.pooled)
     chosen = [(images[number], images[number].selections[layer]) for number in pruned]
     by_features = {
         row: (one.priority, one.weight) for row, (image, one) in enumerate(chosen) if image.by_features is not None
     }
-    shape = len(chosen), max(len(image.places) for image, _ in chosen)
+    shape = len(chosen), max(len(image.pooled) for image, _ in chosen)
     candidates, priority = np.full(shape, -1, dtype=np.int64), np.full(shape, -1, dtype=np.int8)
     weight = None if all(one.weight is None for _, one in chosen) else np.ones(shape, dtype=np.float32)
     for row, (image, one) in enumerate(chosen):
@@ -336,17 +332,17 @@ def _prune_step(
                 f"patch: text must follow the last image of a prompt to prune inside the decoder, "
                 f"got a prompt of sample {image.sample} that ends with an image"
             )
-        places = image.places.numpy()
-        stays[image.sample, places] = False
+        places = image.pooled.position.numpy()
+        stays[image.sample][places] = False
         candidates[row, : len(places)] = places
         # Where features decide, which of its tokens are left is decided later.
         priority[row, : len(places)] = one.priority.numpy()[: len(places)]
         if one.weight is not None:
             weight[row, : len(places)] = one.weight.numpy()[: len(places)]
-    width = int(kept.max())
+    width, full = max(kept), min(kept) == max(kept)
     sample = [image.sample for image, _ in chosen]
     rows = _scoring_rows(cut.rows, ends, real) if any(one.needs_scores for _, one in chosen) else None
-    full, entry = bool((kept == width).all()), np.arange(width)
+    begin, entry = width - np.array(kept)[:, None], np.arange(width)  # packed to the right end
     return PruneStep(
         method=cut,
         stays=torch.from_numpy(stays),
@@ -364,12 +360,11 @@ def _prune_step(
         rows=None if rows is None else torch.from_numpy(rows),
         visible=None if rows is None else torch.from_numpy(rows + 1),
         first=_first_if_contiguous(real, counts),
-        # Packed to the right end.
-        seen_from=None if full else torch.from_numpy(np.where(entry >= width - kept[:, None], entry, width)),
+        seen_from=None if full else torch.from_numpy(np.where(entry >= begin, entry, width)),
     )
 
 
-def _first_if_contiguous(real: np.ndarray, counts: np.ndarray) -> Tensor | None:
+def _first_if_contiguous(real: np.ndarray, counts: list[int]) -> Tensor | None:
     first = real.argmax(1)
     last = real.shape[1] - 1 - real[:, ::-1].argmax(1)
     return torch.from_numpy(first) if (last - first + 1 == counts).all() else None
