@@ -114,7 +114,7 @@ class BatchPlan:
         pool: the pooling, None: there is none.
         prunes: by decoder layer, the cuts at which a token leaves, ascending.
         positions: per image, (N,) int64 pooled positions of its pooled tokens.
-        text: per sample, (M,) int64 input positions of the text after its last image; None where no feature decides.
+        text: by sample with an image, (M,) int64 input positions of the text after the last one; None where no feature decides.
         patches: of the images that are pooled by ``saliency_weights``, as by ``patches_of``; None where none is.
     """
 
@@ -123,7 +123,7 @@ class BatchPlan:
     pool: PoolStep | None
     prunes: dict[int, PruneStep]
     positions: list[Tensor]
-    text: list[Tensor] | None = None
+    text: dict[int, Tensor] | None = None
     patches: Tensor | None = None
 
     @property
@@ -238,12 +238,13 @@ def plan_batch(
             pooled = replace(pooled, kind=torch.full_like(pooled.kind, PATCH))
         selections = _selections(method, pooled if later is None else layout, region, len(pooled))
         found.append(ImagePlan(sample, layout, plan, pooled, selections, later, encoding))
-    text = _text_after(found, valid) if any(later is not None for later in by_features) else None
-    prunes = {}
-    if any(image.selections for image in found):
-        ends = _ends(found, valid.numpy(), real.shape[1], pool is not None)
-        steps = {cut.layer: _prune_step(cut, found, real, counts, ends) for cut in method.cuts}
+    text, prunes = None, {}
+    if any(image.selections or image.by_features for image in found):
+        text = _text_after(images, valid.numpy())
+        rows = text if pool is None else {sample: slot_of[sample][places] for sample, places in text.items()}
+        steps = {cut.layer: _prune_step(cut, found, real, counts, rows) for cut in method.cuts}
         prunes = {layer: step for layer, step in steps.items() if step is not None}
+        text = {sample: torch.from_numpy(places) for sample, places in text.items()} if any(by_features) else None
     patches = None
     if pool is not None and method.pool_mode == "distinct":
         patches = patches_of(
@@ -260,12 +261,18 @@ def _pooled(layout: VisionLayout, plan: PoolPlan | None, slot_of: np.ndarray) ->
     return layout.pool(plan, torch.from_numpy(slot_of[position[plan.leader.numpy()]]))
 
 
+def _text_after(images: Sequence[tuple[int, VisionLayout]], valid: np.ndarray) -> dict[int, np.ndarray]:
+    """(M,) int64 positions of the text after the last image, by sample with one."""
+    ends = {sample: int(layout.position.numpy()[-1]) + 1 for sample, layout in images}
+    return {sample: np.flatnonzero(valid[sample, end:]) + end for sample, end in ends.items()}
+
+
 def _selections(method: Method, layout: VisionLayout, region: Region, count: int) -> dict[int, Selection]:
     """What each cut keeps of one image of ``count`` pooled tokens; only those cuts at which a token leaves.
 
     Where features decide the pooling, ``layout`` is the one before it, and every token must stay a candidate.
     """
-    found: dict[int, Selection] = {}
+    found, left = {}, count
     for cut in method.cuts:
         selection = cut.select(layout, region)
         if selection is not None and not isinstance(selection, Selection):
@@ -281,36 +288,18 @@ def _selections(method: Method, layout: VisionLayout, region: Region, count: int
                 )
             priority = selection.priority.clamp(min=-1)
             selection = replace(selection, priority=priority - priority.min().clamp(max=0))
-        left = [count, *(earlier.num_keep for earlier in found.values())][-1]
         if selection is not None and selection.num_keep < left:
-            # What an earlier cut left is known on the device only, so that priorities alone may not decide.
-            found[cut.layer] = replace(selection, needs_scores=selection.needs_scores or bool(found))
-    return found
-
-
-def _text_after(images: Sequence[ImagePlan], valid: Tensor) -> list[Tensor]:
-    """(M,) int64 positions of the text after the last image, per sample."""
-    begin = [0] * len(valid)
-    for image in images:
-        begin[image.sample] = int(image.layout.position[-1]) + 1
-    return [torch.nonzero(row[first:]).flatten() + first for row, first in zip(valid, begin, strict=True)]
-
-
-def _ends(images: Sequence[ImagePlan], valid: np.ndarray, width: int, pooled: bool) -> dict[int, tuple[int, int]]:
-    """By sample with an image: pooled position behind the last one, and how many real tokens stand there."""
-    found = {}
-    for sample, image in {image.sample: image for image in images}.items():
-        end = int(image.layout.position.numpy()[-1]) + 1
-        count = np.count_nonzero(valid[sample, end:])
-        # Packed to the right; text may stand behind the last token that is left.
-        found[sample] = (width - count if pooled else end, count)
+            if found and not selection.needs_scores:
+                # What an earlier cut left is known on the device only, so that priorities alone may not decide.
+                selection = replace(selection, needs_scores=True)
+            found[cut.layer], left = selection, selection.num_keep
     return found
 
 
 def _prune_step(
-    cut: Method, images: Sequence[ImagePlan], real: np.ndarray, counts: list[int], ends: dict[int, tuple[int, int]]
+    cut: Method, images: Sequence[ImagePlan], real: np.ndarray, counts: list[int], text: dict[int, np.ndarray]
 ) -> PruneStep | None:
-    """What a cut does. counts: real tokens of each sample."""
+    """What a cut does. counts: real tokens of each sample; text: by sample, pooled positions of what follows its images."""
     layer = cut.layer
     pruned = [number for number, image in enumerate(images) if layer in image.selections]
     if not pruned:
@@ -326,7 +315,7 @@ def _prune_step(
     candidates, priority = np.full(shape, -1, dtype=np.int64), np.full(shape, -1, dtype=np.int8)
     weight = None if all(one.weight is None for _, one in chosen) else np.ones(shape, dtype=np.float32)
     for row, (image, one) in enumerate(chosen):
-        if not ends[image.sample][1]:
+        if not len(text[image.sample]):
             # Nothing would ask, and the token that predicts the answer could itself be dropped.
             raise ValueError(
                 f"patch: text must follow the last image of a prompt to prune inside the decoder, "
@@ -341,8 +330,8 @@ def _prune_step(
             weight[row, : len(places)] = one.weight.numpy()[: len(places)]
     width, full = max(kept), min(kept) == max(kept)
     sample = [image.sample for image, _ in chosen]
-    rows = _scoring_rows(cut.rows, ends, real) if any(one.needs_scores for _, one in chosen) else None
-    begin, entry = width - np.array(kept)[:, None], np.arange(width)  # packed to the right end
+    rows = _scoring_rows(cut.rows, text, len(real)) if any(one.needs_scores for _, one in chosen) else None
+    entry = np.arange(width)
     return PruneStep(
         method=cut,
         stays=torch.from_numpy(stays),
@@ -350,7 +339,7 @@ def _prune_step(
         full=full,
         images=pruned,
         owners=sample,
-        sample=torch.tensor(sample),
+        sample=torch.from_numpy(np.array(sample, dtype=np.int64)),
         candidates=torch.from_numpy(candidates),
         priority=torch.from_numpy(priority),
         weight=None if weight is None else torch.from_numpy(weight),
@@ -360,7 +349,8 @@ def _prune_step(
         rows=None if rows is None else torch.from_numpy(rows),
         visible=None if rows is None else torch.from_numpy(rows + 1),
         first=_first_if_contiguous(real, counts),
-        seen_from=None if full else torch.from_numpy(np.where(entry >= begin, entry, width)),
+        # Packed to the right end.
+        seen_from=None if full else torch.from_numpy(np.where(entry >= width - np.array(kept)[:, None], entry, width)),
     )
 
 
@@ -370,11 +360,10 @@ def _first_if_contiguous(real: np.ndarray, counts: list[int]) -> Tensor | None:
     return torch.from_numpy(first) if (last - first + 1 == counts).all() else None
 
 
-def _scoring_rows(kind: str, ends: dict[int, tuple[int, int]], real: np.ndarray) -> np.ndarray:
+def _scoring_rows(kind: str, text: dict[int, np.ndarray], batch: int) -> np.ndarray:
     """Rows whose attention decides: the text after a sample's last image, or its last token alone."""
-    most = 1 if kind == "last" else max(count for _, count in ends.values())
-    rows = np.full((len(real), most), -1, dtype=np.int64)
-    for sample, (begin, _) in ends.items():
-        found = np.flatnonzero(real[sample, begin:])[-most:] + begin
-        rows[sample, : len(found)] = found
+    most = 1 if kind == "last" else max(map(len, text.values()))
+    rows = np.full((batch, most), -1, dtype=np.int64)
+    for sample, found in text.items():
+        rows[sample, : len(found)] = found[-most:]
     return rows

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <functional>
 #include <limits>
+#include <tuple>
+#include <utility>
 
 #include "../common/ops.h"
 
@@ -224,36 +226,34 @@ struct Planner {
 
     // plan_by_budget, from the first plan on.
     void split(const std::vector<PlanBox>& boxes, int64_t budget, PlanCells& out, std::vector<int32_t>& cell) const {
+        using Rank = std::tuple<uint8_t, float, int32_t>;  // group, distance, cell: the least comes first
         const int64_t cells = out.leader.size();
-        std::vector<float> apart(cells);
-        std::vector<int32_t> rank(cells);
-        for (int64_t i = 0; i < cells; ++i) rank[i] = static_cast<int32_t>(i), apart[i] = distance(l, boxes, out.leader[i]);
-        const auto of = [&](int32_t i) { return group[out.leader[i]]; };
-        std::sort(rank.begin(), rank.end(), [&](int32_t a, int32_t b) {
-            if (of(a) != of(b)) return of(a) < of(b);
-            return apart[a] != apart[b] ? apart[a] < apart[b] : a < b;
-        });
+        std::vector<Rank> order;
+        for (int64_t i = 0; i < cells; ++i) {
+            const int32_t n = out.leader[i];
+            // A cell of one has nothing to split.
+            if (cells > budget || out.offsets[i + 1] - out.offsets[i] > 1)
+                order.emplace_back(group[n], distance(l, boxes, n), static_cast<int32_t>(i));
+        }
         std::vector<int64_t> label(cell.begin(), cell.end());
         std::vector<uint8_t> chosen(cells, 0);
         if (cells > budget) {  // the last ones are dropped
-            for (int64_t i = budget; i < cells; ++i) chosen[rank[i]] = 1;
+            std::nth_element(order.begin(), order.begin() + budget, order.end());
+            for (int64_t i = budget; i < cells; ++i) chosen[std::get<2>(order[i])] = 1;
             for (int64_t& one : label) one = chosen[one] ? -1 : one;
         } else {
-            int64_t spare = budget - cells, at = 0;
-            for (; at < cells; ++at) {
-                const int64_t gain = out.offsets[rank[at] + 1] - out.offsets[rank[at]] - 1;
-                if (gain > spare) break;
-                chosen[rank[at]] = 1, spare -= gain;
-            }
-            for (int64_t n = 0; n < l.num_tokens; ++n)
-                if (chosen[label[n]]) label[n] = cells + n;
-            if (spare && at < cells) {  // the next one gives up only as many members as are paid for, the nearest first
-                const auto begin = out.members.begin();
-                std::vector<int32_t> members(begin + out.offsets[rank[at]], begin + out.offsets[rank[at] + 1]);
-                std::vector<float> near(l.num_tokens);
-                for (int32_t n : members) near[n] = distance(l, boxes, n);
-                std::stable_sort(members.begin(), members.end(), [&](int32_t a, int32_t b) { return near[a] < near[b]; });
-                for (int64_t i = 0; i < spare; ++i) label[members[i]] = cells + members[i];
+            std::make_heap(order.begin(), order.end(), std::greater<Rank>());
+            for (int64_t spare = budget - cells; spare > 0 && !order.empty(); order.pop_back()) {
+                std::pop_heap(order.begin(), order.end(), std::greater<Rank>());
+                const int32_t i = std::get<2>(order.back());
+                // All members become single tokens, or as many as are paid for, the nearest first.
+                std::vector<std::pair<float, int32_t>> near;
+                for (int32_t j = out.offsets[i]; j < out.offsets[i + 1]; ++j)
+                    near.emplace_back(distance(l, boxes, out.members[j]), out.members[j]);
+                const int64_t gain = std::min<int64_t>(spare, near.size() - 1);
+                std::nth_element(near.begin(), near.begin() + gain, near.end());
+                for (int64_t j = 0; j < gain; ++j) label[near[j].second] = cells + near[j].second;
+                spare -= gain;
             }
         }
         from_labels(label, cells + l.num_tokens, out, cell);
