@@ -104,6 +104,11 @@ struct Planner {
     const PlanLayout& l;
     const Grid g;
     std::vector<uint8_t> level, group;
+    struct Cell {  // its members ascend: `first`, and `next` of each, -1 = none
+        int32_t size = 0, first = -1, leader = -1;
+    };
+    std::vector<Cell> cells;
+    std::vector<int32_t> next;
     int64_t counts[kMaxStride + 1][kGroups];
     bool counted[kMaxStride + 1] = {};
     std::vector<int32_t> stamp;
@@ -170,46 +175,46 @@ struct Planner {
         return label;
     }
 
-    // PoolPlan.from_labels; labels are below `bound`, negative ones in no cell. cell: the cell of every token.
-    void from_labels(const std::vector<int64_t>& label, int64_t bound, PlanCells& out, std::vector<int32_t>& cell) const {
-        struct Sum {
-            int64_t count = 0, row = 0, col = 0, least = std::numeric_limits<int64_t>::max(), leader = -1;
-        };
+    // PoolPlan.from_labels: a cell of all tokens of one label, below `bound`.
+    void gather(const std::vector<int64_t>& label, int64_t bound) {
         std::vector<int32_t> number(bound, -1);
-        std::vector<Sum> sums;
-        cell.assign(l.num_tokens, -1);
-        for (int64_t n = 0; n < l.num_tokens; ++n) {
-            if (label[n] < 0) continue;
+        next.assign(l.num_tokens, -1);
+        for (int64_t n = l.num_tokens - 1; n >= 0; --n) {
             int32_t& found = number[label[n]];
-            if (found < 0) found = static_cast<int32_t>(sums.size()), sums.emplace_back();
-            cell[n] = found;
-            Sum& sum = sums[found];
-            ++sum.count, sum.row += l.row[n], sum.col += l.col[n];
+            if (found < 0) found = static_cast<int32_t>(cells.size()), cells.emplace_back();
+            add(cells[found], static_cast<int32_t>(n));
         }
-        for (int64_t n = 0; n < l.num_tokens; ++n) {
-            if (cell[n] < 0) continue;
-            Sum& sum = sums[cell[n]];
-            const int64_t dy = l.row[n] * sum.count - sum.row, dx = l.col[n] * sum.count - sum.col;
+        for (Cell& cell : cells) lead(cell);
+    }
+
+    void add(Cell& cell, int32_t n) { next[n] = cell.first, cell.first = n, ++cell.size; }
+
+    // The member nearest to the centroid, the first of equals.
+    void lead(Cell& cell) const {
+        int64_t row = 0, col = 0, least = std::numeric_limits<int64_t>::max();
+        for (int32_t n = cell.first; n >= 0; n = next[n]) row += l.row[n], col += l.col[n];
+        for (int32_t n = cell.first; n >= 0; n = next[n]) {
+            const int64_t dy = int64_t{l.row[n]} * cell.size - row, dx = int64_t{l.col[n]} * cell.size - col;
             const int64_t spread = dy * dy + dx * dx;
-            if (spread < sum.least) sum.least = spread, sum.leader = n;
+            const bool nearer = spread < least;  // not foreseeable: no branch
+            cell.leader = nearer ? n : cell.leader, least = nearer ? spread : least;
         }
-        // Cells in the order of their leaders.
-        std::vector<int32_t> rank(sums.size());
-        out = {};
+    }
+
+    // Cells in the order of their leaders.
+    PlanCells plan() const {
+        std::vector<int32_t> led(l.num_tokens, -1);
+        for (size_t i = 0; i < cells.size(); ++i)
+            if (cells[i].size) led[cells[i].leader] = static_cast<int32_t>(i);
+        PlanCells out;
         out.offsets.push_back(0);
         for (int64_t n = 0; n < l.num_tokens; ++n) {
-            if (cell[n] < 0 || sums[cell[n]].leader != n) continue;
-            rank[cell[n]] = static_cast<int32_t>(out.leader.size());
+            if (led[n] < 0) continue;
+            for (int32_t member = cells[led[n]].first; member >= 0; member = next[member]) out.members.push_back(member);
+            out.offsets.push_back(static_cast<int32_t>(out.members.size()));
             out.leader.push_back(static_cast<int32_t>(n)), out.level.push_back(level[n]);
-            out.offsets.push_back(out.offsets.back() + static_cast<int32_t>(sums[cell[n]].count));
         }
-        out.members.resize(out.offsets.back());
-        std::vector<int32_t> next = out.offsets;
-        for (int64_t n = 0; n < l.num_tokens; ++n) {
-            if (cell[n] < 0) continue;
-            cell[n] = rank[cell[n]];
-            out.members[next[cell[n]]++] = static_cast<int32_t>(n);
-        }
+        return out;
     }
 
     // Region.distance of one token.
@@ -225,38 +230,37 @@ struct Planner {
     }
 
     // plan_by_budget, from the first plan on.
-    void split(const std::vector<PlanBox>& boxes, int64_t budget, PlanCells& out, std::vector<int32_t>& cell) const {
-        using Rank = std::tuple<uint8_t, float, int32_t>;  // group, distance, cell: the least comes first
-        const int64_t cells = out.leader.size();
+    void split(const std::vector<PlanBox>& boxes, int64_t budget) {
+        using Rank = std::tuple<uint8_t, float, int32_t, size_t>;  // group, distance, leader, cell: the least comes first
+        int64_t spare = budget - static_cast<int64_t>(cells.size());
         std::vector<Rank> order;
-        for (int64_t i = 0; i < cells; ++i) {
-            const int32_t n = out.leader[i];
-            // A cell of one has nothing to split.
-            if (cells > budget || out.offsets[i + 1] - out.offsets[i] > 1)
-                order.emplace_back(group[n], distance(l, boxes, n), static_cast<int32_t>(i));
-        }
-        std::vector<int64_t> label(cell.begin(), cell.end());
-        std::vector<uint8_t> chosen(cells, 0);
-        if (cells > budget) {  // the last ones are dropped
+        for (size_t i = 0; i < cells.size(); ++i)
+            if (spare < 0 || cells[i].size > 1)
+                order.emplace_back(group[cells[i].leader], distance(l, boxes, cells[i].leader), cells[i].leader, i);
+        if (spare < 0) {  // the last ones are dropped
             std::nth_element(order.begin(), order.begin() + budget, order.end());
-            for (int64_t i = budget; i < cells; ++i) chosen[std::get<2>(order[i])] = 1;
-            for (int64_t& one : label) one = chosen[one] ? -1 : one;
-        } else {
-            std::make_heap(order.begin(), order.end(), std::greater<Rank>());
-            for (int64_t spare = budget - cells; spare > 0 && !order.empty(); order.pop_back()) {
-                std::pop_heap(order.begin(), order.end(), std::greater<Rank>());
-                const int32_t i = std::get<2>(order.back());
-                // All members become single tokens, or as many as are paid for, the nearest first.
-                std::vector<std::pair<float, int32_t>> near;
-                for (int32_t j = out.offsets[i]; j < out.offsets[i + 1]; ++j)
-                    near.emplace_back(distance(l, boxes, out.members[j]), out.members[j]);
-                const int64_t gain = std::min<int64_t>(spare, near.size() - 1);
-                std::nth_element(near.begin(), near.begin() + gain, near.end());
-                for (int64_t j = 0; j < gain; ++j) label[near[j].second] = cells + near[j].second;
-                spare -= gain;
-            }
+            for (auto one = order.begin() + budget; one != order.end(); ++one) cells[std::get<3>(*one)].size = 0;
+            return;
         }
-        from_labels(label, cells + l.num_tokens, out, cell);
+        std::make_heap(order.begin(), order.end(), std::greater<Rank>());
+        for (; spare > 0 && !order.empty(); order.pop_back()) {
+            std::pop_heap(order.begin(), order.end(), std::greater<Rank>());
+            const size_t i = std::get<3>(order.back());
+            // All but one member become single tokens, or as many as are paid for, the nearest first.
+            std::vector<std::pair<float, int32_t>> near;
+            for (int32_t n = cells[i].first; n >= 0; n = next[n]) near.emplace_back(distance(l, boxes, n), n);
+            const auto rest = near.begin() + std::min<int64_t>(spare, near.size() - 1);
+            std::nth_element(near.begin(), rest, near.end());
+            spare -= rest - near.begin();
+            for (auto one = near.begin(); one != rest; ++one) {
+                next[one->second] = -1;
+                cells.push_back({1, one->second, one->second});
+            }
+            std::sort(rest, near.end(), [](const auto& a, const auto& b) { return a.second > b.second; });
+            cells[i] = {};
+            for (auto one = rest; one != near.end(); ++one) add(cells[i], one->second);
+            lead(cells[i]);
+        }
     }
 };
 
@@ -271,11 +275,9 @@ PlanCells plan_cells(const PlanLayout& layout, const std::vector<PlanBox>& boxes
     Planner planner(layout, boxes, ring);
     int chosen[3] = {strides[0], strides[1], strides[2]};
     if (budget > 0) planner.fit(budget, chosen);
-    PlanCells out;
-    std::vector<int32_t> cell;
-    planner.from_labels(planner.labels(chosen), kGroups * planner.g.span() + layout.num_tokens, out, cell);
-    if (budget > 0 && static_cast<int64_t>(out.leader.size()) != budget) planner.split(boxes, budget, out, cell);
-    return out;
+    planner.gather(planner.labels(chosen), kGroups * planner.g.span() + layout.num_tokens);
+    if (budget > 0 && static_cast<int64_t>(planner.cells.size()) != budget) planner.split(boxes, budget);
+    return planner.plan();
 }
 
 int plan_pooled(const PlanLayout& l, const PlanGiven& cells, const PlanPooled& out) {
