@@ -42,12 +42,10 @@ class Selection:
         """Refuse what does not fit an image of these tokens: ValueError."""
         if isinstance(self.num_keep, bool) or not isinstance(self.num_keep, Integral):
             raise TypeError(f"patch: num_keep of a Selection must be an int, got {self.num_keep!r}")
-        for name in ("priority", "weight"):
-            value = getattr(self, name)
-            if value is not None and value.shape != (len(layout),):
-                raise ValueError(
-                    f"patch: {name} of a Selection must have shape ({len(layout)},), got {tuple(value.shape)}"
-                )
+        shape = (len(layout),)
+        for name, value in (("priority", self.priority), ("weight", self.weight)):
+            if value is not None and value.shape != shape:
+                raise ValueError(f"patch: {name} of a Selection must have shape {shape}, got {tuple(value.shape)}")
         priority = self.priority.numpy()
         kind, highest = self.priority.dtype, int(priority.max(initial=0))
         if kind != torch.int8 or highest == 127:  # a place above is left for what an earlier cut kept

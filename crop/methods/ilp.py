@@ -88,12 +88,12 @@ class InnerLLMPruning(Method):
             if num_keep == len(layout):
                 return None
             return Selection(num_keep, inside.to(torch.int8) * 2 - 1, needs_scores=False)
-        num_keep = budget_of("InnerLLMPruning", self.keep, layout)
-        if num_keep == len(layout):
+        count, num_keep = len(layout), budget_of("InnerLLMPruning", self.keep, layout)
+        if num_keep == count:
             return None
         priority = 2 - layout.levels(region, self.ring).numpy().view(np.int8)
         padding = layout.kind.numpy() == PADDING
         priority[padding] = -1
-        if num_keep > len(layout) - np.count_nonzero(padding):
+        if num_keep > count - np.count_nonzero(padding):
             priority += 1
         return Selection(num_keep, torch.from_numpy(priority))

@@ -53,40 +53,35 @@ std::vector<uint8_t> inside_patches(const PlanLayout& l, const std::vector<PlanB
     return inside;
 }
 
-// A square window is separable: along a row of the grid, then along a column.
-void dilate(const Grid& g, int ring, std::vector<uint8_t>& mask) {
-    std::vector<uint8_t> grown(mask.size());
-    const auto pass = [&](int64_t lines, int64_t inner, int64_t length) {  // `length` entries, `inner` apart, per line
-        grown.assign(mask.size(), 0);
+// A square window is separable: along the rows of the grid, then along its columns.
+void dilate(const Grid& g, int64_t ring, std::vector<uint8_t>& mask) {
+    std::vector<uint8_t> grown;
+    const auto pass = [&](int64_t lines, int64_t inner, int64_t length) {  // entries of a line are `inner` apart
+        grown = mask;
         for (int64_t line = 0; line < lines; ++line) {
-            const int64_t begin = line / inner * inner * length + line % inner;
-            int64_t until = 0;  // what lies before it is filled
-            for (int64_t i = 0; i < length; ++i) {
-                if (!mask[begin + i * inner]) continue;
-                for (int64_t j = std::max(until, i - ring); j < std::min(length, i + ring + 1); ++j)
-                    grown[begin + j * inner] = 1;
-                until = i + ring + 1;
+            uint8_t* __restrict to = grown.data() + line * inner * length;
+            const uint8_t* __restrict from = mask.data() + line * inner * length;
+            for (int64_t step = inner; step <= std::min(ring, length - 1) * inner; step += inner) {
+                const int64_t left = length * inner - step;
+                for (int64_t i = 0; i < left; ++i) to[i] |= from[i + step];
+                for (int64_t i = 0; i < left; ++i) to[i + step] |= from[i];
             }
         }
         mask.swap(grown);
     };
     pass(g.views * g.height, 1, g.width);
-    pass(g.views * g.width, g.width, g.height);
+    pass(g.views, g.width, g.height);
 }
 
 void levels(const PlanLayout& l, const Grid& g, const std::vector<PlanBox>& boxes, int ring, uint8_t* level) {
     const std::vector<uint8_t> inside = inside_patches(l, boxes);
-    std::vector<uint8_t> near;
-    if (ring) {
-        near.assign(g.span(), 0);
-        for (int64_t n = 0; n < l.num_tokens; ++n) near[g.at(l.view[n], l.row[n], l.col[n])] = inside[n];
-        dilate(g, ring, near);
-    }
+    std::vector<uint8_t> near(g.span(), 0);
+    for (int64_t n = 0; n < l.num_tokens; ++n) near[g.at(l.view[n], l.row[n], l.col[n])] = inside[n];
+    dilate(g, ring, near);
     bool newlines = false;
     for (int64_t n = 0; n < l.num_tokens; ++n) {
         newlines |= l.kind[n] == kNewline;
-        const bool ringed = ring && l.kind[n] == kPatch && near[g.at(l.view[n], l.row[n], l.col[n])];
-        level[n] = inside[n] ? 0 : ringed ? 1 : 2;
+        level[n] = inside[n] ? 0 : 2 - (ring && l.kind[n] == kPatch && near[g.at(l.view[n], l.row[n], l.col[n])]);
     }
     if (!newlines) return;
     std::vector<uint8_t> lowest(g.views * g.height, 2);
@@ -328,14 +323,14 @@ int plan_pool(const int64_t* leader_of, int64_t batch, int64_t seq_len, int64_t 
               std::vector<int32_t>& members) {
     const int64_t tokens = batch * seq_len, cells = batch * width;
     std::fill(out.offsets, out.offsets + cells + 1, 0);
-    std::vector<int64_t> cell(tokens, -1);
+    std::vector<int32_t> cell(tokens, -1);
     for (int64_t b = 0; b < batch; ++b) {
         int64_t left = width;
         for (int64_t n = (b + 1) * seq_len - 1; n >= b * seq_len; --n)
             if (leader_of[n] == n) {
                 if (--left < 0) return fail("plan: width must hold the tokens of every sample");
                 out.kept_index[b * width + left] = n - b * seq_len, out.real[b * width + left] = true;
-                cell[n] = b * width + left;
+                cell[n] = static_cast<int32_t>(b * width + left);
             }
         for (; left > 0; --left) out.kept_index[b * width + left - 1] = -1, out.real[b * width + left - 1] = false;
     }
@@ -346,12 +341,14 @@ int plan_pool(const int64_t* leader_of, int64_t batch, int64_t seq_len, int64_t 
             out.slot_of[n] = found < 0 ? -1 : found - b * width;
             if (found >= 0) ++out.offsets[found + 1];
         }
-    for (int64_t n = 0; n < tokens; ++n) out.alone[n] = out.slot_of[n] >= 0 && out.offsets[out.source[n] + 1] == 1;
     for (int64_t i = 0; i < cells; ++i) out.offsets[i + 1] += out.offsets[i];
     std::vector<int32_t> next(out.offsets, out.offsets + cells);
     members.resize(out.offsets[cells]);
-    for (int64_t n = 0; n < tokens; ++n)
-        if (out.slot_of[n] >= 0) members[next[out.source[n]]++] = static_cast<int32_t>(n);
+    for (int64_t n = 0; n < tokens; ++n) {
+        const int64_t found = out.source[n];
+        out.alone[n] = out.slot_of[n] >= 0 && out.offsets[found + 1] - out.offsets[found] == 1;
+        if (out.slot_of[n] >= 0) members[next[found]++] = static_cast<int32_t>(n);
+    }
     return 0;
 }
 
