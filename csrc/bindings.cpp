@@ -261,13 +261,13 @@ py::tuple plan_pool(const py::array_t<int64_t, py::array::c_style>& leader_of, p
     const py::ssize_t batch = leader_of.shape(0), seq_len = leader_of.shape(1);
     py::array_t<int64_t> kept_index({batch, width}), slot_of({batch, seq_len}), source(batch * seq_len);
     py::array_t<bool> alone(batch * seq_len), real({batch, width});
-    py::array_t<int32_t> offsets(batch * width + 1);
+    py::array_t<int32_t> offsets(batch * width + 1), leader(batch * width);
     std::vector<int32_t> members;
     check_plan(crop::plan_pool(leader_of.data(), batch, seq_len, width,
                                {kept_index.mutable_data(), slot_of.mutable_data(), source.mutable_data(), alone.mutable_data(),
-                                real.mutable_data(), offsets.mutable_data()},
+                                real.mutable_data(), offsets.mutable_data(), leader.mutable_data()},
                                members));
-    return py::make_tuple(kept_index, slot_of, source, alone, real, array_of(members), offsets);
+    return py::make_tuple(kept_index, slot_of, source, alone, real, array_of(members), offsets, leader);
 }
 
 py::dict build_info() {

@@ -101,8 +101,8 @@ class VisionLayout:
     def address(self) -> tuple[Any, ...]:
         """What compiled code takes: number of tokens, where their arrays lie in memory, and these arrays, to keep them."""
         arrays = (self.position, self.center, self.row, self.col, self.view, self.kind)
-        dense = [array.contiguous() for array in arrays]
-        return (len(self), *(array.data_ptr() for array in dense), dense)
+        dense = [*map(Tensor.contiguous, arrays)]
+        return (len(self), *map(Tensor.data_ptr, dense), dense)
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -99,8 +99,8 @@ class PoolPlan:
     @cached_property
     def address(self) -> tuple[Any, ...]:
         """What compiled code takes: number of cells, where their arrays lie in memory, and these arrays, to keep them."""
-        dense = [array.contiguous() for array in (self.members, self.offsets, self.leader)]
-        return (self.num_out, *(array.data_ptr() for array in dense), dense)
+        dense = [*map(Tensor.contiguous, (self.members, self.offsets, self.leader))]
+        return (self.num_out, *map(Tensor.data_ptr, dense), dense)
 
     @cached_property
     def counts(self) -> Tensor:

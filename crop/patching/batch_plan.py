@@ -264,7 +264,7 @@ def _pooled(layout: VisionLayout, plan: PoolPlan | None, slot_of: np.ndarray) ->
 def _text_after(images: Sequence[tuple[int, VisionLayout]], valid: np.ndarray) -> dict[int, np.ndarray]:
     """(M,) int64 positions of the text after the last image, by sample with one."""
     ends = {sample: int(layout.position.numpy()[-1]) + 1 for sample, layout in images}
-    return {sample: np.flatnonzero(valid[sample, end:]) + end for sample, end in ends.items()}
+    return {sample: valid[sample, end:].nonzero()[0] + end for sample, end in ends.items()}
 
 
 def _selections(method: Method, layout: VisionLayout, region: Region, count: int) -> dict[int, Selection]:
@@ -344,7 +344,7 @@ def _prune_step(
         priority=torch.from_numpy(priority),
         weight=None if weight is None else torch.from_numpy(weight),
         num_keep=[one.num_keep for _, one in chosen],
-        num_candidates=np.count_nonzero(priority >= 0, axis=1).tolist(),
+        num_candidates=(priority >= 0).sum(1).tolist(),
         by_features=by_features,
         rows=None if rows is None else torch.from_numpy(rows),
         visible=None if rows is None else torch.from_numpy(rows + 1),

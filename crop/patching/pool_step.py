@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,7 +87,7 @@ def pool_step(leader_of: Tensor, width: int, full: bool) -> PoolStep:
 
 def _compiled(planner: Any, leader_of: Tensor, width: int, full: bool) -> PoolStep:
     arrays = map(torch.from_numpy, planner.plan_pool(leader_of.numpy(), width))
-    kept_index, slot_of, source, alone, real, members, offsets = arrays
-    leader, level = kept_index.flatten().int(), torch.zeros(kept_index.numel(), dtype=torch.uint8)
-    plan = PoolPlan(members, offsets, leader, level, leader_of.numel(), check=False)
+    kept_index, slot_of, source, alone, real, *cells = arrays
+    level = torch.from_numpy(np.zeros(kept_index.numel(), dtype=np.uint8))
+    plan = PoolPlan(*cells, level, leader_of.numel(), check=False)
     return PoolStep(plan, kept_index, slot_of, source, alone, real, full)

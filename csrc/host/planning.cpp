@@ -341,7 +341,10 @@ int plan_pool(const int64_t* leader_of, int64_t batch, int64_t seq_len, int64_t 
             out.slot_of[n] = found < 0 ? -1 : found - b * width;
             if (found >= 0) ++out.offsets[found + 1];
         }
-    for (int64_t i = 0; i < cells; ++i) out.offsets[i + 1] += out.offsets[i];
+    for (int64_t i = 0; i < cells; ++i) {
+        out.offsets[i + 1] += out.offsets[i];
+        out.leader[i] = static_cast<int32_t>(out.kept_index[i]);
+    }
     std::vector<int32_t> next(out.offsets, out.offsets + cells);
     members.resize(out.offsets[cells]);
     for (int64_t n = 0; n < tokens; ++n) {

@@ -60,7 +60,7 @@ int plan_leaders(const bool* valid, int64_t batch, int64_t seq_len, const std::v
 struct PlanPool {
     int64_t *kept_index, *slot_of, *source;  // (batch, width), (batch, seq_len), (batch * seq_len,)
     bool *alone, *real;                      // (batch * seq_len,), (batch, width)
-    int32_t* offsets;                        // (batch * width + 1,)
+    int32_t *offsets, *leader;               // (batch * width + 1,), (batch * width,)
 };
 
 int plan_pool(const int64_t* leader_of, int64_t batch, int64_t seq_len, int64_t width, const PlanPool& out,
