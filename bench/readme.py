@@ -96,6 +96,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "first-token": _of(latency.first_token, "first_token.json"),
     "stages": _of(latency.stages, "stages.json"),
     "small": _of(latency.small, "small.json"),
+    "planning": _of(latency.planning, "planning.json"),
     "scale": _of(latency.scale, "scale.json"),
     "serving": _of(latency.serving, "serving.json"),
     "ops": _of(kernels.ops, "ops.json"),

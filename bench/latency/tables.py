@@ -140,3 +140,17 @@ def stages(content: dict[str, Any]) -> list[str]:
             ]
         )
     return markdown(["seconds", "pruned", *names, "of unpruned, %", "encoder, per share", "peak, MB"], table)
+
+
+def planning(content: dict[str, Any]) -> list[str]:
+    """Milliseconds of a plan, compiled and in numpy."""
+    table = [
+        [
+            f"{row['tokens']} tokens, batch {row['batch']}, {row['method']}",
+            _times(row["ms"]),
+            _times(row["ms"] / row["batch"]),
+            _times(row["ms in numpy"]),
+        ]
+        for row in content["rows"]
+    ]
+    return markdown(["milliseconds of one plan", "compiled", "per image", "in numpy"], table)
