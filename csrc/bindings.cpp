@@ -1,4 +1,5 @@
-// crop._C: one function per launcher, pointers as integers. Repeats the checks that protect memory; crop/ops does the rest.
+// crop._C: one function per launcher, pointers as integers; planning takes addresses and returns arrays. Repeats the checks that
+// protect memory; crop/ops does the rest.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
