@@ -95,6 +95,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "attention-pass": _of(latency.attention_pass, "prefill_576.json"),
     "first-token": _of(latency.first_token, "first_token.json"),
     "stages": _of(latency.stages, "stages.json"),
+    "stages-wide": _of(latency.stages, "stages_wide.json"),
     "small": _of(latency.small, "small.json"),
     "scale": _of(latency.scale, "scale.json"),
     "serving": _of(latency.serving, "serving.json"),

@@ -49,7 +49,8 @@ class Item:
 
     Args:
         patches: (576, 768) uint8. labels: (576, heads) uint8. shown: (576,) bool, see ``labels.shown``.
-        before: (576,) patch of the character before the first one that a patch holds, or -1.
+        before: (576,) patch of the character before the first one that a patch holds, 576: that is the first of its line,
+            -1: it holds none.
     """
 
     patches: Tensor
@@ -120,10 +121,12 @@ def encode(scene: pages.Scene) -> Item:
 
 
 def before(scene: pages.Scene) -> Tensor:
-    """(576,) patch of the character before the first one that each patch holds, -1 where there is none."""
+    """See ``Item``."""
     found = torch.full((NUM_PATCHES,), -1)
     for run in scene.runs:
         held = list(map(pages.patch_of, run.spots))
+        if held and found[held[0]] < 0:
+            found[held[0]] = NUM_PATCHES
         for left, right in itertools.pairwise(held):
             if right != left and found[right] < 0:
                 found[right] = left

@@ -25,9 +25,9 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 class Geometry:
     """Sizes of tower and decoder; heads are 32 wide."""
 
-    tower: int = 160
-    tower_layers: int = 4
-    tower_inner: int = 320
+    tower: int = 192
+    tower_layers: int = 3
+    tower_inner: int = 512
     width: int = 288
     layers: int = 12
     inner: int = 576
@@ -133,7 +133,7 @@ class Aids:
     next one is.
     """
 
-    before, regions, spots, heads = (0, 1), (3, 5), (2, 5), 2  # decoder layers, and heads of each
+    before, regions, spots, heads = (0, 1), (3, 5), (2, 5, 7), 2  # decoder layers, and heads of each
     later = 3  # first head for ``spots`` in a layer whose first heads look for regions
 
     def __init__(self) -> None:
