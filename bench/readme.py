@@ -26,7 +26,7 @@ from bench.latency import tables as latency
 from bench.localizers import tables as localizers
 
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "crop" / "integrations" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md", RESULTS / "published" / "README.md")
 
 
 def _of(make: Callable[..., list[str]], *files: str) -> Callable[[Path], list[str]]:
