@@ -22,6 +22,19 @@ SHARES = dict(zip(pages.PICTURES, (4, 5, 3, 3, 2, 4), strict=True))  # letters o
 WORDS = vocabulary()
 
 
+def called() -> tuple[Tensor, Tensor]:
+    """(vocabulary,) head of the dense labels and its class that each word calls, -1 and 0 for all others."""
+    head, number = torch.full((len(WORDS),), -1), torch.zeros(len(WORDS), dtype=torch.long)
+    for at, names in enumerate((dense.KINDS, tuple(pages.COLORS), pages.SHAPES)):
+        for i, name in enumerate(names, 1):
+            for word in {name, f"{name}s"} & set(WORDS):
+                head[WORDS[word]], number[WORDS[word]] = at, i
+    return head, number
+
+
+CALLED = called()
+
+
 @dataclass
 class Line:
     """One question and its answer as tokens.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.training.model2 import pages
-from bench.training.model2.data import Item, Reservoir, choose, keep_tokens, pack
+from bench.training.model2.data import CALLED, Item, Reservoir, choose, keep_tokens, pack
 from bench.training.model2.model import (
     AIDS,
     EARLY_LAYERS,
@@ -290,7 +290,11 @@ class Trainer:
         left = where.gather(1, left.clamp_min(0)).masked_fill(left < 0, -1)
         typed = (prefix - 1 + torch.arange(packed.ids.shape[1])).masked_fill(packed.place == 0, -1)
         before = torch.cat((torch.full((len(items), 1), -1), left, typed), 1)
-        AIDS.start(prefix, before, region, aimed, spot)
+        head, number = (table[packed.ids] for table in CALLED)
+        seen = torch.stack([i.labels for i in items])[rows, keep].transpose(1, 2)  # (B, heads, patches)
+        named = torch.zeros_like(region)
+        named[..., 1:] = (seen[rows, head.clamp_min(0)] == number[..., None]) & (head >= 0)[..., None]
+        AIDS.start(prefix, before, region, aimed, spot, named)
         hidden = text_hidden(self.model, vision, keep, packed.ids, packed.block, packed.place)
         AIDS.on = False
         asked = packed.target != -100

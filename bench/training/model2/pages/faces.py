@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 FILES = sorted((Path(__file__).parent / "faces").glob("*.ttf"))
 FACES = tuple(path.stem for path in FILES)
 NARROWEST = 0.8  # least advance in em: letters are spaced widely, a patch holds the centres of two characters at most
-SMALLEST = 13  # pixels
+SMALLEST = 16  # pixels
 PAD = 3
 
 
