@@ -29,7 +29,7 @@ class PoolPlan:
         leader: (num_out,) int32, strictly ascending: whose position ids the pooled token takes.
         level: (num_out,) uint8 level of the cell: 0 region, 1 ring, 2 outside.
         num_tokens: number of tokens the plan applies to.
-        check: False skips the checks, where the arrays are valid by construction. Arrays on
+        check: False skips reading the arrays, where they are valid by construction. Arrays on
             another device than the CPU are never read back.
     Raises:
         ValueError: the arrays contradict each other. TypeError: wrong dtype.
@@ -44,8 +44,6 @@ class PoolPlan:
     check: InitVar[bool] = True
 
     def __post_init__(self, check: bool) -> None:
-        if not check:
-            return
         for name in ("members", "offsets", "leader", "level"):
             array, dtype = getattr(self, name), torch.uint8 if name == "level" else torch.int32
             if array.dtype != dtype or array.dim() != 1:
@@ -55,7 +53,7 @@ class PoolPlan:
                 "PoolPlan: leader and level must have one entry per cell, len(offsets) - 1 = "
                 f"{len(self.offsets) - 1}, got {len(self.leader)} and {len(self.level)}"
             )
-        if self.members.is_cpu:
+        if check and self.members.is_cpu:
             self._check_values()
 
     def _check_values(self) -> None:
