@@ -115,11 +115,12 @@ def contribution(found: Mapping[str, Any], by: str, machine: str, commit: str) -
 
 
 def table(model: str, published: Path = PUBLISHED, contributed: Path = CONTRIBUTED) -> list[str]:
-    """One model: rows of others by number of tokens, and ours beside them, "not run" where nobody has run them.
+    """One model: rows of others by number of tokens, ours beside them, "not run" where nobody has run them, and the sources below.
 
     Args:
         model: name of a file of ``published``, which holds ``model``, ``columns`` (names of tasks), ``budgets`` (tokens that
-            are kept, or a share in words, with the fraction that ``keep`` takes) and ``rows`` (method, tokens, source, figures by column).
+            are kept, or a share in words, with the fraction that ``keep`` takes), ``sources`` (text by number) and ``rows`` (method,
+            tokens, source, figures by column).
         contributed: folder of files as ``contribution`` makes them.
     """
     content = json.loads((published / f"{model}.json").read_text())
@@ -137,7 +138,8 @@ def table(model: str, published: Path = PUBLISHED, contributed: Path = CONTRIBUT
             label = f"`method={one['method']}`" + (f", {one['localizer']}, by {one['by']}" if one["by"] else "")
             scores = (one["tasks"].get(names[column]) for column in content["columns"])
             out.append([label, tokens, *("not run" if s is None else f"{s['score']:g}" for s in scores)])
-    return markdown([content["title"], "tokens", *content["columns"]], out)
+    sources = [f"- [{number}] {text}" for number, text in content["sources"].items()]
+    return [*markdown([content["title"], "tokens", *content["columns"]], out), "", *sources]
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from bench.latency import tables as latency
 from bench.localizers import tables as localizers
 
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md", ROOT / "crop" / "integrations" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md", RESULTS / "published" / "README.md")
 
 
 def _of(make: Callable[..., list[str]], *files: str) -> Callable[[Path], list[str]]:
@@ -95,6 +95,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "attention-pass": _of(latency.attention_pass, "prefill_576.json"),
     "first-token": _of(latency.first_token, "first_token.json"),
     "stages": _of(latency.stages, "stages.json"),
+    "stages-wide": _of(latency.stages, "stages_wide.json"),
     "small": _of(latency.small, "small.json"),
     "scale": _of(latency.scale, "scale.json"),
     "serving": _of(latency.serving, "serving.json"),

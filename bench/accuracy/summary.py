@@ -89,12 +89,13 @@ def leads(rows: Sequence[dict[str, Any]], ours: Sequence[str], rivals: Sequence[
                     if not base:
                         continue
                     ahead = np.array([cells[name][item] - cells[rival][item] for item in items]) / base
-                    low, high = difference_interval(ahead, [picture[item] for item in items])
+                    pictures = [picture[item] for item in items]
+                    low, high = difference_interval(ahead, pictures)
                     found.append(
                         {
                             "contender": name, "budget": budget, "group": group, "n": len(items), "baseline": rival,
                             "lead": round(float(ahead.mean()), 4), "low": round(low, 4), "high": round(high, 4),
-                            "p": float(f"{exact_test(ahead):.2g}"), "needed": questions_needed(ahead),
+                            "p": float(f"{exact_test(ahead, pictures):.2g}"), "needed": questions_needed(ahead, pictures),
                         }
                     )  # fmt: skip
                 out += sorted(found, key=lambda row: row["lead"])

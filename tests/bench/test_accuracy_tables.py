@@ -38,16 +38,22 @@ def test_questions_of_one_picture_count_once():
 
 @pytest.mark.parametrize("wins,losses,p", [(0, 0, 1.0), (5, 0, 0.0625), (1, 9, 0.021484375), (6, 6, 1.0)])
 def test_exact_test_by_hand(wins, losses, p):
-    assert statistics.exact_test(np.array([1.0] * wins + [-1.0] * losses + [0.0] * 7)) == pytest.approx(p)
+    ahead = np.array([1.0] * wins + [-1.0] * losses + [0.0] * 7)
+    assert statistics.exact_test(ahead, [str(n) for n in range(len(ahead))]) == pytest.approx(p)
+    pictures = [str(n // 3) for n in range(3 * len(ahead))]  # three questions of each picture that agree count once
+    assert statistics.exact_test(ahead.repeat(3), pictures) == pytest.approx(p)
 
 
 def test_questions_needed_show_the_difference_as_often_as_promised():
     """Of data sets of that size, four fifths give p < 0.05."""
     ahead = np.array([1.0] * 12 + [-1.0] * 4 + [0.0] * 84)
-    needed, rng = statistics.questions_needed(ahead), np.random.default_rng(0)
-    shown = [statistics.exact_test(rng.choice(ahead, needed)) < 0.05 for _ in range(400)]
+    alone = [str(n) for n in range(1000)]
+    needed, rng = statistics.questions_needed(ahead, alone[:100]), np.random.default_rng(0)
+    shown = [statistics.exact_test(rng.choice(ahead, needed), alone[:needed]) < 0.05 for _ in range(400)]
     assert 150 < needed < 260 and 0.7 < np.mean(shown) < 0.88
-    assert statistics.questions_needed(np.array([1.0, -1.0, 0.0])) is None
+    copies = statistics.questions_needed(ahead.repeat(4), [str(n // 4) for n in range(400)])
+    assert 4 * (needed - 1) <= copies <= 4 * needed  # four questions that always agree say what one does
+    assert statistics.questions_needed(np.array([1.0, -1.0, 0.0]), alone[:3]) is None
 
 
 def test_hard_questions_are_those_that_down_sampling_gets_wrong():

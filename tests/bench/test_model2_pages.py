@@ -123,7 +123,7 @@ def test_placement_is_free(scenes):
     share = np.bincount(places, minlength=pages.PATCH) / len(places)
     assert share.min() > 0.03 and share.max() < 0.12
     heights = [run.box[3] - run.box[1] for s in scenes for run in s.runs]
-    assert min(heights) <= 13 and max(heights) > 24
+    assert min(heights) <= 16 and max(heights) > 24
 
 
 def test_words_run_over_several_patches(scenes):

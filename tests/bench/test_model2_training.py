@@ -151,14 +151,26 @@ def test_aids_are_lowest_where_heads_look_at_what_they_should():
     aids = model.Aids()
     spot = torch.tensor([[1, -1]])
     nothing = torch.full((1, 4), -1)
-    aids.start(2, nothing, torch.zeros(1, 2, 2, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.bool), spot)
+    regions, named = torch.zeros(2, 1, 2, 2, dtype=torch.bool)
+    named[0, 1, 0] = True  # the second row's word calls what the first key shows
+    aids.start(2, nothing, regions, torch.zeros(1, 2, dtype=torch.bool), spot, named)
     mask, key = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril(), torch.eye(4)[None, None].expand(1, 5, 4, 4)
     right = torch.zeros(1, 5, 4, 4)
-    right[:, :, 2, 1] = 50.0
+    right[:, :, 2, 1] = right[:, 3:, 3, 0] = 50.0
     aids.collect(2, right, key, mask, 1.0)
-    assert float(aids.losses["spot2"]) < 1e-6
+    assert float(aids.losses["spot2"]) < 1e-6 and float(aids.losses["word2"]) < 1e-6
     aids.collect(2, right.roll(1, 3), key, mask, 1.0)
-    assert float(aids.losses["spot2"]) == 12.0
+    assert float(aids.losses["spot2"]) == 12.0 and float(aids.losses["word2"]) == 12.0
+
+
+def test_words_call_what_patches_show(item):
+    head, number = (table[torch.tensor(data.tokens("is the red circles sign ?"))] for table in data.CALLED)
+    assert head.tolist() == [-1, -1, 1, 2, 0, -1]
+    kinds = list(model.pages.HEADS)
+    assert [kinds[h] for h in (0, 1, 2)] == ["kind", "color", "shape"]
+    assert number[2] == 1 + list(model.pages.COLORS).index("red") and number[3] == 1 + model.pages.SHAPES.index(
+        "circle"
+    )
 
 
 @torch.no_grad()

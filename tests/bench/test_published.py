@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -72,6 +73,9 @@ def test_what_cannot_be_is_named(made, where, value, message):
 def test_the_table_says_not_run_until_somebody_has(made, tmp_path):
     before = published.table("llava-1.5-7b", contributed=tmp_path)
     assert sum("not run" in line for line in before) == 4  # at every number of tokens, the unpruned model's among them
+    assert set(re.findall(r"\| \S.* \[(\d+)\] \|", "\n".join(before))) == set(
+        re.findall(r"^- \[(\d+)\]", "\n".join(before), re.M)
+    )
     (tmp_path / "one.json").write_text(json.dumps(made))
     (line,) = set(published.table("llava-1.5-7b", contributed=tmp_path)) - set(before)
     assert (
@@ -89,8 +93,12 @@ def test_every_published_number_has_a_source():
     for path in files:
         content = json.loads(path.read_text())
         assert set(content["columns"]) <= {task.name for task in published.TASKS.values()}
+        assert {str(row["source"]) for row in content["rows"]} == content["sources"].keys()
+        assert len({(row["method"], row["tokens"], row["source"]) for row in content["rows"]}) == len(content["rows"])
         for row in content["rows"]:
-            assert content["sources"][str(row["source"])] and str(row["tokens"]) in content["budgets"]
-            assert row["figures"].keys() <= set(content["columns"])
+            assert str(row["tokens"]) in content["budgets"] and row["figures"].keys() <= set(content["columns"])
+            assert row["figures"] and all(
+                0 < score <= (2800 if name == "MME" else 100) for name, score in row["figures"].items()
+            )
     for path in sorted(published.CONTRIBUTED.glob("*.json")):
         published.check(json.loads(path.read_text()))

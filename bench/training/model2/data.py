@@ -22,6 +22,19 @@ SHARES = dict(zip(pages.PICTURES, (4, 5, 3, 3, 2, 4), strict=True))  # letters o
 WORDS = vocabulary()
 
 
+def called() -> tuple[Tensor, Tensor]:
+    """(vocabulary,) head of the dense labels and its class that each word calls, -1 and 0 for all others."""
+    head, number = torch.full((len(WORDS),), -1), torch.zeros(len(WORDS), dtype=torch.long)
+    for at, names in enumerate((dense.KINDS, tuple(pages.COLORS), pages.SHAPES)):
+        for i, name in enumerate(names, 1):
+            for word in {name, f"{name}s"} & set(WORDS):
+                head[WORDS[word]], number[WORDS[word]] = at, i
+    return head, number
+
+
+CALLED = called()
+
+
 @dataclass
 class Line:
     """One question and its answer as tokens.
@@ -49,7 +62,8 @@ class Item:
 
     Args:
         patches: (576, 768) uint8. labels: (576, heads) uint8. shown: (576,) bool, see ``labels.shown``.
-        before: (576,) patch of the character before the first one that a patch holds, or -1.
+        before: (576,) patch of the character before the first one that a patch holds, 576: that is the first of its line,
+            -1: it holds none.
     """
 
     patches: Tensor
@@ -120,10 +134,12 @@ def encode(scene: pages.Scene) -> Item:
 
 
 def before(scene: pages.Scene) -> Tensor:
-    """(576,) patch of the character before the first one that each patch holds, -1 where there is none."""
+    """See ``Item``."""
     found = torch.full((NUM_PATCHES,), -1)
     for run in scene.runs:
         held = list(map(pages.patch_of, run.spots))
+        if held and found[held[0]] < 0:
+            found[held[0]] = NUM_PATCHES
         for left, right in itertools.pairwise(held):
             if right != left and found[right] < 0:
                 found[right] = left

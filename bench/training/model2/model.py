@@ -25,9 +25,9 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 class Geometry:
     """Sizes of tower and decoder; heads are 32 wide."""
 
-    tower: int = 160
-    tower_layers: int = 4
-    tower_inner: int = 320
+    tower: int = 192
+    tower_layers: int = 3
+    tower_inner: int = 512
     width: int = 288
     layers: int = 12
     inner: int = 576
@@ -129,26 +129,29 @@ def use_layers(model: nn.Module, count: int | None = None) -> list[nn.Parameter]
 class Aids:
     """Losses on the attention of a few heads (training only).
 
-    Where the character before this one is, where the answer is, and where a character of the question or the answer's
-    next one is.
+    Where the character before this one is, where the answer is, where a character of the question or the answer's next
+    one is, and where things are that are called by a word of the question, as "red" or "circle".
     """
 
-    before, regions, spots, heads = (0, 1), (3, 5), (2, 5), 2  # decoder layers, and heads of each
-    later = 3  # first head for ``spots`` in a layer whose first heads look for regions
+    before, regions, spots, words, heads = (0, 1), (3, 5), (2, 5, 7), (2,), 2  # decoder layers, and heads of each
+    later = 3  # first head of a second kind in a layer
 
     def __init__(self) -> None:
         self.on = False
 
-    def start(self, prefix: int, before: Tensor, region: Tensor, region_rows: Tensor, spot: Tensor) -> None:
+    def start(
+        self, prefix: int, before: Tensor, region: Tensor, region_rows: Tensor, spot: Tensor, named: Tensor
+    ) -> None:
         """Begin to collect.
 
         Args:
             prefix: tokens before the text. before: (B, prefix + text) key of the character before each row's, or -1.
             region: (B, text, prefix) bool keys of each row's answer. region_rows: (B, text) bool rows to supervise.
-            spot: (B, text) key of each row's character, or -1.
+            spot: (B, text) key of each row's character, or -1. named: (B, text, prefix) bool keys of what each row's word calls.
         """
         self.on, self.prefix = True, prefix
         self.before_key, self.region, self.region_rows, self.spot = before, region, region_rows, spot
+        self.named = named
         self.losses = {}
 
     def collect(self, layer: int, query: Tensor, key: Tensor, mask: Tensor, scaling: float) -> None:
@@ -162,6 +165,11 @@ class Aids:
             logits, key = logits[key >= 0], key[key >= 0]
             return logits.logsumexp(2) - logits.gather(2, key[:, None, None].expand(-1, logits.shape[1], -1))[..., 0]
 
+        def mass(first: int, keys: Tensor, rows: Tensor) -> Tensor:
+            logits, keys = scores(slice(first, first + self.heads), self.prefix)[rows], keys[rows]
+            inside = logits[..., : self.prefix].masked_fill(~keys[:, None], -1e9).logsumexp(2)
+            return logits.logsumexp(2) - inside
+
         found = {}
         if layer in self.before:
             found["before"] = named(scores(slice(0, 1), 0), self.before_key)
@@ -169,14 +177,14 @@ class Aids:
             first = self.later if layer in self.regions else 0
             found["spot"] = named(scores(slice(first, first + self.heads), self.prefix), self.spot)
         if layer in self.regions:
-            logits, region = scores(slice(0, self.heads), self.prefix)[self.region_rows], self.region[self.region_rows]
-            inside = logits[..., : self.prefix].masked_fill(~region[:, None], -1e9).logsumexp(2)
-            found["mass"] = logits.logsumexp(2) - inside
+            found["mass"] = mass(0, self.region, self.region_rows)
+        if layer in self.words:
+            found["word"] = mass(self.later, self.named, self.named.any(2))
         for name, loss in found.items():
             self.losses[f"{name}{layer}"] = loss.clamp_max(12).mean() if loss.numel() else loss.sum()
 
     def __call__(self, module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
-        if self.on and module.layer_idx in {*self.before, *self.regions, *self.spots}:
+        if self.on and module.layer_idx in {*self.before, *self.regions, *self.spots, *self.words}:
             self.collect(module.layer_idx, query, key, mask, scaling)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
         return out.transpose(1, 2).contiguous(), None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.training.model2 import pages
-from bench.training.model2.data import Item, Reservoir, choose, keep_tokens, pack
+from bench.training.model2.data import CALLED, Item, Reservoir, choose, keep_tokens, pack
 from bench.training.model2.model import (
     AIDS,
     EARLY_LAYERS,
@@ -248,10 +248,10 @@ class Trainer:
         losses = {"patch": self.options.patch * self.patch_loss(features, labels)}
         return losses | self.answer_losses(items, projector(features[pick, keep]), keep, data)
 
-    @staticmethod
-    def keep(items: list[Item], every: bool, whole: bool) -> Tensor:
+    def keep(self, items: list[Item], every: bool, whole: bool) -> Tensor:
         """(B, n) patches to keep. Their number changes from step to step, else the share of background would tell things."""
-        extra = NUM_PATCHES if every else int(8 * 32 ** torch.rand(()))
+        most = 8 if self.stage.name == "tower" else 32  # there, background teaches little
+        extra = NUM_PATCHES if every else int(8 * most ** torch.rand(()))
         return keep_tokens(torch.stack([i.needed(whole) for i in items]), extra)
 
     def tower_loss(self, items: list[Item], every: bool) -> Tensor:
@@ -262,12 +262,13 @@ class Trainer:
 
     def patch_loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the dense labels (B, n, heads), background patches weighing a tenth."""
-        logits = self.heads(F.layer_norm(features, features.shape[-1:])).flatten(0, 1)
-        labels = labels.flatten(0, 1)
-        weight = 0.1 + 0.9 * (labels > 0).any(1)
-        parts = logits.split(list(pages.HEADS.values()), 1)
-        loss = sum(F.cross_entropy(part, labels[:, i], reduction="none") for i, part in enumerate(parts))
-        return (loss * weight).sum() / weight.sum()
+        parts = self.heads(F.layer_norm(features, features.shape[-1:])).split(list(pages.HEADS.values()), 2)
+        weight = 0.1 + 0.9 * (labels > 0).any(2)
+        loss = sum(
+            F.cross_entropy(part.transpose(1, 2), labels[..., i], reduction="none") for i, part in enumerate(parts)
+        )
+        # Every picture counts alike, or receipts would have most of the letters.
+        return ((loss * weight).sum(1) / weight.sum(1)).mean()
 
     def answer_losses(self, items: list[Item], vision: Tensor, keep: Tensor, data: Reservoir) -> dict[str, Tensor]:
         """Cross-entropy of the answers, and the aids on attention."""
@@ -281,14 +282,19 @@ class Trainer:
         region[..., 1:] = packed.region[rows, packed.block.clamp_min(0)].gather(
             2, keep[:, None].expand(-1, packed.ids.shape[1], -1)
         )
-        where = torch.zeros(len(items), NUM_PATCHES, dtype=torch.long)
+        # A key of 0 is the token before the picture: what lies before a line, and patches that were dropped.
+        where = torch.zeros(len(items), NUM_PATCHES + 1, dtype=torch.long)
         where.scatter_(1, keep, 1 + torch.arange(keep.shape[1]).expand(len(items), -1))
         spot = where.gather(1, packed.spot.clamp_min(0)).masked_fill(packed.spot < 0, -1)
         left = torch.stack([i.before for i in items]).gather(1, keep)  # patches
         left = where.gather(1, left.clamp_min(0)).masked_fill(left < 0, -1)
         typed = (prefix - 1 + torch.arange(packed.ids.shape[1])).masked_fill(packed.place == 0, -1)
         before = torch.cat((torch.full((len(items), 1), -1), left, typed), 1)
-        AIDS.start(prefix, before, region, aimed, spot)
+        head, number = (table[packed.ids] for table in CALLED)
+        seen = torch.stack([i.labels for i in items])[rows, keep].transpose(1, 2)  # (B, heads, patches)
+        named = torch.zeros_like(region)
+        named[..., 1:] = (seen[rows, head.clamp_min(0)] == number[..., None]) & (head >= 0)[..., None]
+        AIDS.start(prefix, before, region, aimed, spot, named)
         hidden = text_hidden(self.model, vision, keep, packed.ids, packed.block, packed.place)
         AIDS.on = False
         asked = packed.target != -100

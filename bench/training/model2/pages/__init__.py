@@ -1,6 +1,6 @@
 """Rendered documents and scenes with free placement: pictures, questions, answers and the regions these need.
 
-Six kinds of picture, 384 x 384 pixels, drawn with Pillow from nine faces as a pure function of an integer seed:
+Six kinds of picture, 384 x 384 pixels, drawn with Pillow in four faces as a pure function of an integer seed:
 coloured shapes, sign boards, receipts, tables, bar charts and forms. Nothing is aligned to the patch grid, text runs
 over several patches, and words are made up, so that half of one does not tell the other half.
 """

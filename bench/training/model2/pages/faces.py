@@ -1,4 +1,4 @@
-"""Glyphs of nine faces: eight subsets of DejaVu that lie beside this file, and the face that Pillow carries."""
+"""Glyphs of four faces: subsets of DejaVu that lie beside this file."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 FILES = sorted((Path(__file__).parent / "faces").glob("*.ttf"))
-FACES = ("Aileron", *(path.stem for path in FILES))
+FACES = tuple(path.stem for path in FILES)
 NARROWEST = 0.8  # least advance in em: letters are spaced widely, a patch holds the centres of two characters at most
-SMALLEST = 13  # pixels
+SMALLEST = 16  # pixels
 PAD = 3
 
 
 @lru_cache(maxsize=512)
 def font(face: str, size: int) -> ImageFont.FreeTypeFont:
     """A face at a size in pixels."""
-    if face == "Aileron":
-        return ImageFont.load_default(size)
     path = Path(__file__).parent / "faces" / f"{face}.ttf"
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bench.training.model2.pages.faces import SMALLEST, width
-from bench.training.model2.pages.names import SIZE, word, words
+from bench.training.model2.pages.names import SIZE, few, word, words
 from bench.training.model2.pages.records import Question, Run, around, ask, place
 from bench.training.model2.pages.sheet import DARK, Sheet
 
@@ -18,7 +18,7 @@ def build(sheet: Sheet) -> Iterator[Question]:
         sheet.paper((rng.randint(0, 12), rng.randint(0, 12), SIZE - rng.randint(1, 12), SIZE - rng.randint(1, 12)))
     y, lines, used = rng.uniform(4, 40), [], set()
     for name in words(rng, count, 3, 7):
-        entry = word(rng, rng.randint(3, 12)) if rng.random() < 0.6 else str(rng.randint(10, 999999))
+        entry = word(rng, few(rng, 3, 12)) if rng.random() < 0.6 else str(rng.randint(10, 999999))
         face, other, size = sheet.face(), sheet.face(), max(SMALLEST, round(24 * sheet.scale()))
         gap = rng.uniform(0.8, 3)
         while (

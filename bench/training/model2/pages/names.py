@@ -9,18 +9,18 @@ PATCH = 16
 GRID = SIZE // PATCH
 BLOCKS = 8  # blocks per side in which places are named
 
-COLORS = {
-    "red": (214, 40, 40), "green": (38, 150, 60), "blue": (40, 80, 220), "yellow": (240, 206, 30),
-    "orange": (244, 130, 24), "purple": (140, 50, 170), "black": (28, 28, 28), "cyan": (40, 190, 200),
+COLORS = {  # bright enough for dark letters
+    "red": (236, 84, 74), "green": (96, 196, 96), "blue": (100, 150, 250), "yellow": (246, 226, 70),
+    "orange": (250, 164, 52), "purple": (176, 124, 236), "pink": (250, 176, 210), "cyan": (84, 220, 228),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 PICTURES = ("shapes", "signs", "receipt", "table", "chart", "form")
 DIRECTIONS = ("left", "right", "above", "below")
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-CHARACTERS = LETTERS + "0123456789."
-LABELS = "ABCDEFGHJKLMNPQRSTUVWXYZ123456789"  # where letters and digits mix, an O would be a zero
-
-VOWELS, CONSONANTS = "AEIOU", "BCDFGHJKLMNPRSTVWXZ"
+CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789."  # tokens of their own
+# Those that are drawn: at 16 pixels, B is an 8, D an O and that a zero, G a 6, I a 1, S a 5 and Z a 2.
+VOWELS, CONSONANTS = "AEUY", "CFHKLMNPRTVX"
+LETTERS = VOWELS + CONSONANTS
+LABELS = LETTERS + "23456789"
 
 LOCAL_KINDS = ("text", "color", "shape", "price", "item", "total", "date", "shop", "cell", "row", "value", "field")
 RELATION_KINDS = ("relation", "compare", "count")  # each needs all the regions it names
@@ -36,11 +36,16 @@ def word(rng: random.Random, length: int) -> str:
     return "".join(rng.choice(CONSONANTS if (i % 2 == 0) == first else VOWELS) for i in range(length))
 
 
+def few(rng: random.Random, low: int, high: int) -> int:
+    """A number of letters; short words are more likely than long ones."""
+    return min(rng.randint(low, high), rng.randint(low, high))
+
+
 def words(rng: random.Random, count: int, low: int, high: int) -> list[str]:
     """Different words of ``low`` to ``high`` letters."""
     found: dict[str, None] = {}
     while len(found) < count:
-        found[word(rng, rng.randint(low, high))] = None
+        found[word(rng, few(rng, low, high))] = None
     return list(found)
 
 

@@ -9,7 +9,7 @@ from bench.training.model2.pages.names import SIZE, words
 from bench.training.model2.pages.records import Question, Run, around, ask, place
 from bench.training.model2.pages.sheet import Sheet
 
-LABEL = "TOTAL"
+LABEL = "PAY"
 
 
 def build(sheet: Sheet) -> Iterator[Question]:

@@ -1,4 +1,4 @@
-"""Coloured shapes with a short label each, anywhere in the picture, from 22 to 84 pixels wide."""
+"""Coloured shapes with a short label each, anywhere in the picture, from 26 to 96 pixels wide."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bench.training.model2.pages.names import COLORS, DIRECTIONS, LABELS, SHAPES
 from bench.training.model2.pages.records import Question, Thing, ask, place
 from bench.training.model2.pages.sheet import Sheet
 
-SIDE = 56  # pixels at scale 1
+SIDE = 64  # pixels at scale 1
 
 
 def neighbour(things: list[Thing], thing: Thing, direction: str) -> Thing | None:

@@ -126,12 +126,8 @@ class Sheet:
             self.marker.rectangle(box, number)
         run = None
         if text:
-            light = sum(w * c for w, c in zip((0.3, 0.59, 0.11), fill, strict=True)) > 140
-            ink = DARK if light else (250, 250, 250)
             middle = (y0 + y1) / 2 + (0.12 * (y1 - y0) if shape == "triangle" else 0)
-            run = self.write(
-                text, (x0 + x1) / 2, middle, face, size, ink, anchor="m", rim=fill if kind == "shape" else None
-            )
+            run = self.write(text, (x0 + x1) / 2, middle, face, size, anchor="m", rim=fill if kind == "shape" else None)
         self.things.append(Thing(kind, box, color, shape, run))
         return self.things[-1]
 

@@ -1,11 +1,11 @@
-"""Sign boards with a word of up to twelve characters, anywhere in the picture, in letters of 13 to 42 pixels."""
+"""Sign boards with a word of up to twelve characters, anywhere in the picture, in letters of 16 to 42 pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from bench.training.model2.pages.faces import SMALLEST, width
-from bench.training.model2.pages.names import COLORS, DIRECTIONS, SIZE, word
+from bench.training.model2.pages.names import COLORS, DIRECTIONS, SIZE, few, word
 from bench.training.model2.pages.records import Question, ask, place
 from bench.training.model2.pages.shapes import neighbour
 from bench.training.model2.pages.sheet import Sheet
@@ -18,7 +18,7 @@ def build(sheet: Sheet) -> Iterator[Question]:
     seen: set[str] = set()
     for _ in range(rng.randint(1 if hard < 0.5 else 2, round(2 + 5 * hard))):
         size = max(SMALLEST, round(28 * sheet.scale()))
-        text = word(rng, rng.randint(2, 12)) if rng.random() < 0.8 else str(rng.randint(10, 99999))
+        text = word(rng, few(rng, 2, 12)) if rng.random() < 0.8 else str(rng.randint(10, 99999))
         face, margin = sheet.face(), rng.uniform(0.6, 1.2)
         while (wide := width(text, face, size) + margin * size) > SIZE - 8:
             size -= 1
