@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from crop.cost.geometry import LayerGeometry, elements
+from crop.cost.speed import Speed
 from crop.geometry.pieces import Encoding
 from crop.models import ModelFamily
 from crop.models.encoders import extra_tokens
@@ -19,13 +20,15 @@ class EncoderGeometry:
     """An encoder that can take part of a picture, and the projector behind it.
 
     Args:
-        layers: from first to last. lengths: images -> of every layer, the lengths of the sequences that it attends in.
+        layers: from first to last, and the modules that they are. lengths: images -> of every layer, the lengths of the
+            sequences that it attends in.
         embedding: elements of the matrix that every patch passes. extra: class tokens of a sequence.
         behind: elements of the tower's matrices behind its layers, and patches of a row of theirs.
         projector: the same of what is behind the tower, which runs on zeros where nothing was encoded.
     """
 
     layers: tuple[LayerGeometry, ...]
+    blocks: tuple[nn.Module, ...]
     lengths: Callable[[Sequence[Encoding]], list[list[int]]]
     embedding: int
     extra: int
@@ -60,6 +63,7 @@ class EncoderGeometry:
 
         return EncoderGeometry(
             tuple(layers),
+            tuple(blocks),
             lambda images: encoder.lengths(tower, images),
             elements(embedding),
             extra_tokens(tower),
@@ -68,7 +72,7 @@ class EncoderGeometry:
         )
 
     def matrices(self, images: Sequence[Encoding]) -> list[tuple[int, int]]:
-        """(elements of matrices, rows that pass them) of one pass over some images, for what is taken of them."""
+        """(elements of matrices, rows that pass them) of one pass over some images, for what is taken of them; layers first."""
         lengths = self.lengths(images)
         patches, of_all = (
             sum(found[0]) - self.extra * len(found[0])
@@ -80,14 +84,22 @@ class EncoderGeometry:
             (weights, rows // merged) for (weights, merged), rows in ((self.behind, patches), (self.projector, of_all))
         ]
 
-    def attention_flops(self, images: Sequence[Encoding]) -> float:
-        """Of both products of attention, by full squares."""
+    def attention_flops(self, images: Sequence[Encoding]) -> list[float]:
+        """Of both products of attention of every layer, by full squares."""
         pairs = zip(self.layers, self.lengths(images), strict=True)
-        return sum(layer.attention_flops(length) for layer, lengths in pairs for length in lengths)
+        return [sum(map(layer.attention_flops, lengths)) for layer, lengths in pairs]
 
     def flops(self, images: Sequence[Encoding]) -> float:
         """Of one pass."""
-        return sum(2.0 * weights * rows for weights, rows in self.matrices(images)) + self.attention_flops(images)
+        return sum(2.0 * weights * rows for weights, rows in self.matrices(images)) + sum(self.attention_flops(images))
+
+    def seconds(self, images: Sequence[Encoding], speed: Speed, host: float) -> float:
+        """Of one pass, in which every layer takes the longer of the device and the ``host``, which launches it."""
+        products = [speed.product_seconds(weights, rows) for weights, rows in self.matrices(images)]
+        # These layers have no triangle to spare.
+        attention = [2 * speed.attention * flops for flops in self.attention_flops(images)]
+        layers = sum(max(host, sum(both)) for both in zip(products, attention, strict=False))
+        return layers + sum(products[len(attention) :])
 
 
 def _is_blocks(part: nn.Module) -> bool:

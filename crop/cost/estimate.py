@@ -103,13 +103,14 @@ def estimate(
     Args:
         model, method, processor, image_size: as for ``patch``.
         inputs: what ``generate()`` would be called with: ``input_ids``, ``pixel_values`` and so on.
-        region: as for ``patch``; None asks before a localizer has run, which tells the same of methods with a budget.
+        region: as for ``patch``; None asks before a localizer has run, which tells the same of methods with a budget, but
+            nothing of ``EncoderPruning``, which then leaves nothing out.
         localizer: what is to find the region, "attention" or "head", whose look with the model itself is counted; feed-forward
             parts of decoder layers, which it skips, included, and the encoder unless ``cache_vision`` lets look and answer
             share it: where both see all of the same picture. Needs ``image_size``.
         localizer_seconds: what finding the region costs beside that, to be earned back.
-        host_seconds: in which the host launches one decoder layer, which takes the longer of host and device; 0 for a
-            captured graph. None: ``EAGER_LAYER`` or ``COMPILED_LAYER`` of ``crop.cost.speed`` on a GPU, 0 on a CPU.
+        host_seconds: in which the host launches one layer, of encoder or decoder, which takes the longer of host and device;
+            0 for a captured graph. None: ``EAGER_LAYER`` or ``COMPILED_LAYER`` of ``crop.cost.speed`` on a GPU, 0 on a CPU.
         plan: removed, must stay True.
     Returns:
         Estimate: of encoder and decoder. Tokens and FLOPs are exact (those of sliding windows an upper bound), seconds come
@@ -165,7 +166,7 @@ class _Everything(Method):
 
 @dataclass(frozen=True)
 class _Work:
-    """The sizes of a model, how fast its device is, and what the host takes per decoder layer."""
+    """The sizes of a model, how fast its device is, and what the host takes per layer of decoder and encoder."""
 
     planner: Planner
     decoder: DecoderGeometry
@@ -173,14 +174,18 @@ class _Work:
     speed: Speed
     device: torch.device
     host: float
+    encoder_host: float
 
     @staticmethod
     def of(planner: Planner, host: float | None) -> _Work:
         layers, model = planner.language_model, planner.model
         decoder, device = DecoderGeometry.of(layers), next(layers.layers[0].parameters()).device
         encoder = EncoderGeometry.of(planner.family, model)
-        host = layer_host_seconds(layers.layers, device) if host is None else host
-        return _Work(planner, decoder, encoder, measure_speed(decoder, device, layers.dtype), device, host)
+        hosts = [
+            layer_host_seconds(blocks, device) if host is None else host
+            for blocks in (layers.layers, () if encoder is None else encoder.blocks)
+        ]
+        return _Work(planner, decoder, encoder, measure_speed(decoder, device, layers.dtype), device, *hosts)
 
     def lengths(self, plan: BatchPlan) -> list[list[int]]:
         """Of every decoder layer, tokens per sample that it sees."""
@@ -210,16 +215,13 @@ class _Work:
             seconds += max(on_device, self.host)
             launched += on_device < self.host
             held += sum(layer.kv_bytes(count, size) for count in counts)
-        # Vision layers have no triangle to spare.
-        matrices = self.encoder.matrices(encodings) if encodings else []
-        attention = self.encoder.attention_flops(encodings) if encodings else 0.0
         tokens = [sum(image.tokens_at(layer) for layer in range(count)) / count for image in plan.images]
         return Cost(
             tokens,
-            sum(2.0 * weights * rows for weights, rows in matrices) + attention,
+            self.encoder.flops(encodings) if encodings else 0.0,
             flops,
             held,
-            sum(speed.product_seconds(weights, rows) for weights, rows in matrices) + 2 * speed.attention * attention,
+            self.encoder.seconds(encodings, speed, self.encoder_host) if encodings else 0.0,
             seconds,
             launched,
         )

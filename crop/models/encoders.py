@@ -13,6 +13,7 @@ from crop.geometry.layout import VisionLayout
 from crop.geometry.pieces import Copy, Encoding, Pieces
 from crop.models.clip import TOWERS, class_tokens, tower_layers
 from crop.models.family import Prompt
+from crop.ops.transfer import upload
 
 
 class AtTheInput:
@@ -41,30 +42,31 @@ class TileEncoder(AtTheInput):
     def __init__(self, find: Callable[[Prompt, Sequence[VisionLayout]], list[Pieces]]) -> None:
         self.pieces = find
 
-    def take(self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]) -> tuple[tuple, dict]:
-        """Rows of every tensor that has one per tile.
+    def take(
+        self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]
+    ) -> tuple[tuple, dict, Tensor]:
+        """Rows of every tensor that has one per tile, and their numbers.
 
         Raises:
             RuntimeError: the tower gets another number of tiles.
         """
         taken = torch.cat([image.taken for image in images])
         pixels = _first(args, kwargs, len(taken), "tiles")
-        rows = torch.nonzero(taken).flatten().to(pixels.device, non_blocking=True)
+        (rows,) = upload([torch.nonzero(taken).flatten()], pixels.device)
 
         def part(value: Any) -> Any:
             return value[rows] if isinstance(value, Tensor) and value.shape[:1] == taken.shape else value
 
-        return tuple(map(part, args)), {name: part(value) for name, value in kwargs.items()}
+        return tuple(map(part, args)), {name: part(value) for name, value in kwargs.items()}, rows
 
     def lengths(self, tower: nn.Module, images: Sequence[Encoding]) -> list[list[int]]:
         """A tile is a sequence."""
         tiles = [_of_a_picture(tower)] * sum(int(image.taken.sum()) for image in images)
         return [tiles] * tower.config.num_hidden_layers
 
-    def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
+    def put(self, tower: nn.Module, output: Any, place: Tensor, images: Sequence[Encoding]) -> Any:
         """Rows of every tensor that has one per tile."""
-        taken = torch.cat([image.taken for image in images])
-        return put_rows(output, torch.nonzero(taken).flatten(), len(taken))
+        return put_rows(output, place, sum(len(image.taken) for image in images))
 
 
 def _first(args: tuple, kwargs: dict, count: int, what: str) -> Tensor:
@@ -97,8 +99,8 @@ def put_rows(output: Any, place: Tensor, total: int) -> Any:
     if isinstance(output, Tensor):
         if len(output) != len(place):
             return output
-        rows = place.to(output.device, non_blocking=True)
-        return output.new_zeros(total + 1, *output.shape[1:]).index_copy(0, rows, output)[:total]
+        place = place.to(output.device, non_blocking=True)  # a tower on several devices may end on another one
+        return output.new_zeros(total + 1, *output.shape[1:]).index_copy_(0, place, output)[:total]
     if isinstance(output, (tuple, list)):
         return type(output)(put_rows(part, place, total) for part in output)
     if hasattr(output, "items"):
@@ -156,8 +158,10 @@ class GridEncoder(AtTheInput):
             found.append(Pieces(_window(layout, side)[:, None], overview, place, Copy.of(layout, self.times)))
         return found
 
-    def take(self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]) -> tuple[tuple, dict]:
-        """Patches of the tokens that are taken and of the copies, and where they stand.
+    def take(
+        self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]
+    ) -> tuple[tuple, dict, Tensor]:
+        """Patches of the tokens that are taken and of the copies, where they stand, and where the tokens will.
 
         Raises:
             RuntimeError: the tower gets another number of patches.
@@ -168,11 +172,8 @@ class GridEncoder(AtTheInput):
             raise RuntimeError(
                 f"patch: the vision tower must get the {len(own) * merge**2} patches of the prompt, got {len(pixels)}"
             )
-        patches = _patches(torch.nonzero(own).flatten(), merge)
-        chosen = [pixels[patches.to(pixels.device, non_blocking=True)]]
-        for image, whole in zip(images, pixels.split([len(image.layout) * merge**2 for image in images]), strict=True):
-            if image.copy is not None:
-                chosen.append(_smaller(whole, image.layout.extent, image.copy.extent, tower.config.patch_size, merge))
+        tokens = torch.nonzero(own).flatten()
+        patches = _patches(tokens, merge)
         # What the tower gets, and the pictures that it is of.
         parts = [(image.layout.take(image.own), image.layout) for image in images]
         parts += [(image.copy, image.copy) for image in images if image.copy is not None]
@@ -198,10 +199,18 @@ class GridEncoder(AtTheInput):
                 align_corners=tower.interpolation_align_corners,
                 spatial_merge_size=merge,
             )
-            patches = torch.cat([patches, torch.arange(len(own) * merge**2, len(indices))])
-            given["interp_indices"], given["interp_weights"] = indices[patches], weights[patches]
-        given = {name: value.to(pixels.device, non_blocking=True) for name, value in given.items()}
-        return (torch.cat(chosen), *args[1:]), kwargs | given
+            shown = torch.cat([patches, torch.arange(len(own) * merge**2, len(indices))])
+            given["interp_indices"], given["interp_weights"] = indices[shown], weights[shown]
+        place, start = [tokens], 0
+        for image in images:
+            place.append(torch.where(image.places < 0, len(own), image.places + start))
+            start += len(image.layout)
+        patches, landing, *values = upload([patches, torch.cat(place), *given.values()], pixels.device)
+        chosen = [pixels[patches]]
+        for image, whole in zip(images, pixels.split([len(image.layout) * merge**2 for image in images]), strict=True):
+            if image.copy is not None:
+                chosen.append(_smaller(whole, image.layout.extent, image.copy.extent, tower.config.patch_size, merge))
+        return (torch.cat(chosen), *args[1:]), kwargs | dict(zip(given, values, strict=True)), landing
 
     def lengths(self, tower: nn.Module, images: Sequence[Encoding]) -> list[list[int]]:
         """Frames, or windows of them, of what is taken and of the copies."""
@@ -218,14 +227,9 @@ class GridEncoder(AtTheInput):
         windows = counted([_window(part, _window_side(tower, merge)) for part in parts])
         return [frames if layer in tower.fullatt_block_indexes else windows for layer in range(depth)]
 
-    def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
+    def put(self, tower: nn.Module, output: Any, place: Tensor, images: Sequence[Encoding]) -> Any:
         """Merged tokens, and those of further levels."""
-        own = torch.cat([image.own for image in images])
-        place, start = [torch.nonzero(own).flatten()], 0
-        for image in images:
-            place.append(torch.where(image.places < 0, len(own), image.places + start))
-            start += len(image.layout)
-        return put_rows(output, torch.cat(place), len(own))
+        return put_rows(output, place, sum(len(image.layout) for image in images))
 
 
 def _window_side(vision: Any, merge: int) -> int:
@@ -318,19 +322,23 @@ class LayerEncoder:
             for layout in layouts
         ]
 
-    def take(self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]) -> tuple[tuple, dict]:
-        """Everything, and which tokens the late layers are to have.
+    def take(
+        self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]
+    ) -> tuple[tuple, dict, Tensor]:
+        """Everything, and which tokens the late layers are to have; where they stand, fillers behind the end.
 
         Raises:
             RuntimeError: the tower gets another number of pictures.
         """
         pixels = _first(args, kwargs, len(images), "pictures")
-        index, mask = _index(tower, images).to(pixels.device, non_blocking=True), None
+        index, extra, mask = _index(tower, images), class_tokens(tower.config), None
+        place = torch.where(index >= 0, index, len(images[0].layout) + extra)
+        index, place, real = upload([index.clamp(min=0), place, index >= 0], pixels.device)
         if len({int(image.tokens.sum()) for image in images}) > 1:
-            mask = index >= 0
+            mask = real
             if "flash" not in (tower.config._attn_implementation or "eager"):  # whose masks have two dimensions
                 mask = mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
-        return args, kwargs | {self.KEY: (index, mask, len(self.layers(tower)))}
+        return args, kwargs | {self.KEY: (index, mask, len(self.layers(tower)))}, place
 
     def lengths(self, tower: nn.Module, images: Sequence[Encoding]) -> list[list[int]]:
         """Pictures, of which late layers see a part, filled up to the longest."""
@@ -349,21 +357,22 @@ class LayerEncoder:
         if number < self.cut(count):
             return args, kwargs
         if number == self.cut(count):
-            hidden = hidden.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+            hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
         if mask is not None:
             additive = mask.dim() == 4  # eager attention adds its mask
             rest = [hidden.new_zeros(mask.shape).masked_fill(~mask, -torch.inf) if additive else mask]
         return (hidden, *rest), kwargs
 
-    def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
+    def put(self, tower: nn.Module, output: Any, place: Tensor, images: Sequence[Encoding]) -> Any:
         """Hidden states behind the cut, which may be as many as before it where a picture keeps all."""
-        index, cut = _index(tower, images), self.cut(len(self.layers(tower)))
-        total = len(images[0].layout) + class_tokens(tower.config)
+        cut, total = self.cut(len(self.layers(tower))), len(images[0].layout) + class_tokens(tower.config)
 
         def full(value: Tensor) -> Tensor:
-            place = torch.where(index >= 0, index, total).to(value.device, non_blocking=True)
-            found = value.new_zeros(len(value), total + 1, value.shape[2])
-            return found.scatter(1, place[..., None].expand_as(value), value)[:, :-1]
+            found, rows = (
+                value.new_zeros(len(value), total + 1, value.shape[2]),
+                place.to(value.device, non_blocking=True),
+            )
+            return found.scatter_(1, rows[..., None].expand_as(value), value)[:, :-1]
 
         output["last_hidden_state"] = full(output["last_hidden_state"])
         if output.get("hidden_states") is not None:

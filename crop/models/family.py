@@ -111,8 +111,11 @@ class Encoder(Protocol):
     def pieces(self, prompt: Prompt, layouts: Sequence[VisionLayout]) -> list[Pieces]:
         """What can be left out of each image of a prompt."""
 
-    def take(self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]) -> tuple[tuple, dict]:
-        """The arguments of a call of the tower, for the pieces that are taken; all that decides what it will return."""
+    def take(
+        self, tower: nn.Module, args: tuple, kwargs: dict, images: Sequence[Encoding]
+    ) -> tuple[tuple, dict, Tensor]:
+        """The arguments of a call of the tower, for the pieces that are taken, all that decides what it will return among
+        them; and what ``put`` gets, where the rows of the output stand in the full one, on the device of the call."""
 
     def layers(self, tower: nn.Module) -> Sequence[nn.Module]:
         """Layers at whose input tokens may leave, or nothing does later."""
@@ -123,7 +126,7 @@ class Encoder(Protocol):
     def lengths(self, tower: nn.Module, images: Sequence[Encoding]) -> list[list[int]]:
         """Of every layer of a tower, the lengths of the sequences in which it attends, fillers included."""
 
-    def put(self, tower: nn.Module, output: Any, images: Sequence[Encoding]) -> Any:
+    def put(self, tower: nn.Module, output: Any, place: Tensor, images: Sequence[Encoding]) -> Any:
         """The tower's output at full length, zeros where nothing was encoded."""
 
 

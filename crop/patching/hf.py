@@ -14,12 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from crop.models import ModelFamily
+from crop.ops.transfer import download
 
 OLDEST = (5, 17)  # transformers
 
 _UNEQUAL = "a static cache needs layers of equal length; use patch(..., cache='uniform')"
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+SIZES = frozenset(  # tensors of a few numbers per picture, of which families read layouts
+    """image_grid_thw video_grid_thw image_merge_sizes video_merge_sizes image_sizes batch_num_images target_sizes
+    spatial_shapes image_position_ids video_position_ids num_frames_per_video""".split()
+)
 
 # Methods of a model that a block replaces.
 GENERATE, ENCODE, EXPAND, PREPARE, MAKE_MASKS, CONTINUOUS = (
@@ -116,16 +121,24 @@ def brings_images(arguments: Mapping[str, Any], videos: bool) -> bool:
     return images or frames
 
 
-def on_host(ids: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Token ids (batch, seq_len) int64 and which of them are no padding, bool, on the CPU; read from the device at once."""
+def on_host(
+    ids: Tensor, arguments: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Mapping[str, Any]]:
+    """What a plan needs on the CPU, read from the device at once.
+
+    Args:
+        arguments: of the call. given: the same, or what the caller of ``generate()`` gave, each image once.
+    Returns:
+        ids (batch, seq_len); which of them are no padding, bool; ``given`` with its ``SIZES`` there.
+    """
     mask = caller_mask(arguments)
-    if not isinstance(mask, Tensor) or mask.ndim != 2:  # no mask, or one that ``refuse_unsupported`` refuses
-        ids = ids.cpu()
-        return ids, torch.ones_like(ids, dtype=torch.bool)
-    mask = mask[:, mask.shape[1] - ids.shape[1] :]
-    if mask.device == ids.device and mask.shape == ids.shape:
-        ids, mask = torch.stack([ids, mask.to(ids.dtype)]).cpu()
-    return ids.cpu(), mask.cpu().to(torch.bool)
+    known = (
+        isinstance(mask, Tensor) and mask.ndim == 2
+    )  # else there is none, or one that ``refuse_unsupported`` refuses
+    sizes = {name: value for name, value in given.items() if name in SIZES and isinstance(value, Tensor)}
+    valid = mask[:, mask.shape[1] - ids.shape[1] :] if known else torch.ones(ids.shape)
+    ids, valid, *values = download([ids, valid, *sizes.values()])
+    return ids, valid.to(torch.bool), {**given, **dict(zip(sizes, values, strict=True))}
 
 
 # ------------------------------------------------------------------------------ the language model and its layers

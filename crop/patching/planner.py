@@ -145,12 +145,10 @@ class Planner:
         if ids is None or not hf.brings_images(arguments, self.family.videos):
             return None
         with _on_the_host():
-            ids, valid = hf.on_host(ids, arguments)
+            ids, valid, given = hf.on_host(ids, arguments, given or arguments)
             if not self.family.is_vision(self.model.config, ids).any():
                 return None
-            prompt = Prompt(
-                self.model.config, ids[::copies], given or arguments, self.image_processor, self.image_sizes
-            )
+            prompt = Prompt(self.model.config, ids[::copies], given, self.image_processor, self.image_sizes)
             images = self.family.images(prompt)
             if not images:
                 return None

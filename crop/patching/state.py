@@ -30,7 +30,7 @@ class VisionRun:
         marks: at the tower's last begin and end. decoder_start: at the language model's begin.
         observed: what the method's ``observe`` read last, by number of its watch, one row per image of the tower each.
         encodings: the images of each call of the tower that is still to come, where it gets less than all of them.
-        running: those of the call that runs now.
+        running: those of the call that runs now. place: where what it returns will stand, None: as it is.
     """
 
     marks: list[Any] = field(default_factory=list)
@@ -38,6 +38,7 @@ class VisionRun:
     observed: dict[int, Tensor] = field(default_factory=dict)
     encodings: list[list[Encoding]] = field(default_factory=list)
     running: list[Encoding] | None = None
+    place: Tensor | None = None
 
 
 def by_tower_call(encodings: Sequence[Encoding | None]) -> list[list[Encoding]]:

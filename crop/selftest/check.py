@@ -69,8 +69,8 @@ def check_operators(device: torch.device) -> Iterator[Finding]:
                 try:
                     with ops.use_backend(backend):
                         error = case.error(case.crop())
-                except RuntimeError as failure:  # of CUDA, too
-                    wrong.setdefault(operator, f"{name}, {case.op}, {case.shape}: {failure}")
+                except Exception as failure:  # of CUDA, or a TypeError of kernels that were built from another source
+                    wrong.setdefault(operator, f"{name}, {case.op}, {case.shape}: {_said(failure)}")
                     continue
                 if error:
                     wrong.setdefault(operator, f"{name}, {case.op}, {case.shape}: off by {error:.3g}")
@@ -81,8 +81,8 @@ def check_operators(device: torch.device) -> Iterator[Finding]:
             for backend in backends.values():
                 with ops.use_backend(backend):
                     results.append(call())
-        except RuntimeError as failure:
-            wrong.setdefault(operator, f"{what}: {failure}")
+        except Exception as failure:
+            wrong.setdefault(operator, f"{what}: {_said(failure)}")
             continue
         if error := difference(*results):
             wrong.setdefault(operator, f"{what}: kernel and twin are {error:.3g} apart")
@@ -92,3 +92,8 @@ def check_operators(device: torch.device) -> Iterator[Finding]:
         else:
             detail = f"on {device.type}: {count} results, by {' and '.join(backends)}"
             yield Finding("ok" if compiled else "slow", operator, detail)
+
+
+def _said(failure: Exception) -> str:
+    """Its kind and its first line."""
+    return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"

@@ -45,3 +45,11 @@ def test_wrong_use(tmp_path: Path) -> None:
     for words in ((), ("--only", "e2e"), (str(tmp_path), "--only", "nothing")):
         done = run(*words)
         assert done.returncode == 2 and done.stderr.strip().startswith("bench/run_gpu.sh OUT")
+
+
+def test_a_part_that_cannot_end_in_time_is_not_begun(tmp_path: Path) -> None:
+    done = run(str(tmp_path), "--only", "kernels", TOTAL_SECONDS="50")
+    assert done.returncode == 1 and done.stdout.startswith("kernels: out of time, not begun: ")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == {"kernels": {"status": "out of time", "seconds": 0}}
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]

@@ -167,6 +167,22 @@ def test_a_kernel_that_is_wrong_with_one_option_is_named(monkeypatch: pytest.Mon
     assert all(each.good for name, each in results.items() if name != "select")
 
 
+@pytest.mark.fast
+@pytest.mark.skipif(dispatch.native is None, reason="no kernels were compiled")
+def test_kernels_built_from_another_source_are_named(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def compact(*_: Any) -> None:
+        raise TypeError("compact(): incompatible function arguments.\nThe following are supported: ...")
+
+    monkeypatch.setattr(dispatch.native, "compact", compact)
+    assert main.main(["check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith("WRONG    compact"))
+    assert line.endswith("TypeError: compact(): incompatible function arguments.")
+    assert any(line.startswith("ok       select") for line in lines) and lines[-1].endswith(
+        "wrong or refused, see above"
+    )
+
+
 # -------------------------------------------------------------------------------------------------------- packages
 @pytest.mark.fast
 def test_missing_extras_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import BatchFeature
 
 import crop
 from crop import embedded
+from crop.cost.speed import Speed
 from crop.localizers.registry import get_localizer
 from crop.models import families as known_families
 from crop.models import family_of, register_family
@@ -105,6 +107,21 @@ def test_the_look_of_a_localizer() -> None:
     for other in (crop.BoxLocalizer(crop.Region.whole()), crop.CoarseLocalizer(lambda *_: crop.Region.whole())):
         with pytest.raises(ValueError, match="that looks with the model itself .*; give localizer_seconds for others"):
             crop.estimate(model, inputs, METHOD, localizer=other, **asked)
+
+
+@pytest.mark.fast
+def test_the_host_launches_the_encoder_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where launching a layer takes longer than what it does, fewer tiles save nothing in the encoder."""
+    model, batch = get_model("internvl"), standard_batch("internvl", "single", 1)
+    speed = Speed(matrices=(1e-12,) * 4, attention=1e-15, hook=0.0, image=0.0, step=0.0)
+    monkeypatch.setattr(sys.modules["crop.cost.estimate"], "measure_speed", lambda *_: speed)
+    found = [
+        crop.estimate(model, batch.inputs, METHOD, where(batch), host_seconds=host, **processed(batch))
+        for host in (0.0, 1.0)
+    ]
+    free, launched = ((one.before.encoder_seconds, one.after.encoder_seconds) for one in found)
+    layers = model.config.vision_config.num_hidden_layers
+    assert free[1] < 0.9 * free[0] and launched == pytest.approx((layers, layers), rel=1e-3)
 
 
 class Patches:

@@ -8,19 +8,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from crop.methods import by_name
+from crop.geometry.region import Region
+from crop.methods import Compose, EncoderPruning, InnerLLMPruning, PreLLMCompression, by_name
+from crop.methods.base import Method
 from crop.patching import planner
 from tests.support.batches import standard_batch
 from tests.support.cases import families, get_model, patched, regions_of
 from tests.support.pretend_cuda import Log, OnDevice, move, pretended
 
+CORNER = Region.box(0.05, 0.05, 0.3, 0.3)
+ENCODER = Compose(PreLLMCompression(keep=0.4), InnerLLMPruning(0.2), EncoderPruning(ring=0))
 
-def prefill(family: str, size: str, name: str) -> tuple[Log, Log, Tensor, Tensor]:
+
+def prefill(family: str, size: str, method: Method, corner: bool = False) -> tuple[Log, Log, Tensor, Tensor]:
     """Log of an unpatched and of a patched prefill, the latter's logits, and those of the same on the CPU."""
     model, batch = copy.deepcopy(get_model(family)), standard_batch(family, size, 1)
+    regions = [CORNER] * len(batch.rows()) if corner else regions_of(batch)
     asked = dict(use_cache=True, logits_to_keep=1)
-    with torch.no_grad(), patched(model, by_name(name, 0.25), batch, regions_of(batch)):
+    with torch.no_grad(), patched(model, method, batch, regions) as stats:
         wanted = model(**batch.inputs, **asked).logits
+    assert not corner or stats.tokens_encoded[0] < stats.tokens_before[0]
     plain, log = Log(), Log()
     move(model, log)
     inputs = {key: OnDevice(value, log) if isinstance(value, Tensor) else value for key, value in batch.inputs.items()}
@@ -28,9 +35,19 @@ def prefill(family: str, size: str, name: str) -> tuple[Log, Log, Tensor, Tensor
         model(**inputs, **asked)
         plain += log
         log.clear()
-        with patched(model, by_name(name, 0.25), batch, regions_of(batch)):
+        with patched(model, method, batch, regions):
             logits = model(**inputs, **asked).logits
     return plain, log, logits.inner, wanted
+
+
+def assert_no_waiting(plain: Log, log: Log, uploads: int) -> None:
+    """All that is read comes to the host at once; all that goes to the device is in ``uploads`` pinned buffers."""
+    assert not plain.ours("kernel", "wait", "to host", "to device", "to device, pinned")
+    assert log.ours("wait", "to device") == []
+    assert len(log.ours("to host")) == 1 and len(log.ours("to device, pinned")) == uploads
+    model = [event for event in log if event.where == "model"]
+    for kind in ("wait", "to host", "to device"):  # what we do must not make the model wait, either
+        assert sum(e.kind == kind for e in model) <= sum(e.kind == kind for e in plain)
 
 
 @pytest.mark.parametrize("name", ["ilp", "plc", "crop"])
@@ -38,14 +55,27 @@ def prefill(family: str, size: str, name: str) -> tuple[Log, Log, Tensor, Tensor
 @families(["llava"], fast=True)
 def test_one_copy_each_way_and_no_waiting(family, size, name):
     """Token ids and mask come to the host once, the plan goes to the device once, from pinned memory."""
-    plain, log, logits, wanted = prefill(family, size, name)
-    assert not plain.ours("kernel", "wait", "to host", "to device", "to device, pinned")
+    plain, log, logits, wanted = prefill(family, size, by_name(name, 0.25))
     assert torch.equal(logits, wanted)  # the pretended device computes as the CPU does
-    assert log.ours("wait", "to device") == []
-    assert len(log.ours("to host")) == len(log.ours("to device, pinned")) == 1
-    model = [event for event in log if event.where == "model"]
-    for kind in ("wait", "to host", "to device"):  # what we do must not make the model wait, either
-        assert sum(e.kind == kind for e in model) <= sum(e.kind == kind for e in plain)
+    assert_no_waiting(plain, log, 1)
+
+
+@pytest.mark.parametrize("size", ["single", "left"])
+@families(["llava_next", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "idefics3", "gemma3", "pixtral"])
+def test_sizes_of_pictures_come_with_the_ids(family, size):
+    """Whatever a family reads a layout of; further levels of vision features make nothing wait."""
+    plain, log, logits, wanted = prefill(family, size, by_name("crop", 0.25))
+    assert torch.equal(logits, wanted)
+    assert_no_waiting(plain, log, 1)
+
+
+@pytest.mark.parametrize("size", ["single", "left"])
+@families(["llava", "llava_next", "llava_onevision", "internvl", "idefics3", "qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_the_encoder_stage_is_one_copy_more(family, size):
+    """Which tiles, patches or tokens are encoded, and where they land, goes up at once before the encoder runs."""
+    plain, log, logits, wanted = prefill(family, size, ENCODER, corner=True)
+    assert torch.equal(logits, wanted)
+    assert_no_waiting(plain, log, 2)
 
 
 @pytest.mark.parametrize("way", ["forward", "generate"])
@@ -79,7 +109,7 @@ def test_planning_while_the_encoder_runs(way, monkeypatch):
 
 def test_the_plan_goes_up_before_the_language_model_begins():
     """Nothing is copied between two layers."""
-    _, log, _, _ = prefill("llava", "single", "crop")
+    _, log, _, _ = prefill("llava", "single", by_name("crop", 0.25))
     copies = [n for n, event in enumerate(log) if event.kind.startswith("to ") and event.where != "model"]
     first = next(n for n, event in enumerate(log) if event.operator == "attention_mass")
     assert max(copies) < first
@@ -90,5 +120,5 @@ def test_the_plan_goes_up_before_the_language_model_begins():
                                             ("right", "ilp", 11), ("right", "plc", 4), ("right", "crop", 14)])  # fmt: skip
 def test_few_kernels_are_ours(size, name, most):
     """A launch costs the host some microseconds, whatever it does."""
-    _, log, _, _ = prefill("llava", size, name)
+    _, log, _, _ = prefill("llava", size, by_name(name, 0.25))
     assert len(log.ours("kernel")) <= most, log.ours("kernel")

@@ -185,7 +185,10 @@ def pretended(log: Log) -> Iterator[None]:
     call_with_lse = attention_hook.call_with_lse
 
     def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-        made = make(data, *args, **kwargs)
+        def read(value: Any) -> Any:
+            return value.item() if isinstance(value, OnDevice) else value
+
+        made = make(tree_map(read, data), *args, **kwargs)
         if device is None or torch.device(device).type != "cuda":
             return made
         log.note("to device", "tensor")

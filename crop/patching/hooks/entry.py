@@ -127,7 +127,10 @@ class EntryHook(ModelHook):
             generation.encodes = None
         vision.marks = [mark(next(module.parameters()).device)]
         vision.running = vision.encodings.pop(0) if vision.encodings else None
-        return None if vision.running is None else self.planner.encoder.take(module, args, kwargs, vision.running)
+        if vision.running is None:
+            return None
+        args, kwargs, vision.place = self.planner.encoder.take(module, args, kwargs, vision.running)
+        return args, kwargs
 
     def _enter_tower_layer(
         self, number: int, module: nn.Module, args: tuple, kwargs: dict
@@ -140,7 +143,7 @@ class EntryHook(ModelHook):
         if vision is None:
             return None
         if vision.running is not None:
-            output = self.planner.encoder.put(module, output, vision.running)
+            output = self.planner.encoder.put(module, output, vision.place, vision.running)
         vision.marks.append(mark(next(module.parameters()).device))
         state = self.context.call or self.context.generation.coming
         if state is not None:

@@ -6,6 +6,7 @@ length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -98,7 +99,12 @@ class PoolingHook(ModelHook):
             is_vision, levels = call.deepstack
             kept = pool.kept_index.to(is_vision.device)
             chosen = is_vision.gather(1, kept.clamp(min=0)) & (kept >= 0)
-            call.deepstack = chosen, [_pool(pool, spread(level, is_vision), mode, weight)[chosen] for level in levels]
+            levels = at_places(levels, feature_rows(is_vision))
+            # A mask as index would wait for the device; how many tokens are left of each image is known.
+            rows = zip(state.plan.images, state.plan.positions, strict=True)
+            rows = torch.cat([image.sample * kept.shape[1] + place for image, place in rows]).sort().values
+            rows = rows.to(is_vision.device)
+            call.deepstack = chosen, [_pool(pool, level, mode, weight).flatten(0, 1)[rows] for level in levels]
         call.embeds = _pool(pool, call.embeds, mode, weight)
         if call.per_layer is not None:  # of token ids, of which an image's are alike
             rows, width = call.per_layer.flatten(2), call.per_layer.shape[2:]
@@ -208,11 +214,15 @@ def text_tail(plan: BatchPlan) -> int:
     return int(text.flip(1).int().cumprod(1).sum(1).min())
 
 
-def spread(features: Tensor, is_vision: Tensor) -> Tensor:
-    """Features (num_vision, dim) at the places of a (batch, seq_len) mask, zeros elsewhere: (batch, seq_len, dim)."""
-    full = features.new_zeros(*is_vision.shape, features.shape[-1])
-    full[is_vision] = features
-    return full
+def feature_rows(is_vision: Tensor) -> Tensor:
+    """(batch, seq_len) int64: of features that stand at the places of a mask, the row of each place; -1 = none."""
+    return is_vision.flatten().cumsum(0).view_as(is_vision) * is_vision - 1
+
+
+def at_places(features: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    """Features (num_vision, dim) in their places, zeros elsewhere: (batch, seq_len, dim)."""
+    moved = ops.compact([level.unsqueeze(0) for level in features], rows.view(1, -1))
+    return [level.view(*rows.shape, -1) for level in moved]
 
 
 def _pool(pool: PoolStep, embeds: Tensor, mode: str, weight: Tensor | None) -> Tensor:

@@ -17,12 +17,13 @@ from crop.models.attention_hook import attention_hook, undo_rope
 from crop.patching import hf
 from crop.patching.batch_plan import PruneStep
 from crop.patching.context import ModelHook, PatchContext, hook, replace_method
-from crop.patching.hooks.pooling import spread
+from crop.patching.hooks.pooling import at_places, feature_rows
 from crop.patching.masks import causal, gather, gather_own, key_positions, pad_columns
 from crop.patching.positions import given_ids
 from crop.patching.scoring import cut, restore, score
 from crop.patching.state import ForwardState, LayerState, gather_positions
 from crop.patching.stats import mark
+from crop.patching.token_map import look_up
 
 
 class PruningHook(ModelHook):
@@ -152,8 +153,8 @@ class PruningHook(ModelHook):
         here = None if state is None else state.at(state.layer)
         if here is None or here.kept_index is None:
             return add(hidden, is_vision, level)
-        level = spread(level.to(hidden.device, hidden.dtype), is_vision.to(hidden.device))
-        return hidden + ops.compact([level], here.kept_index.to(hidden.device))[0]
+        rows = look_up(feature_rows(is_vision), here.kept_index.to(is_vision.device)).to(hidden.device)
+        return hidden + at_places([level.to(hidden.device, hidden.dtype)], rows)[0]
 
     def _fit_mask(
         self, state: ForwardState, here: LayerState, index: int, hidden: Tensor, mask: Tensor | None
