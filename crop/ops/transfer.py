@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,20 +15,22 @@ def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """CPU tensors on ``device``, by one copy of one buffer, which is pinned for CUDA: a pageable one would wait for the device."""
     if device.type == "cpu":
         return list(tensors)
-    flat = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-    starts, size = [], 0
-    for content in flat:
+    dense, starts, size = [tensor.contiguous() for tensor in tensors], [], 0
+    for tensor in dense:
         starts.append(size)
-        size += -(-len(content) // _ALIGNED) * _ALIGNED
-    buffer = torch.empty(size, dtype=torch.uint8)
-    for content, start in zip(flat, starts, strict=True):
-        buffer[start : start + len(content)] = content
+        size += -(-tensor.numel() * tensor.element_size() // _ALIGNED) * _ALIGNED
+    packed = np.empty(size, dtype=np.uint8)
+    for tensor, start in zip(dense, starts, strict=True):
+        content = tensor.view(-1).view(torch.uint8).numpy()
+        packed[start : start + content.size] = content
+    buffer = torch.from_numpy(packed)
     if device.type == "cuda":
         buffer = buffer.pin_memory()
     buffer = buffer.to(device, non_blocking=True)
+    typed = {dtype: buffer.view(dtype) for dtype in {tensor.dtype for tensor in dense}}
     return [
-        buffer[start : start + len(content)].view(tensor.dtype).view(tensor.shape)
-        for tensor, content, start in zip(tensors, flat, starts, strict=True)
+        typed[tensor.dtype].as_strided(tensor.shape, tensor.stride(), start // tensor.element_size())
+        for tensor, start in zip(dense, starts, strict=True)
     ]
 
 

@@ -6,7 +6,6 @@ asked. All tensors of a plan go to the device in one copy of one buffer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from crop.geometry.region import Region
 from crop.methods.base import FeaturePooling, Method, Selection
 from crop.methods.encoding import planned
 from crop.methods.saliency import patches_of
+from crop.ops.transfer import upload
 from crop.patching.pool_step import PoolStep, pool_images
 
 
@@ -135,29 +135,8 @@ class BatchPlan:
         """The plan on ``device``, by one copy of one buffer."""
         if device == self.device:
             return self
-        places: list[tuple[Tensor, int]] = []
-        size = 0
-        for tensor in self._tensors():
-            places.append((tensor, size))
-            size += -(-tensor.numel() * tensor.element_size() // 16) * 16  # views need aligned starts
-        packed = np.empty(size, dtype=np.uint8)
-        for tensor, start in places:
-            content = tensor.contiguous().numpy().reshape(-1).view(np.uint8)
-            packed[start : start + content.size] = content
-        buffer = torch.from_numpy(packed)
-        if device.type == "cuda":
-            buffer = buffer.pin_memory()  # or the copy would wait for what the device has yet to do
-        buffer = buffer.to(device, non_blocking=True)
-        typed = {dtype: buffer.view(dtype) for dtype in {tensor.dtype for tensor, _ in places}}
-        starts = iter(places)
-
-        def moved(tensor: Tensor) -> Tensor:
-            _, start = next(starts)
-            shape = tensor.shape
-            strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-            return typed[tensor.dtype].as_strided(shape, strides, start // tensor.element_size())
-
-        return _map_tensors(self, moved)
+        found = iter(upload(self._tensors(), device))
+        return _map_tensors(self, lambda _: next(found))
 
     def _tensors(self) -> list[Tensor]:
         found: list[Tensor] = []
