@@ -94,9 +94,7 @@ def check_model(asker: Asker, picture: Image) -> Iterator[Finding]:
         except (*REFUSED, AssertionError) as error:  # AssertionError: of the model's code
             yield Finding("refused", subject, one_line(error) or type(error).__name__)
             return
-        except (
-            Exception
-        ) as error:  # no refusal: something of crop, its kernels or transformers is not as the rest expects it
+        except Exception as error:  # no refusal: crop, its kernels or transformers are not as the rest expects
             yield Finding("WRONG", subject, f"{type(error).__name__}: {one_line(error)}")
             return
         yield Finding(status, subject, detail)
