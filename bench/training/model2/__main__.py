@@ -1,4 +1,4 @@
-"""Train the second embedded model from nothing, or evaluate what was exported. One thread.
+"""Train the second embedded model from nothing, or evaluate what was exported.
 
 python -m bench.training.model2 tower --out RUN     # stages: tower and decoder, side by side, then bridge, then joint
 python -m bench.training.model2 decoder --out RUN   # each resumes if it was begun
@@ -42,8 +42,9 @@ def main() -> None:
     parser.add_argument("--evaluate", type=Path, help="only evaluate the weights in this folder")
     parser.add_argument("--pictures", type=int, default=100, help="pictures to evaluate on")
     parser.add_argument("--flops", action="store_true", help="only count the first token's operations")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     if args.flops:
         parts = flops()
         for name, count in parts.items():
