@@ -68,7 +68,7 @@ STAGES = {
         # Meanwhile the decoder learns to answer from embeddings of these names, as if the tower were perfect.
         Stage("decoder", 150, layers=EARLY_LAYERS),
         # The projector learns to turn the tower's features into those embeddings.
-        Stage("bridge", 8, ("tower", "decoder"), batch=16, layers=EARLY_LAYERS, easy=0.0),
+        Stage("bridge", 20, ("tower", "decoder"), batch=16, other_lr=4e-3, layers=EARLY_LAYERS, easy=0.0),
         # Everything.
         Stage(
             "joint", 240, ("bridge",), matrix_lr=0.01, other_lr=1e-3, full=0.85, some=0.15, easy=0.0, aside=16, slow=0.5
