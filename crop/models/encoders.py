@@ -368,10 +368,8 @@ class LayerEncoder:
         cut, total = self.cut(len(self.layers(tower))), len(images[0].layout) + class_tokens(tower.config)
 
         def full(value: Tensor) -> Tensor:
-            found, rows = (
-                value.new_zeros(len(value), total + 1, value.shape[2]),
-                place.to(value.device, non_blocking=True),
-            )
+            found = value.new_zeros(len(value), total + 1, value.shape[2])
+            rows = place.to(value.device, non_blocking=True)
             return found.scatter_(1, rows[..., None].expand_as(value), value)[:, :-1]
 
         output["last_hidden_state"] = full(output["last_hidden_state"])

@@ -35,13 +35,14 @@ def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def download(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Integer or bool tensors on the CPU, by one copy where they lie on one device."""
-    away = [tensor for tensor in tensors if tensor.device.type != "cpu"]
+    """The same on the CPU; integers and bools by one copy where they lie on one device, fractions by one each."""
+    packed = [tensor.device.type != "cpu" and not tensor.is_floating_point() for tensor in tensors]
+    away = [tensor for tensor, one in zip(tensors, packed, strict=True) if one]
     if len({tensor.device for tensor in away}) != 1:
         return [tensor.cpu() for tensor in tensors]
-    found = iter(
-        torch.cat([tensor.reshape(-1).long() for tensor in away]).cpu().split([tensor.numel() for tensor in away])
-    )
+    flat = torch.cat([tensor.reshape(-1).long() for tensor in away]).cpu()
+    found = iter(flat.split([tensor.numel() for tensor in away]))
     return [
-        tensor if tensor.device.type == "cpu" else next(found).view(tensor.shape).to(tensor.dtype) for tensor in tensors
+        next(found).view(tensor.shape).to(tensor.dtype) if one else tensor.cpu()
+        for tensor, one in zip(tensors, packed, strict=True)
     ]

@@ -132,11 +132,11 @@ def on_host(
         ids (batch, seq_len); which of them are no padding, bool; ``given`` with its ``SIZES`` there.
     """
     mask = caller_mask(arguments)
-    known = (
-        isinstance(mask, Tensor) and mask.ndim == 2
-    )  # else there is none, or one that ``refuse_unsupported`` refuses
     sizes = {name: value for name, value in given.items() if name in SIZES and isinstance(value, Tensor)}
-    valid = mask[:, mask.shape[1] - ids.shape[1] :] if known else torch.ones(ids.shape)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        valid = mask[:, mask.shape[1] - ids.shape[1] :]
+    else:  # no mask, or one that ``refuse_unsupported`` refuses
+        valid = torch.ones(ids.shape, dtype=torch.bool)
     ids, valid, *values = download([ids, valid, *sizes.values()])
     return ids, valid.to(torch.bool), {**given, **dict(zip(sizes, values, strict=True))}
 
