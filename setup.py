@@ -198,7 +198,8 @@ setup(
             "py.typed",
             "cli/page.js",
             "localizers/ocr/weights.json",
-            *(f"embedded/**/*.{end}" for end in ("safetensors", "json", "md", "jinja", "txt")),
+            *(f"embedded/**/*.{end}" for end in ("safetensors", "json", "md", "jinja", "ttf")),
+            "embedded/scenes/faces/LICENSE",
         ]
     },
     ext_modules=[] if CHOICE == "python" else [Extension("crop._C", SOURCES)],

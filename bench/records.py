@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from bench import jsonl
-from bench.worlds import World
+from bench.pictures import draw, named, shown
 
 Record = tuple[Any, str, Any]  # (image or its path, question, boxes or None)
 
 
-def rendered(world: World, first: int, count: int, questions: int) -> Iterator[Record]:
+def rendered(first: int, count: int, questions: int) -> Iterator[Record]:
     """Records of rendered pictures; one in each asks for what only another picture shows."""
     before: tuple[Any, ...] = ()
     for seed in range(first, first + count):
-        drawn, rng = world.draw(seed), random.Random(seed)
+        drawn, rng = draw(seed), random.Random(seed)
         known = {question.text for question in drawn.questions}
         for question in rng.sample(drawn.questions, min(questions, len(drawn.questions))):
             yield drawn.image, question.text, question.boxes
         absent = [question.text for question in before if question.text not in known]
-        absent = [text for text in absent if world.named(text) - drawn.shown]
+        absent = [text for text in absent if named(text) - shown(drawn)]
         if absent:
             yield drawn.image, rng.choice(absent), None
         before = tuple(question for question in drawn.questions if question.local)

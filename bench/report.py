@@ -1,6 +1,6 @@
 """A page to look at answers: of a run of ``bench.accuracy``, or of questions asked now with pictures of what was seen.
 
-python -m bench.report page.html --run accuracy-embedded-1                 # what the run's journal holds
+python -m bench.report page.html --run accuracy-1                 # what the run's journal holds
 python -m bench.report page.html --questions 60 --budget 0.11                 # ask now
 python -m bench.report page.html --data questions.jsonl --model ID         # a folder of questions
 """
@@ -21,7 +21,8 @@ from bench.accuracy.contenders import Job, jobs
 from bench.accuracy.data import Item
 from bench.accuracy.run import read, region_of, seen
 from bench.page import Card, Reply, write_report
-from bench.worlds import add_world_options, chosen_world
+from bench.pictures import add_options, ask_model, first_seed
+from crop import embedded
 from crop.cli.ask import Asker
 from crop.cli.visualize import outlined, overlay
 from crop.geometry.region import Region
@@ -103,21 +104,20 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=["both, predicted", "uniform"])
     parser.add_argument("--budget", type=float, default=0.11, help="layer average")
     parser.add_argument("--max-new-tokens", type=int, help="default: as the pictures need it")
-    add_world_options(parser, "1")
+    add_options(parser, "1")
     options = parser.parse_args()
-    world, first = chosen_world(options)
     if options.data:
         items = list(data.json_lines(options.data, options.metric))
     else:
-        items = list(islice(data.rendered(world, first, grounding=options.grounding), options.questions))
+        items = list(islice(data.rendered(first_seed(options), grounding=options.grounding), options.questions))
     if options.run:
         cards, note = from_journal(read(options.run), items), f"run in {options.run.name}"
     else:
-        asker = world.ask(options.model, "cuda" if torch.cuda.is_available() else "cpu", "auto")
+        asker = ask_model(options.model, "cuda" if torch.cuda.is_available() else "cpu", "auto")
         wanted = jobs(asker.num_layers, (options.budget,), tuple(options.contenders))
         localizer = asker.localizer(options.localizer or asker.default_localizer)
-        cards = from_model(asker, items, wanted, localizer, options.max_new_tokens or world.max_new_tokens)
-        note = f"{options.model or world.name}, {options.budget:.1%} of the vision tokens on average over the layers"
+        cards = from_model(asker, items, wanted, localizer, options.max_new_tokens or embedded.LONGEST)
+        note = f"{options.model or 'embedded'}, {options.budget:.1%} of the vision tokens on average over the layers"
     print(f"{write_report(options.page, 'Answers', cards, note)} questions in {options.page}")
 
 

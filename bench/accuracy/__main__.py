@@ -1,7 +1,7 @@
 """How many answers stay right, under every method and baseline, at equal tokens and at equal time.
 
     python -m bench.accuracy --questions 300 --time 10                     # the embedded model
-    python -m bench.accuracy --world pages --model FOLDER --set 2          # the second one, on its second set of pictures
+    python -m bench.accuracy --set 2                                       # on the second set of pictures
     accelerate launch --num_processes 8 -m bench.accuracy --checkpoint ID --data questions.jsonl --metric anls
     python -m bench.accuracy --receipts DIR --data receipts.jsonl          # convert, then ask
     python -m bench.accuracy --out DIR --summary                           # only count what is there
@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.accuracy import data, summary
-from bench.accuracy.contenders import BUDGETS, CUT, contenders, jobs
+from bench.accuracy.contenders import CUT, contenders, jobs
 from bench.accuracy.run import grid_of, read, run, shard
 from bench.accuracy.timing import measure
 from bench.common import machine
-from bench.worlds import World, add_world_options, chosen_world
+from bench.pictures import BUDGETS, NUM_TOKENS, add_options, ask_model, first_seed
+from crop import embedded
 from crop.cli.ask import load
 from crop.localizers import localizer_names
 
@@ -35,9 +36,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_world_options(parser, "1")
+    add_options(parser, "1")
     parser.add_argument(
-        "--checkpoint", help="another model than the world's, a folder or a name on the hub; with --data"
+        "--checkpoint", help="another model than the embedded one, a folder or a name on the hub; with --data"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto")
@@ -51,7 +52,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--grounding", action=argparse.BooleanOptionalAction, default=True, help="ask for boxes, too")
     parser.add_argument("--localizer", choices=[n for n in localizer_names() if n != "box"],
                         help="default: the model's head, or attention where it has none")  # fmt: skip
-    parser.add_argument("--budgets", type=float, nargs="+", help="fractions of the tokens; default: those of the world")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", help="fractions of the tokens; default: 192, 128, 64 and 32 of 576"
+    )
     parser.add_argument("--cut", type=int, default=CUT, help="decoder layer at which the rows inside it drop tokens")
     parser.add_argument("--kept", action="store_true", help="also rows that meet the budget after their last cut only")
     parser.add_argument("--contenders", nargs="+", help="only these rows")
@@ -59,23 +62,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, help="default: as the pictures need it")
     parser.add_argument("--time", type=int, default=0, help="rounds of the timing, 0: none")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="folder of the journal; default: accuracy-WORLD-SET")
+    parser.add_argument("--out", type=Path, help="folder of the journal; default: accuracy-SET")
     parser.add_argument("--json", type=Path, help="also write the summary here, with plots beside it")
     parser.add_argument("--summary", action="store_true", help="ask nothing, summarise what is there")
     options = parser.parse_args()
     if options.checkpoint and not options.data:
         parser.error("--checkpoint must come with --data: rendered pictures are for the model that knows them")
     if options.out is None:
-        options.out = Path(f"accuracy-{options.world}-{options.set}")
+        options.out = Path(f"accuracy-{options.set}")
     return options
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    world, first = chosen_world(options)
-    budgets = tuple(options.budgets or (BUDGETS if options.data else world.budgets))
-    if not options.summary and not ask(options, world, first, budgets):
+    budgets = tuple(options.budgets or BUDGETS)
+    if not options.summary and not ask(options, budgets):
         return
     times_file = options.out / "times.json"
     times = json.loads(times_file.read_text())["jobs"] if times_file.exists() else {}
@@ -89,7 +91,7 @@ def main() -> None:
             "machine": machine(),
             "command": command,
             "commits": sorted({row["commit"] for row in answers}),
-            "pictures": {"world": world.name, "first seed": first, "tokens": world.num_tokens},
+            "pictures": {"first seed": first_seed(options), "tokens": NUM_TOKENS},
             "rows": rows,
             "leads": summary.leads(answers, *sides(options.cut)),
         }
@@ -107,20 +109,20 @@ def sides(cut: int) -> tuple[list[str], list[str]]:
     return ours, [*rivals, "trio"]
 
 
-def ask(options: argparse.Namespace, world: World, first: int, budgets: tuple[float, ...]) -> bool:
+def ask(options: argparse.Namespace, budgets: tuple[float, ...]) -> bool:
     """Everything that the folder does not hold yet; whether all processes are through."""
     index, count = shard()
     device = f"cuda:{index % torch.cuda.device_count()}" if options.device == "cuda" else options.device
     if options.checkpoint:
         asker = load(options.checkpoint, device, options.dtype)
     else:
-        asker = world.ask(options.model, device, options.dtype)
+        asker = ask_model(options.model, device, options.dtype)
     if options.receipts:
         data.convert_receipts(options.receipts, options.data)
     if options.data:
         items = list(islice(data.json_lines(options.data, options.metric), options.questions))
     else:
-        items = list(islice(data.rendered(world, first, grounding=options.grounding), options.questions or 2400))
+        items = list(islice(data.rendered(first_seed(options), grounding=options.grounding), options.questions or 2400))
     names = tuple(options.contenders) if options.contenders else None
     wanted = jobs(asker.num_layers, budgets, names, cut=options.cut, kept=options.kept, model=asker.model)
     if any(item.region is None for item in items):
@@ -128,7 +130,7 @@ def ask(options: argparse.Namespace, world: World, first: int, budgets: tuple[fl
     if grid_of(asker.model) is None:  # what a picture is made smaller for, its processor decides
         wanted = [job for job in wanted if job.contender.prepare is None]
     localizer = asker.localizer(options.localizer or asker.default_localizer)
-    how = {"batch": options.batch, "max_new_tokens": options.max_new_tokens or world.max_new_tokens}
+    how = {"batch": options.batch, "max_new_tokens": options.max_new_tokens or embedded.LONGEST}
     # Several processes ask everything of everybody: none of them knows who will be best.
     some = items[: options.rest or None] if count == 1 and names is None else items
     run(asker, wanted, some, localizer, options.out, **how)

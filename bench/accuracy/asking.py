@@ -1,4 +1,4 @@
-"""What the benches share that ask one embedded model the same questions in several ways."""
+"""What the benches share that ask the embedded model the same questions in several ways."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from bench.accuracy.data import Item
 from bench.common import header, save, table
-from bench.worlds import World, add_world_options, chosen_world
+from bench.pictures import add_options, ask_model, first_seed
+from crop import embedded
 from crop.cli.ask import Asker
 from crop.geometry.region import Region
 from crop.methods import Method
@@ -34,9 +35,8 @@ class Reply(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """An embedded model, its pictures, and how it is asked."""
+    """The embedded model, its pictures, and how it is asked."""
 
-    world: World
     first: int  # seed
     asker: Asker
     batch: int
@@ -45,7 +45,7 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """What a table says about where it comes from."""
-        return {"world": self.world.name, "first seed": self.first}
+        return {"first seed": self.first}
 
     @staticmethod
     def bar(of: Sequence[Any], name: str) -> Iterable[Any]:
@@ -66,7 +66,7 @@ def option_parser(name: str, description: str | None, questions: int) -> argpars
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_world_options(parser, "try")
+    add_options(parser, "try")
     parser.add_argument("--questions", type=int, default=questions)
     parser.add_argument("--batch", type=int, default=20, help="questions answered together")
     parser.add_argument("--threads", type=int, default=1)
@@ -77,8 +77,7 @@ def option_parser(name: str, description: str | None, questions: int) -> argpars
 def begin(options: argparse.Namespace) -> Run:
     """The model that the options name, ready to be asked."""
     torch.set_num_threads(options.threads)
-    world, first = chosen_world(options)
-    return Run(world, first, world.ask(options.model, "cpu", "auto"), options.batch, options.json)
+    return Run(first_seed(options), ask_model(options.model, "cpu", "auto"), options.batch, options.json)
 
 
 class Around:
@@ -107,7 +106,7 @@ def answers(
         sizes = [image.size for image in images]
         given, where = {"processor": asker.processor, "image_size": sizes, "positions": positions}, list(regions[part])
         with patch(asker.model, method, where, **given) as stats, around.batch(run, inputs, where, stats):
-            output = asker.model.generate(**inputs, max_new_tokens=run.world.max_new_tokens, do_sample=False)
+            output = asker.model.generate(**inputs, max_new_tokens=embedded.LONGEST, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = [asker.tidy(text) for text in asker.processor.batch_decode(new, skip_special_tokens=True)]
         counts = stats.tokens_after_plc, stats.tokens_after_ilp, stats.layer_average

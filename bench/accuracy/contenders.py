@@ -13,13 +13,13 @@ from torch import nn
 from bench.accuracy.canvas import CornerOnly, ZoomOnly, shrink, zoom
 from bench.accuracy.trio import Probe, Trio
 from bench.methods import others
+from bench.pictures import BUDGETS
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
 from crop.methods.registry import POOL_SHARE
 
-BUDGETS = (0.5, 0.33, 0.22, 0.11, 0.055)
 DOWNSAMPLED = "down-sampled image"
 CUT = 2  # decoder layer at whose input inner pruning drops tokens, unless told otherwise
 REGIONS = {"oracle": "oracle", "predicted": "predicted", "shifted": "shifted", "no region": "none"}  # of ours, by name

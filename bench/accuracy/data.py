@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from bench import jsonl
 from bench.accuracy.metrics import TEXT_METRICS, Box, iou, parse_box
-from bench.worlds import GROUNDING, World, blocks, region_of
+from bench.pictures import GROUNDING, GROUPS, TEXT, blocks, draw
 from crop.cli.images import open_image, upright_size
+from crop.embedded.scenes import Question
 from crop.geometry.region import Region
 
 
@@ -53,7 +53,7 @@ class Item:
         return TEXT_METRICS[self.metric](answer, self.answers)
 
 
-def rendered(world: World, first: int, *, grounding: bool = True, whole: bool = True) -> Iterator[Item]:
+def rendered(first: int, *, grounding: bool = True, whole: bool = True) -> Iterator[Item]:
     """Questions about rendered pictures from seed ``first`` on, about five or six each, without an end.
 
     Per picture, drawn by its seed: two about text and one of every other group that it has.
@@ -62,14 +62,14 @@ def rendered(world: World, first: int, *, grounding: bool = True, whole: bool = 
         grounding: ask where something is, too. whole: ask what only the whole picture answers, too.
     """
     for seed in count(first):
-        rng, drawn = random.Random(seed), world.draw(seed)
-        pools: dict[str, list[Any]] = {}
+        rng, drawn = random.Random(seed), draw(seed)
+        pools: dict[str, list[Question]] = {}
         for question in drawn.questions:
-            group = world.groups[question.kind]
+            group = GROUPS[question.kind]
             if (grounding or group != GROUNDING) and (whole or question.local):
                 pools.setdefault(group, []).append(question)
         for group, pool in sorted(pools.items()):
-            for number, question in enumerate(rng.sample(pool, min(2 if group == "local text" else 1, len(pool)))):
+            for number, question in enumerate(rng.sample(pool, min(2 if group == TEXT else 1, len(pool)))):
                 is_box = group == GROUNDING
                 yield Item(
                     key=f"{seed} {group} {number}",
@@ -78,8 +78,8 @@ def rendered(world: World, first: int, *, grounding: bool = True, whole: bool = 
                     answers=(question.answer,),
                     group=group,
                     metric="iou" if is_box else "verbatim",
-                    region=region_of(question),
-                    picture=lambda seed=seed: world.draw(seed).image,
+                    region=question.region,
+                    picture=lambda seed=seed: draw(seed).image,
                     box=blocks(question.answer) if is_box else None,
                     read_box=blocks,
                 )

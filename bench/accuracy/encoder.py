@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     run = begin(options)
     depth, known = len(run.asker.model.model.vision_tower.encoder.layers), families()["llava"]
-    local = (item for item in rendered(run.world, run.first, grounding=False) if not item.region.is_whole)
+    local = (item for item in rendered(run.first, grounding=False) if not item.region.is_whole)
     items = list(islice(local, options.questions))
     jobs: list[tuple[str, crop.Method | None, int]] = [("unpruned", None, 0)]
     for ring in options.rings:

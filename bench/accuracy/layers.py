@@ -16,6 +16,7 @@ from statistics import mean
 import crop
 from bench.accuracy.asking import Reply, Run, answers, begin, option_parser
 from bench.accuracy.data import Item, rendered
+from bench.pictures import BUDGETS, NUM_TOKENS
 from crop.geometry.region import Region
 from crop.methods import InnerLLMPruning, Method, PreLLMCompression
 
@@ -45,26 +46,28 @@ def by_group(items: list[Item], replies: list[Reply]) -> dict[str, float]:
 
 def main() -> None:
     parser = option_parser("layers", __doc__, questions=200)
-    parser.add_argument("--budgets", type=float, nargs="+", help="fractions of the tokens; default: those of the world")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", help="fractions of the tokens; default: 192, 128, 64 and 32 of 576"
+    )
     parser.add_argument("--layers", type=int, nargs="+", help="default: every layer but the first")
     parser.add_argument("--source", choices=SOURCES, default="predicted", help="of the region")
     options = parser.parse_args()
     run = begin(options)
-    items = list(islice(rendered(run.world, run.first), options.questions))
+    items = list(islice(rendered(run.first), options.questions))
     regions = found(run, items, options.source)
     unpruned = by_group(items, answers(run, items, None, regions))
     jobs: list[tuple[float, int, Method]] = []
-    for budget in options.budgets or run.world.budgets:
+    for budget in options.budgets or BUDGETS:
         jobs.append((budget, 0, PreLLMCompression(keep=budget)))
         for layer in options.layers or range(1, run.asker.num_layers):
             jobs.append((budget, layer, InnerLLMPruning(budget, layer=layer)))
     rows = []
     for budget, layer, method in run.bar(jobs, "cuts"):
         replies = answers(run, items, method, regions)
-        average = mean(reply.average for reply in replies) / run.world.num_tokens
+        average = mean(reply.average for reply in replies) / NUM_TOKENS
         scores = {name: score / unpruned[name] for name, score in by_group(items, replies).items() if unpruned[name]}
         rows.append({"budget": budget, "layer": layer, "average": average, **scores})
-    facts = run.facts | {"region": options.source, "questions": len(items), "tokens": run.world.num_tokens}
+    facts = run.facts | {"region": options.source, "questions": len(items), "tokens": NUM_TOKENS}
     run.finish(rows, {"run": [facts], "unpruned": [unpruned]})
 
 

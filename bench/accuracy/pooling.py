@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from bench.accuracy.asking import Around, Reply, Run, answers, begin, option_parser
 from bench.accuracy.data import Item, rendered
-from bench.worlds import GROUNDING
+from bench.pictures import GROUNDING
+from crop.embedded import scenes
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
@@ -106,7 +107,7 @@ class Blurred(Around):
         embeds = kwargs["inputs_embeds"]
         if embeds.shape[1] == 1:
             return None
-        side = int(run.world.num_tokens**0.5)
+        side = scenes.GRID
         layout, embeds = VisionLayout.grid(side, side), embeds.clone()
         for row, region in enumerate(regions):
             plan = self.cells.plan(layout, region)
@@ -207,7 +208,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="only these ways")
     options = parser.parse_args()
     run = begin(options)
-    every = [rendered(run.world, run.first), rendered(run.world, run.first, whole=False)]
+    every = [rendered(run.first), rendered(run.first, whole=False)]
     asked = {
         "grounding": list(islice((i for i in every[0] if i.group == GROUNDING), options.questions)),
         "others": list(islice((i for i in every[1] if i.group != GROUNDING), options.questions)),

@@ -1,10 +1,10 @@
-"""What an embedded model makes of real receipts, which it has never seen: its own questions, photographed pages.
+"""What the embedded model makes of real receipts, which it has never seen: its own questions, photographed pages.
 
-    python -m bench.accuracy.real --world pages --model FOLDER --json bench/results/real.json     # CROP_DATA holds receipts/
+    python -m bench.accuracy.real --json bench/results/real.json     # CROP_DATA holds receipts/
 
-Asked for shop, date and total, in the words that the models know. Three views: the whole page squeezed to the model's square, the
+Asked for shop, date and total, in the words that the model knows. Three views: the whole page squeezed to the model's square, the
 page with its shape kept, and the part with the answer at a size of letters that the model knows. An answer is compared in capitals,
-digits and full stops, which is all that a model writes. "others'" scores the same answers against the truths of another page: what
+digits and full stops, which is all that it writes. "others'" scores the same answers against the truths of another page: what
 a guess is worth. "characters" is one minus the edit distance over the longer text.
 """
 
@@ -65,7 +65,7 @@ VIEWS: dict[str, Callable[[Image.Image, Box, int], View]] = {
 
 
 def spoken(text: str) -> str:
-    """What is left of a text in the models' letters."""
+    """What is left of a text in the model's letters."""
     return re.sub(r"[^A-Z0-9.]", "", text.upper())
 
 
@@ -75,7 +75,7 @@ def alike(one: str, other: str) -> float:
 
 
 def questions(folder: Path, view: str, side: int) -> Iterator[Item]:
-    """The questions of the receipts that the models know, each about its own picture."""
+    """The questions of the receipts that the model knows, each about its own picture."""
     for row in jsonl.rows(folder / "questions.jsonl"):
         fields = row.fields
         if fields["field"] not in QUESTIONS:
@@ -123,7 +123,7 @@ def main() -> None:
         for name, method in run.bar(list(methods.items()), view):
             replies = answers(run, items, method, [item.region for item in items])
             rows += [{"view": view, "pruned": name, **row} for row in figures(items, replies)]
-    run.finish(rows, {"run": [{"world": run.world.name}]})
+    run.finish(rows, {})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import crop
 from bench.accuracy.asking import Run, answers, begin, option_parser
 from bench.accuracy.boxes import QUARTER, WHOLE, anywhere, shifted
 from bench.accuracy.data import Item, rendered
+from bench.pictures import NUM_TOKENS
 from crop.geometry.region import Region
 from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression
 from crop.methods.registry import POOL_SHARE
@@ -60,10 +61,10 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.11)
     options = parser.parse_args()
     run = begin(options)
-    local = (item for item in rendered(run.world, run.first, grounding=False) if not item.region.is_whole)
+    local = (item for item in rendered(run.first, grounding=False) if not item.region.is_whole)
     items = list(islice(local, options.questions))
     found = sources(run, items)
-    want = round(options.keep * run.world.num_tokens)
+    want = round(options.keep * NUM_TOKENS)
     plain = answers(run, items, None, found["whole image"])
     rows = []
     for name, method in run.bar(list(methods(options.keep).items()), "answers"):

@@ -27,6 +27,7 @@ from bench.latency.e2e import localize
 from bench.latency.e2e.geometries import Geometry, Shrink
 from bench.latency.e2e.workload import Model, Workload, make
 from crop import embedded
+from crop.embedded import scenes
 from crop.methods.registry import POOL_SHARE
 
 KEEP, SLACK = 0.11, 0.02
@@ -61,9 +62,7 @@ def random_llava(layers: int, width: int, side: int) -> Geometry:
 def embedded_model() -> Model:
     """The model in the package."""
     model, processor = embedded.load()
-    side = embedded.things.GRID
-    pixels = model.config.vision_config.image_size
-    geometry = Geometry(None, lambda: processor.image_processor, (pixels, pixels), side * side, 0)
+    geometry = Geometry(None, lambda: processor.image_processor, (scenes.SIZE,) * 2, scenes.GRID**2, 0)
     return Model(model, processor.image_processor, geometry, 0)
 
 

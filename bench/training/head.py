@@ -2,13 +2,13 @@
 
     python -m bench.training.head --out crop/embedded/head.safetensors                          # embedded model, rendered set
     python -m bench.training.head --evaluate crop/embedded/head.safetensors --scenes 100        # held-out pictures
-    python -m bench.training.head --world pages --model FOLDER --out FOLDER/head.safetensors     # second embedded model
+    python -m bench.training.head --model FOLDER --out FOLDER/head.safetensors     # embedded model with weights of its own
     python -m bench.training.head --model PATH --records train.jsonl --dev dev.jsonl --out head.safetensors
 
 Records: see bench.records.
 
 The model runs once per image up to its decoder; what the head needs is kept in --cache. Rendered pictures: seeds "train" of
-bench.worlds, the confidence is fitted on seeds "fit"; --evaluate asks about seeds "try".
+bench.pictures, the confidence is fitted on seeds "fit"; --evaluate asks about seeds "try".
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from bench.common import header
+from bench.pictures import SEEDS, ask_model
 from bench.records import Record, read_jsonl, rendered
-from bench.worlds import WORLDS
 from crop.cli.ask import EMBEDDED, Asker, load
 from crop.cli.images import open_image
 from crop.geometry.layout import VisionLayout
@@ -240,9 +240,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.training.head", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--world", choices=WORLDS, default="embedded", help="rendered pictures, and the model for them")
     parser.add_argument(
-        "--model", help="folder of the world's model, or with records any model, a folder or a hub name"
+        "--model", help="folder of the embedded model's weights, or with records any folder or hub name"
     )
     parser.add_argument("--records", type=Path, help="JSON lines to train on (default: rendered pictures)")
     parser.add_argument("--dev", type=Path, help="JSON lines to fit the confidence on")
@@ -266,16 +265,15 @@ def main() -> None:
         parser.error("one of --out and --evaluate must be given")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    world = WORLDS[options.world]
 
     def asker() -> Asker:
         if options.dev:
             return load(options.model or EMBEDDED, options.device, "auto")
-        return world.ask(Path(options.model) if options.model else None, options.device, "auto")
+        return ask_model(Path(options.model) if options.model else None, options.device, "auto")
 
     if options.evaluate:
-        first = world.seeds["try"]
-        held_out = read_jsonl(options.dev) if options.dev else rendered(world, first, options.scenes, 8)
+        first = SEEDS["try"]
+        held_out = read_jsonl(options.dev) if options.dev else rendered(first, options.scenes, 8)
         verdicts = list(judged(Head.load(options.evaluate), *features(asker(), held_out, None)))
         print(header())
         print(f"{options.dev or f'seeds from {first}'}, {len(verdicts)} questions")
@@ -290,7 +288,7 @@ def main() -> None:
         sets = [
             features(
                 model,
-                read_jsonl(path) if path else rendered(world, world.seeds[use], count, 8),
+                read_jsonl(path) if path else rendered(SEEDS[use], count, 8),
                 None if path else count,
             )
             for path, use, count in sources

@@ -6,7 +6,7 @@
 Records: see bench.records; several boxes become their bounds, rounded outward to blocks; those that nothing answers are
 left out. Without --lora all weights but those of the vision tower are trained. The folder holds the merged model, its
 processor and, in its configuration, how the model wants to be asked, so that ``crop ask --localizer vlm --localizer-model
-DIR`` finds everything. The embedded model knows 153 words and no brackets, hence its own form of question and answer.
+DIR`` finds everything. The embedded model knows few words and no brackets, hence its own form of question and answer.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bench.common import header
+from bench.pictures import SEEDS
 from bench.records import Record, read_jsonl, rendered
-from bench.worlds import WORLDS
 from crop.cli.ask import EMBEDDED, load
 from crop.cli.images import open_image
 from crop.geometry.region import Region
@@ -37,7 +37,6 @@ from crop.localizers import VLMLocalizer
 from crop.localizers.vlm import BLOCKS, block_prompt
 from crop.models import family_of
 
-TRAIN_SEED, DEV_SEED = 9_100_000, 10_600_000
 FORMS = {  # of the question and of the answer, for the embedded model and for others
     EMBEDDED: ("<image> what box is {question} in ?", " {0} {1} {2} {3} "),
     "other": (None, "[{0}, {1}, {2}, {3}]"),
@@ -174,8 +173,8 @@ def main() -> None:
         rng = random.Random(0)
         endless: Iterator[Record] = open_all(rng.choice(known) for _ in itertools.count())
     else:
-        endless = open_all(rendered(WORLDS["embedded"], TRAIN_SEED, 10**6, 4))
-        dev = list(open_all(rendered(WORLDS["embedded"], DEV_SEED, 40, 3)))
+        endless = open_all(rendered(SEEDS["train"], 10**6, 4))
+        dev = list(open_all(rendered(SEEDS["fit"], 40, 3)))
     if options.lora:
         model = with_lora(model, options.lora)
     else:

@@ -1,8 +1,8 @@
 """A small vision-language model that comes with the package, so that pruning can be tried and tested offline.
 
 An unmodified ``LlavaForConditionalGeneration`` (SigLIP-style tower, Llama decoder), trained from nothing on the
-rendered pictures of ``crop.embedded.scenes``: 256 vision tokens on a 16 x 16 grid, 8 decoder layers. See
-``MODEL_CARD.md`` beside this file.
+rendered pictures of ``crop.embedded.scenes``, in the geometry of LLaVA-1.5: 576 vision tokens on a 24 x 24 grid, 12
+decoder layers. See ``MODEL_CARD.md`` beside this file.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "weights"
 HEAD = Path(__file__).parent / "head.safetensors"  # of ``HeadLocalizer``, made by bench.training.head
+LONGEST = 13  # tokens of an answer, with the one that ends it
 
-__all__ = ["HEAD", "WEIGHTS", "Question", "Scene", "answer", "load", "prompt", "scene", "scenes", "tidy"]
+__all__ = ["HEAD", "LONGEST", "WEIGHTS", "Question", "Scene", "answer", "load", "prompt", "scene", "scenes", "tidy"]
 
 
 def load(
@@ -47,13 +48,17 @@ def load(
 
 
 def prompt(question: str) -> str:
-    """The text the model was trained to answer: one image, then the question in lower case with one question mark."""
-    return f"<image> {question.strip().rstrip('?').strip().lower()} ?"
+    """The text the model was trained to answer: one image, then the question with one question mark.
+
+    Words in capitals are what stands in the picture, each capital a token of its own; all others are put in lower case.
+    """
+    words = question.strip().rstrip("?").split()
+    return " ".join(["<image>", *(word if word.isupper() else word.lower() for word in words), "?"])
 
 
 def tidy(text: str) -> str:
-    """Decoded text as an answer: digits are tokens of their own, so those that follow each other are joined."""
-    return re.sub(r"\b(\d+) (?=\d+\b)", r"\1", " ".join(text.split()))
+    """Decoded text as an answer: characters are tokens of their own, so those that follow each other are joined."""
+    return re.sub(r"(?<=[A-Z0-9.]) (?=[A-Z0-9.])", "", " ".join(text.split()))
 
 
 @torch.no_grad()
@@ -63,7 +68,7 @@ def answer(
     """Greedy answers, one per (image, question) pair; the batch is padded on the left.
 
     Args:
-        images: one per question, RGB, any size (resized to 256 x 256).
+        images: one per question, RGB, any size (resized to 384 x 384).
         questions: see ``scenes`` for the kinds the model knows.
     Raises:
         ValueError: as many images as questions are needed.
@@ -73,6 +78,6 @@ def answer(
     texts = [prompt(question) for question in questions]
     inputs = processor(images=list(images), text=texts, padding=True, return_tensors="pt").to(model.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    output = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
     new = output[:, inputs["input_ids"].shape[1] :]
     return [tidy(text) for text in processor.batch_decode(new, skip_special_tokens=True)]

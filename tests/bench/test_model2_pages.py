@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from bench.training.model2 import pages
-from bench.training.model2.pages import faces
+from bench.training.embedded import pages
+from crop.embedded.scenes import faces
 
 CHARACTER = 3  # first column of the characters
 COUNT = 60

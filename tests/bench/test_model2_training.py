@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 from transformers import AutoProcessor, LlavaForConditionalGeneration  # noqa: E402
 
-from bench.training.model2 import (  # noqa: E402
+from bench.training.embedded import (  # noqa: E402
     data,
     model,
     pages,  # noqa: E402

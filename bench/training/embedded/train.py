@@ -1,4 +1,4 @@
-"""The training loop: four stages, budgets in CPU time, checkpoints, held-out figures in a log."""
+"""The training loop: five stages, budgets in CPU time, checkpoints, held-out figures in a log."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.training.model2 import pages
-from bench.training.model2.data import CALLED, Item, Reservoir, choose, keep_tokens, pack
-from bench.training.model2.model import (
+from bench.training.embedded import labels as dense
+from bench.training.embedded.data import CALLED, Item, Reservoir, choose, keep_tokens, pack
+from bench.training.embedded.model import (
     AIDS,
     EARLY_LAYERS,
     NUM_PATCHES,
@@ -25,10 +25,16 @@ from bench.training.model2.model import (
     tower_features,
     use_layers,
 )
-from bench.training.model2.scores import answer_scores, patch_scores, summary
-from bench.training.muon import Muon
+from bench.training.embedded.muon import Muon
+from bench.training.embedded.scores import answer_scores, patch_scores, summary
 
-FIRST_SEED = {"tower": 1, "decoder": 5_000_000, "bridge": 9_000_000, "joint": 10_000_000}  # of each stage's pictures
+FIRST_SEED = {
+    "tower": 1,
+    "decoder": 5_000_000,
+    "bridge": 9_000_000,
+    "fit": 9_500_000,
+    "joint": 10_000_000,
+}  # of each stage's pictures
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,11 @@ STAGES = {
         Stage("decoder", 150, layers=EARLY_LAYERS),
         # The projector learns to turn the tower's features into those embeddings.
         Stage("bridge", 20, ("tower", "decoder"), batch=16, other_lr=4e-3, layers=EARLY_LAYERS, easy=0.0),
+        # The tower gives way, too: its features were made for a linear layer behind a norm.
+        Stage("fit", 26, ("bridge",), batch=16, matrix_lr=0.01, layers=EARLY_LAYERS, full=0.0, easy=0.0),
         # Everything.
         Stage(
-            "joint", 240, ("bridge",), matrix_lr=0.01, other_lr=1e-3, full=0.85, some=0.15, easy=0.0, aside=16, slow=0.5
+            "joint", 240, ("fit",), matrix_lr=0.01, other_lr=1e-3, full=0.85, some=0.15, easy=0.0, aside=16, slow=0.5
         ),
     )
 }
@@ -106,7 +114,7 @@ class Trainer:
         torch.manual_seed(0)
         self.model = build()
         self.model.model.language_model.set_attn_implementation("aided")
-        self.heads = nn.Linear(self.model.config.vision_config.hidden_size, sum(pages.HEADS.values()))
+        self.heads = nn.Linear(self.model.config.vision_config.hidden_size, sum(dense.HEADS.values()))
         self.named = NamedPatches(self.model.config.text_config.hidden_size)
         self.state = {"stage": self.stage.name, "elapsed": 0.0, "step": 0, "pictures": 0}
         self.checkpoint = options.out / f"{self.stage.name}.pt"
@@ -134,6 +142,7 @@ class Trainer:
         """What the stage trains, by name; all else is frozen."""
         parts = {
             "tower": ("vision", "heads"), "decoder": ("text", "named"), "bridge": ("projector",),
+            "fit": ("vision", "heads", "projector"),
             "joint": ("vision", "heads", "projector", "text"),
         }[self.stage.name]  # fmt: skip
         unused = set(map(id, use_layers(self.model, self.stage.layers)))
@@ -240,11 +249,14 @@ class Trainer:
         if name == "decoder":
             return self.answer_losses(items, self.named(labels[pick, keep], keep), keep, data)
         features = tower_features(self.model, torch.stack([i.patches for i in items]))  # cheap: it sees every patch
-        if name == "bridge":
+        if name in ("bridge", "fit"):
             weight = 0.1 + 0.9 * (labels > 0).any(2)
             whole = torch.arange(NUM_PATCHES).expand(len(items), -1)
             distance = (projector(features) - self.named(labels, whole)).square().mean(2)
-            return {"distance": (distance * weight).sum() / weight.sum() / self.named.spread}
+            losses = {"distance": (distance * weight).sum() / weight.sum() / self.named.spread}
+            return losses | (
+                {} if name == "bridge" else {"patch": self.options.patch * self.patch_loss(features, labels)}
+            )
         losses = {"patch": self.options.patch * self.patch_loss(features, labels)}
         return losses | self.answer_losses(items, projector(features[pick, keep]), keep, data)
 
@@ -262,7 +274,7 @@ class Trainer:
 
     def patch_loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the dense labels (B, n, heads), background patches weighing a tenth."""
-        parts = self.heads(F.layer_norm(features, features.shape[-1:])).split(list(pages.HEADS.values()), 2)
+        parts = self.heads(F.layer_norm(features, features.shape[-1:])).split(list(dense.HEADS.values()), 2)
         weight = 0.1 + 0.9 * (labels > 0).any(2)
         loss = sum(
             F.cross_entropy(part.transpose(1, 2), labels[..., i], reduction="none") for i, part in enumerate(parts)
@@ -314,7 +326,7 @@ class Trainer:
             record["answers"] = {way: {k: [sum(v), len(v)] for k, v in kinds.items()} for way, kinds in scores.items()}
             for way, kinds in scores.items():
                 self.say(f"held-out {way}: {summary(kinds)}")
-        if name in ("bridge", "joint"):
+        if name in ("bridge", "fit", "joint"):
             export(self.model, self.options.out / "weights")
         with open(self.options.out / "scores.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")

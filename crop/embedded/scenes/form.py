@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.training.model2.pages.faces import SMALLEST, width
-from bench.training.model2.pages.names import SIZE, few, word, words
-from bench.training.model2.pages.records import Question, Run, around, ask, place
-from bench.training.model2.pages.sheet import DARK, Sheet
+from crop.embedded.scenes.faces import SMALLEST, width
+from crop.embedded.scenes.names import SIZE, few, word, words
+from crop.embedded.scenes.records import Question, Run, around, ask, place
+from crop.embedded.scenes.sheet import DARK, Sheet
 
 
 def build(sheet: Sheet) -> Iterator[Question]:

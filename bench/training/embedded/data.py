@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.training.model2 import pages
-from bench.training.model2.model import NUM_PATCHES, vocabulary
-from bench.training.model2.pages import labels as dense
+from bench.training.embedded import labels as dense
+from bench.training.embedded.model import NUM_PATCHES, vocabulary
+from crop.embedded import scenes
 
 TOKEN = re.compile(r"[A-Z0-9]|[^\w\s]|[a-z]+")
 EMPHASIS = {"global": 0.3, "relation": 1.5, "count": 1.5, "compare": 1.5, "text": 2.0, "box": 2.0}
-SHARES = dict(zip(pages.PICTURES, (4, 5, 3, 3, 2, 4), strict=True))  # letters on colours are the slowest to be learnt
+SHARES = dict(zip(scenes.PICTURES, (4, 5, 3, 3, 2, 4), strict=True))  # letters on colours are the slowest to be learnt
 WORDS = vocabulary()
 
 
 def called() -> tuple[Tensor, Tensor]:
     """(vocabulary,) head of the dense labels and its class that each word calls, -1 and 0 for all others."""
     head, number = torch.full((len(WORDS),), -1), torch.zeros(len(WORDS), dtype=torch.long)
-    for at, names in enumerate((dense.KINDS, tuple(pages.COLORS), pages.SHAPES)):
+    for at, names in enumerate((dense.KINDS, tuple(scenes.COLORS), scenes.SHAPES)):
         for i, name in enumerate(names, 1):
             for word in {name, f"{name}s"} & set(WORDS):
                 head[WORDS[word]], number[WORDS[word]] = at, i
@@ -96,32 +96,32 @@ def tokens(text: str) -> list[int]:
     return [WORDS[t] for t in TOKEN.findall(text)]
 
 
-def encode_line(question: pages.Question, weight: float) -> Line:
+def encode_line(question: scenes.Question, weight: float) -> Line:
     """A question as tokens with the patches its characters are read from."""
     text, answer = tokens(question.text + " ?"), [*tokens(question.answer), WORDS["</s>"]]
     target = [-100] * (len(text) - 1) + answer
-    characters = [t in pages.CHARACTERS for t in TOKEN.findall(question.text + " ?")]
+    characters = [t in scenes.CHARACTERS for t in TOKEN.findall(question.text + " ?")]
     clues = iter(question.clues)
-    spot = [pages.patch_of(next(clues)) if c else -1 for c in characters]
+    spot = [dense.patch_of(next(clues)) if c else -1 for c in characters]
     # The first character of a word can lie anywhere; from the second on it is clear which word is meant.
     spot = [s if i and characters[i - 1] else -1 for i, s in enumerate(spot)]
     if question.spots:
-        spot[-1] = pages.patch_of(question.spots[0])
-        spot += [*map(pages.patch_of, question.spots[1:]), -1]
+        spot[-1] = dense.patch_of(question.spots[0])
+        spot += [*map(dense.patch_of, question.spots[1:]), -1]
     else:
         spot += [-1] * (len(answer) - 1)
-    region = torch.from_numpy(pages.box_mask(question.boxes))
+    region = torch.from_numpy(dense.box_mask(question.boxes))
     ids, target, spot = (torch.tensor(v) for v in (text + answer[:-1], target, spot))
     return Line(ids, target, spot, region, question.local, question.kind, weight)
 
 
-def encode(scene: pages.Scene) -> Item:
+def encode(scene: scenes.Scene) -> Item:
     """A picture as tensors."""
-    grid, patch = pages.GRID, pages.PATCH
+    grid, patch = scenes.GRID, scenes.PATCH
     pixels = np.asarray(scene.image).reshape(grid, patch, grid, patch, 3)
     # (row, column, channel, y, x): the order of a flattened convolution kernel
     patches = torch.from_numpy(pixels.transpose(0, 2, 4, 1, 3).reshape(NUM_PATCHES, -1).copy())
-    labels = pages.patch_labels(scene)
+    labels = dense.patch_labels(scene)
     count = collections.Counter(q.kind for q in scene.questions)
     lines = []
     for question in scene.questions:
@@ -133,11 +133,11 @@ def encode(scene: pages.Scene) -> Item:
     return Item(patches, torch.from_numpy(labels), shown, before(scene), lines, scene.picture)
 
 
-def before(scene: pages.Scene) -> Tensor:
+def before(scene: scenes.Scene) -> Tensor:
     """See ``Item``."""
     found = torch.full((NUM_PATCHES,), -1)
     for run in scene.runs:
-        held = list(map(pages.patch_of, run.spots))
+        held = list(map(dense.patch_of, run.spots))
         if held and found[held[0]] < 0:
             found[held[0]] = NUM_PATCHES
         for left, right in itertools.pairwise(held):
@@ -186,7 +186,7 @@ class Reservoir:
     """Recently rendered pictures; each is used several times before a new one takes its place.
 
     Args:
-        first_seed: of the pictures. size: pictures held. hardness: of new pictures, see ``pages.scene``.
+        first_seed: of the pictures. size: pictures held. hardness: of new pictures, see ``scenes.scene``.
     """
 
     def __init__(self, first_seed: int, size: int, hardness: float = 1.0) -> None:
@@ -198,7 +198,7 @@ class Reservoir:
     def add(self, count: int) -> None:
         """Render pictures."""
         for picture in self.rng.choices(list(SHARES), list(SHARES.values()), k=count):
-            item = encode(pages.scene(self.seed, picture=picture, hardness=self.hardness))
+            item = encode(scenes.scene(self.seed, picture=picture, hardness=self.hardness))
             self.seed += 1
             if len(self.store) < self.size:
                 self.store.append(item)

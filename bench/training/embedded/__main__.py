@@ -1,11 +1,11 @@
 """Train the second embedded model from nothing, or evaluate what was exported.
 
-python -m bench.training.model2 tower --out RUN     # stages: tower and decoder, side by side, then bridge, then joint
-python -m bench.training.model2 decoder --out RUN   # each resumes if it was begun
+python -m bench.training.embedded tower --out RUN     # stages: tower and decoder, side by side, then bridge, then joint
+python -m bench.training.embedded decoder --out RUN   # each resumes if it was begun
 touch RUN/stop-decoder                              # ends it with a checkpoint
 touch RUN/pause                                     # all wait while this exists
-python -m bench.training.model2 --evaluate RUN/weights --pictures 200
-python -m bench.training.model2 --flops
+python -m bench.training.embedded --evaluate RUN/weights --pictures 200
+python -m bench.training.embedded --flops
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from bench.training.model2.model import AIDS, build, flops
-from bench.training.model2.scores import HELD_OUT, answer_scores, summary
-from bench.training.model2.train import STAGES, Options, Trainer
+from bench.training.embedded.model import AIDS, build, flops
+from bench.training.embedded.scores import HELD_OUT, answer_scores, summary
+from bench.training.embedded.train import STAGES, Options, Trainer
 
 
 def evaluate(directory: Path, pictures: int) -> None:

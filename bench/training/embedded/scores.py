@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.training.model2 import pages
-from bench.training.model2.data import Item, Line, choose, encode, pack
-from bench.training.model2.model import NUM_PATCHES, text_hidden, tower_features
+from bench.training.embedded import labels as dense
+from bench.training.embedded.data import Item, Line, choose, encode, pack
+from bench.training.embedded.model import NUM_PATCHES, text_hidden, tower_features
+from crop.embedded import scenes
 
 HELD_OUT = 20_000_000  # first seed of the held-out range; training seeds stay below
-KINDS = (*pages.LOCAL_KINDS, *pages.RELATION_KINDS, *pages.GLOBAL_KINDS, pages.BOX_KIND)
+KINDS = (*scenes.LOCAL_KINDS, *scenes.RELATION_KINDS, *scenes.GLOBAL_KINDS, scenes.BOX_KIND)
 
 
 @torch.no_grad()
@@ -23,11 +24,11 @@ def patch_scores(model: nn.Module, heads: nn.Module, count: int = 48, first: int
     """Share of labelled patches named right, per label, and of patches without a character seen as such."""
     right, total = collections.Counter(), collections.Counter()
     for seed in range(first, first + count, 8):
-        items = [encode(pages.scene(s)) for s in range(seed, seed + 8)]
+        items = [encode(scenes.scene(s)) for s in range(seed, seed + 8)]
         labels = torch.stack([i.labels for i in items]).long()
         features = tower_features(model, torch.stack([i.patches for i in items]))
-        parts = heads(F.layer_norm(features, features.shape[-1:])).split(list(pages.HEADS.values()), 2)
-        for i, (name, part) in enumerate(zip(pages.HEADS, parts, strict=True)):
+        parts = heads(F.layer_norm(features, features.shape[-1:])).split(list(dense.HEADS.values()), 2)
+        for i, (name, part) in enumerate(zip(dense.HEADS, parts, strict=True)):
             hit, there = part.argmax(2) == labels[..., i], labels[..., i] > 0
             right[name] += int(hit[there].sum())
             total[name] += int(there.sum())
@@ -82,7 +83,7 @@ def answer_scores(
     scores: dict[str, dict] = collections.defaultdict(lambda: collections.defaultdict(list))
     torch.manual_seed(first)
     for seed in range(first, first + count):
-        item = encode(pages.scene(seed))
+        item = encode(scenes.scene(seed))
         lines = choose(item, random.Random(seed), count=questions)
         project = model.model.multi_modal_projector
         vision = see(item) if see else project(tower_features(model, item.patches[None]))
@@ -98,6 +99,6 @@ def answer_scores(
 
 def summary(scores: dict[str, list[bool]]) -> str:
     """Shares per kind, and over all local questions."""
-    local = [ok for kind in pages.LOCAL_KINDS for ok in scores.get(kind, ())]
+    local = [ok for kind in scenes.LOCAL_KINDS for ok in scores.get(kind, ())]
     parts = [f"{k} {sum(scores[k]) / len(scores[k]):.3f}" for k in KINDS if scores.get(k)]
     return " ".join(parts) + f" | local {sum(local) / max(1, len(local)):.3f} (n={len(local)})"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.training.model2.pages.faces import SMALLEST, width
-from bench.training.model2.pages.names import COLORS, DIRECTIONS, SIZE, few, word
-from bench.training.model2.pages.records import Question, ask, place
-from bench.training.model2.pages.shapes import neighbour
-from bench.training.model2.pages.sheet import Sheet
+from crop.embedded.scenes.faces import SMALLEST, width
+from crop.embedded.scenes.names import COLORS, DIRECTIONS, SIZE, few, word
+from crop.embedded.scenes.records import Question, ask, place
+from crop.embedded.scenes.shapes import neighbour
+from crop.embedded.scenes.sheet import Sheet
 
 
 def build(sheet: Sheet) -> Iterator[Question]:

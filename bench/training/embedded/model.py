@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.training.model2 import pages
+from bench.training.embedded import labels as dense
+from crop.embedded import scenes
 
 if TYPE_CHECKING:
-    from bench.training.model2.data import Item
+    from bench.training.embedded.data import Item
 
-NUM_PATCHES = pages.GRID**2
+NUM_PATCHES = scenes.GRID**2
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 
 
@@ -39,12 +40,12 @@ EARLY_LAYERS = 8  # decoder layers that learn first; the others join later as id
 
 def vocabulary() -> dict[str, int]:
     """Token ids: special tokens, then the words and characters of the pictures."""
-    return {word: i for i, word in enumerate((*SPECIAL, *pages.vocabulary()))}
+    return {word: i for i, word in enumerate((*SPECIAL, *scenes.vocabulary()))}
 
 
 def flops(geometry: Geometry = GEOMETRY, tokens: int = NUM_PATCHES) -> dict[str, float]:
     """Floating-point operations of the unpruned first token's parts; a causal decoder needs half of its attention."""
-    g, pixels = geometry, 3 * pages.PATCH**2
+    g, pixels = geometry, 3 * scenes.PATCH**2
     layer = 2 * (4 * g.tower**2 + 2 * g.tower * g.tower_inner) + 4 * tokens * g.tower
     block = 2 * (4 * g.width**2 + 3 * g.width * g.inner) + 2 * tokens * g.width
     return {
@@ -62,7 +63,7 @@ def build(geometry: Geometry = GEOMETRY) -> nn.Module:
     g, words = geometry, vocabulary()
     vision = SiglipVisionConfig(
         hidden_size=g.tower, intermediate_size=g.tower_inner, num_hidden_layers=g.tower_layers,
-        num_attention_heads=g.tower // 32, image_size=pages.SIZE, patch_size=pages.PATCH, vision_use_head=False,
+        num_attention_heads=g.tower // 32, image_size=scenes.SIZE, patch_size=scenes.PATCH, vision_use_head=False,
     )  # fmt: skip
     text = LlamaConfig(
         vocab_size=len(words), hidden_size=g.width, intermediate_size=g.inner, num_hidden_layers=g.layers,
@@ -92,9 +93,9 @@ RATES = 2 * math.pi / torch.logspace(math.log2(3), math.log2(96), WAVES, base=2)
 
 def places() -> Tensor:
     """(576, 4 * WAVES) sines and cosines of each patch's row, then of its column."""
-    angle = torch.arange(pages.GRID)[:, None] * RATES
+    angle = torch.arange(scenes.GRID)[:, None] * RATES
     wave = torch.stack((angle.sin(), angle.cos()), 2).flatten(1)
-    rows, columns = wave[:, None].expand(-1, pages.GRID, -1), wave[None].expand(pages.GRID, -1, -1)
+    rows, columns = wave[:, None].expand(-1, scenes.GRID, -1), wave[None].expand(scenes.GRID, -1, -1)
     return torch.cat((rows, columns), 2).reshape(NUM_PATCHES, 4 * WAVES)
 
 
@@ -201,9 +202,9 @@ class NamedPatches(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         std = math.sqrt(self.spread / 2)
-        self.tables = nn.ModuleList(nn.Embedding(n, width) for n in pages.HEADS.values())
+        self.tables = nn.ModuleList(nn.Embedding(n, width) for n in dense.HEADS.values())
         for table in self.tables:
-            nn.init.normal_(table.weight, std=std / math.sqrt(len(pages.HEADS)))
+            nn.init.normal_(table.weight, std=std / math.sqrt(len(dense.HEADS)))
         self.place = nn.Linear(4 * WAVES, width)
         nn.init.normal_(self.place.weight, std=std / math.sqrt(2 * WAVES))
         self.register_buffer("waves", places())
@@ -262,6 +263,18 @@ def text_hidden(model: nn.Module, vision: Tensor, keep: Tensor, ids: Tensor, blo
     return out.last_hidden_state[:, prefix:]
 
 
+CHAT_TEMPLATE = """
+{%- for message in messages -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}<image>{{ ' ' }}{%- endif -%}
+{%- if part['type'] == 'text' -%}
+{%- for word in part['text'].strip().rstrip('?').split() -%}{{ word if word == word|upper else word|lower }}{{ ' ' }}{%- endfor -%}?
+{%- endif -%}
+{%- endfor -%}
+{%- endfor -%}
+"""
+
+
 def build_processor():
     """The processor saved beside the weights (Pillow only); capitals, digits and full stops are tokens of their own."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
@@ -279,10 +292,15 @@ def build_processor():
         additional_special_tokens=["<image>"], padding_side="left", clean_up_tokenization_spaces=False,
         model_max_length=1024,
     )  # fmt: skip
-    size = {"height": pages.SIZE, "width": pages.SIZE}
+    size = {"height": scenes.SIZE, "width": scenes.SIZE}
     images = SiglipImageProcessorPil(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3)
     return LlavaProcessor(
-        images, fast, patch_size=pages.PATCH, vision_feature_select_strategy="full", num_additional_image_tokens=0
+        images,
+        fast,
+        patch_size=scenes.PATCH,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bench.training.model2.pages.faces import SMALLEST
-from bench.training.model2.pages.names import COLORS, DIRECTIONS, LABELS, SHAPES
-from bench.training.model2.pages.records import Question, Thing, ask, place
-from bench.training.model2.pages.sheet import Sheet
+from crop.embedded.scenes.faces import SMALLEST
+from crop.embedded.scenes.names import COLORS, DIRECTIONS, LABELS, SHAPES
+from crop.embedded.scenes.records import Question, Thing, ask, place
+from crop.embedded.scenes.sheet import Sheet
 
 SIDE = 64  # pixels at scale 1
 

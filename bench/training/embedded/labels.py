@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from bench.training.model2.pages.names import CHARACTERS, COLORS, GRID, PATCH, SHAPES
-from bench.training.model2.pages.records import Box, Scene, Spot
+from crop.embedded.scenes.names import CHARACTERS, COLORS, GRID, PATCH, SHAPES
+from crop.embedded.scenes.records import Box, Scene, Spot
 
 KINDS = ("shape", "sign", "bar")
 SLOTS = 2  # characters per patch, from left to right

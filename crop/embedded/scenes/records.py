@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from bench.training.model2.pages.names import BLOCKS, SIZE
+from crop.embedded.scenes.names import BLOCKS, SIZE
+from crop.geometry.region import Box, Region
 
-Box = tuple[float, float, float, float]
 Spot = tuple[float, float]
 
 
@@ -59,6 +59,11 @@ class Question:
     spots: tuple[Spot, ...] = ()
     clues: tuple[Spot, ...] = ()
 
+    @property
+    def region(self) -> Region:
+        """The boxes as a region."""
+        return Region(self.boxes)
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -106,3 +111,17 @@ def place(name: str, box: Box, clues: tuple[Run, ...] = ()) -> Question:
     low = (int(x0 * BLOCKS), int(y0 * BLOCKS))
     high = tuple(min(BLOCKS - 1, int(v * BLOCKS - 1e-6)) for v in (x1, y1))
     return ask("box", f"what box is {name} in", "".join(map(str, (*low, *high))), box, clues=clues)
+
+
+def box_region(answer: str) -> Region | None:
+    """The region that an answer names, None where it names none.
+
+    Args:
+        answer: four digits, spaces aside: xmin, ymin, xmax, ymax in blocks, inclusive.
+    Source: the format of regions in CROP (arXiv 2505.21233).
+    """
+    digits = answer.replace(" ", "")
+    if len(digits) != 4 or not digits.isdecimal():
+        return None
+    x0, y0, x1, y1 = map(int, digits)
+    return Region.from_blocks(x0, y0, x1, y1, BLOCKS) if x0 <= x1 < BLOCKS and y0 <= y1 < BLOCKS else None

@@ -8,9 +8,9 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from bench.training.model2.pages.faces import FACES, PAD, cap_height, glyph, width
-from bench.training.model2.pages.names import COLORS, SIZE
-from bench.training.model2.pages.records import Box, Run, Thing
+from crop.embedded.scenes.faces import FACES, PAD, cap_height, glyph, width
+from crop.embedded.scenes.names import COLORS, SIZE
+from crop.embedded.scenes.records import Box, Run, Thing
 
 Ink = tuple[int, int, int]
 DARK = (26, 26, 34)
@@ -38,7 +38,7 @@ class Sheet:
     """A picture in the making.
 
     Args:
-        rng: the picture's random numbers; hardness: in [0, 1], see ``pages.scene``.
+        rng: the picture's random numbers; hardness: in [0, 1], see ``scenes.scene``.
     """
 
     def __init__(self, rng: random.Random, hardness: float) -> None:
