@@ -74,8 +74,8 @@ def test_several_images_each_with_its_region(capsys, image, chatty, mixed, tmp_p
     words = [image, *first, image, *second, "what is it"] if mixed else [image, image, "what is it", *first, *second]
     found = ask(capsys, *words, "--model", str(chatty), "--overlay", str(out))
     assert [entry["region"]["boxes"] for entry in found["images"]] == [[[0, 0, 0.5, 0.5]], [[0, 0, 1, 1]]]
-    assert found["tokens"]["before"] == 512 and found["region"] is None
-    assert [entry["tokens"]["before"] for entry in found["images"]] == [256, 256]
+    assert found["tokens"]["before"] == 1152 and found["region"] is None
+    assert [entry["tokens"]["before"] for entry in found["images"]] == [576, 576]
     assert Image.open(out).width == 2 * 448
     assert cli.main(["ask", *words, "--model", str(chatty)]) == 0
     assert "region 2" in capsys.readouterr().out
@@ -89,7 +89,7 @@ def test_each_of_several_images_is_localized_by_itself(capsys, image, chatty):
 
 def test_standard_input(capsys, image, monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(Path(image).read_bytes())))
-    assert ask(capsys, "-", "what")["tokens"]["before"] == 256
+    assert ask(capsys, "-", "what")["tokens"]["before"] == 576
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"no picture")))
     assert "must be a picture, got standard input" in refused(capsys, "ask", "-", "what")
 
@@ -170,7 +170,7 @@ DAMAGE = {
     "other shapes": (
         lambda f: config_for(f, image_token_index=4, vision_config={"model_type": "siglip_vision_model", "hidden_size": 32,
                                                                     "num_attention_heads": 2, "num_hidden_layers": 1,
-                                                                    "image_size": 256, "patch_size": 16, "intermediate_size": 8}),
+                                                                    "image_size": 384, "patch_size": 16, "intermediate_size": 8}),
         "must have shape"),
     "code of its own": (
         lambda f: config_for(f, model_type="mine", auto_map={"AutoConfig": "configuration_mine.MineConfig"}),
