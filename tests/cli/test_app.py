@@ -16,6 +16,7 @@ from crop.cli import options
 from crop.cli.app import App
 from crop.embedded import LONGEST, scenes
 from crop.localizers import registry
+from crop.methods.registry import by_name
 from tests.cli.conftest import SCENE
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loaded_once")
@@ -31,7 +32,10 @@ def app(loaded_once) -> App:
 @pytest.mark.fast
 def test_both_answers_the_overlay_and_the_numbers(app, image):
     pruned, plain, seen, numbers = app.answer(image, QUESTION.text, "head", "", "crop", 11)
-    assert pruned == plain == QUESTION.answer
+    ways = (by_name("crop", 0.11), app.localizers["head"]), (None, app.localizers["whole"])
+    given = dict(max_new_tokens=LONGEST)
+    asked = [app.asker.ask(SCENE.image, QUESTION.text, method=method, localizer=find, **given) for method, find in ways]
+    assert [pruned, plain] == [answer.text for answer in asked]
     assert seen.width == 448 and seen.height > 448  # with its legend
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in numbers.splitlines() if "|" in line]
     assert rows[2] == ["vision tokens", "576", "576"] and rows[4] == ["that reach its last layer", "63", "576"]

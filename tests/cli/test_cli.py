@@ -120,13 +120,18 @@ def test_given_regions(capsys, image):
 
 def test_settings_of_localizers(capsys, image):
     words = ["ask", image, QUESTION.text, "--json"]
-    found = json.loads(run(capsys, *words, "--min-confidence", "0.1", "--layer", "3")[0])
-    assert found["localizer"] == "attention" and found["region"]["area"] < 0.5
+    asker = crop.cli.ask.load("embedded", "cpu", "auto")
+    for more, layer in (([], None), (["--layer", "3"], 3)):
+        found = json.loads(run(capsys, *words, "--localizer", "attention", "--min-confidence", "0.1", *more)[0])
+        region = asker.localizer("attention", min_confidence=0.1, layer=layer)(SCENE.image, QUESTION.text)
+        assert found["localizer"] == "attention" and found["region"]["confidence"] == region.confidence
+        assert found["region"]["boxes"] == list(map(list, region.boxes))
     for name in ("attention", "head"):
         found = json.loads(run(capsys, *words, "--localizer", name, "--min-confidence", "0.99999")[0])["region"]
         assert found["area"] == 1.0 and 0 < found["confidence"] < 1 and found["reason"]
     found = json.loads(run(capsys, *words, "--localizer", "head", "--localizer-model", str(crop.embedded.HEAD))[0])
-    assert found["localizer"] == "head" and found["region"]["area"] < 0.5
+    region = asker.localizer("head")(SCENE.image, QUESTION.text)
+    assert found["localizer"] == "head" and found["region"]["boxes"] == list(map(list, region.boxes))
 
 
 def test_a_second_model_finds_the_region(capsys, image, tmp_path):
