@@ -23,17 +23,6 @@ def localizers(content: dict[str, Any]) -> list[str]:
     )
 
 
-def looks(content: dict[str, Any]) -> list[str]:
-    """``head`` and ``attention`` at the picture and at small copies of it: how well, without times."""
-    rows = [row for row in content["rows"] if row["localizer"].startswith(("head", "attention"))]
-    table = [
-        [f"{row['localizer']} (n={row['n']})", *(f"{100 * row[name]:.1f} %" for name in ("covered", "area", "answers"))]
-        for row in rows
-        if row["questions"] == "a part answers"
-    ]
-    return markdown(["look of", "covers the true region", "area", "right answers"], table)
-
-
 def head_cost(content: dict[str, Any]) -> list[str]:
     """What the head adds to a prefill, in multiply-adds and, where it ran, in milliseconds."""
     table = []

@@ -1,1 +1,1 @@
-"""Training of the second embedded model, from nothing, on the pictures of ``crop.embedded.scenes``."""
+"""Training of the embedded model, from nothing, on the pictures of ``crop.embedded.scenes``."""

@@ -1,6 +1,6 @@
-"""Train the second embedded model from nothing, or evaluate what was exported.
+"""Train the embedded model from nothing, or evaluate what was exported.
 
-python -m bench.training.embedded tower --out RUN     # stages: tower and decoder, side by side, then bridge, then joint
+python -m bench.training.embedded tower --out RUN     # stages: tower and decoder, side by side, then bridge, fit, joint
 python -m bench.training.embedded decoder --out RUN   # each resumes if it was begun
 touch RUN/stop-decoder                              # ends it with a checkpoint
 touch RUN/pause                                     # all wait while this exists

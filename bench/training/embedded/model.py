@@ -1,4 +1,4 @@
-"""The second embedded model as training sees it: built, run on packed questions, led by aids, counted and exported."""
+"""The embedded model as training sees it: built, run on packed questions, led by aids, counted and exported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of the second embedded model on a tiny one: packing, aids, files, and a run that stops and resumes."""
+"""Training of the embedded model on a tiny one: packing, aids, files, and a run that stops and resumes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,8 @@ import torch
 pytest.importorskip("transformers")
 from transformers import AutoProcessor, LlavaForConditionalGeneration  # noqa: E402
 
-from bench.training.embedded import (  # noqa: E402
-    data,
-    model,
-    pages,  # noqa: E402
-    scores,
-    train,
-)
+from bench.training.embedded import data, labels, model, scores, train  # noqa: E402
+from crop.embedded import scenes  # noqa: E402
 
 TINY = model.Geometry(tower=128, tower_layers=1, tower_inner=32, width=160, layers=7, inner=32)
 
@@ -42,7 +37,7 @@ def seen(llava, item):
 
 @pytest.fixture(scope="module")
 def item():
-    return data.encode(pages.scene(3, picture="shapes"))
+    return data.encode(scenes.scene(3, picture="shapes"))
 
 
 def test_tower_and_localizer_take_at_most_15_percent():
@@ -73,7 +68,7 @@ def test_spots_are_patches_of_the_characters(item):
         for row, patch in enumerate(line.spot.tolist()):
             if patch >= 0:
                 character = words[line.target[row] if line.target[row] >= 0 else line.ids[row]]
-                named = [pages.CHARACTERS[c - 1] for c in item.labels[patch, 3:].tolist() if c]
+                named = [scenes.CHARACTERS[c - 1] for c in item.labels[patch, 3:].tolist() if c]
                 assert character in named
 
 
@@ -82,7 +77,7 @@ def test_export_answers_as_training_sees_it(tiny, tmp_path):
     model.export(tiny, tmp_path / "weights")
     carried = LlavaForConditionalGeneration.from_pretrained(tmp_path / "weights", dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "weights")
-    scene = pages.scene(3)
+    scene = scenes.scene(3)
     question = next(q for q in scene.questions if q.clues)
     inputs = processor(images=scene.image, text=f"<image> {question.text} ?", return_tensors="pt")
     assert inputs["input_ids"][0, 1 + model.NUM_PATCHES :].tolist() == data.tokens(question.text + " ?")
@@ -114,21 +109,32 @@ def options(tmp_path, monkeypatch):
 
 
 def test_every_stage_takes_up_what_the_ones_before_learnt(options, tmp_path):
-    """Tower and decoder do not know each other; the bridge trains the projector alone, the last stage everything."""
+    """Tower and decoder do not know each other; the bridge trains the projector alone, then the tower with it, the last stage everything."""
     runs = {}
     for stage in train.STAGES:
         runs[stage] = train.Trainer(options(stage))
         begun = {n: p.detach().clone() for n, p in parameters(runs[stage]).items()}
         assert runs[stage].run()
         moved = {n.split(".")[0] for n, p in parameters(runs[stage]).items() if not torch.equal(p, begun[n])}
-        parts = {"tower": "vision heads", "decoder": "text named", "bridge": "projector"}
+        parts = {
+            "tower": "vision heads",
+            "decoder": "text named",
+            "bridge": "projector",
+            "fit": "vision heads projector",
+        }
         assert moved == set(parts.get(stage, "vision heads projector text").split())
         for earlier in train.STAGES[stage].starts_from:
             for name, value in torch.load(tmp_path / f"{earlier}.pt")["parameters"].items():
                 torch.testing.assert_close(begun[name], value)
     assert not list(tmp_path.glob("*.part"))
     logs = [(tmp_path / f"{stage}.txt").read_text() for stage in train.STAGES]
-    terms = (("patch",), ("answer", "before0", "spot2", "mass3"), ("distance",), ("answer", "aside"))
+    terms = (
+        ("patch",),
+        ("answer", "before0", "spot2", "mass3"),
+        ("distance",),
+        ("distance", "patch"),
+        ("answer", "aside"),
+    )
     for log, names in zip(logs, terms, strict=True):
         assert all(name in log for name in names)
 
@@ -166,11 +172,9 @@ def test_aids_are_lowest_where_heads_look_at_what_they_should():
 def test_words_call_what_patches_show(item):
     head, number = (table[torch.tensor(data.tokens("is the red circles sign ?"))] for table in data.CALLED)
     assert head.tolist() == [-1, -1, 1, 2, 0, -1]
-    kinds = list(model.pages.HEADS)
+    kinds = list(labels.HEADS)
     assert [kinds[h] for h in (0, 1, 2)] == ["kind", "color", "shape"]
-    assert number[2] == 1 + list(model.pages.COLORS).index("red") and number[3] == 1 + model.pages.SHAPES.index(
-        "circle"
-    )
+    assert number[2] == 1 + list(scenes.COLORS).index("red") and number[3] == 1 + scenes.SHAPES.index("circle")
 
 
 @torch.no_grad()
