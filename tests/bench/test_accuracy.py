@@ -14,6 +14,8 @@ from PIL import Image
 
 pytest.importorskip("tqdm")
 
+from bench.worlds import WORLDS  # noqa: E402
+
 from bench import worlds  # noqa: E402
 from bench.accuracy import __main__ as command  # noqa: E402
 from bench.accuracy import data, metrics, summary, tables  # noqa: E402
@@ -21,7 +23,6 @@ from bench.accuracy import run as running  # noqa: E402
 from bench.accuracy.canvas import CornerOnly, ZoomOnly, shrink, zoom, zoomed  # noqa: E402
 from bench.accuracy.contenders import WholeStaysWhole, jobs  # noqa: E402
 from bench.records import read_jsonl  # noqa: E402
-from bench.worlds import WORLDS  # noqa: E402
 from crop.geometry.layout import VisionLayout  # noqa: E402
 from crop.geometry.region import Region  # noqa: E402
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression, registry  # noqa: E402

@@ -10,11 +10,12 @@ import pytest
 
 pytest.importorskip("tqdm")
 
+from bench.worlds import WORLDS  # noqa: E402
+
 from bench import readme  # noqa: E402
 from bench.accuracy import statistics, summary, tables  # noqa: E402
 from bench.accuracy.contenders import BUDGETS  # noqa: E402
 from bench.headline import headline  # noqa: E402
-from bench.worlds import WORLDS  # noqa: E402
 
 
 def test_interval_covers_and_narrows():

@@ -14,10 +14,11 @@ from PIL import Image
 
 pytest.importorskip("tqdm")
 
+from bench.worlds import WORLDS  # noqa: E402
+
 from bench.accuracy import layers, pooling, real  # noqa: E402
 from bench.accuracy.asking import Reply, Run, answers  # noqa: E402
 from bench.accuracy.data import Item, rendered  # noqa: E402
-from bench.worlds import WORLDS  # noqa: E402
 from crop.geometry.layout import VisionLayout  # noqa: E402
 from crop.geometry.region import Region  # noqa: E402
 from crop.methods import PreLLMCompression  # noqa: E402

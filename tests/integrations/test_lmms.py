@@ -15,8 +15,8 @@ from PIL import Image
 
 import crop
 from crop import embedded
-from crop.embedded.scenes import examples
 from crop.cli.options import UsageError
+from crop.embedded.scenes import examples
 from crop.integrations.generation import limit_pixels
 from tests.integrations import benchmarks
 from tests.integrations.conftest import chat_request, give_documents
