@@ -37,7 +37,7 @@ STYLE = """
 """
 ABOUT_EMBEDDED = (
     "The model is the small one that comes with crop: it answers questions about rendered pictures such as the examples, in "
-    "the words of their questions, and is too small to get faster. `crop app --model NAME` takes another one."
+    "the words of their questions. `crop app --model NAME` takes another one."
 )
 
 

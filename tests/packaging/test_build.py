@@ -111,7 +111,7 @@ def test_compiler_only(source: Path, build_tools: Path, tmp_path: Path) -> None:
     assert install.alone(LOAD + SELECT.format(device=-1, target=1)) == "0 [1, 2]"
     assert install.alone(LOAD + SELECT.format(device=0, target=0)).startswith("-1 [-7, -7] crop was built without CUDA")
     assert install.with_torch(USE) == f"{install.packages}/crop/__init__.py True False [[1, 2]]"
-    for name in ("weights", "__init__.py"):
+    for name in ("weights", "__init__.py", "head.safetensors", "scenes/faces/DejaVuSans.ttf", "scenes/faces/LICENSE"):
         assert (install.packages / "crop/embedded" / name).exists()
     assert list((install.packages / "crop/embedded/weights").glob("*.safetensors"))
     assert "crop.cli.main:main" in install.alone(
