@@ -59,7 +59,7 @@ def ask_model(folder: Path | None, device: str, dtype: str) -> Asker:
     precision = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     head = folder / embedded.HEAD.name
     model, processor = embedded.load(device, precision, directory=folder)
-    return Asker(model, processor, embedded.prompt, embedded.tidy, head if head.is_file() else None)
+    return Asker(model, processor, embedded.prompt, head if head.is_file() else None)
 
 
 def add_options(parser: argparse.ArgumentParser, seeds: str) -> None:

@@ -108,7 +108,7 @@ def answers(
         with patch(asker.model, method, where, **given) as stats, around.batch(run, inputs, where, stats):
             output = asker.model.generate(**inputs, max_new_tokens=embedded.LONGEST, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]
-        texts = [asker.tidy(text) for text in asker.processor.batch_decode(new, skip_special_tokens=True)]
+        texts = [text.strip() for text in asker.processor.batch_decode(new, skip_special_tokens=True)]
         counts = stats.tokens_after_plc, stats.tokens_after_ilp, stats.layer_average
         found += [
             Reply(text, item.score(text), *count) for item, text, *count in zip(asked, texts, *counts, strict=True)

@@ -93,7 +93,7 @@ def ask_batch(
     with patch(asker.model, job.method, list(regions), processor=asker.processor, image_size=sizes) as stats:
         output = asker.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = output[:, inputs["input_ids"].shape[1] :]
-    texts = [asker.tidy(text) for text in asker.processor.batch_decode(new, skip_special_tokens=True)]
+    texts = [text.strip() for text in asker.processor.batch_decode(new, skip_special_tokens=True)]
     return [
         {
             "job": job.key,

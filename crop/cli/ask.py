@@ -89,7 +89,6 @@ class Asker:
     model: nn.Module  # in evaluation mode, on its device
     processor: Any  # its processor
     prompt: Callable[[str], str] | None = None  # question -> full text; None: the processor's chat template
-    tidy: Callable[[str], str] = str.strip  # decoded text -> answer
     head: Path | None = None  # file of the weights for the "head" localizer, where there are some for this model
 
     @property
@@ -187,7 +186,7 @@ class Asker:
         tokens = map(Tokens, *counts, stats.layer_average)
         drawings = zip(stats.layouts, stats.plans, stats.kept, regions, strict=True)
         thoughts, text = split_thoughts(self.processor, new)
-        text = self.tidy(thoughts if text is None else text)
+        text = (thoughts if text is None else text).strip()
         return Answer(text, list(map(Seen, regions, tokens, drawings)), seconds)
 
     def compare(
@@ -240,7 +239,7 @@ def load(name: str, device: str, dtype: str, **how: Any) -> Asker:
         model, processor = embedded.load(device, precision)
     except FileNotFoundError as error:
         raise UsageError(f"the embedded model is not installed: {error}") from error
-    return Asker(model, processor, embedded.prompt, embedded.tidy, embedded.HEAD)
+    return Asker(model, processor, embedded.prompt, embedded.HEAD)
 
 
 def _pretrained(

@@ -70,8 +70,8 @@ def _print(console: Console, rows: list[tuple[scenes.Question, Answer, Answer, t
         caption=f"Speed: time to the first token, unpruned / pruned, localizer included; medians of {ROUNDS}."
     )
     table.add_column("question")
-    for title in ("truth", "unpruned", "pruned", "region", "tokens", "speed"):
-        table.add_column(title, no_wrap=True)
+    for title, width in (("truth", 0), ("unpruned", 0), ("pruned", 0), ("region", 6), ("tokens", 9), ("speed", 0)):
+        table.add_column(title, no_wrap=not width, max_width=width or None)  # what is left is the question's
     hits, spent = [0, 0], [0.0, 0.0]
     for question, plain, pruned, times in rows:
         cells = []

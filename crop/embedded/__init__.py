@@ -7,7 +7,6 @@ decoder layers. See ``MODEL_CARD.md`` beside this file.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +24,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 HEAD = Path(__file__).parent / "head.safetensors"  # of ``HeadLocalizer``, made by bench.training.head
 LONGEST = 13  # tokens of an answer, with the one that ends it
 
-__all__ = ["HEAD", "LONGEST", "WEIGHTS", "Question", "Scene", "answer", "load", "prompt", "scene", "scenes", "tidy"]
+__all__ = ["HEAD", "LONGEST", "WEIGHTS", "Question", "Scene", "answer", "load", "prompt", "scene", "scenes"]
 
 
 def load(
@@ -56,11 +55,6 @@ def prompt(question: str) -> str:
     return " ".join(["<image>", *(word if word.isupper() else word.lower() for word in words), "?"])
 
 
-def tidy(text: str) -> str:
-    """Decoded text as an answer: characters are tokens of their own, so those that follow each other are joined."""
-    return re.sub(r"(?<=[A-Z0-9.]) (?=[A-Z0-9.])", "", " ".join(text.split()))
-
-
 @torch.no_grad()
 def answer(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, images: Sequence[Image], questions: Sequence[str]
@@ -80,4 +74,4 @@ def answer(
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     output = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
     new = output[:, inputs["input_ids"].shape[1] :]
-    return [tidy(text) for text in processor.batch_decode(new, skip_special_tokens=True)]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

@@ -352,8 +352,8 @@ class CropModel(lmms):
         asker, counts.output_tokens = self.asker, len(ids)
         thoughts, answer = split_thoughts(asker.processor, ids, prompt.text.rstrip().endswith(THINK))
         if answer is None:
-            return _Reply(asker.tidy(thoughts), counts)
-        text = cut_answer(asker.tidy(answer), stops)
+            return _Reply(thoughts.strip(), counts)
+        text = cut_answer(answer.strip(), stops)
         if thoughts:
             written = asker.processor.tokenizer(thoughts + THOUGHT, add_special_tokens=False)
             counts.reasoning_tokens, text = len(written.input_ids), f"{THINK}{thoughts}{THOUGHT}{text}"

@@ -34,8 +34,9 @@ def block_prompt(question: str) -> str:
 def parse_blocks(text: str) -> tuple[int, int, int, int]:
     """The block rectangle in an answer.
 
-    The last four numbers in brackets count, or where there are no brackets the only four numbers in the text. Corners in
-    the wrong order are put right; a 8, as in half-open or one-based counting, is taken as the last block.
+    The last four numbers in brackets count, or where there are no brackets the only four numbers in the text, or four
+    digits alone. Corners in the wrong order are put right; a 8, as in half-open or one-based counting, is taken as the
+    last block.
 
     Returns:
         (xmin, ymin, xmax, ymax), 0-based, inclusive, ordered, below ``BLOCKS``.
@@ -44,7 +45,8 @@ def parse_blocks(text: str) -> tuple[int, int, int, int]:
     """
     number = r"-?\d+(?:\.\d+)?"
     bracketed = re.findall(rf"[\[(]\s*({number}(?:\s*[,;\s]\s*{number}){{3}})\s*[\])]", text)
-    numbers = re.findall(number, bracketed[-1] if bracketed else text)
+    digits = re.fullmatch(r"\s*(\d)(\d)(\d)(\d)\s*", text)
+    numbers = digits.groups() if digits else re.findall(number, bracketed[-1] if bracketed else text)
     if len(numbers) != 4:
         raise ValueError(f"parse_blocks: text must hold four numbers, got {text.strip()!r}")
     values = [float(value) for value in numbers]

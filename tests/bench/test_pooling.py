@@ -14,16 +14,17 @@ from PIL import Image
 
 pytest.importorskip("tqdm")
 
+
 from bench.accuracy import layers, pooling, real  # noqa: E402
 from bench.accuracy.asking import Reply, Run, answers  # noqa: E402
 from bench.accuracy.data import Item, rendered  # noqa: E402
-from bench.worlds import WORLDS  # noqa: E402
+from bench.pictures import SEEDS, ask_model  # noqa: E402
 from crop.geometry.layout import VisionLayout  # noqa: E402
 from crop.geometry.region import Region  # noqa: E402
 from crop.methods import PreLLMCompression  # noqa: E402
 from crop.patching.patch import patch  # noqa: E402
 
-LAYOUT = VisionLayout.grid(16, 16)
+LAYOUT = VisionLayout.grid(24, 24)
 PLC = PreLLMCompression(keep=0.2, mode="mean")
 
 
@@ -31,13 +32,13 @@ PLC = PreLLMCompression(keep=0.2, mode="mean")
 def run():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield Run(WORLDS["embedded"], 15_000_000, WORLDS["embedded"].ask(None, "cpu", "auto"), 4, None)
+    yield Run(SEEDS["try"], ask_model(None, "cpu", "auto"), 4, None)
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def items(run) -> list[Item]:
-    return list(islice(rendered(run.world, run.first, whole=False), 3))
+    return list(islice(rendered(run.first, whole=False), 3))
 
 
 def seen(run, items, method, around, inside: bool = False) -> dict:
@@ -119,10 +120,10 @@ def test_ways_keep_what_they_say(run):
         and torch.equal(leaders.leader, cells.leader)
         and int(leaders.counts.max()) == 1
     )
-    assert [pooling.Near(ring).plan(LAYOUT, region).num_out for ring in (0, 1)] == [inside, inside + 20]
+    assert [pooling.Near(ring).plan(LAYOUT, region).num_out for ring in (0, 1)] == [inside, inside + 28]
     left = pooling.Thinned(0.5).plan(LAYOUT, region).num_out - inside
-    assert 0.4 < left / (256 - inside) < 0.6
-    assert set(pooling.ways(0.2, 8)) >= {"PLC", "region alone, from layer 2", "region alone, from layer 4"}
+    assert 0.4 < left / (576 - inside) < 0.6
+    assert set(pooling.ways(0.2, 12)) >= {"PLC", "region alone, from layer 3", "region alone, from layer 9"}
 
 
 def test_sides_of_a_place_are_told_apart():
@@ -140,7 +141,7 @@ def test_cuts_by_layer_and_group(monkeypatch, tmp_path):
     content = json.loads(out.read_text())
     assert [row["layer"] for row in content["rows"]] == [0, 2, 6]
     average = [row["average"] for row in content["rows"]]
-    assert average == pytest.approx([28 / 256, (2 * 256 + 6 * 28) / 8 / 256, (6 * 256 + 2 * 28) / 8 / 256], abs=1e-3)
+    assert average == pytest.approx([63 / 576, (2 * 576 + 10 * 63) / 12 / 576, (6 * 576 + 6 * 63) / 12 / 576], abs=1e-3)
     assert content["run"][0]["region"] == "oracle" and list(content["unpruned"][0])[0] == "overall"
 
 

@@ -19,7 +19,7 @@ def test_small_models_through_the_command(tmp_path: Path) -> None:
     path = tmp_path / "small.json"
     small.main(["--only", "0", "2", "--rounds", "2", "--seconds", "0", "--json", str(path)])
     first, second = json.loads(path.read_text())["rows"]
-    assert (first["model"], first["tokens"], first["batch"]) == ("embedded", 256, 1)
+    assert (first["model"], first["tokens"], first["batch"]) == ("embedded", 576, 1)
     assert (second["model"], second["tokens"], second["batch"]) == ("2 x 64", 64, 8)
     for row in (first, second):
         assert row["rounds"] == 2 and row["localized"] > 0 and row["advice"] in ("prune", "do not")

@@ -29,14 +29,16 @@ def test_blocks_hold_the_boxes(boxes, blocks):
 
 def test_one_record_is_learnt_by_heart_saved_and_loaded(tmp_path):
     model, processor = embedded.load()
+    decoder = model.model.language_model
+    decoder.layers, decoder.config.num_hidden_layers = decoder.layers[:2], 2  # enough to learn two answers by heart
     model.model.vision_tower.requires_grad_(False)
     prompt, answer = script.FORMS["embedded"]
     scene = scenes.scene(1)
-    records = [(scene.image, "what is the total", BOX), (scene.image, "is this a receipt", ((0, 0, 1, 1),))]
+    records = [(scene.image, "what is the total", BOX), (scene.image, "what kind of picture is this", ((0, 0, 1, 1),))]
     ask = script.asker(processor, prompt)
     batch = script.collate(processor, ask, answer, records)
     said = [processor.decode(row[row != -100]) for row in batch["labels"]]
-    assert [line.split() for line in said] == [["2", "4", "3", "5", "</s>"], ["0", "0", "7", "7", "</s>"]]
+    assert said == ["2435 </s>", "0077 </s>"]
     losses = script.train(model, itertools.repeat(batch), steps=16, rate=2e-3)
     assert losses[-1] < 0.2 * losses[0]
     model.config.crop_localizer_prompt = prompt
@@ -44,7 +46,7 @@ def test_one_record_is_learnt_by_heart_saved_and_loaded(tmp_path):
     processor.save_pretrained(tmp_path)
     find = VLMLocalizer.load(tmp_path)
     assert find(scene.image, "what is the total").boxes == Region.from_blocks(2, 4, 3, 5).boxes
-    assert find(scene.image, "is this a receipt").is_whole
+    assert find(scene.image, "what kind of picture is this").is_whole
 
 
 def test_lora_trains_adapters_of_the_decoder_alone():

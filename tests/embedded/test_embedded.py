@@ -63,7 +63,7 @@ def test_training_reads_words_as_the_tokenizer_does(carried):
 
 
 @pytest.mark.fast
-def test_prompt_tidy_and_chat_template(carried):
+def test_prompt_decoded_text_and_chat_template(carried):
     for said, wanted in {
         "Where is the red circle?": "<image> where is the red circle ?",
         " what is the Price of KEVU 12 ? ": "<image> what is the price of KEVU 12 ?",
@@ -71,8 +71,9 @@ def test_prompt_tidy_and_chat_template(carried):
         assert embedded.prompt(said) == wanted
         content = [{"type": "image"}, {"type": "text", "text": said}]
         assert carried[1].apply_chat_template([{"role": "user", "content": content}], tokenize=False) == wanted
-    assert embedded.tidy("1 2 . 5 0") == "12.50" and embedded.tidy(" red  circle ") == "red circle"
-    assert embedded.tidy("K E V U") == "KEVU"
+    tokenizer = carried[1].tokenizer
+    for text in ("12.50", "KEVU", "red circle", "what is the price of BECA ?"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 
 def test_left_padding_does_not_change_the_answer(carried):

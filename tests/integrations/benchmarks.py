@@ -136,7 +136,7 @@ output_type: generate_until_multi_round
 doc_to_visual: !function own.to_visual
 doc_to_text: !function own.to_text
 doc_to_target: answer
-generation_kwargs: {{max_new_tokens: 5, until: ["\\n"]}}
+generation_kwargs: {{max_new_tokens: 13, until: ["\\n"]}}
 process_results: !function own.process_results
 metric_list:
   - {{metric: both_right, aggregation: mean, higher_is_better: true}}

@@ -16,32 +16,17 @@ from typing import Any
 import pytest
 
 from crop import embedded
-from crop.embedded import scenes
 
 INSTALLED = importlib.util.find_spec("lmms_eval") is not None
 ADAPTER = "crop.integrations.lmms_eval"
-FIRST = 10_000_040
-TEMPLATE = (
-    "{% for turn in messages %}{% for part in turn.content %}{% if part.type == 'image' %}<image> "
-    "{% else %}{{ part.text | lower }} ?{% endif %}{% endfor %}{% endfor %}{% if enable_thinking %}<think>{% endif %}"
-)
-
-
-def questions(count: int) -> list[tuple[scenes.Scene, scenes.Question]]:
-    """Scenes, each with a question that one part of it answers."""
-    found = []
-    for seed in range(FIRST, FIRST + count):
-        scene = scenes.scene(seed)
-        found.append((scene, next(q for q in scene.questions if q.local)))
-    return found
 
 
 @pytest.fixture(scope="session")
 def chatty(tmp_path_factory) -> str:
-    """The embedded model as a folder with a chat template, which takes several images and turns, and a thought."""
-    folder = tmp_path_factory.mktemp("models") / "chatty"
-    shutil.copytree(embedded.WEIGHTS, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    """The embedded model as a folder whose chat template takes a thought, too."""
+    folder = shutil.copytree(embedded.WEIGHTS, tmp_path_factory.mktemp("models") / "chatty")
+    with (folder / "chat_template.jinja").open("a") as template:
+        template.write("{%- if enable_thinking %}<think>{% endif %}")
     return str(folder)
 
 

@@ -16,9 +16,10 @@ from PIL import Image
 import crop
 from crop import embedded
 from crop.cli.options import UsageError
+from crop.embedded.scenes import examples
 from crop.integrations.generation import limit_pixels
 from tests.integrations import benchmarks
-from tests.integrations.conftest import chat_request, give_documents, questions
+from tests.integrations.conftest import chat_request, give_documents
 
 pytest.importorskip("tqdm")
 pytest.importorskip("accelerate")
@@ -47,20 +48,24 @@ def scoring(texts, continuation, images):
 # --------------------------------------------------------------------------------------------------------- answers
 @pytest.mark.parametrize("method,localizer,size", [("none", "whole", 3), ("crop", "attention", 2), ("uniform", "whole", 4)])  # fmt: skip
 def test_requests_come_back_in_order(lmms, ask, method, localizer, size):
-    asked = questions(4)
+    asked = list(examples(6))
     model = lmms.CropModel("embedded", method, 0.33, localizer, device="cpu", batch_size=size)
-    options = {"max_new_tokens": 5, "until": ["\n"]}, {"max_new_tokens": 4}  # two groups, interleaved
+    asker, how = model.asker, {"method": model.method, "localizer": model.localizer}
+    longest = embedded.LONGEST
+    options = {"max_new_tokens": longest, "until": ["\n"]}, {"max_new_tokens": longest - 1}  # two groups, interleaved
     results = ask(model, [(q.text, [scene.image]) for scene, q in asked], *options)
     answers = [result.text for result in results]
-    assert sum(a == q.answer for a, (_, q) in zip(answers, asked, strict=True)) >= 3
+    assert answers == [asker.ask(scene.image, q.text, max_new_tokens=longest, **how).text for scene, q in asked]
+    assert len(set(answers)) >= 3
     if method == "none":
         images, texts = [s.image for s, _ in asked], [q.text for _, q in asked]
-        assert answers == embedded.answer(model.asker.model, model.asker.processor, images, texts)
+        assert answers == embedded.answer(asker.model, asker.processor, images, texts)
+        assert sum(a == q.answer for a, (_, q) in zip(answers, asked, strict=True)) >= 4
 
 
 def test_a_batch_equals_its_samples(lmms, ask, chatty):
     """Questions of different lengths about no, one and several images."""
-    scenes = questions(4)
+    scenes = list(examples(4))
     asked = [(q.text, [scene.image]) for scene, q in scenes]
     asked[1] = (asked[1][0], [scenes[1][0].image, scenes[0][0].image])
     asked.insert(2, ("what is it", []))
@@ -73,11 +78,11 @@ def test_a_batch_equals_its_samples(lmms, ask, chatty):
         assert one.token_counts.time_to_first_token > 0
         one.token_counts.time_to_first_token = other.token_counts.time_to_first_token
         assert one.token_counts == other.token_counts
-    assert [result.token_counts.vision_tokens for result in batch] == [256, 512, 0, 256, 256]
+    assert [result.token_counts.vision_tokens for result in batch] == [576, 1152, 0, 576, 576]
 
 
 def test_batches_are_of_similar_length_and_equal_options(lmms, ask, monkeypatch):
-    scene = questions(1)[0][0]
+    [(scene, _)] = examples(1)
     model = lmms.CropModel("embedded", "none", device="cpu", batch_size=2)
     seen, real = [], model.asker.encode_texts
     monkeypatch.setattr(type(model.asker), "encode_texts", lambda self, i, t: seen.append(list(t)) or real(i, t))
@@ -89,7 +94,7 @@ def test_batches_are_of_similar_length_and_equal_options(lmms, ask, monkeypatch)
 
 @pytest.mark.parametrize("early", [False, True])
 def test_what_a_sample_took_is_written_beside_it(lmms, ask, early):
-    scene, question = questions(1)[0]
+    [(scene, question)] = examples(1)
     model = lmms.CropModel("embedded", "crop", 0.25, device="cpu", prune_encoder=early)
     assert isinstance(model.localizer, crop.CoarseLocalizer) == model.method.encodes == early
     counts = ask(model, [(question.text, [scene.image])], {"max_new_tokens": 5})[0].token_counts
@@ -100,14 +105,14 @@ def test_what_a_sample_took_is_written_beside_it(lmms, ask, early):
                     processor=model.asker.processor, image_size=scene.image.size) as stats:  # fmt: skip
         output = model.asker.model.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert found["output_tokens"] == output.shape[1] - inputs["input_ids"].shape[1]
-    assert found["vision_tokens"] == 256 and found["vision_tokens_kept"] == stats.tokens_after_ilp[0] <= 64
+    assert found["vision_tokens"] == 576 and found["vision_tokens_kept"] == stats.tokens_after_ilp[0] <= 144
     assert found["vision_tokens_average"] == stats.layer_average[0] and 0 < found["time_to_first_token"] < 60
     assert "reasoning_tokens" not in found
 
 
 def test_counts_of_a_sample_are_those_of_its_images(lmms, ask, chatty, monkeypatch):
     """In a batch whose samples have one image, two, none and one."""
-    scene = questions(1)[0][0].image
+    scene = next(examples(1))[0].image
     model = lmms.CropModel(chatty, "none", device="cpu", batch_size=4)
     counts = {
         "tokens_before": [1, 20, 300, 4000],
@@ -128,14 +133,14 @@ def test_counts_of_a_sample_are_those_of_its_images(lmms, ask, chatty, monkeypat
 
 
 def test_beams_change_no_count(lmms, ask, chatty):
-    image, found = questions(1)[0][0].image, []
+    image, found = next(examples(1))[0].image, []
     model = lmms.CropModel(chatty, "crop", device="cpu", batch_size=3)
     model.method = crop.InnerLLMPruning(mode="strict")  # counts follow the region, here that of a question
     model.localizer = lambda _, question: crop.Region.box(0, 0, 1, 0.5 if "b" in question else 1)
     for beams in (1, 2):
         results = ask(model, [("a b", [image] * 2), ("a", [image])], {"max_new_tokens": 1, "num_beams": beams})
         found.append([one.token_counts.vision_tokens_kept for one in results])
-    assert found == [[256, 256]] * 2
+    assert found == [[576, 576]] * 2
 
 
 def test_each_image_has_its_region(lmms, ask, chatty, monkeypatch, tmp_path):
@@ -163,13 +168,13 @@ def test_a_thought_is_counted_and_left_to_lmms_eval(lmms, ask, chatty, monkeypat
     tokenizer = model.asker.processor.tokenizer
     text = "red </think> dog cat"
     monkeypatch.setattr(type(model.asker.processor), "decode", lambda *_, **__: text)
-    result = ask(model, [("what", [questions(1)[0][0].image])], {"max_new_tokens": 2, "until": ["red", "cat"]})[0]
+    result = ask(model, [("what", [next(examples(1))[0].image])], {"max_new_tokens": 2, "until": ["red", "cat"]})[0]
     assert result.text == "<think>red</think>dog"
     assert result.token_counts.reasoning_tokens == len(tokenizer("red</think>", add_special_tokens=False).input_ids)
 
 
 def test_rounds_go_on_until_the_task_ends_them(lmms, chatty):
-    scenes = [scene.image for scene, _ in questions(3)]
+    scenes = [scene.image for scene, _ in examples(3)]
     model = lmms.CropModel(chatty, "crop", 0.3, device="cpu", batch_size=2)
     give_documents(model, scenes)
     asked = []
@@ -204,33 +209,36 @@ def test_rounds_go_on_until_the_task_ends_them(lmms, chatty):
 @pytest.mark.parametrize("method", ["none", "crop"])
 def test_continuations_are_scored_as_they_would_be_generated(lmms, method):
     """What the model answers by itself gets the probabilities of its own decoding, unpruned also those of one forward."""
-    asked = questions(3)
+    asked = list(examples(3))
     images = [[scene.image] for scene, _ in asked]
     model = lmms.CropModel("embedded", method, 0.3, device="cpu", batch_size=3)
     give_documents(model, range(3))
-    scores = model.loglikelihood(scoring([q.text for _, q in asked], lambda doc: f" {asked[doc][1].answer}", images))
     net, processor = model.asker.model, model.asker.processor
-    for (scene, question), result in zip(asked, scores, strict=True):
-        text = embedded.prompt(question.text)
-        inputs = processor(images=scene.image, text=text, return_tensors="pt")
-        count = len(processor.tokenizer(question.answer, add_special_tokens=False).input_ids)
+    own = []
+    for scene, question in asked:
+        inputs = processor(images=scene.image, text=embedded.prompt(question.text), return_tensors="pt")
         region = model.localizer(scene.image, question.text)
         with crop.patch(net, model.method, region, processor=processor, image_size=scene.image.size):
-            output = net.generate(**inputs, max_new_tokens=count, do_sample=False, output_logits=True,
+            output = net.generate(**inputs, max_new_tokens=embedded.LONGEST, do_sample=False, output_logits=True,
                                   return_dict_in_generate=True)  # fmt: skip
-        assert processor.decode(output.sequences[0, -count:]) == question.answer
-        expected = -sum(logits.log_softmax(-1).max().item() for logits in output.logits) / count
+        new = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        count = (new + [net.generation_config.eos_token_id]).index(net.generation_config.eos_token_id)
+        best = [logits.log_softmax(-1).max().item() for logits in output.logits[:count]]
+        own.append((processor.decode(new[:count]), count, -sum(best) / count))
+    scores = model.loglikelihood(scoring([q.text for _, q in asked], lambda doc: f" {own[doc][0]}", images))
+    for (scene, question), (answer, count, expected), result in zip(asked, own, scores, strict=True):
         assert result.text == (pytest.approx(expected, abs=1e-4), True)
         assert result.token_counts.output_tokens == count
         if method == "none":
-            whole = processor(images=scene.image, text=f"{text} {question.answer}", return_tensors="pt")
+            text = f"{embedded.prompt(question.text)} {answer}"
+            whole = processor(images=scene.image, text=text, return_tensors="pt")
             logits = net(**whole).logits[0, -count - 1 : -1].log_softmax(-1)
             one = -logits.gather(1, whole["input_ids"][0, -count:, None]).mean().item()
             assert result.text[0] == pytest.approx(one, abs=1e-4)
 
 
 def test_a_wrong_continuation_is_unlikely_and_a_batch_scores_as_singles(lmms):
-    asked = questions(3)
+    asked = list(examples(3))
     images, texts = [[scene.image] for scene, _ in asked], [q.text for _, q in asked]
     found = {}
     for size in (3, 1):
@@ -252,7 +260,7 @@ def test_a_choice_is_scored_without_a_question_too(lmms, chatty):
 
 
 def test_the_older_form_gives_the_same_answers(lmms, ask):
-    asked = questions(2)
+    asked = list(examples(2))
     model = lmms.SimpleCropModel("embedded", "crop", 0.3, device="cpu")
     assert lmms.SimpleCropModel.is_simple and not lmms.CropModel.is_simple
     give_documents(model, [scene for scene, _ in asked])
@@ -280,7 +288,7 @@ def limited(model, monkeypatch, most):
 
 
 def test_auto_batches_shrink_to_what_memory_holds(lmms, ask, monkeypatch):
-    asked = [(q.text, [scene.image]) for scene, q in questions(7)]
+    asked = [(q.text, [scene.image]) for scene, q in examples(7)]
     model = lmms.CropModel("embedded", "crop", 0.2, device="cpu", batch_size="auto", max_batch_size=6)
     expected = [result.text for result in ask(model, asked, {"max_new_tokens": 3})]
     assert model.batch_sizes == {"generate_until": 6}
@@ -292,14 +300,14 @@ def test_auto_batches_shrink_to_what_memory_holds(lmms, ask, monkeypatch):
 def test_rounds_lose_no_request_where_batches_shrink(lmms, monkeypatch):
     model = lmms.CropModel("embedded", "none", device="cpu", batch_size="auto", max_batch_size=4)
     give_documents(model, range(8))
-    tried, image = limited(model, monkeypatch, 2), questions(1)[0][0].image
+    tried, image = limited(model, monkeypatch, 2), next(examples(1))[0].image
     requests = [chat_request(number, "what", {"max_new_tokens": 1}, image) for number in range(8)]
     answers = model.generate_until_multi_round(requests)
     assert tried == [4, 2, 2, 2, 2] and [len(rounds) for rounds in answers] == [1] * 8
 
 
 def test_memory_that_holds_no_batch_is_an_error(lmms, ask, monkeypatch):
-    asked = [(q.text, [scene.image]) for scene, q in questions(2)]
+    asked = [(q.text, [scene.image]) for scene, q in examples(2)]
     for size, tries in (("auto", [2, 1]), (2, [2])):  # a number that was asked for is never made smaller
         model = lmms.CropModel("embedded", "none", device="cpu", batch_size=size)
         tried = limited(model, monkeypatch, 0)

@@ -247,12 +247,13 @@ def test_attention_of_the_carried_model_is_sure_of_parts_alone():
     """The default confidence belongs to the weights: with others, it must be chosen anew."""
     asker = load(EMBEDDED, "cpu", "auto")
     find, found = asker.localizer("attention"), {True: [], False: []}
-    for seed in range(10_600_500, 10_600_512):
+    for seed in range(scenes.UNSEEN, scenes.UNSEEN + 12):
         scene = scenes.scene(seed)
-        for question in scene.questions:
+        local = [question for question in scene.questions if question.kind in scenes.LOCAL_KINDS]
+        for question in [*local[:4], *(each for each in scene.questions if each.kind in scenes.GLOBAL_KINDS)]:
             found[question.region.is_whole].append(find(scene.image, question.text).is_whole)
     assert len(found[True]) > 15 and sum(found[True]) > 0.7 * len(found[True])  # the whole picture: measured 87 %
-    assert len(found[False]) > 50 and sum(found[False]) < 0.1 * len(found[False])  # a part of it: measured 1 %
+    assert len(found[False]) > 40 and sum(found[False]) < 0.1 * len(found[False])  # a part of it: measured 1 %
 
 
 def test_of_tiles_the_view_of_the_whole_image_is_enough():

@@ -74,7 +74,7 @@ def test_two_pictures_are_encoded_as_two():
     scene = embedded.scene(2)
     pictures = crop.zoom(scene.image, crop.Region.box(0.2, 0.6, 0.9, 0.8))
     inputs = crop.encode(processor, pictures, "what", lambda question: f"<image> <image> {question} ?")
-    assert len(inputs["pixel_values"]) == 2 and int((inputs["input_ids"] == model.config.image_token_id).sum()) == 512
+    assert len(inputs["pixel_values"]) == 2 and int((inputs["input_ids"] == model.config.image_token_id).sum()) == 1152
     assert model(**inputs).logits.isfinite().all()
     processor.chat_template = (
         "{% for part in messages[0]['content'] %}{{ '<image> ' if part.type == 'image' else part.text }}{% endfor %}"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import pictures
 from bench.training import head as train_head
-from bench.worlds import WORLDS
 from crop import embedded
 from crop.cli.ask import EMBEDDED, Asker, load
-from crop.embedded import scenes, things
+from crop.embedded import scenes
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.localizers import Head, HeadLocalizer, get_localizer
@@ -154,9 +154,9 @@ def carried() -> Asker:
 
 def test_the_carried_head_holds_its_promises_on_unseen_pictures(carried):
     """Measured by `python -m bench.localizers` on more pictures; here with some slack for few."""
-    find, grid = carried.localizer("head"), VisionLayout.grid(things.GRID, things.GRID)
+    find, grid = carried.localizer("head"), VisionLayout.grid(scenes.GRID, scenes.GRID)
     held, area, true, whole, trust = [], [], [], [], []
-    for seed in range(10_900_000, 10_900_020):
+    for seed in range(scenes.UNSEEN, scenes.UNSEEN + 20):
         scene, rng = scenes.scene(seed), random.Random(seed)
         asked = [question for question in scene.questions if question.local]
         with cache_vision(carried.model):
@@ -176,7 +176,7 @@ def test_the_carried_head_costs_next_to_nothing(carried):
     """Multiply-adds against those of the prefill: matrices of every decoder layer and of the tower, attention left out."""
     config, words = carried.model.config, 12
     text, vision = config.text_config, config.vision_config
-    tokens = 256
+    tokens = scenes.GRID**2
     layer = 4 * text.hidden_size**2 + 3 * text.hidden_size * text.intermediate_size
     tower = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
     prefill = (tokens + words) * layer * text.num_hidden_layers + tokens * tower * vision.num_hidden_layers
@@ -202,14 +202,13 @@ def test_training_learns_a_record_by_heart_in_any_family(family, tmp_path):
     assert region.confidence > 0.5
 
 
-@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
-def test_questions_about_absent_things_name_something_that_is_not_there(world):
-    first = world.seeds["train"]
-    records = list(train_head.rendered(world, first, 12, 3))
+def test_questions_about_absent_things_name_something_that_is_not_there():
+    first = pictures.SEEDS["train"]
+    records = list(train_head.rendered(first, 12, 3))
     absent = [(image, text) for image, text, boxes in records if boxes is None]
     assert absent and len(records) > 2 * len(absent)
-    drawn = {picture.image.tobytes(): picture for picture in map(world.draw, range(first, first + 12))}
+    drawn = {picture.image.tobytes(): picture for picture in map(pictures.draw, range(first, first + 12))}
     for image, text in absent:
         picture = drawn[image.tobytes()]
         assert text not in {question.text for question in picture.questions}
-        assert world.named(text) - picture.shown
+        assert pictures.named(text) - pictures.shown(picture)

@@ -229,13 +229,14 @@ def test_detector_refuses_what_it_cannot_use():
     ("[5, 6, 3, 4]", (3, 4, 5, 6)), ("[5, 1, 3, 4]", (3, 1, 5, 4)),  # reversed
     ("[0, 0, 8, 8]", (0, 0, 7, 7)), ("[1.0, 2.0, 3.0, 4.0]", (1, 2, 3, 4)),
     ("[0, 0, 1, 1] no, [2, 2, 3, 3]", (2, 2, 3, 3)),  # the last word counts
+    ("2435", (2, 4, 3, 5)), (" 5432 ", (3, 2, 5, 4)),
 ])  # fmt: skip
 def test_parse_blocks(text, blocks):
     assert parse_blocks(text) == blocks
 
 
 @pytest.mark.parametrize("text", [
-    "", "the top left", "[1, 2, 3]", "1 2 3 4 5", "[1, 2, 3, 412]", "[-1, 2, 3, 4]", "[0.1, 0.2, 0.3, 0.4]", "[1, 2, 3, 9]",
+    "", "the top left", "[1, 2, 3]", "1 2 3 4 5", "[1, 2, 3, 412]", "[-1, 2, 3, 4]", "[0.1, 0.2, 0.3, 0.4]", "[1, 2, 3, 9]", "2439", "24356",
     "[a, b, c, d]", "[[]]",
 ])  # fmt: skip
 def test_parse_blocks_refuses(text):

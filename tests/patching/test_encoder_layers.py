@@ -124,8 +124,8 @@ def test_late_layers_of_the_embedded_model_see_fewer_tokens():
     for handle in handles:
         handle.remove()
     cut = LayerEncoder().cut(len(layers))
-    assert seen == [256] * cut + stats.tokens_encoded * (len(layers) - cut)
-    assert 0 < cut < len(layers) and stats.tokens_encoded[0] < 128
+    assert seen == [576] * cut + stats.tokens_encoded * (len(layers) - cut)
+    assert 0 < cut < len(layers) and stats.tokens_encoded[0] < 288
 
 
 @families(NAMES, fast=True)

@@ -95,6 +95,7 @@ def make(model: Model, batch: int) -> Workload:
     config, device = model.model.config, model.model.device
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(1, config.text_config.vocab_size - 8, (batch, BEFORE + AFTER), generator=generator)
+    text[text == config.image_token_id] = 1  # no further images
     image = torch.full((batch, model.geometry.tokens), config.image_token_id)
     ids = torch.cat([text[:, :BEFORE], image, text[:, BEFORE:]], 1)
     inputs: dict[str, Any] = {"input_ids": ids.to(device)}

@@ -277,7 +277,7 @@ CHAT_TEMPLATE = """
 
 def build_processor():
     """The processor saved beside the weights (Pillow only); capitals, digits and full stops are tokens of their own."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import LlavaProcessor, PreTrainedTokenizerFast
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -286,6 +286,8 @@ def build_processor():
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"[A-Z0-9]|[^\w\s]"), "isolated"), pre_tokenizers.WhitespaceSplit()]
     )
+    joined = decoders.Replace(Regex(r"(?<=[A-Z0-9.]) (?=[A-Z0-9.])"), "")
+    tokenizer.decoder = decoders.Sequence([decoders.WordPiece(cleanup=False), decoders.Fuse(), joined])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", words["<s>"])])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",

@@ -25,7 +25,7 @@ from crop import embedded
 from tests.integrations.vllm.engine import cases
 from tests.integrations.vllm.test_request import BOX, WRONG
 
-FIRST = 10_000_200
+FIRST = embedded.scenes.UNSEEN + 200
 ENGINE = ["--dtype", "float32", "--block-size", "32", "--max-num-seqs", "16", "--enforce-eager"]
 
 
@@ -117,7 +117,7 @@ def text_of(found: tuple[int, bytes]) -> str:
 def test_the_printed_line_works(server):
     line = re.search(r"^curl .*$", server.said(), re.M).group()
     found = json.loads(subprocess.run(line, shell=True, check=True, capture_output=True, text=True).stdout)
-    assert found["usage"]["prompt_tokens"] < 50 and found["choices"][0]["message"]["content"]
+    assert found["usage"]["prompt_tokens"] < 100 and found["choices"][0]["message"]["content"]
 
 
 def test_answers_whole_and_streamed(server, asked):
@@ -133,7 +133,7 @@ def test_the_ocr_localizer_says_what_it_took(server):
     page = Image.new("RGB", (512, 512), "white")
     ImageDraw.Draw(page).text((30, 200), "Date 2026-05-01", "black", ImageFont.load_default(40))
     status, found = post(server, body(page, "what is the date ?", crop_localizer="ocr"))
-    assert status == 200 and json.loads(found)["usage"]["prompt_tokens"] < 60
+    assert status == 200 and json.loads(found)["usage"]["prompt_tokens"] < 100
     assert re.search(r"crop: localizer ocr took \d+ ms for 1 images", server.said())
 
 
