@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +138,29 @@ def test_every_stage_takes_up_what_the_ones_before_learnt(options, tmp_path):
     )
     for log, names in zip(logs, terms, strict=True):
         assert all(name in log for name in names)
+
+
+def one_of_two(rank: int, out: Path, meeting: str) -> None:
+    """A process of a run that two share; it writes what it has in the end."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    train.build, train.Trainer.score = (lambda: model.build(TINY)), (lambda self: None)
+    tower = dataclasses.replace(train.STAGES["tower"], batch=2, store=8, full=2.0)
+    run = train.Trainer(train.Options(out, "tower", 0.001, log_every=1, stages={"tower": tower}))
+    run.run()
+    torch.save({"state": run.state, "parameters": dict(run.trained)}, out / f"rank{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_one_model(tmp_path):
+    """Each draws pictures of its own; steps, clock and parameters are the same in both, and one of them keeps the books."""
+    torch.multiprocessing.spawn(one_of_two, (tmp_path, str(tmp_path / "meeting")), nprocs=2)
+    one, two = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
+    assert one["state"] == two["state"] and one["state"]["step"] > 0
+    torch.testing.assert_close(one["parameters"], two["parameters"], rtol=0, atol=0)
+    saved = torch.load(tmp_path / "tower.pt")["parameters"]
+    assert all(torch.equal(saved[name], one["parameters"][name]) for name in saved)
+    assert (tmp_path / "tower.txt").read_text().count("done") == 1
 
 
 def parameters(run):

@@ -2,6 +2,7 @@
 
 python -m bench.training.embedded tower --out RUN     # stages: tower and decoder, side by side, then bridge, fit, joint
 python -m bench.training.embedded decoder --out RUN   # each resumes if it was begun
+python -m torch.distributed.run --nproc-per-node 2 -m bench.training.embedded joint --out RUN     # two processes
 touch RUN/stop-decoder                              # ends it with a checkpoint
 touch RUN/pause                                     # all wait while this exists
 python -m bench.training.embedded --evaluate RUN/weights --pictures 200
@@ -11,6 +12,7 @@ python -m bench.training.embedded --flops
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -56,6 +58,8 @@ def main() -> None:
         options = Options(
             args.out, args.stage, args.minutes, score_every=60 * args.score_every, log_every=args.log_every
         )
+        if "WORLD_SIZE" in os.environ:  # one of several processes
+            torch.distributed.init_process_group("gloo")
         Trainer(options).run()
     else:
         parser.error("a stage, --evaluate or --flops is needed")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import json
+import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from bench.training.embedded import labels as dense
 from bench.training.embedded.data import CALLED, Item, Reservoir, choose, keep_tokens, pack
@@ -35,6 +36,8 @@ FIRST_SEED = {
     "fit": 9_500_000,
     "joint": 10_000_000,
 }  # of each stage's pictures
+
+SEEDS_EACH = 400_000  # pictures that one process draws at most
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class Trainer:
 
         AttentionInterface.register("aided", AIDS)
         self.options, self.stage = options, options.stages[options.stage]
+        self.shared = distributed.is_initialized()  # among processes, each with its part of a batch
+        self.rank, self.processes = (distributed.get_rank(), distributed.get_world_size()) if self.shared else (0, 1)
         self.budget = 60 * (self.stage.minutes if options.minutes is None else options.minutes)
         options.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
@@ -130,7 +135,7 @@ class Trainer:
         self.optimiser = Muon(self.trained, self.stage.matrix_lr, self.stage.other_lr, self.stage.slow)
         if saved is not None:
             self.optimiser.load_state_dict(saved["optimiser"])
-        torch.manual_seed(1000 + self.state["step"])
+        torch.manual_seed(1000 + self.state["step"] + 1_000_000 * self.rank)
 
     def modules(self) -> dict[str, nn.Module]:
         """All that is trained, by name."""
@@ -167,6 +172,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write what this stage and those before it have trained beside the old checkpoint, then put it in its place."""
+        if self.rank:
+            return
         part = self.checkpoint.with_suffix(".part")
         kept = {n: p.data for n, p in self.trained}
         if self.stage.starts_from:
@@ -176,6 +183,8 @@ class Trainer:
 
     def say(self, text: str) -> None:
         """A line in the stage's log, and on the screen."""
+        if self.rank:
+            return
         line = f"{time.strftime('%H:%M:%S')} {text}"
         print(line, flush=True)
         with open(self.options.out / f"{self.stage.name}.txt", "a", encoding="utf-8") as log:
@@ -184,40 +193,46 @@ class Trainer:
     def run(self) -> bool:
         """The stage up to its budget; False if it was stopped before."""
         options, stage, state = self.options, self.stage, self.state
-        data = Reservoir(FIRST_SEED[stage.name] + state["pictures"], stage.store, self.hardness())
+        batch, aside = stage.batch // self.processes, stage.aside // self.processes
+        first = FIRST_SEED[stage.name] + state["pictures"] + self.rank * SEEDS_EACH
+        data = Reservoir(first, stage.store, self.hardness())
         data.add(min(stage.store, max(4 * stage.batch, 256)))
-        start, saved, scored = time.process_time() - state["elapsed"], time.time(), time.time()
-        fresh, last, meter = 0.0, time.process_time(), collections.Counter()
+        saved, scored = time.time(), time.time()
+        fresh, meter = 0.0, collections.Counter()
+        last = spent = time.process_time()
         while state["elapsed"] < self.budget:
             fraction = state["elapsed"] / self.budget
             data.hardness = self.hardness()
-            fresh += stage.batch / stage.reuse
+            fresh += batch / stage.reuse
             if fresh >= 16:
                 data.add(16)
                 state["pictures"] += 16
                 fresh -= 16
-            every = fraction > stage.full or bool(torch.rand(()) < stage.some)
-            losses = self.losses(data.draw(stage.batch, stage.name != "decoder"), every, data)
-            if stage.aside:
-                losses["aside"] = self.options.patch * self.tower_loss(data.draw(stage.aside, True), every=False)
+            every = fraction > stage.full or random.Random(state["step"]).random() < stage.some
+            losses = self.losses(data.draw(batch, stage.name != "decoder"), every, data)
+            if aside:
+                losses["aside"] = self.options.patch * self.tower_loss(data.draw(aside, True), every=False)
             for _, p in self.trained:
                 p.grad = None
             sum(losses.values()).backward()
+            now = time.process_time()
+            used, stop = self.share(now - spent, (options.out / f"stop-{stage.name}").exists())
+            spent = now
             torch.nn.utils.clip_grad_norm_([p for _, p in self.trained], 1.0)
             warm = min(1.0, (state["elapsed"] + 2) / min(120, 0.05 * self.budget))
             # Linear fall after a plateau: as good as a cosine, and a budget can be extended late.
             self.optimiser.step(warm * min(1.0, max(0.03, (1 - fraction) / 0.5)))
             state["step"] += 1
-            state["elapsed"] = time.process_time() - start
+            state["elapsed"] += used
             meter.update({k: float(v.detach()) for k, v in losses.items()})
             meter["n"] += 1
             if meter["n"] == options.log_every:
-                rate = stage.batch * meter["n"] / (time.process_time() - last)
+                rate = batch * meter["n"] / (time.process_time() - last)
                 text = " ".join(f"{k} {v / meter['n']:.3f}" for k, v in meter.items() if k != "n")
                 self.say(f"{fraction:.3f} step {state['step']} {rate:.1f} pictures/s, {text}")
                 meter.clear()
                 last = time.process_time()
-            if (options.out / f"stop-{stage.name}").exists():
+            if stop:
                 self.save()
                 self.say("stopped")
                 return False
@@ -233,6 +248,18 @@ class Trainer:
         self.score()
         self.say("done")
         return True
+
+    def share(self, seconds: float, stop: bool) -> tuple[float, bool]:
+        """Mean gradients of all processes; CPU time of all together, and whether one of them is to stop."""
+        if self.shared:
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in self.trained]
+            flat = torch.cat([part.flatten() for part in parts] + [torch.tensor([seconds, float(stop)])])
+            distributed.all_reduce(flat)
+            means = (flat[:-2] / self.processes).split([part.numel() for part in parts])
+            for (_, p), mean in zip(self.trained, means, strict=True):
+                p.grad = mean.view_as(p)
+            seconds, stop = float(flat[-2]), bool(flat[-1])
+        return seconds, stop
 
     def hardness(self) -> float:
         """Curriculum: from easy pictures to the full range."""
@@ -315,6 +342,8 @@ class Trainer:
 
     def score(self) -> None:
         """Held-out figures in the log and in ``scores.jsonl``, and the weights as they are."""
+        if self.rank:
+            return
         self.model.eval()
         record, name = dict(self.state), self.stage.name
         if name != "decoder":
