@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby, product
 from typing import Any
 
 import numpy as np
@@ -169,19 +170,30 @@ def smoothed(grid: np.ndarray) -> np.ndarray:
 
 def _touching(mask: np.ndarray) -> list[TokenBox]:
     """Boxes around the sets of True cells that touch, corners included; in reading order of their first cells."""
-    nothing = mask.size
-    first = np.where(mask, np.arange(mask.size).reshape(mask.shape), nothing)  # the first known cell of the same set
-    while True:
-        around = np.lib.stride_tricks.sliding_window_view(np.pad(first, 1, constant_values=nothing), (3, 3))
-        lower = np.where(mask, around.min((2, 3)), nothing)
-        if (lower == first).all():
-            break
-        first = lower
-    boxes = []
-    for cell in np.unique(first[mask]).tolist():
-        row, col = (first == cell).nonzero()
-        boxes.append((int(col.min()), int(row.min()), int(col.max()) + 1, int(row.max()) + 1))
-    return boxes
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    (rows, starts), (_, ends) = (edges == 1).nonzero(), (edges == -1).nonzero()
+    runs = [(x0, y, x1, y + 1) for y, x0, x1 in zip(rows.tolist(), starts.tolist(), ends.tolist(), strict=True)]
+    parent = list(range(len(runs)))
+
+    def first(run: int) -> int:
+        """The first run of the same set."""
+        while parent[run] != run:
+            parent[run] = parent[parent[run]]
+            run = parent[run]
+        return run
+
+    above: list[int] = []
+    for row, group in groupby(range(len(runs)), key=lambda run: runs[run][1]):
+        here = list(group)
+        for this, other in product(here, above if above and runs[above[0]][1] == row - 1 else ()):
+            if runs[other][0] <= runs[this][2] and runs[this][0] <= runs[other][2]:
+                low, high = sorted((first(this), first(other)))
+                parent[high] = low
+        above = here
+    boxes: dict[int, TokenBox] = {}
+    for run, box in enumerate(runs):
+        boxes[first(run)] = _around(boxes.get(first(run), box), box)
+    return list(boxes.values())
 
 
 def _around(a: TokenBox, b: TokenBox) -> TokenBox:
