@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +11,7 @@ import torch
 pytest.importorskip("transformers")
 from transformers import AutoProcessor, LlavaForConditionalGeneration  # noqa: E402
 
-from bench.training.model2 import (  # noqa: E402
-    data,
-    model,
-    pages,  # noqa: E402
-    scores,
-    train,
-)
+from bench.training.model2 import data, model, pages, scores, train  # noqa: E402
 
 TINY = model.Geometry(tower=128, tower_layers=1, tower_inner=32, width=160, layers=7, inner=32)
 
@@ -114,23 +109,57 @@ def options(tmp_path, monkeypatch):
 
 
 def test_every_stage_takes_up_what_the_ones_before_learnt(options, tmp_path):
-    """Tower and decoder do not know each other; the bridge trains the projector alone, the last stage everything."""
+    """Tower and decoder do not know each other; the bridge trains the projector alone, then the tower with it, the last stage everything."""
     runs = {}
     for stage in train.STAGES:
         runs[stage] = train.Trainer(options(stage))
         begun = {n: p.detach().clone() for n, p in parameters(runs[stage]).items()}
         assert runs[stage].run()
         moved = {n.split(".")[0] for n, p in parameters(runs[stage]).items() if not torch.equal(p, begun[n])}
-        parts = {"tower": "vision heads", "decoder": "text named", "bridge": "projector"}
+        parts = {
+            "tower": "vision heads",
+            "decoder": "text named",
+            "bridge": "projector",
+            "fit": "vision heads projector",
+        }
         assert moved == set(parts.get(stage, "vision heads projector text").split())
         for earlier in train.STAGES[stage].starts_from:
             for name, value in torch.load(tmp_path / f"{earlier}.pt")["parameters"].items():
                 torch.testing.assert_close(begun[name], value)
     assert not list(tmp_path.glob("*.part"))
     logs = [(tmp_path / f"{stage}.txt").read_text() for stage in train.STAGES]
-    terms = (("patch",), ("answer", "before0", "spot2", "mass3"), ("distance",), ("answer", "aside"))
+    terms = (
+        ("patch",),
+        ("answer", "before0", "spot2", "mass3"),
+        ("distance",),
+        ("distance", "patch"),
+        ("answer", "aside"),
+    )
     for log, names in zip(logs, terms, strict=True):
         assert all(name in log for name in names)
+
+
+def one_of_two(rank: int, out: Path, meeting: str) -> None:
+    """A process of a run that two share; it writes what it has in the end."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    train.build, train.Trainer.score = (lambda: model.build(TINY)), (lambda self: None)
+    tower = dataclasses.replace(train.STAGES["tower"], batch=2, store=8, full=2.0)
+    run = train.Trainer(train.Options(out, "tower", 0.001, log_every=1, stages={"tower": tower}))
+    run.run()
+    torch.save({"state": run.state, "parameters": dict(run.trained)}, out / f"rank{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_one_model(tmp_path):
+    """Each draws pictures of its own; steps, clock and parameters are the same in both, and one of them keeps the books."""
+    torch.multiprocessing.spawn(one_of_two, (tmp_path, str(tmp_path / "meeting")), nprocs=2)
+    one, two = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
+    assert one["state"] == two["state"] and one["state"]["step"] > 0
+    torch.testing.assert_close(one["parameters"], two["parameters"], rtol=0, atol=0)
+    saved = torch.load(tmp_path / "tower.pt")["parameters"]
+    assert all(torch.equal(saved[name], one["parameters"][name]) for name in saved)
+    assert (tmp_path / "tower.txt").read_text().count("done") == 1
 
 
 def parameters(run):
@@ -166,11 +195,9 @@ def test_aids_are_lowest_where_heads_look_at_what_they_should():
 def test_words_call_what_patches_show(item):
     head, number = (table[torch.tensor(data.tokens("is the red circles sign ?"))] for table in data.CALLED)
     assert head.tolist() == [-1, -1, 1, 2, 0, -1]
-    kinds = list(model.pages.HEADS)
+    kinds = list(pages.HEADS)
     assert [kinds[h] for h in (0, 1, 2)] == ["kind", "color", "shape"]
-    assert number[2] == 1 + list(model.pages.COLORS).index("red") and number[3] == 1 + model.pages.SHAPES.index(
-        "circle"
-    )
+    assert number[2] == 1 + list(pages.COLORS).index("red") and number[3] == 1 + pages.SHAPES.index("circle")
 
 
 @torch.no_grad()

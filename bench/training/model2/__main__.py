@@ -1,7 +1,8 @@
 """Train the second embedded model from nothing, or evaluate what was exported.
 
-python -m bench.training.model2 tower --out RUN     # stages: tower and decoder, side by side, then bridge, then joint
+python -m bench.training.model2 tower --out RUN     # stages: tower and decoder, side by side, then bridge, fit, joint
 python -m bench.training.model2 decoder --out RUN   # each resumes if it was begun
+python -m torch.distributed.run --nproc-per-node 2 -m bench.training.model2 joint --out RUN     # two processes
 touch RUN/stop-decoder                              # ends it with a checkpoint
 touch RUN/pause                                     # all wait while this exists
 python -m bench.training.model2 --evaluate RUN/weights --pictures 200
@@ -11,6 +12,7 @@ python -m bench.training.model2 --flops
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--evaluate", type=Path, help="only evaluate the weights in this folder")
     parser.add_argument("--pictures", type=int, default=100, help="pictures to evaluate on")
     parser.add_argument("--flops", action="store_true", help="only count the first token's operations")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.flops:
@@ -56,6 +58,8 @@ def main() -> None:
         options = Options(
             args.out, args.stage, args.minutes, score_every=60 * args.score_every, log_every=args.log_every
         )
+        if "WORLD_SIZE" in os.environ:  # one of several processes
+            torch.distributed.init_process_group("gloo")
         Trainer(options).run()
     else:
         parser.error("a stage, --evaluate or --flops is needed")

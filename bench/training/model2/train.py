@@ -1,16 +1,17 @@
-"""The training loop: four stages, budgets in CPU time, checkpoints, held-out figures in a log."""
+"""The training loop: five stages, budgets in CPU time, checkpoints, held-out figures in a log."""
 
 from __future__ import annotations
 
 import collections
 import json
+import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from bench.training.model2 import pages
 from bench.training.model2.data import CALLED, Item, Reservoir, choose, keep_tokens, pack
@@ -28,7 +29,15 @@ from bench.training.model2.model import (
 from bench.training.model2.scores import answer_scores, patch_scores, summary
 from bench.training.muon import Muon
 
-FIRST_SEED = {"tower": 1, "decoder": 5_000_000, "bridge": 9_000_000, "joint": 10_000_000}  # of each stage's pictures
+FIRST_SEED = {
+    "tower": 1,
+    "decoder": 5_000_000,
+    "bridge": 9_000_000,
+    "fit": 9_500_000,
+    "joint": 10_000_000,
+}  # of each stage's pictures
+
+SEEDS_EACH = 400_000  # pictures that one process draws at most
 
 
 @dataclass(frozen=True)
@@ -69,9 +78,11 @@ STAGES = {
         Stage("decoder", 150, layers=EARLY_LAYERS),
         # The projector learns to turn the tower's features into those embeddings.
         Stage("bridge", 20, ("tower", "decoder"), batch=16, other_lr=4e-3, layers=EARLY_LAYERS, easy=0.0),
+        # The tower gives way, too: its features were made for a linear layer behind a norm.
+        Stage("fit", 26, ("bridge",), batch=16, matrix_lr=0.01, layers=EARLY_LAYERS, full=0.0, easy=0.0),
         # Everything.
         Stage(
-            "joint", 240, ("bridge",), matrix_lr=0.01, other_lr=1e-3, full=0.85, some=0.15, easy=0.0, aside=16, slow=0.5
+            "joint", 240, ("fit",), matrix_lr=0.01, other_lr=1e-3, full=0.85, some=0.15, easy=0.0, aside=16, slow=0.5
         ),
     )
 }
@@ -101,6 +112,8 @@ class Trainer:
 
         AttentionInterface.register("aided", AIDS)
         self.options, self.stage = options, options.stages[options.stage]
+        self.shared = distributed.is_initialized()  # among processes, each with its part of a batch
+        self.rank, self.processes = (distributed.get_rank(), distributed.get_world_size()) if self.shared else (0, 1)
         self.budget = 60 * (self.stage.minutes if options.minutes is None else options.minutes)
         options.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
@@ -122,7 +135,7 @@ class Trainer:
         self.optimiser = Muon(self.trained, self.stage.matrix_lr, self.stage.other_lr, self.stage.slow)
         if saved is not None:
             self.optimiser.load_state_dict(saved["optimiser"])
-        torch.manual_seed(1000 + self.state["step"])
+        torch.manual_seed(1000 + self.state["step"] + 1_000_000 * self.rank)
 
     def modules(self) -> dict[str, nn.Module]:
         """All that is trained, by name."""
@@ -134,6 +147,7 @@ class Trainer:
         """What the stage trains, by name; all else is frozen."""
         parts = {
             "tower": ("vision", "heads"), "decoder": ("text", "named"), "bridge": ("projector",),
+            "fit": ("vision", "heads", "projector"),
             "joint": ("vision", "heads", "projector", "text"),
         }[self.stage.name]  # fmt: skip
         unused = set(map(id, use_layers(self.model, self.stage.layers)))
@@ -158,6 +172,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write what this stage and those before it have trained beside the old checkpoint, then put it in its place."""
+        if self.rank:
+            return
         part = self.checkpoint.with_suffix(".part")
         kept = {n: p.data for n, p in self.trained}
         if self.stage.starts_from:
@@ -167,6 +183,8 @@ class Trainer:
 
     def say(self, text: str) -> None:
         """A line in the stage's log, and on the screen."""
+        if self.rank:
+            return
         line = f"{time.strftime('%H:%M:%S')} {text}"
         print(line, flush=True)
         with open(self.options.out / f"{self.stage.name}.txt", "a", encoding="utf-8") as log:
@@ -175,40 +193,46 @@ class Trainer:
     def run(self) -> bool:
         """The stage up to its budget; False if it was stopped before."""
         options, stage, state = self.options, self.stage, self.state
-        data = Reservoir(FIRST_SEED[stage.name] + state["pictures"], stage.store, self.hardness())
+        batch, aside = stage.batch // self.processes, stage.aside // self.processes
+        first = FIRST_SEED[stage.name] + state["pictures"] + self.rank * SEEDS_EACH
+        data = Reservoir(first, stage.store, self.hardness())
         data.add(min(stage.store, max(4 * stage.batch, 256)))
-        start, saved, scored = time.process_time() - state["elapsed"], time.time(), time.time()
-        fresh, last, meter = 0.0, time.process_time(), collections.Counter()
+        saved, scored = time.time(), time.time()
+        fresh, meter = 0.0, collections.Counter()
+        last = spent = time.process_time()
         while state["elapsed"] < self.budget:
             fraction = state["elapsed"] / self.budget
             data.hardness = self.hardness()
-            fresh += stage.batch / stage.reuse
+            fresh += batch / stage.reuse
             if fresh >= 16:
                 data.add(16)
                 state["pictures"] += 16
                 fresh -= 16
-            every = fraction > stage.full or bool(torch.rand(()) < stage.some)
-            losses = self.losses(data.draw(stage.batch, stage.name != "decoder"), every, data)
-            if stage.aside:
-                losses["aside"] = self.options.patch * self.tower_loss(data.draw(stage.aside, True), every=False)
+            every = fraction > stage.full or random.Random(state["step"]).random() < stage.some
+            losses = self.losses(data.draw(batch, stage.name != "decoder"), every, data)
+            if aside:
+                losses["aside"] = self.options.patch * self.tower_loss(data.draw(aside, True), every=False)
             for _, p in self.trained:
                 p.grad = None
             sum(losses.values()).backward()
+            now = time.process_time()
+            used, stop = self.share(now - spent, (options.out / f"stop-{stage.name}").exists())
+            spent = now
             torch.nn.utils.clip_grad_norm_([p for _, p in self.trained], 1.0)
             warm = min(1.0, (state["elapsed"] + 2) / min(120, 0.05 * self.budget))
             # Linear fall after a plateau: as good as a cosine, and a budget can be extended late.
             self.optimiser.step(warm * min(1.0, max(0.03, (1 - fraction) / 0.5)))
             state["step"] += 1
-            state["elapsed"] = time.process_time() - start
+            state["elapsed"] += used
             meter.update({k: float(v.detach()) for k, v in losses.items()})
             meter["n"] += 1
             if meter["n"] == options.log_every:
-                rate = stage.batch * meter["n"] / (time.process_time() - last)
+                rate = batch * meter["n"] / (time.process_time() - last)
                 text = " ".join(f"{k} {v / meter['n']:.3f}" for k, v in meter.items() if k != "n")
                 self.say(f"{fraction:.3f} step {state['step']} {rate:.1f} pictures/s, {text}")
                 meter.clear()
                 last = time.process_time()
-            if (options.out / f"stop-{stage.name}").exists():
+            if stop:
                 self.save()
                 self.say("stopped")
                 return False
@@ -225,6 +249,18 @@ class Trainer:
         self.say("done")
         return True
 
+    def share(self, seconds: float, stop: bool) -> tuple[float, bool]:
+        """Mean gradients of all processes; CPU time of all together, and whether one of them is to stop."""
+        if self.shared:
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in self.trained]
+            flat = torch.cat([part.flatten() for part in parts] + [torch.tensor([seconds, float(stop)])])
+            distributed.all_reduce(flat)
+            means = (flat[:-2] / self.processes).split([part.numel() for part in parts])
+            for (_, p), mean in zip(self.trained, means, strict=True):
+                p.grad = mean.view_as(p)
+            seconds, stop = float(flat[-2]), bool(flat[-1])
+        return seconds, stop
+
     def hardness(self) -> float:
         """Curriculum: from easy pictures to the full range."""
         done = self.state["elapsed"] / self.budget
@@ -240,11 +276,14 @@ class Trainer:
         if name == "decoder":
             return self.answer_losses(items, self.named(labels[pick, keep], keep), keep, data)
         features = tower_features(self.model, torch.stack([i.patches for i in items]))  # cheap: it sees every patch
-        if name == "bridge":
+        if name in ("bridge", "fit"):
             weight = 0.1 + 0.9 * (labels > 0).any(2)
             whole = torch.arange(NUM_PATCHES).expand(len(items), -1)
             distance = (projector(features) - self.named(labels, whole)).square().mean(2)
-            return {"distance": (distance * weight).sum() / weight.sum() / self.named.spread}
+            losses = {"distance": (distance * weight).sum() / weight.sum() / self.named.spread}
+            return losses | (
+                {} if name == "bridge" else {"patch": self.options.patch * self.patch_loss(features, labels)}
+            )
         losses = {"patch": self.options.patch * self.patch_loss(features, labels)}
         return losses | self.answer_losses(items, projector(features[pick, keep]), keep, data)
 
@@ -303,6 +342,8 @@ class Trainer:
 
     def score(self) -> None:
         """Held-out figures in the log and in ``scores.jsonl``, and the weights as they are."""
+        if self.rank:
+            return
         self.model.eval()
         record, name = dict(self.state), self.stage.name
         if name != "decoder":
@@ -314,7 +355,7 @@ class Trainer:
             record["answers"] = {way: {k: [sum(v), len(v)] for k, v in kinds.items()} for way, kinds in scores.items()}
             for way, kinds in scores.items():
                 self.say(f"held-out {way}: {summary(kinds)}")
-        if name in ("bridge", "joint"):
+        if name in ("bridge", "fit", "joint"):
             export(self.model, self.options.out / "weights")
         with open(self.options.out / "scores.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")
