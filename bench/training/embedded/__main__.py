@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--evaluate", type=Path, help="only evaluate the weights in this folder")
     parser.add_argument("--pictures", type=int, default=100, help="pictures to evaluate on")
     parser.add_argument("--flops", action="store_true", help="only count the first token's operations")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.flops:
