@@ -37,12 +37,11 @@ from crop.cli.images import open_image
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.localizers.boxes import Raster
-from crop.localizers.head import OCTAVES, Head, clues, head_region, waves
+from crop.localizers.head import OCTAVES, REACH, Grid, Head, clues, head_region
 from crop.localizers.reading import embeddings
 from crop.localizers.vision_cache import cache_vision
 
 SETTINGS = {"threshold": 0.2, "gap": 0, "max_boxes": 8, "dilate": 0}
-BACKGROUND = 64  # tokens per image and step that no question wants
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,46 +92,35 @@ def as_region(boxes: Any) -> Region | None:
 
 def batch(
     examples: list[tuple[Example, list[Target]]], texts: dict[str, Tensor], per_image: int, rng: random.Random
-) -> dict[str, Tensor]:
-    """(B, N, ...) of the images and (B, Q, ...) of the questions, padded."""
-    rows = [(example, rng.choices(known, k=per_image)) for example, known in examples]
-    vision, center, weight, target = [], [], [], []
-    for example, asked in rows:
-        wanted = torch.stack([inside for _, inside, _ in asked])
-        # All tokens that some question wants, and a few of the others, which stand for all of them.
-        others = torch.nonzero(~wanted.any(0)).flatten()
-        drawn = others[torch.randperm(len(others))[:BACKGROUND]]
-        index = torch.cat([torch.nonzero(wanted.any(0)).flatten(), drawn])
-        vision.append(example.vision[index])
-        center.append(example.layout.center[index])
-        weight.append(torch.ones(len(index)))
-        weight[-1][len(index) - len(drawn) :] = len(others) / max(len(drawn), 1)
-        target.append(wanted[:, index].float().mT)
-    asked = [entry for _, asked in rows for entry in asked]
+) -> dict[str, Any]:
+    """B images as (B, N, dim) and their grid, and B * Q questions with (B * Q, N) targets, padded."""
+    asked = [entry for _, known in examples for entry in rng.choices(known, k=per_image)]
     words = [texts[question] for question, *_ in asked]
     pad = torch.nn.utils.rnn.pad_sequence
     return {
-        "vision": pad(vision, True).float(),
-        "center": pad(center, True),
-        "weight": pad(weight, True),
+        "vision": pad([example.vision for example, _ in examples], True).float(),
+        "grid": Grid.of([example.layout for example, _ in examples]),
         "words": pad(words, True).float(),
         "length": torch.tensor([len(entry) for entry in words]),
-        "target": pad(target, True).mT,
+        "target": pad([inside.float() for _, inside, _ in asked], True),
         "local": torch.tensor([local for *_, local in asked]),
     }
 
 
-def loss(head: Head, data: dict[str, Tensor]) -> Tensor:
+def loss(head: Head, data: dict[str, Any]) -> Tensor:
     """Cross entropy of the tokens (where a part is enough, or nothing) and of "a part is enough"."""
-    count, per_image, _ = data["target"].shape
-    film, local = head.read(data["words"], data["length"])
-    logits = head.match(head.see(data["vision"], waves(data["center"])), film.unflatten(0, (count, per_image)))
-    asks = (data["local"] != 0).view(count, per_image, 1) * data["weight"].unsqueeze(1)
+    asked, grid = head.read(data["words"], data["length"]), data["grid"]
+    per_image = len(data["target"]) // len(data["vision"])
+    seen, repeated = head.see(data["vision"], grid).repeat_interleave(per_image, 0), grid.repeat(per_image)
+    asks = (data["local"] != 0).unsqueeze(1) & repeated.real
     weight = torch.tensor(2.0)  # a token missed costs an answer, one too many next to nothing
-    tokens = F.binary_cross_entropy_with_logits(logits, data["target"], asks, pos_weight=weight, reduction="sum")
+    logits = head.match(seen, repeated, asked)
+    tokens = F.binary_cross_entropy_with_logits(
+        logits, data["target"], asks.float(), pos_weight=weight, reduction="sum"
+    )
     known = data["local"] >= 0
-    part = F.binary_cross_entropy_with_logits(local[known], data["local"][known])
-    return tokens / (count * per_image * 8) + part
+    part = F.binary_cross_entropy_with_logits(asked.local[known], data["local"][known])
+    return tokens / (32 * len(logits)) + part
 
 
 def train(head: Head, examples: list[Example], texts: dict[str, Tensor], minutes: float, steps: int) -> None:
@@ -167,10 +155,11 @@ Verdict = tuple[Example, Any, Tensor, float]  # boxes of the record, token logit
 def judged(head: Head, examples: list[Example], texts: dict[str, Tensor]) -> Iterator[Verdict]:
     """What the head makes of every question."""
     for example in examples:
-        seen = head.see(example.vision.float(), waves(example.layout.center)).unsqueeze(0)
+        grid = Grid.of([example.layout])
+        seen = head.see(example.vision.float().unsqueeze(0), grid)
         for question, boxes in example.asked:
-            film, local = head.read(texts[question].float().unsqueeze(0))
-            yield example, boxes, head.match(seen, film.unsqueeze(1))[0, 0], float(local)
+            asked = head.read(texts[question].float().unsqueeze(0))
+            yield example, boxes, head.match(seen, grid, asked)[0], float(asked.local)
 
 
 def calibrate(head: Head, verdicts: list[Verdict]) -> None:
@@ -199,12 +188,14 @@ def calibrate(head: Head, verdicts: list[Verdict]) -> None:
     head.calibration.copy_(torch.cat([weights[:1], weights[1:] / scale]).detach())
 
 
-def multiply_adds(head: Head, tokens: int, words: int) -> int:
-    """Multiply-adds of one question of ``words`` tokens about an image of ``tokens`` tokens."""
-    per_token = head.width * (head.dim + 4 * OCTAVES + 1 + head.width + 1)
-    per_word = head.width * (head.dim + 3 * head.width + 2 * head.probes)
-    once = head.probes * head.width * 3 * head.width + head.width
-    return tokens * per_token + words * per_word + once
+def multiply_adds(head: Head, views: int, rows: int, columns: int, words: int) -> int:
+    """Multiply-adds of one question of ``words`` tokens about an image of views * rows * columns tokens."""
+    near, blocks, width = len(head.near), len(head.blocks), head.width
+    per_token = head.dim + 4 * OCTAVES + 1 + near * (REACH[0] * REACH[1] + width)
+    per_token += blocks * (10 * width + 2 * (words + 1) + rows + columns)
+    per_word = head.dim + len(head.order) * 3 * width + 2 * head.probes + blocks * 2 * width
+    once = head.probes * width * 3 + 1
+    return width * (views * rows * columns * per_token + words * per_word + once)
 
 
 def covers(layout: VisionLayout, region: Region, boxes: Any) -> bool:
@@ -253,7 +244,7 @@ def main() -> None:
     parser.add_argument(
         "--scenes", type=int, default=3000, help="rendered pictures to train on; a tenth as many to fit on"
     )
-    parser.add_argument("--width", type=int, default=48)
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=8.0, help="of CPU time in training at most")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1)

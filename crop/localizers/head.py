@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crop.geometry.layout import VisionLayout
+from crop.geometry.layout import PATCH, VisionLayout
 from crop.geometry.region import Region
 from crop.localizers.base import blank
 from crop.localizers.boxes import Raster, box_settings, check_ranges
@@ -27,72 +27,208 @@ from crop.models import family_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-OCTAVES = 3  # of the sine waves that tell a token's place
+OCTAVES = 5  # of the sine waves that tell a token's place
 NUM_CLUES = 3  # what the confidence is made of, see ``clues``
+REACH = (3, 7)  # rows and columns of neighbours that a token knows: letters stand beside each other
+NEVER = -1e4  # logit and score of what is not there
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Where the tokens of B images stand, in V views of H rows and W columns.
+
+    Args:
+        token: (B, V * H * W) int64 index of the token at each place, 0 where there is none.
+        there: (B, V, H, W) bool, whether there is one; None: at all places, in reading order.
+        place: (B, N) int64 place of each token; 0 for those that show no part of the picture. real: (B, N) bool, all others.
+        waves: (B, N, 4 * OCTAVES) float32, see ``waves``. shape: V, H, W.
+    """
+
+    token: Tensor
+    there: Tensor | None
+    place: Tensor
+    real: Tensor
+    waves: Tensor
+    shape: tuple[int, int, int]
+
+    @staticmethod
+    def of(layouts: Sequence[VisionLayout], device: torch.device | str = "cpu") -> Grid:
+        """The grid that holds the tokens of all layouts, padded to the largest."""
+        found = [_places(layout) for layout in layouts]
+        shape = tuple(int(side) for side in np.max([at.max(1) + 1 for at, _ in found], 0))
+        longest, size = max(map(len, layouts)), int(np.prod(shape))
+        token, there = np.zeros((len(layouts), size), np.int64), np.zeros((len(layouts), size), bool)
+        place, real = np.zeros((len(layouts), longest), np.int64), np.zeros((len(layouts), longest), bool)
+        told = torch.zeros(len(layouts), longest, 4 * OCTAVES)
+        for row, (layout, (at, patch)) in enumerate(zip(layouts, found, strict=True)):
+            flat = np.ravel_multi_index(tuple(at), shape)
+            place[row, : len(flat)], real[row, : len(flat)] = flat * patch, patch
+            token[row, flat[patch]], there[row, flat[patch]] = patch.nonzero()[0], True
+            told[row, : len(flat)] = waves(layout.center)
+        full = there.all() and (token == np.arange(size)).all() and longest == size
+        arrays = (torch.from_numpy(array).to(device) for array in (token, there.reshape(-1, *shape), place, real))
+        token, there, place, real = arrays
+        return Grid(token, None if full else there, place, real, told.to(device), shape)
+
+    def repeat(self, count: int) -> Grid:
+        """Each image ``count`` times, one after the other."""
+        arrays = (self.token, self.there, self.place, self.real, self.waves)
+        repeated = (None if array is None else array.repeat_interleave(count, 0) for array in arrays)
+        return Grid(*repeated, self.shape)
+
+
+def _places(layout: VisionLayout) -> tuple[np.ndarray, np.ndarray]:
+    """(3, N) view, row and column of each token, counted from the first of its view; (N,) whether it shows a part."""
+    view, row, col = (axis.numpy().astype(np.int64) for axis in (layout.view, layout.row, layout.col))
+    patch = layout.kind.numpy() == PATCH
+    for number in np.unique(view):
+        here = (view == number) & patch
+        if here.any():
+            row[view == number] -= row[here].min()
+            col[view == number] -= col[here].min()
+    return np.stack([view, row, col]) * patch, patch
+
+
+class Asked(NamedTuple):
+    """What the head knows of M questions.
+
+    Args:
+        words: (M, T, width). real: (M, T) bool words that are there, None: all.
+        film: (M, 2 * width) scale and shift. local: (M,) logit of "a part of the image is enough".
+    """
+
+    words: Tensor
+    real: Tensor | None
+    film: Tensor
+    local: Tensor
+
+
+class Near(nn.Module):
+    """Tokens see their neighbours."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(width), nn.Linear(width, width)
+        self.near = nn.Conv2d(width, width, REACH, padding=(REACH[0] // 2, REACH[1] // 2), groups=width)
+
+    def forward(self, seen: Tensor, there: Tensor | None) -> Tensor:
+        """(B, V, H, W, width), (B, V, H, W) -> (B, V, H, W, width)."""
+        views = self.norm(seen) if there is None else self.norm(seen) * there.unsqueeze(-1)
+        around = self.near(views.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return seen + self.mix(F.gelu(around)).view_as(seen)
+
+
+class Block(nn.Module):
+    """Tokens read the question, then each its row and its column: "the price of X" stands in the row of X."""
+
+    heads = 4
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.ask, self.words, self.told = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.nothing = nn.Parameter(torch.zeros(2 * width))  # key and value of no word at all
+        self.look, self.found = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.inner = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, seen: Tensor, there: Tensor | None, asked: Asked) -> Tensor:
+        """(M, V, H, W, width), (M, V, H, W) and M questions -> (M, V, H, W, width)."""
+        seen = seen + self.told(self._read(self.norms[0](seen), asked))
+        seen = seen + self.found(self._lines(self.norms[1](seen), there))
+        return seen + self.inner(self.norms[2](seen))
+
+    def _read(self, seen: Tensor, asked: Asked) -> Tensor:
+        count, width = len(seen), seen.shape[-1]
+        pairs = torch.cat([self.nothing.expand(count, 1, -1), self.words(asked.words)], 1)
+        query, (key, value) = self.ask(seen).view(count, -1, width), pairs.chunk(2, -1)
+        query, key, value = (part.unflatten(2, (2, -1)).transpose(1, 2) for part in (query, key, value))
+        mask = None if asked.real is None else F.pad(asked.real, (1, 0), value=True)[:, None, None]
+        return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape_as(seen)
+
+    def _lines(self, seen: Tensor, there: Tensor | None) -> Tensor:
+        parts = self.look(seen).unflatten(-1, (3, 2, self.heads // 2, -1))  # (M, V, H, W, 3, 2, heads / 2, d)
+        found = []
+        for axis, half in ((3, 0), (2, 1)):  # along the columns of a row, along the rows of a column
+            lines = parts[..., half, :, :].movedim(axis, 3).flatten(0, 2)  # (lines, length, 3, heads / 2, d)
+            mask = None
+            if there is not None:
+                held = there.movedim(axis, 3).flatten(0, 2)[:, None, None]
+                mask = torch.where(held, 0.0, NEVER).to(seen.dtype)
+            query, key, value = lines.permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
+            across = [side for place, side in enumerate(seen.shape[:4]) if place != axis]
+            found.append(out.view(*across, -1, out.shape[-1]).movedim(3, axis))
+        return torch.cat(found, -1)
 
 
 class Head(nn.Module):
     """Which vision tokens does the question need?
 
-    The question's token embeddings pass a convolution over neighbours (word order) and are averaged by ``probes``
-    learned attentions into one vector, which scales and shifts the projected image features; two small layers make a
-    logit of each. A second output says whether any part of the image is enough.
+    Projected image features see their neighbours; then they read the words of the question and look along their rows and
+    columns, twice. A convolution over neighbours tells the words their order. What all words say together, averaged by
+    ``probes`` learned attentions, scales and shifts the features, and says whether any part of the image is enough.
 
     Args:
         dim: width of the language model's embeddings.
-        width: width inside the head.
+        width: width inside the head, a multiple of 4.
         probes: attentions over the question.
-    Source: own choice; conditioning by scale and shift as in FiLM (arXiv 1709.07871).
+    Source: own choice; conditioning by scale and shift as in FiLM (arXiv 1709.07871), rows and columns as in axial attention
+        (arXiv 1912.12180).
     """
 
-    def __init__(self, dim: int, width: int = 48, probes: int = 4) -> None:
+    def __init__(self, dim: int, width: int = 64, probes: int = 4) -> None:
         super().__init__()
         self.dim, self.width, self.probes = dim, width, probes
         self.vision_norm, self.text_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.vision, self.text = nn.Linear(dim, width), nn.Linear(dim, width)
         self.place = nn.Linear(4 * OCTAVES, width, bias=False)
-        self.order = nn.Conv1d(width, width, 3, padding=1)
+        self.near = nn.ModuleList(Near(width) for _ in range(2))
+        self.order = nn.ModuleList(nn.Linear(3 * width, width) for _ in range(2))
         self.probe = nn.Linear(width, probes)
         self.film = nn.Linear(probes * width, 2 * width)
-        self.hidden, self.token = nn.Linear(width, width), nn.Linear(width, 1)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+        self.norm, self.token = nn.LayerNorm(width), nn.Linear(width, 1)
         self.local = nn.Sequential(nn.Linear(probes * width, width), nn.GELU(), nn.Linear(width, 1))
         # Bias and weights of the clues in the logit of the confidence; fitted after training.
         self.register_buffer("calibration", torch.tensor([0.0, 1.0, 0.0, 0.0]))
 
-    def see(self, vision: Tensor, place: Tensor) -> Tensor:
-        """The part that knows no question: (..., N, dim) features, (N, 4 * OCTAVES) ``waves`` -> (..., N, width)."""
-        return self.vision(self.vision_norm(vision)) + self.place(place.to(vision.dtype))
+    def see(self, vision: Tensor, grid: Grid) -> Tensor:
+        """The part that knows no question: (B, N, dim) features -> (B, V, H, W, width)."""
+        seen = self.vision(self.vision_norm(vision)) + self.place(grid.waves.to(vision.dtype))
+        if grid.there is not None:
+            seen = seen.gather(1, grid.token.unsqueeze(-1).expand(-1, -1, self.width))
+        seen = seen.view(len(vision), *grid.shape, self.width)
+        for near in self.near:
+            seen = near(seen, grid.there)
+        return seen
 
-    def read(self, text: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def read(self, text: Tensor, length: Tensor | None = None) -> Asked:
         """The part that knows no image.
 
         Args:
-            text: (B, T, dim) token embeddings of the question.
-            length: (B,) int64 real tokens, the first ones; None: all.
-        Returns:
-            (B, 2 * width) scale and shift, (B,) logit of "a part of the image is enough".
+            text: (M, T, dim) token embeddings of the questions.
+            length: (M,) int64 real tokens, the first ones; None: all.
         """
         words = self.text(self.text_norm(text))
         real = None if length is None else torch.arange(text.shape[1], device=text.device) < length.unsqueeze(1)
-        if real is not None:
-            words = words.masked_fill(~real.unsqueeze(-1), 0)  # what the convolution sees beyond the end
-        words = words + F.gelu(self._neighbours(words))
+        for order in self.order:
+            if real is not None:
+                words = words.masked_fill(~real.unsqueeze(-1), 0)  # what the convolution sees beyond the end
+            words = words + F.gelu(order(F.pad(words, (0, 0, 1, 1)).unfold(1, 3, 1).flatten(2)))
         weight = self.probe(words)
         if real is not None:
             weight = weight.masked_fill(~real.unsqueeze(-1), -math.inf)
         asked = (weight.softmax(1).mT @ words).flatten(1)
-        return self.film(asked), self.local(asked).squeeze(-1)
+        return Asked(words, real, self.film(asked), self.local(asked).squeeze(-1))
 
-    def _neighbours(self, words: Tensor) -> Tensor:
-        """``order`` as one matrix product: a convolution this small takes longer to set up than to run."""
-        around = F.pad(words, (0, 0, 1, 1)).unfold(1, 3, 1).flatten(2)  # (B, T, width * 3)
-        return F.linear(around, self.order.weight.flatten(1), self.order.bias)
-
-    def match(self, seen: Tensor, film: Tensor) -> Tensor:
-        """Logits (B, Q, N) of Q questions about each image, from ``see`` (B, N, width), ``read`` (B, Q, 2 * width)."""
-        scale, shift = film.unsqueeze(2).chunk(2, -1)
-        mixed = F.relu(torch.addcmul(shift, seen.unsqueeze(1), 1 + scale))
-        return self.token(F.relu(self.hidden(mixed))).squeeze(-1)
+    def match(self, seen: Tensor, grid: Grid, asked: Asked) -> Tensor:
+        """(M, N) logits of each question about its image, from ``see`` and ``read``."""
+        scale, shift = asked.film[:, None, None, None].chunk(2, -1)
+        seen = torch.addcmul(shift, seen, 1 + scale)
+        for block in self.blocks:
+            seen = block(seen, grid.there, asked)
+        logits = self.token(self.norm(seen)).flatten(1)
+        return logits if grid.there is None else logits.gather(1, grid.place).masked_fill(~grid.real, NEVER)
 
     def save(self, path: str | Path) -> None:
         """Write weights and sizes as one safetensors file, weights in bfloat16 but for the calibration."""
@@ -192,9 +328,8 @@ def judge(head: Head, layout: VisionLayout, vision: Tensor, text: Tensor) -> tup
     Args:
         head: float32, on the device of ``vision``. layout, vision, text: as in ``Embeddings``.
     """
-    seen = head.see(vision.float(), waves(layout.center.to(vision.device)))
-    film, local = head.read(text.float().unsqueeze(0))
-    return head.match(seen.unsqueeze(0), film.unsqueeze(1))[0, 0].cpu(), float(local)
+    grid, asked = Grid.of([layout], vision.device), head.read(text.float().unsqueeze(0))
+    return head.match(head.see(vision.float().unsqueeze(0), grid), grid, asked)[0].cpu(), float(asked.local)
 
 
 def clues(raster: Raster, inside: np.ndarray, local: float) -> list[float]:

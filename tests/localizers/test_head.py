@@ -15,10 +15,10 @@ from bench.training import head as train_head
 from crop import embedded
 from crop.cli.ask import EMBEDDED, Asker, load
 from crop.embedded import scenes
-from crop.geometry.layout import VisionLayout
+from crop.geometry.layout import PATCH, VisionLayout
 from crop.geometry.region import Region
 from crop.localizers import Head, HeadLocalizer, get_localizer
-from crop.localizers.head import head_region, waves
+from crop.localizers.head import NEVER, Grid, head_region, judge
 from crop.localizers.reading import embeddings
 from crop.localizers.vision_cache import cache_vision
 from crop.patching.patch import patch
@@ -40,21 +40,61 @@ def test_questions_do_not_depend_on_their_padding():
     torch.manual_seed(0)
     head, text = Head(24, 16), torch.randn(2, 5, 24)
     padded = torch.cat([text, torch.full((2, 3, 24), 7.0)], 1)
-    for got, want in zip(head.read(padded, torch.tensor([5, 5])), head.read(text), strict=True):
+    vision, grid = torch.randn(1, 12, 24), Grid.of([VisionLayout.grid(3, 4)]).repeat(2)
+
+    def judged(asked):
+        return head.match(head.see(vision, grid).expand(2, -1, -1, -1, -1), grid, asked), asked.film, asked.local
+
+    for got, want in zip(judged(head.read(padded, torch.tensor([5, 5]))), judged(head.read(text)), strict=True):
         torch.testing.assert_close(got, want)
-    shorter = head.read(padded, torch.tensor([5, 3]))[0]
-    torch.testing.assert_close(shorter[1:], head.read(text[1:, :3])[0])
-    assert not torch.allclose(head.read(text.flip(1))[0], head.read(text)[0], atol=1e-3)  # the order of words counts
+    shorter = judged(head.read(padded, torch.tensor([5, 3])))
+    for got, want in zip(shorter, judged(head.read(text[:, :3])), strict=True):
+        torch.testing.assert_close(got[1:], want[1:])
+    for turned, straight in zip(judged(head.read(text.flip(1))), judged(head.read(text)), strict=True):
+        assert not torch.allclose(turned, straight, atol=1e-3)  # the order of words counts
+
+
+def test_images_do_not_depend_on_their_padding():
+    """Beside a larger one in a batch, with views that are not full and tokens that show nothing, each is as it is alone."""
+    torch.manual_seed(0)
+    head = Head(24, 16)
+    kinds = torch.tensor([0] * 11 + [1])
+    views = VisionLayout(
+        torch.arange(12), torch.rand(12, 2), torch.tensor([0, 0, 1, 1, 0, 0, 0, 1, 1, 1, 2, 2]),
+        torch.tensor([0, 1, 0, 1, 0, 1, 2, 0, 1, 2, 0, 1]), torch.tensor([0] * 4 + [1] * 8), kinds, 12,
+    )  # fmt: skip
+    layouts = [VisionLayout.grid(5, 4), views, VisionLayout.grid(2, 6)]
+    vision, text = [torch.randn(len(layout), 24) for layout in layouts], torch.randn(3, 5, 24)
+    grid = Grid.of(layouts)
+    padded = torch.nn.utils.rnn.pad_sequence(vision, batch_first=True)
+    together = head.match(head.see(padded, grid), grid, head.read(text))
+    for row, layout in enumerate(layouts):
+        alone, local = judge(head, layout, vision[row], text[row])
+        torch.testing.assert_close(together[row, : len(layout)], alone, rtol=1e-4, atol=1e-5)
+        assert local == pytest.approx(float(head.read(text[row : row + 1]).local), abs=1e-5)
+    assert (together[1, : len(views)] == NEVER).tolist() == (kinds != PATCH).tolist()
+    assert (together[1, len(views) :] == NEVER).all()
+
+
+def test_a_token_knows_its_neighbours_its_row_and_its_column():
+    """What stands at one place reaches these and no others in a first look along the lines."""
+    torch.manual_seed(0)
+    head, layout = Head(24, 16), VisionLayout.grid(9, 30)
+    grid, vision, asked = Grid.of([layout]), torch.randn(1, 270, 24), head.read(torch.randn(1, 4, 24))
+    other = vision.clone()
+    other[0, 4 * 30 + 15] += 1.0
+    seen, changed = (head.blocks[0](head.see(image, grid), None, asked)[0, 0] for image in (vision, other))
+    rows, columns = (seen - changed).abs().amax(2).gt(1e-6).nonzero().unbind(1)
+    near_row, near_column = (rows - 4).abs() <= 2, (columns - 15).abs() <= 6  # two convolutions reach 2 and 6
+    assert (near_row | near_column).all()
+    assert len(set(rows[near_column].tolist())) == 9 and len(set(columns[near_row].tolist())) == 30
 
 
 def test_multiply_adds_are_counted():
-    head, tokens, words = Head(24, 16), 30, 7
+    head, layout, words = Head(24, 16), VisionLayout.grid(5, 6), 7
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        film, _ = head.read(torch.randn(1, words, 24))
-        head.match(head.see(torch.randn(1, tokens, 24), waves(torch.rand(tokens, 2))), film.unsqueeze(1))
-    assert (
-        counter.get_total_flops() / 2 == train_head.multiply_adds(head, tokens, words) - tokens * 16
-    )  # scaling is no product
+        judge(head, layout, torch.randn(30, 24), torch.randn(words, 24))
+    assert counter.get_total_flops() / 2 == train_head.multiply_adds(head, 1, 5, 6, words)
 
 
 def test_file_round_trip(tmp_path):
@@ -181,7 +221,7 @@ def test_the_carried_head_costs_next_to_nothing(carried):
     tower = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
     prefill = (tokens + words) * layer * text.num_hidden_layers + tokens * tower * vision.num_hidden_layers
     head = Head.load(embedded.HEAD)
-    assert train_head.multiply_adds(head, tokens, words) < 0.01 * prefill
+    assert train_head.multiply_adds(head, 1, scenes.GRID, scenes.GRID, words) < 0.01 * prefill
 
 
 # ------------------------------------------------------------------------------------------------------------- training
