@@ -70,7 +70,8 @@ def test_prompt_decoded_text_and_chat_template(carried):
     }.items():
         assert embedded.prompt(said) == wanted
         content = [{"type": "image"}, {"type": "text", "text": said}]
-        assert carried[1].apply_chat_template([{"role": "user", "content": content}], tokenize=False) == wanted
+        turn = [{"role": "user", "content": content}]
+        assert carried[1].apply_chat_template(turn, tokenize=False) == f"<s>{wanted}"  # servers add no first token
     tokenizer = carried[1].tokenizer
     for text in ("12.50", "KEVU", "red circle", "what is the price of BECA ?"):
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text

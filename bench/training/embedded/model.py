@@ -263,7 +263,7 @@ def text_hidden(model: nn.Module, vision: Tensor, keep: Tensor, ids: Tensor, blo
     return out.last_hidden_state[:, prefix:]
 
 
-CHAT_TEMPLATE = """
+CHAT_TEMPLATE = """{{ bos_token }}
 {%- for message in messages -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] == 'image' -%}<image>{{ ' ' }}{%- endif -%}
