@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable
@@ -121,23 +122,17 @@ def head_cost(asker: Asker) -> list[dict[str, Any]]:
             "localizer": lambda: find(scene.image, question),
         }
         times = interleave(calls, rounds=50)
-    text = asker.model.config.text_config
+    text, seven = asker.model.config.text_config, Head(4096)
+    embedded_model = (find.head, (1, scenes.GRID, scenes.GRID), len(read.text), text.num_hidden_layers,
+                      text.intermediate_size, times)  # fmt: skip
     rows = []
-    for name, head, tokens, words, layers, wide, milliseconds in (
-        (
-            "embedded",
-            find.head,
-            len(read.layout),
-            len(read.text),
-            text.num_hidden_layers,
-            text.intermediate_size,
-            times,
-        ),
-        ("7B, 576 tokens", Head(4096), 576, 40, 32, 11008, None),
-        ("7B, 2880 tokens", Head(4096), 2880, 40, 32, 11008, None),
-    ):
-        prefill = (tokens + words) * layers * (4 * head.dim**2 + 3 * head.dim * wide)
-        own = multiply_adds(head, tokens, words)
+    for name, (head, grid, words, layers, wide, milliseconds) in {
+        "embedded": embedded_model,
+        "7B, 576 tokens": (seven, (1, 24, 24), 40, 32, 11008, None),
+        "7B, 2880 tokens": (seven, (5, 24, 24), 40, 32, 11008, None),
+    }.items():
+        prefill = (math.prod(grid) + words) * layers * (4 * head.dim**2 + 3 * head.dim * wide)
+        own = multiply_adds(head, *grid, words)
         rows.append({"geometry": name, "head, M multiply-adds": own / 1e6, "prefill, M": prefill / 1e6,
                      "share %": 100 * own / prefill,
                      "head with boxes, ms": milliseconds and 1e3 * milliseconds["head"].median,
