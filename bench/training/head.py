@@ -242,11 +242,11 @@ def main() -> None:
     )
     parser.add_argument("--cache", type=Path, help="file to keep the features in")
     parser.add_argument(
-        "--scenes", type=int, default=3000, help="rendered pictures to train on; a tenth as many to fit on"
+        "--scenes", type=int, default=12000, help="rendered pictures to train on; a tenth as many to fit on"
     )
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--minutes", type=float, default=8.0, help="of CPU time in training at most")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--minutes", type=float, default=60.0, help="of CPU time in training at most")
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="of the model; the head trains on the CPU")
     options = parser.parse_args()
