@@ -163,6 +163,13 @@ def test_two_processes_train_one_model(tmp_path):
     assert (tmp_path / "tower.txt").read_text().count("done") == 1
 
 
+def test_processes_must_divide_the_batch(options, monkeypatch):
+    for name, value in {"is_initialized": True, "get_rank": 0, "get_world_size": 3}.items():
+        monkeypatch.setattr(train.distributed, name, lambda value=value: value)
+    with pytest.raises(ValueError, match="processes must divide the batch of 2, got 3"):
+        train.Trainer(options("tower"))
+
+
 def parameters(run):
     return {f"{part}.{n}": p for part, module in run.modules().items() for n, p in module.named_parameters()}
 

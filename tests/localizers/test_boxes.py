@@ -15,7 +15,7 @@ from crop.localizers import (
     find_region,
     score_tokens,
 )
-from crop.localizers.boxes import Raster
+from crop.localizers.boxes import Raster, _touching
 from tests.support.families.entry import ATTENTIONS
 
 pytestmark = pytest.mark.fast
@@ -80,6 +80,29 @@ def test_cells_that_touch_make_one_box(picture, boxes):
     mask = np.array([[cell == "#" for cell in row] for row in picture.split("|")])
     raster = Raster(mask.astype(float), mask, np.zeros((*mask.shape, 4)))
     assert sorted(raster.boxes(mask, gap=0, max_boxes=9, dilate=0)) == boxes
+
+
+def flooded(mask):
+    """Boxes around what touches, by walking from cell to cell."""
+    left, boxes = {(int(row), int(col)) for row, col in np.argwhere(mask)}, []
+    while left:
+        found, reached = [], [left.pop()]
+        while reached:
+            row, col = reached.pop()
+            found.append((row, col))
+            near = left & {(row + y, col + x) for y in (-1, 0, 1) for x in (-1, 0, 1)}
+            left -= near
+            reached += near
+        rows, cols = zip(*found, strict=True)
+        boxes.append((min(cols), min(rows), max(cols) + 1, max(rows) + 1))
+    return boxes
+
+
+def test_random_cells_that_touch_are_those_that_a_walk_reaches():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        mask = rng.random(rng.integers(1, 25, 2)) < rng.random()
+        assert sorted(_touching(mask)) == sorted(flooded(mask))
 
 
 def test_scores_of_one_layout_share_nothing_but_their_places():

@@ -29,15 +29,9 @@ from bench.training.embedded.model import (
 from bench.training.embedded.muon import Muon
 from bench.training.embedded.scores import answer_scores, patch_scores, summary
 
-FIRST_SEED = {
-    "tower": 1,
-    "decoder": 5_000_000,
-    "bridge": 9_000_000,
-    "fit": 9_500_000,
-    "joint": 10_000_000,
-}  # of each stage's pictures
-
-SEEDS_EACH = 400_000  # pictures that one process draws at most
+# Of each stage's pictures; a process of several begins so many later.
+FIRST_SEED = {"tower": 1, "decoder": 5_000_000, "bridge": 9_000_000, "fit": 9_500_000, "joint": 10_000_000}
+SEEDS_EACH = 400_000
 
 
 @dataclass(frozen=True)
@@ -114,6 +108,8 @@ class Trainer:
         self.options, self.stage = options, options.stages[options.stage]
         self.shared = distributed.is_initialized()  # among processes, each with its part of a batch
         self.rank, self.processes = (distributed.get_rank(), distributed.get_world_size()) if self.shared else (0, 1)
+        if self.stage.batch % self.processes:
+            raise ValueError(f"Trainer: processes must divide the batch of {self.stage.batch}, got {self.processes}")
         self.budget = 60 * (self.stage.minutes if options.minutes is None else options.minutes)
         options.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
@@ -276,15 +272,12 @@ class Trainer:
         if name == "decoder":
             return self.answer_losses(items, self.named(labels[pick, keep], keep), keep, data)
         features = tower_features(self.model, torch.stack([i.patches for i in items]))  # cheap: it sees every patch
+        losses = {} if name == "bridge" else {"patch": self.options.patch * self.patch_loss(features, labels)}
         if name in ("bridge", "fit"):
             weight = 0.1 + 0.9 * (labels > 0).any(2)
             whole = torch.arange(NUM_PATCHES).expand(len(items), -1)
             distance = (projector(features) - self.named(labels, whole)).square().mean(2)
-            losses = {"distance": (distance * weight).sum() / weight.sum() / self.named.spread}
-            return losses | (
-                {} if name == "bridge" else {"patch": self.options.patch * self.patch_loss(features, labels)}
-            )
-        losses = {"patch": self.options.patch * self.patch_loss(features, labels)}
+            return losses | {"distance": (distance * weight).sum() / weight.sum() / self.named.spread}
         return losses | self.answer_losses(items, projector(features[pick, keep]), keep, data)
 
     def keep(self, items: list[Item], every: bool, whole: bool) -> Tensor:
