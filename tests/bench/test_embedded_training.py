@@ -64,13 +64,19 @@ def test_packed_questions_equal_separate_ones(tiny, item):
 
 
 def test_spots_are_patches_of_the_characters(item):
+    words = list(data.WORDS)
     for line in item.lines:
-        words = list(data.WORDS)
         for row, patch in enumerate(line.spot.tolist()):
             if patch >= 0:
                 character = words[line.target[row] if line.target[row] >= 0 else line.ids[row]]
-                named = [scenes.CHARACTERS[c - 1] for c in item.labels[patch, 3:].tolist() if c]
-                assert character in named
+                assert character == scenes.CHARACTERS[item.labels[patch, 3] - 1]
+
+
+@pytest.mark.parametrize("picture", scenes.PICTURES)
+def test_a_patch_holds_the_centre_of_one_character_at_most(picture):
+    for seed in range(20):
+        scene = scenes.scene(seed, picture=picture)
+        assert (labels.patch_labels(scene)[:, 3] > 0).sum() == sum(len(run.text) for run in scene.runs)
 
 
 def test_export_answers_as_training_sees_it(tiny, tmp_path):
@@ -134,6 +140,7 @@ def test_every_stage_takes_up_what_the_ones_before_learnt(options, tmp_path):
         ("answer", "before0", "spot2", "mass3"),
         ("distance",),
         ("distance", "patch"),
+        ("answer", "aside"),
         ("answer", "aside"),
     )
     for log, names in zip(logs, terms, strict=True):

@@ -8,10 +8,9 @@ from crop.embedded.scenes.names import CHARACTERS, COLORS, GRID, PATCH, SHAPES
 from crop.embedded.scenes.records import Box, Scene, Spot
 
 KINDS = ("shape", "sign", "bar")
-SLOTS = 2  # characters per patch, from left to right
 HEADS = {  # classes per label; class 0 is "none" everywhere
     "kind": len(KINDS) + 1, "color": len(COLORS) + 1, "shape": len(SHAPES) + 1,
-    **{f"character{i}": len(CHARACTERS) + 1 for i in range(SLOTS)},
+    "character": len(CHARACTERS) + 1,
 }  # fmt: skip
 COVERED = 0.3  # share of a patch that a thing must cover to be what the patch shows
 
@@ -39,7 +38,7 @@ def shown(scene: Scene, labels: np.ndarray) -> np.ndarray:
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """(576, len(HEADS)) uint8: kind, colour and outline of the thing seen in each patch, and the characters centred in it."""
+    """(576, len(HEADS)) uint8: kind, colour and outline of the thing seen in each patch, and the character centred in it."""
     label = np.zeros((GRID * GRID, len(HEADS)), np.uint8)
     ids = np.asarray(scene.ids).reshape(GRID, PATCH, GRID, PATCH)
     for number, thing in enumerate(scene.things, 1):
@@ -49,11 +48,7 @@ def patch_labels(scene: Scene) -> np.ndarray:
         label[seen, 1] = 1 + list(COLORS).index(thing.color)
         if thing.shape is not None:  # only where the outline runs: the inside of a circle does not look round
             label[seen & (cover < 0.98), 2] = 1 + SHAPES.index(thing.shape)
-    found: dict[int, list[tuple[float, str]]] = {}
     for run in scene.runs:
         for character, spot in zip(run.text, run.spots, strict=True):
-            found.setdefault(patch_of(spot), []).append((spot[0], character))
-    for patch, characters in found.items():
-        for slot, (_, character) in enumerate(sorted(characters)[:SLOTS]):
-            label[patch, 3 + slot] = 1 + CHARACTERS.index(character)
+            label[patch_of(spot), 3] = 1 + CHARACTERS.index(character)
     return label

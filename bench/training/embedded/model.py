@@ -187,7 +187,15 @@ class Aids:
     def __call__(self, module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
         if self.on and module.layer_idx in {*self.before, *self.regions, *self.spots, *self.words}:
             self.collect(module.layer_idx, query, key, mask, scaling)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        if self.on:  # the rows of the prefix need no more than themselves
+            p = self.prefix
+            first = F.scaled_dot_product_attention(
+                query[:, :, :p], key[:, :, :p], value[:, :, :p], is_causal=True, scale=scaling
+            )
+            rest = F.scaled_dot_product_attention(query[:, :, p:], key, value, attn_mask=mask[:, :, p:], scale=scaling)
+            out = torch.cat((first, rest), 2)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 
 class Muon:
@@ -40,7 +41,7 @@ class Muon:
         for shape, group in self.groups.items():
             momentum = self.momentum[shape]
             momentum.lerp_(grad := torch.stack([p.grad for p in group]), 0.05)
-            update = orthogonalise(grad.lerp(momentum, 0.95)) * max(1.0, shape[0] / shape[1]) ** 0.5
+            update = shared(orthogonalise, grad.lerp(momentum, 0.95)) * max(1.0, shape[0] / shape[1]) ** 0.5
             for p, u in zip(group, update, strict=True):
                 rate = self.matrix_lr * scale * self.factor[id(p)]
                 p.data.mul_(1 - 0.02 * rate).add_(u, alpha=-rate)
@@ -57,6 +58,17 @@ class Muon:
         for shape, value in state["momentum"].items():
             self.momentum[shape].copy_(value)
         self.adam.load_state_dict(state["adam"])
+
+
+def shared(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    """``function(batch)``, of the shape of ``batch``; where several processes train, each computes a part of it for all."""
+    if not distributed.is_initialized():
+        return function(batch)
+    own = slice(distributed.get_rank(), None, distributed.get_world_size())
+    result = torch.zeros_like(batch)
+    result[own] = function(batch[own])
+    distributed.all_reduce(result)
+    return result
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

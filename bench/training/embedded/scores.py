@@ -32,7 +32,7 @@ def patch_scores(model: nn.Module, heads: nn.Module, count: int = 48, first: int
             hit, there = part.argmax(2) == labels[..., i], labels[..., i] > 0
             right[name] += int(hit[there].sum())
             total[name] += int(there.sum())
-            if name == "character0":
+            if name == "character":
                 right["none"] += int(hit[~there].sum())
                 total["none"] += int((~there).sum())
     return {name: round(right[name] / max(1, n), 3) for name, n in total.items()}

@@ -1,4 +1,4 @@
-"""The training loop: five stages, budgets in CPU time, checkpoints, held-out figures in a log."""
+"""The training loop: six stages, budgets in CPU time, checkpoints, held-out figures in a log."""
 
 from __future__ import annotations
 
@@ -30,7 +30,14 @@ from bench.training.embedded.muon import Muon
 from bench.training.embedded.scores import answer_scores, patch_scores, summary
 
 # Of each stage's pictures; a process of several begins so many later.
-FIRST_SEED = {"tower": 1, "decoder": 5_000_000, "bridge": 9_000_000, "fit": 9_500_000, "joint": 10_000_000}
+FIRST_SEED = {
+    "tower": 1,
+    "decoder": 5_000_000,
+    "bridge": 9_000_000,
+    "fit": 9_500_000,
+    "joint": 10_000_000,
+    "refine": 12_000_000,
+}
 SEEDS_EACH = 400_000
 
 
@@ -78,6 +85,8 @@ STAGES = {
         Stage(
             "joint", 240, ("fit",), matrix_lr=0.01, other_lr=1e-3, full=0.85, some=0.15, easy=0.0, aside=16, slow=0.5
         ),
+        # Once more, the tower at its full rate.
+        Stage("refine", 150, ("joint",), matrix_lr=0.01, other_lr=1e-3, full=0.85, some=0.15, easy=0.0, aside=32),
     )
 }
 
@@ -144,7 +153,7 @@ class Trainer:
         parts = {
             "tower": ("vision", "heads"), "decoder": ("text", "named"), "bridge": ("projector",),
             "fit": ("vision", "heads", "projector"),
-            "joint": ("vision", "heads", "projector", "text"),
+            **dict.fromkeys(("joint", "refine"), ("vision", "heads", "projector", "text")),
         }[self.stage.name]  # fmt: skip
         unused = set(map(id, use_layers(self.model, self.stage.layers)))
         unused |= set(map(id, self.model.model.vision_tower.post_layernorm.parameters()))
@@ -348,7 +357,7 @@ class Trainer:
             record["answers"] = {way: {k: [sum(v), len(v)] for k, v in kinds.items()} for way, kinds in scores.items()}
             for way, kinds in scores.items():
                 self.say(f"held-out {way}: {summary(kinds)}")
-        if name in ("bridge", "fit", "joint"):
+        if name in ("bridge", "fit", "joint", "refine"):
             export(self.model, self.options.out / "weights")
         with open(self.options.out / "scores.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 FILES = sorted((Path(__file__).parent / "faces").glob("*.ttf"))
 FACES = tuple(path.stem for path in FILES)
-NARROWEST = 0.8  # least advance in em: letters are spaced widely, a patch holds the centres of two characters at most
-SMALLEST = 16  # pixels
+NARROWEST = 0.8  # least advance in em: letters are spaced widely
+SMALLEST = 20  # pixels; then a patch holds the centre of one character at most
 PAD = 3
 
 

@@ -17,7 +17,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 PICTURES = ("shapes", "signs", "receipt", "table", "chart", "form")
 DIRECTIONS = ("left", "right", "above", "below")
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789."  # tokens of their own
-# Those that are drawn: at 16 pixels, B is an 8, D an O and that a zero, G a 6, I a 1, S a 5 and Z a 2.
+# Those that are drawn: in small print, B is an 8, D an O and that a zero, G a 6, I a 1, S a 5 and Z a 2.
 VOWELS, CONSONANTS = "AEUY", "CFHKLMNPRTVX"
 LETTERS = VOWELS + CONSONANTS
 LABELS = LETTERS + "23456789"

@@ -9,7 +9,7 @@ from crop.embedded.scenes.names import COLORS, DIRECTIONS, LABELS, SHAPES
 from crop.embedded.scenes.records import Question, Thing, ask, place
 from crop.embedded.scenes.sheet import Sheet
 
-SIDE = 64  # pixels at scale 1
+SIDE = 88  # pixels at scale 1
 
 
 def neighbour(things: list[Thing], thing: Thing, direction: str) -> Thing | None:
