@@ -27,7 +27,7 @@ def called() -> tuple[Tensor, Tensor]:
     head, number = torch.full((len(WORDS),), -1), torch.zeros(len(WORDS), dtype=torch.long)
     for at, names in enumerate((dense.KINDS, tuple(scenes.COLORS), scenes.SHAPES)):
         for i, name in enumerate(names, 1):
-            for word in {name, f"{name}s"} & set(WORDS):
+            for word in {name, scenes.plural(name)} & set(WORDS):
                 head[WORDS[word]], number[WORDS[word]] = at, i
     return head, number
 

@@ -52,6 +52,7 @@ class Stage:
         full: share of the budget after which every patch is kept; some: of the steps before, the share that keeps all.
         easy: share of the budget in which pictures grow from easy ones to the full range.
         aside: pictures of a second batch, for the tower alone. slow: factor of the tower's learning rates.
+        fall: share of the budget in which all learning rates fall.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Stage:
     easy: float = 0.25
     aside: int = 0
     slow: float = 1.0
+    fall: float = 0.5
 
 
 STAGES = {
@@ -86,7 +88,9 @@ STAGES = {
             "joint", 240, ("fit",), matrix_lr=0.01, other_lr=1e-3, full=0.85, some=0.15, easy=0.0, aside=16, slow=0.5
         ),
         # Once more, the tower at its full rate.
-        Stage("refine", 150, ("joint",), matrix_lr=0.01, other_lr=1e-3, full=0.85, some=0.15, easy=0.0, aside=32),
+        Stage(
+            "refine", 150, ("joint",), matrix_lr=0.01, other_lr=1e-3, full=0.85, some=0.15, easy=0.0, aside=32, fall=0.7
+        ),
     )
 }
 
@@ -226,7 +230,7 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_([p for _, p in self.trained], 1.0)
             warm = min(1.0, (state["elapsed"] + 2) / min(120, 0.05 * self.budget))
             # Linear fall after a plateau: as good as a cosine, and a budget can be extended late.
-            self.optimiser.step(warm * min(1.0, max(0.03, (1 - fraction) / 0.5)))
+            self.optimiser.step(warm * min(1.0, max(0.03, (1 - fraction) / stage.fall)))
             state["step"] += 1
             state["elapsed"] += used
             meter.update({k: float(v.detach()) for k, v in losses.items()})

@@ -24,6 +24,7 @@ from crop.embedded.scenes.names import (
     RELATION_KINDS,
     SHAPES,
     SIZE,
+    plural,
     vocabulary,
 )
 from crop.embedded.scenes.records import Question, Run, Scene, Thing, ask, box_region
@@ -50,6 +51,7 @@ __all__ = [
     "box_region",
     "examples",
     "scene",
+    "plural",
     "vocabulary",
 ]
 

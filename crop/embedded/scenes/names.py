@@ -59,10 +59,15 @@ def numbers(rng: random.Random, count: int, low: int, high: int) -> list[str]:
     return list(found)
 
 
+def plural(noun: str) -> str:
+    """Of a shape or a kind of thing."""
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
 def vocabulary() -> tuple[str, ...]:
     """Every token of every question and answer, sorted: words in lower case, and text read from pictures by characters."""
     found = set(COLORS) | set(SHAPES) | set(PICTURES) | set(DIRECTIONS) | set(CHARACTERS) | {"?"}
-    found |= {f"{shape}s" for shape in SHAPES}
+    found |= set(map(plural, SHAPES))
     found |= set(
         "what kind of picture is this a how many are there on the color shape with has written where does sign say "
         "says that which item costs more less price total date shop items rows row in or is larger smaller box bar "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from crop.embedded.scenes.faces import SMALLEST
-from crop.embedded.scenes.names import COLORS, DIRECTIONS, LABELS, SHAPES
+from crop.embedded.scenes.names import COLORS, DIRECTIONS, LABELS, SHAPES, plural
 from crop.embedded.scenes.records import Question, Thing, ask, place
 from crop.embedded.scenes.sheet import Sheet
 
@@ -103,7 +103,7 @@ def questions(sheet: Sheet) -> Iterator[Question]:
     for values in (sorted({t.color for t in things}), sorted({str(t.shape) for t in things})):
         for value in values:
             boxes = [t.box for t in things if value in (t.color, t.shape)]
-            noun = f"{value} shapes" if value in COLORS else f"{value}s"
+            noun = f"{value} shapes" if value in COLORS else plural(value)
             yield ask("count", f"how many {noun} are there", str(len(boxes)), *boxes)
     pairs = [(i, j) for i in range(len(things)) for j in range(len(things)) if i != j and called[i] and called[j]]
     for i, j in rng.sample(pairs, min(3, len(pairs))):
