@@ -26,7 +26,7 @@ GROUPS = {  # kind of question -> row of the tables
     **dict.fromkeys(("relation", "compare"), "relations"), "count": "counting",
     **dict.fromkeys(scenes.GLOBAL_KINDS, "global"), scenes.BOX_KIND: GROUNDING,
 }  # fmt: skip
-NAMES = {*scenes.COLORS, *scenes.SHAPES} | {f"{shape}s" for shape in scenes.SHAPES}
+NAMES = {*scenes.COLORS, *scenes.SHAPES} | set(map(scenes.plural, scenes.SHAPES))
 
 
 @lru_cache(maxsize=16)
@@ -38,7 +38,9 @@ def draw(seed: int) -> scenes.Scene:
 def shown(scene: scenes.Scene) -> set[str]:
     """Words for what a picture shows, and the words written in it."""
     found = {str(value) for thing in scene.things for value in (thing.color, thing.shape) if value}
-    return found | {f"{thing.shape}s" for thing in scene.things if thing.shape} | {run.text for run in scene.runs}
+    return (
+        found | {scenes.plural(thing.shape) for thing in scene.things if thing.shape} | {run.text for run in scene.runs}
+    )
 
 
 def named(text: str) -> set[str]:

@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from statistics import mean
@@ -37,11 +37,12 @@ from crop.cli.images import open_image
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.localizers.boxes import Raster
-from crop.localizers.head import OCTAVES, REACH, Grid, Head, clues, head_region
+from crop.localizers.head import OCTAVES, REACH, Grid, Head, HeadLocalizer, clues, head_region
 from crop.localizers.reading import embeddings
 from crop.localizers.vision_cache import cache_vision
 
-SETTINGS = {"threshold": 0.2, "gap": 0, "max_boxes": 8, "dilate": 0}
+BOXES = ("threshold", "gap", "max_boxes", "dilate")
+SETTINGS = {field.name: field.default for field in fields(HeadLocalizer) if field.name in BOXES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +120,8 @@ def loss(head: Head, data: dict[str, Any]) -> Tensor:
         logits, data["target"], asks.float(), pos_weight=weight, reduction="sum"
     )
     known = data["local"] >= 0
-    part = F.binary_cross_entropy_with_logits(asked.local[known], data["local"][known])
-    return tokens / (32 * len(logits)) + part
+    part = F.binary_cross_entropy_with_logits(asked.local[known], data["local"][known], reduction="sum")
+    return tokens / (32 * len(logits)) + part / max(1, int(known.sum()))
 
 
 def train(head: Head, examples: list[Example], texts: dict[str, Tensor], minutes: float, steps: int) -> None:

@@ -19,7 +19,7 @@ from crop.geometry.layout import PATCH, VisionLayout
 from crop.geometry.region import Region
 from crop.localizers.base import blank
 from crop.localizers.boxes import Raster, box_settings, check_ranges
-from crop.localizers.pretrained import damage, one_line
+from crop.localizers.pretrained import damage
 from crop.localizers.reading import Embeddings, embeddings
 from crop.methods.base import Method
 from crop.models import family_of
@@ -138,6 +138,7 @@ class Block(nn.Module):
         return seen + self.inner(self.norms[2](seen))
 
     def _read(self, seen: Tensor, asked: Asked) -> Tensor:
+        """What each token finds in the words: (M, V, H, W, width), and so is the result."""
         count, width = len(seen), seen.shape[-1]
         pairs = torch.cat([self.nothing.expand(count, 1, -1), self.words(asked.words)], 1)
         query, (key, value) = self.ask(seen).view(count, -1, width), pairs.chunk(2, -1)
@@ -146,6 +147,7 @@ class Block(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape_as(seen)
 
     def _lines(self, seen: Tensor, there: Tensor | None) -> Tensor:
+        """What each token finds in its row and in its column, half of the width each; shapes as in ``_read``."""
         parts = self.look(seen).unflatten(-1, (3, 2, self.heads // 2, -1))  # (M, V, H, W, 3, 2, heads / 2, d)
         found = []
         for axis, half in ((3, 0), (2, 1)):  # along the columns of a row, along the rows of a column
@@ -172,12 +174,16 @@ class Head(nn.Module):
         dim: width of the language model's embeddings.
         width: width inside the head, a multiple of 4.
         probes: attentions over the question.
+    Raises:
+        ValueError: another width.
     Source: own choice; conditioning by scale and shift as in FiLM (arXiv 1709.07871), rows and columns as in axial attention
         (arXiv 1912.12180).
     """
 
     def __init__(self, dim: int, width: int = 64, probes: int = 4) -> None:
         super().__init__()
+        if width % Block.heads:
+            raise ValueError(f"Head: width must be a multiple of {Block.heads}, got {width}")
         self.dim, self.width, self.probes = dim, width, probes
         self.vision_norm, self.text_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.vision, self.text = nn.Linear(dim, width), nn.Linear(dim, width)
@@ -258,11 +264,13 @@ class Head(nn.Module):
             raise ValueError(f"Head.load: path must be a safetensors file, but {cause}") from error
         if sizes is None:
             raise ValueError(f"Head.load: path must be a file that Head.save wrote, got {str(path)!r}")
-        head = Head(**json.loads(sizes))
         try:
+            head = Head(**json.loads(sizes))
             head.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"Head.load: {path} must hold the weights that it announces: {one_line(error)}") from error
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"Head.load: {path} must hold a head of this version, got other weights; train it anew"
+            ) from error
         return head.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("transformers")
 from transformers import AutoProcessor, LlavaForConditionalGeneration  # noqa: E402
 
 from bench.training.embedded import data, labels, model, scores, train  # noqa: E402
+from bench.training.embedded.__main__ import evaluate  # noqa: E402
 from crop.embedded import scenes  # noqa: E402
 
 TINY = model.Geometry(tower=128, tower_layers=1, tower_inner=32, width=160, layers=7, inner=32)
@@ -99,6 +101,25 @@ def test_export_answers_as_training_sees_it(tiny, tmp_path):
         hidden = model.text_hidden(carried, vision, every, alone.ids, alone.block, alone.place)
         logits = carried(**inputs).logits[0, -1]
     torch.testing.assert_close(carried.lm_head(hidden[0, -1]), logits, atol=1e-3, rtol=1e-3)
+
+
+def test_held_out_figures_count_every_question(tiny, tmp_path, capsys):
+    heads = torch.nn.Linear(TINY.tower, sum(labels.HEADS.values()))
+    named = scores.patch_scores(tiny, heads, 8)
+    assert named.keys() == {*labels.HEADS, "none"} and all(0 <= share <= 1 for share in named.values())
+    found = scores.answer_scores(tiny, 3, questions=4, pruned=4)
+    counts = {way: sum(map(len, kinds.values())) for way, kinds in found.items()}
+    local = [line.local for s in range(3) for line in chosen(scores.HELD_OUT + s)]
+    assert counts["all"] == counts["third"] == 12 and counts["region"] == counts["without"] == sum(local)
+    model.export(tiny, tmp_path / "weights")
+    evaluate(tmp_path / "weights", 1)
+    printed = capsys.readouterr().out
+    assert printed.startswith("all: ") and "third: " in printed and "local 0.000 (n=" in printed
+
+
+def chosen(seed):
+    """The questions that are asked of a held-out picture."""
+    return data.choose(data.encode(scenes.scene(seed)), random.Random(seed), count=4)
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def test_prompt_decoded_text_and_chat_template(carried):
         turn = [{"role": "user", "content": content}]
         assert carried[1].apply_chat_template(turn, tokenize=False) == f"<s>{wanted}"  # servers add no first token
     tokenizer = carried[1].tokenizer
-    for text in ("12.50", "KEVU", "red circle", "what is the price of BECA ?"):
+    for text in ("12.50", "KEVU", "red circle", "what is the price of HEKA ?"):
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 

@@ -8,6 +8,7 @@ from statistics import mean
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import pictures
@@ -115,6 +116,10 @@ def test_file_round_trip(tmp_path):
         Head.load(tmp_path / "text")
     with pytest.raises(ValueError, match=r"that Head.save wrote"):
         Head.load(embedded.WEIGHTS / "model.safetensors")
+    for sizes in ("24", '{"dim": 24, "layers": 3}', '{"dim": 24, "width": 18}', '{"dim": 24, "width": 32}'):
+        save_file(head.state_dict(), tmp_path / "other.safetensors", {"crop_head": sizes})
+        with pytest.raises(ValueError, match=r"must hold a head of this version, got other weights; train it anew"):
+            Head.load(tmp_path / "other.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ from logits to regions

@@ -154,16 +154,16 @@ def test_what_differs_is_encoded_again():
     asker = load("embedded", "cpu", "auto")
     processor, image = Counting(asker.processor), scenes.scene(0).image
     with crop.cache_vision(asker.model):
-        first = crop.encode(processor, image, "what digit", asker.prompt)
+        first = crop.encode(processor, image, "what shape", asker.prompt)
         first["input_ids"] = None  # the caller's copy is the caller's
-        assert crop.encode(processor, image, "what digit", asker.prompt)["input_ids"] is not None
+        assert crop.encode(processor, image, "what shape", asker.prompt)["input_ids"] is not None
         assert processor.calls == 1
         crop.encode(processor, image, "what colour", asker.prompt)
         crop.encode(processor, image.copy(), "what colour", asker.prompt)
         crop.encode(processor, image, "what colour", lambda question: asker.prompt(question))
         assert processor.calls == 4
     with pytest.raises(KeyError), crop.cache_vision(asker.model):
-        crop.encode(processor, image, "what digit", asker.prompt)
+        crop.encode(processor, image, "what shape", asker.prompt)
         raise KeyError
-    crop.encode(processor, image, "what digit", asker.prompt)
+    crop.encode(processor, image, "what shape", asker.prompt)
     assert processor.calls == 6

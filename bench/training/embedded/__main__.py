@@ -1,6 +1,6 @@
 """Train the embedded model from nothing, or evaluate what was exported.
 
-python -m bench.training.embedded tower --out RUN     # stages: tower and decoder, side by side, then bridge, fit, joint
+python -m bench.training.embedded tower --out RUN     # stages: tower and decoder, side by side, then bridge, fit, joint, refine
 python -m bench.training.embedded decoder --out RUN   # each resumes if it was begun
 python -m torch.distributed.run --nproc-per-node 2 -m bench.training.embedded joint --out RUN     # two processes
 touch RUN/stop-decoder                              # ends it with a checkpoint

@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.training.embedded import labels as dense
+from bench.training.head import multiply_adds
 from crop.embedded import scenes
+from crop.localizers.head import Head
 
 if TYPE_CHECKING:
     from bench.training.embedded.data import Item
 
 NUM_PATCHES = scenes.GRID**2
+QUESTION = 12  # tokens that the localizer is counted with
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 
 
@@ -51,7 +54,7 @@ def flops(geometry: Geometry = GEOMETRY, tokens: int = NUM_PATCHES) -> dict[str,
     return {
         "tower": tokens * (2 * pixels * g.tower + g.tower_layers * layer),
         "projector": tokens * 2 * (g.tower * g.width + g.width**2),
-        "localizer": tokens * 4 * g.tower * 128,  # the head that scores patches: two products, 128 wide
+        "localizer": 2 * multiply_adds(Head(g.width), 1, scenes.GRID, tokens // scenes.GRID, QUESTION),
         "decoder": tokens * g.layers * block,
     }
 

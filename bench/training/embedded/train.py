@@ -89,7 +89,7 @@ STAGES = {
         ),
         # Once more, the tower at its full rate.
         Stage(
-            "refine", 150, ("joint",), matrix_lr=0.01, other_lr=1e-3, full=0.85, some=0.15, easy=0.0, aside=32, fall=0.7
+            "refine", 260, ("joint",), matrix_lr=0.01, other_lr=1e-3, full=0.85, some=0.15, easy=0.0, aside=32, fall=0.8
         ),
     )
 }

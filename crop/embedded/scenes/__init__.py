@@ -86,11 +86,11 @@ def scene(seed: int, *, picture: str | None = None, hardness: float = 1.0) -> Sc
 
 
 def examples(count: int, seed: int = 0) -> Iterator[tuple[Scene, Question]]:
-    """Pictures that the embedded model was not trained on, each with the first of its questions that one part answers.
+    """Pictures that the embedded model was not trained on, each with the first of its questions that one box answers.
 
     Args:
         count: pictures; the kinds take turns. seed: which ones.
     """
     for number in range(count):
         drawn = scene(UNSEEN + 1000 * seed + number, picture=PICTURES[number % len(PICTURES)])
-        yield drawn, next(question for question in drawn.questions if question.kind in LOCAL_KINDS)
+        yield drawn, next(q for q in drawn.questions if q.kind in LOCAL_KINDS and len(q.boxes) == 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 
 from crop.embedded.scenes.faces import SMALLEST, width
 from crop.embedded.scenes.names import COLORS, SIZE, numbers, words
@@ -23,7 +24,7 @@ def build(sheet: Sheet) -> Iterator[Question]:
     step = min(step * rng.uniform(1, 1.6), (SIZE - 24) / count)
     high = rng.uniform(110, 250)
     wide, tall = count * step + 16, high + 4.2 * size
-    x, y = sheet.place(wide, tall) or (4, 4)
+    x, y = sheet.place(wide, tall)
     sheet.paper((x, y, x + wide, y + tall))
     base = y + 2 * size + high
     # Mostly one colour each; in some charts two colours take turns, so that a name is needed.
@@ -56,15 +57,14 @@ def questions(sheet: Sheet, bars: list[tuple[Thing, Run, Run]]) -> Iterator[Ques
         if colors.count(bar.color) == 1:
             yield ask("value", f"what is the value of the {bar.color} bar", number, box)
             yield ask("text", f"what stands below the {bar.color} bar", name, box)
-        yield place(f"the bar of {name.text}", bar.box, (name,))
+        yield place(f"the bar of {name.text}", bar.box, (name,), name.box)
     for i, (_, name, _) in enumerate(bars[:-1]):
         right = bars[i + 1][1]
         if rng.random() < 0.5:
             yield ask("relation", f"which bar is right of {name.text}", right, whole[i], whole[i + 1], clues=(name,))
         else:
             yield ask("relation", f"which bar is left of {right.text}", name, whole[i], whole[i + 1], clues=(right,))
-    for _ in range(3):
-        i, j = rng.sample(range(len(bars)), 2)
+    for i, j in rng.sample(pairs := list(combinations(range(len(bars)), 2)), min(3, len(pairs))):
         tall = rng.random() < 0.5
         best = (max if tall else min)((i, j), key=lambda k: int(bars[k][2].text))
         text = f"which is {'taller' if tall else 'shorter'} {bars[i][1].text} or {bars[j][1].text}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from crop.embedded.scenes.faces import SMALLEST, width
 from crop.embedded.scenes.names import SIZE, few, word, words
-from crop.embedded.scenes.records import Question, Run, around, ask, place
+from crop.embedded.scenes.records import Box, Question, Run, around, ask, place
 from crop.embedded.scenes.sheet import DARK, Sheet
 
 
@@ -16,8 +16,10 @@ def build(sheet: Sheet) -> Iterator[Question]:
     count = rng.randint(2, round(3 + 4 * hard))
     if rng.random() < 0.6:
         sheet.paper((rng.randint(0, 12), rng.randint(0, 12), SIZE - rng.randint(1, 12), SIZE - rng.randint(1, 12)))
-    y, lines, used = rng.uniform(4, 40), [], set()
-    for name in words(rng, count, 3, 7):
+    y, lines = rng.uniform(4, 40), []
+    known = words(rng, count, 3, 7)
+    used = set(known)
+    for name in known:
         entry = word(rng, few(rng, 3, 12)) if rng.random() < 0.6 else str(rng.randint(10, 999999))
         face, other, size = sheet.face(), sheet.face(), max(SMALLEST, round(24 * sheet.scale()))
         gap = rng.uniform(0.8, 3)
@@ -41,6 +43,11 @@ def build(sheet: Sheet) -> Iterator[Question]:
     yield from questions(lines)
 
 
+def overlap(one: Box, other: Box) -> float:
+    """Pixels that two boxes have in common from left to right; none: 0 or less."""
+    return min(one[2], other[2]) - max(one[0], other[0])
+
+
 def questions(lines: list[tuple[Run, Run]]) -> Iterator[Question]:
     """What can be asked about pairs of a name and its entry, from top to bottom."""
     whole = [around(name.box, entry.box) for name, entry in lines]
@@ -54,4 +61,5 @@ def questions(lines: list[tuple[Run, Run]]) -> Iterator[Question]:
             near, (below, under) = (box, whole[i + 1]), lines[i + 1]
             yield ask("relation", f"which field is below {name.text}", below, *near, clues=(name,))
             yield ask("relation", f"which field is above {below.text}", name, *near, clues=(below,))
-            yield ask("relation", f"what stands below {entry.text}", under, *near, clues=(entry,))
+            if overlap(entry.box, under.box) > max(0, overlap(entry.box, below.box)):
+                yield ask("relation", f"what stands below {entry.text}", under, *near, clues=(entry,))

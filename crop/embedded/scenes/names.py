@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 
 SIZE = 384
 PATCH = 16
@@ -41,11 +42,13 @@ def few(rng: random.Random, low: int, high: int) -> int:
     return min(rng.randint(low, high), rng.randint(low, high))
 
 
-def words(rng: random.Random, count: int, low: int, high: int) -> list[str]:
-    """Different words of ``low`` to ``high`` letters."""
+def words(rng: random.Random, count: int, low: int, high: int, taken: Collection[str] = ()) -> list[str]:
+    """Different words of ``low`` to ``high`` letters, none of those ``taken``."""
     found: dict[str, None] = {}
     while len(found) < count:
-        found[word(rng, few(rng, low, high))] = None
+        drawn = word(rng, few(rng, low, high))
+        if drawn not in taken:
+            found[drawn] = None
     return list(found)
 
 

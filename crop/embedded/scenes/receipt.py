@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 
 from crop.embedded.scenes.faces import SMALLEST, width
 from crop.embedded.scenes.names import SIZE, words
@@ -20,7 +21,8 @@ def build(sheet: Sheet) -> Iterator[Question]:
     pitch = max(17, round(size * rng.uniform(1.35, 1.7)))
     while (rows + 5) * pitch > SIZE - 10:
         rows -= 1
-    items, shop = words(rng, rows, 3, 8), words(rng, 1, 4, 10)[0]
+    items = words(rng, rows, 3, 8, {LABEL})
+    (shop,) = words(rng, 1, 4, 10, {LABEL, *items})
     prices: list[int] = []
     while len(set(prices)) < rows:
         prices = [rng.choice((rng.randint(10, 999), rng.randint(1000, 2999))) for _ in range(rows)]
@@ -30,10 +32,7 @@ def build(sheet: Sheet) -> Iterator[Question]:
     left = max(width(item, face, size) for item in (*items, LABEL))
     inner = left + width(total, face, size) + size * rng.uniform(1, 4)
     inner = min(max(inner, width(shop, face, size) + 4), SIZE - 30)
-    corner = sheet.place(inner + 20, (rows + 4.5) * pitch)
-    if corner is None:  # too wide at this size
-        corner = (2, 2)
-    x, y = corner
+    x, y = sheet.place(inner + 20, (rows + 4.5) * pitch)
     x0, x1 = x + 10, x + 10 + inner
     sheet.paper((x, y, x1 + 10, y + (rows + 4.5) * pitch))
 
@@ -71,11 +70,8 @@ def questions(sheet: Sheet, top: Run, day: Run, pairs: list[tuple[Run, Run]]) ->
             near, after = (box, whole[i + 1]), lines[i + 1][0]
             yield ask("relation", f"which item is below {item.text}", after, *near, clues=(item,))
             yield ask("relation", f"which item is above {after.text}", item, *near, clues=(after,))
-    for _ in range(3):
-        if len(lines) > 1:
-            i, j = rng.sample(range(len(lines)), 2)
-            more = rng.random() < 0.5
-            best = max if more else min
-            answer = best((i, j), key=lambda k: float(lines[k][1].text))
-            text = f"which costs {'more' if more else 'less'} {lines[i][0].text} or {lines[j][0].text}"
-            yield ask("compare", text, lines[answer][0], whole[i], whole[j], clues=(lines[i][0], lines[j][0]))
+    for i, j in rng.sample(pairs := list(combinations(range(len(lines)), 2)), min(3, len(pairs))):
+        more = rng.random() < 0.5
+        best = (max if more else min)((i, j), key=lambda k: float(lines[k][1].text))
+        text = f"which costs {'more' if more else 'less'} {lines[i][0].text} or {lines[j][0].text}"
+        yield ask("compare", text, lines[best][0], whole[i], whole[j], clues=(lines[i][0], lines[j][0]))

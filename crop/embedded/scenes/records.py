@@ -45,7 +45,7 @@ class Question:
         kind: one of ``LOCAL_KINDS``, ``RELATION_KINDS``, ``GLOBAL_KINDS`` or ``BOX_KIND``.
         text: without a final question mark; capitals and digits are text that stands in the picture.
         answer: lower-case words, or what is read off, in capitals and digits.
-        boxes: (x0, y0, x1, y1) each, normalised, half-open: everything the answer needs.
+        boxes: (x0, y0, x1, y1) each, normalised, half-open: everything the answer needs; first the one whose place is asked.
         local: False where the answer needs the whole picture.
         spots: centre in pixels of every character of the answer; empty where the answer is not read off.
         clues: the same for every capital and digit of the question.
@@ -105,12 +105,12 @@ def ask(
     )
 
 
-def place(name: str, box: Box, clues: tuple[Run, ...] = ()) -> Question:
-    """The question for a thing's place in blocks, inclusive."""
+def place(name: str, box: Box, clues: tuple[Run, ...] = (), *near: Box) -> Question:
+    """The question for a thing's place in blocks, inclusive; ``near``: what else it needs."""
     x0, y0, x1, y1 = normal(box)
     low = (int(x0 * BLOCKS), int(y0 * BLOCKS))
     high = tuple(min(BLOCKS - 1, int(v * BLOCKS - 1e-6)) for v in (x1, y1))
-    return ask("box", f"what box is {name} in", "".join(map(str, (*low, *high))), box, clues=clues)
+    return ask("box", f"what box is {name} in", "".join(map(str, (*low, *high))), box, *near, clues=clues)
 
 
 def box_region(answer: str) -> Region | None:

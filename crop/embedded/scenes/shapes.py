@@ -1,8 +1,10 @@
-"""Coloured shapes with a short label each, anywhere in the picture, from 26 to 96 pixels wide."""
+"""Coloured shapes with a short label each, anywhere in the picture, from 35 to 132 pixels wide."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+import numpy as np
 
 from crop.embedded.scenes.faces import SMALLEST
 from crop.embedded.scenes.names import COLORS, DIRECTIONS, LABELS, SHAPES, plural
@@ -106,10 +108,12 @@ def questions(sheet: Sheet) -> Iterator[Question]:
             noun = f"{value} shapes" if value in COLORS else plural(value)
             yield ask("count", f"how many {noun} are there", str(len(boxes)), *boxes)
     pairs = [(i, j) for i in range(len(things)) for j in range(len(things)) if i != j and called[i] and called[j]]
+    pixels = np.bincount(np.asarray(sheet.ids).ravel(), minlength=1 + len(things))
     for i, j in rng.sample(pairs, min(3, len(pairs))):
-        sides = [things[k].box[2] - things[k].box[0] for k in (i, j)]
-        if max(sides) > 1.3 * min(sides):
+        large, small = (i, j) if pixels[1 + i] > pixels[1 + j] else (j, i)
+        sides = [things[k].box[2] - things[k].box[0] for k in (large, small)]
+        if sides[0] > 1.3 * sides[1]:  # larger in every way
             word = rng.choice(("larger", "smaller"))
-            answer = called[i if (sides[0] > sides[1]) == (word == "larger") else j][0].removeprefix("the ")
+            answer = called[large if word == "larger" else small][0].removeprefix("the ")
             text = f"which is {word} {called[i][0]} or {called[j][0]}"
             yield ask("compare", text, answer, things[i].box, things[j].box)

@@ -78,7 +78,16 @@ class Sheet:
         return None
 
     def write(
-        self, text: str, x: float, y: float, face: str, size: int, ink: Ink = DARK, *, anchor: str = "l", rim=None
+        self,
+        text: str,
+        x: float,
+        y: float,
+        face: str,
+        size: int,
+        ink: Ink = DARK,
+        *,
+        anchor: str = "l",
+        rim: Ink | None = None,
     ) -> Run:
         """Draw a line of text with its capitals' middle at height y; x is its left, middle or right by ``anchor``."""
         wide, tall = width(text, face, size), cap_height(face, size)

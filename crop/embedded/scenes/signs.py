@@ -1,4 +1,4 @@
-"""Sign boards with a word of up to twelve characters, anywhere in the picture, in letters of 16 to 42 pixels."""
+"""Sign boards with a word of up to twelve characters, anywhere in the picture, in letters of 20 to 42 pixels."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ def build(sheet: Sheet) -> Iterator[Question]:
     rng, hard = sheet.rng, sheet.hardness
     rows, columns = rng.randint(2, round(3 + 3 * hard)), rng.randint(2, 3 + (hard > 0.5))
     size, face = max(SMALLEST, round(20 * sheet.scale(0.5, 1.3))), sheet.face()
-    heads, sides = words(rng, columns, 2, 4), words(rng, rows, 3, 6)
+    heads = words(rng, columns, 2, 4)
+    sides = words(rng, rows, 3, 6, heads)
     cells = numbers(rng, rows * columns, 0, 999)
 
     def pad() -> tuple[list[float], float]:
@@ -30,7 +31,7 @@ def build(sheet: Sheet) -> Iterator[Question]:
             size, columns, heads, cells = SMALLEST, columns - 1, heads[:-1], cells[: rows * (columns - 1)]
         widths, pitch = pad()
     pitch = min(pitch * rng.uniform(1, 1.4), (SIZE - 10) / (rows + 1))
-    x, y = sheet.place(sum(widths), (rows + 1) * pitch) or (4, 4)
+    x, y = sheet.place(sum(widths), (rows + 1) * pitch)
     sheet.paper((x - 1, y - 1, x + sum(widths), y + (rows + 1) * pitch))
     edges = [x + sum(widths[:i]) for i in range(columns + 2)]
     if rng.random() < 0.6:
