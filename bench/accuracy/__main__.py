@@ -12,7 +12,9 @@ All rows are asked ``--rest`` questions; ours, with a predicted region, and the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,15 @@ from rich.table import Table
 
 from bench.accuracy import data, summary
 from bench.accuracy.contenders import CUT, contenders, jobs
-from bench.accuracy.run import grid_of, read, run, shard
+from bench.accuracy.run import begin, grid_of, read, run, settings, shard
 from bench.accuracy.timing import measure
 from bench.common import machine
 from bench.pictures import BUDGETS, NUM_TOKENS, add_options, ask_model, first_seed
 from crop import embedded
-from crop.cli.ask import load
+from crop.cli.ask import Asker, load
 from crop.localizers import localizer_names
+
+WITHOUT = [f"{name}, no region" for name in ("ILP", "PLC", "both")]
 
 
 def parse() -> argparse.Namespace:
@@ -92,8 +96,11 @@ def main() -> None:
             "command": command,
             "commits": sorted({row["commit"] for row in answers}),
             "pictures": {"first seed": first_seed(options), "tokens": NUM_TOKENS},
+            "run": settings(options.out),
             "rows": rows,
             "leads": summary.leads(answers, *sides(options.cut)),
+            "leads in time": summary.leads(answers, *sides(options.cut), times) if times else [],
+            "the region's part": summary.leads(answers, sides(options.cut)[0], WITHOUT),
         }
         options.json.write_text(lines(content))
         for axis in ("average", "time"):
@@ -124,19 +131,23 @@ def ask(options: argparse.Namespace, budgets: tuple[float, ...]) -> bool:
     else:
         items = list(islice(data.rendered(first_seed(options), grounding=options.grounding), options.questions or 2400))
     names = tuple(options.contenders) if options.contenders else None
+    name = options.localizer or asker.default_localizer
+    begin(options.out, facts(options, asker, name, items))
     wanted = jobs(asker.num_layers, budgets, names, cut=options.cut, kept=options.kept, model=asker.model)
     if any(item.region is None for item in items):
         wanted = [job for job in wanted if job.contender.region not in ("oracle", "shifted")]
     if grid_of(asker.model) is None:  # what a picture is made smaller for, its processor decides
         wanted = [job for job in wanted if job.contender.prepare is None]
-    localizer = asker.localizer(options.localizer or asker.default_localizer)
+    localizer = asker.localizer(name)
     how = {"batch": options.batch, "max_new_tokens": options.max_new_tokens or embedded.LONGEST}
     # Several processes ask everything of everybody: none of them knows who will be best.
     some = items[: options.rest or None] if count == 1 and names is None else items
     run(asker, wanted, some, localizer, options.out, **how)
     last = wanted[-1]
     if len(some) < len(items):
-        best = summary.finalists(read(options.out), *sides(options.cut))
+        everybody = {item.key for item in some}
+        rows = [row for row in read(options.out) if row["item"] in everybody]
+        best = summary.finalists(rows, *sides(options.cut))
         run(asker, [job for job in wanted if job.key in best], items, localizer, options.out, **how)
         last = wanted[0]
     times_file = options.out / "times.json"
@@ -148,6 +159,20 @@ def ask(options: argparse.Namespace, budgets: tuple[float, ...]) -> bool:
     if asked < len(items):
         print(f"process {index} of {count} is done, {asked} of {len(items)} questions are; --summary counts them")
     return asked >= len(items)
+
+
+def facts(options: argparse.Namespace, asker: Asker, localizer: str, items: Sequence[data.Item]) -> dict[str, Any]:
+    """What all answers of a folder have in common."""
+    model = options.checkpoint or digest((options.model or embedded.WEIGHTS) / "model.safetensors")
+    picture = hashlib.sha256(items[0].picture().tobytes()).hexdigest()[:16]
+    head = None if asker.head is None else digest(asker.head)
+    return {"model": model, "head": head, "localizer": localizer, "cut": options.cut, "first question": items[0].key,
+            "first picture": picture}  # fmt: skip
+
+
+def digest(path: Path) -> str:
+    """The first digits of a file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def lines(content: dict[str, Any]) -> str:
@@ -179,7 +204,7 @@ def show(rows: list[dict], budgets: tuple[float, ...]) -> None:
                 table.add_row(name, *(_cell(cells.get(budget)) for budget in budgets))
             console.print(table)
     if any(row["time"] for row in rows):
-        shares = (1.0, 0.9, 0.8, 0.7, 0.6)
+        shares = summary.SHARES
         table = Table(title="best % of the unpruned score within a share of the unpruned time")
         table.add_column("contender")
         for share in shares:

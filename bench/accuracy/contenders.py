@@ -10,7 +10,7 @@ from typing import Literal
 from PIL import Image
 from torch import nn
 
-from bench.accuracy.canvas import CornerOnly, ZoomOnly, shrink, zoom
+from bench.accuracy.canvas import Box, CornerOnly, ZoomOnly, shrink, unshrink, unzoom, zoom
 from bench.accuracy.trio import Probe, Trio
 from bench.methods import others
 from bench.pictures import BUDGETS
@@ -37,6 +37,7 @@ class Contender:
         average: budget and depth -> the method that meets it on average over the layers.
         kept: the same -> the method that meets it after its last cut; None where that is the same thing.
         prepare: (picture, budget, region, tokens per side) -> what the processor sees.
+        back: (box there, budget, region, tokens per side) -> box in the picture.
         ours: drawn apart in the plots.
     """
 
@@ -45,6 +46,7 @@ class Contender:
     average: Make
     kept: Make | None = None
     prepare: Callable[[Image.Image, float, Region, int], Image.Image] | None = None
+    back: Callable[[Box, float, Region, int], Box] | None = None
     ours: bool = False
 
 
@@ -150,9 +152,9 @@ def contenders(cut: int = CUT, model: nn.Module | None = None) -> list[Contender
         cut: decoder layer of the rows that drop at one layer and leave it open.
         model: for the row that takes gradients; None: without it.
     """
-    rows = [Contender(DOWNSAMPLED, "none", lambda b, _: CornerOnly(b), prepare=shrink)]
+    rows = [Contender(DOWNSAMPLED, "none", lambda b, _: CornerOnly(b), prepare=shrink, back=unshrink)]
     for name in list(REGIONS)[:3]:
-        rows.append(Contender(f"zoom, {name}", REGIONS[name], lambda b, _: ZoomOnly(b), prepare=zoom))
+        rows.append(Contender(f"zoom, {name}", REGIONS[name], lambda b, _: ZoomOnly(b), prepare=zoom, back=unzoom))
     for name, make in others().items():
         if make(0.5, 8).cuts:
             rows.append(inner(name, "none", lambda keep, layers, make=make: make(keep, layers).with_layer(cut)))

@@ -45,11 +45,11 @@ class Item:
     box: Box | None = None
     read_box: Callable[[str], Box | None] = parse_box
 
-    def score(self, answer: str) -> float:
-        """Of the answer, in [0, 1]."""
+    def score(self, answer: str, back: Callable[[Box], Box] = lambda box: box) -> float:
+        """Of the answer, in [0, 1]; ``back``: box in what the model saw -> box in the picture."""
         if self.metric == "iou":
             found = self.read_box(answer)
-            return iou(found, self.box) if found is not None else 0.0
+            return iou(back(found), self.box) if found is not None else 0.0
         return TEXT_METRICS[self.metric](answer, self.answers)
 
 

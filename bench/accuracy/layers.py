@@ -13,9 +13,12 @@ from collections import defaultdict
 from itertools import islice
 from statistics import mean
 
+import numpy as np
+
 import crop
 from bench.accuracy.asking import Reply, Run, answers, begin, option_parser
 from bench.accuracy.data import Item, rendered
+from bench.accuracy.statistics import interval
 from bench.pictures import BUDGETS, NUM_TOKENS
 from crop.geometry.region import Region
 from crop.methods import InnerLLMPruning, Method, PreLLMCompression
@@ -55,7 +58,8 @@ def main() -> None:
     run = begin(options)
     items = list(islice(rendered(run.first), options.questions))
     regions = found(run, items, options.source)
-    unpruned = by_group(items, answers(run, items, None, regions))
+    plain = answers(run, items, None, regions)
+    unpruned, base = by_group(items, plain), np.array([reply.score for reply in plain])
     jobs: list[tuple[float, int, Method]] = []
     for budget in options.budgets or BUDGETS:
         jobs.append((budget, 0, PreLLMCompression(keep=budget)))
@@ -66,7 +70,8 @@ def main() -> None:
         replies = answers(run, items, method, regions)
         average = mean(reply.average for reply in replies) / NUM_TOKENS
         scores = {name: score / unpruned[name] for name, score in by_group(items, replies).items() if unpruned[name]}
-        rows.append({"budget": budget, "layer": layer, "average": average, **scores})
+        low, high = interval(np.array([r.score for r in replies]), base, [item.image for item in items])
+        rows.append({"budget": budget, "layer": layer, "average": average, "low": low, "high": high, **scores})
     facts = run.facts | {"region": options.source, "questions": len(items), "tokens": NUM_TOKENS}
     run.finish(rows, {"run": [facts], "unpruned": [unpruned]})
 

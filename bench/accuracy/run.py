@@ -46,6 +46,31 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+SETTINGS = "settings.json"
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """What all answers of a folder have in common."""
+    path = folder / SETTINGS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def begin(folder: Path, facts: dict[str, Any]) -> None:
+    """Note in a folder what its answers have in common.
+
+    Raises:
+        ValueError: it holds answers of something else, which must not be counted together.
+    """
+    known = settings(folder)
+    other = {name: value for name, value in facts.items() if known and known.get(name) != value}
+    if other:
+        raise ValueError(
+            f"begin: {folder} holds answers with { ({name: known.get(name) for name in other}) }, got {other}; take another --out"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
 class Journal:
     """Append-only file of one process."""
 
@@ -71,6 +96,13 @@ def grid_of(model: nn.Module) -> int | None:
     vision = getattr(model.config, "vision_config", None)
     side, patch_side = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
     return side // patch_side if isinstance(side, int) and isinstance(patch_side, int) else None
+
+
+def score(asker: Asker, job: Job, item: Item, region: Region, text: str) -> float:
+    """Of an answer; places that it names on another canvas are turned back."""
+    if job.contender.back is None:
+        return item.score(text)
+    return item.score(text, lambda box: job.contender.back(box, job.budget, region, grid_of(asker.model)))
 
 
 def seen(asker: Asker, job: Job, item: Item, region: Region) -> Image:
@@ -101,7 +133,7 @@ def ask_batch(
             "picture": item.image,
             "group": item.group,
             "answer": text,
-            "score": round(item.score(text), 4),
+            "score": round(score(asker, job, item, regions[number], text), 4),
             "entering": stats.tokens_after_plc[number],
             "tokens": stats.tokens_after_ilp[number],
             "average": round(stats.layer_average[number], 2),

@@ -11,13 +11,16 @@ import numpy as np
 
 from bench.accuracy.contenders import DOWNSAMPLED
 from bench.accuracy.statistics import difference_interval, exact_test, interval, questions_needed
+from bench.pictures import GROUNDING
 
 OVERALL, UNPRUNED = "overall", "unpruned|1|"
-HARD = (
-    "wrong after down-sampling"  # to the same budget: where pruning has to earn its keep (VTC-Bench, arXiv 2510.07143)
-)
+NO_PLACES = "without grounding"
+# Questions without grounding that a plain control gets wrong at the same budget: there pruning has to earn its keep
+# (VTC-Bench, arXiv 2510.07143).
+HARD, AVERAGED = "wrong after down-sampling", "wrong after averaging"
+CONTROLS = {HARD: DOWNSAMPLED, AVERAGED: "average"}
 
-
+SHARES = (0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3)  # of the unpruned time
 Answers = dict[str, dict[str, dict[str, Any]]]  # job -> question -> row of the journal
 
 
@@ -48,58 +51,99 @@ def _cells(answers: Answers) -> dict[float, dict[str, dict[str, float]]]:
     return dict(sorted(found.items(), reverse=True))
 
 
+def belongs(group: str, row: dict[str, Any], controls: dict[str, dict[str, float]]) -> bool:
+    """Whether an answer counts in a group that more than the kind of its question decides.
+
+    Args:
+        row: of the journal. controls: contender -> question -> score, at the budget of the group.
+    """
+    if group == OVERALL:
+        return True
+    if row["group"] == GROUNDING:
+        return False
+    return group == NO_PLACES or controls.get(CONTROLS[group], {}).get(row["item"], 1) < 1
+
+
 def finalists(rows: Sequence[dict[str, Any]], ours: Sequence[str], rivals: Sequence[str], best: int = 3) -> set[str]:
-    """Jobs that are worth more questions: the unpruned model, ours, down-sampling, and at every budget the best rivals."""
+    """Jobs that are worth more questions: the unpruned model, ours, down-sampling, and at every budget the best rivals.
+
+    Args:
+        rows: of the journal, of questions that were asked of everybody. ours, rivals: contenders. best: rivals beside down-sampling.
+    """
     answers = by_job(rows)
     plain = {item: row["score"] for item, row in answers[UNPRUNED].items()}
     chosen = {UNPRUNED}
     for budget, cells in _cells(answers).items():
         kept = {name: np.sum(list(of.values())) / sum(plain[item] for item in of) for name, of in cells.items()}
-        order = sorted((name for name in cells if name in rivals), key=lambda name: -kept[name])
+        order = sorted((name for name in cells if name in rivals and name != DOWNSAMPLED), key=lambda name: -kept[name])
         names = {*order[:best], *(name for name in cells if name in ours), DOWNSAMPLED}
         chosen |= {f"{name}|{budget:g}|average" for name in names if name in cells}
     return chosen
 
 
-def leads(rows: Sequence[dict[str, Any]], ours: Sequence[str], rivals: Sequence[str]) -> list[dict[str, Any]]:
-    """How far each of ours is ahead of each rival of the same budget, by layer average, on the questions of both.
+def leads(
+    rows: Sequence[dict[str, Any]],
+    ours: Sequence[str],
+    rivals: Sequence[str],
+    times: dict[str, dict[str, float]] | None = None,
+) -> list[dict[str, Any]]:
+    """How far each of ours is ahead of each rival, on the questions of both.
 
     Args:
         rows: of the journal. ours, rivals: contenders.
+        times: of ``timing.measure``: rivals may keep as many tokens as they can in the time that ours takes; None: as ours, by
+            layer average.
     Returns:
-        Rows with contender, budget, group (all questions, or those that are wrong after down-sampling), n, baseline, lead,
-        low, high (its interval, by picture), in parts of the unpruned score, p (exact paired test), needed (questions for a
-        power of 80 %). Of a contender, budget and group the strongest rival comes first; it was found on these very
-        questions, which favours it.
+        Rows with contender, budget, group (``OVERALL``, ``NO_PLACES``, ``HARD`` or ``AVERAGED``), n, baseline and its budget
+        ("against"), lead, low, high (its interval, by picture), in parts of the unpruned score, p (exact paired test), needed
+        (questions for a power of 80 %). Of a contender, budget and group the strongest rival comes first; it was found on these
+        very questions, which favours it.
     """
     answers = by_job(rows)
-    plain = {item: row["score"] for item, row in answers[UNPRUNED].items()}
-    picture = {item: row["picture"] for item, row in answers[UNPRUNED].items()}
-    out = []
-    for budget, cells in _cells(answers).items():
-        easy = cells.get(DOWNSAMPLED, {})
-        for group in (OVERALL, HARD):
+    every, out = _cells(answers), []
+    for budget, cells in every.items():
+        for group in (OVERALL, NO_PLACES, *CONTROLS):
+            chosen = {item for item, row in answers[UNPRUNED].items() if belongs(group, row, cells)}
             for name in (name for name in ours if name in cells):
                 found = []
-                for rival in (rival for rival in rivals if rival in cells):
-                    items = [item for item in cells[name] if item in cells[rival]]
-                    if group == HARD:
-                        items = [item for item in items if easy.get(item, 1) < 1]
-                    base = float(np.mean([plain[item] for item in items])) if items else 0.0
-                    if not base:
-                        continue
-                    ahead = np.array([cells[name][item] - cells[rival][item] for item in items]) / base
-                    pictures = [picture[item] for item in items]
-                    low, high = difference_interval(ahead, pictures)
-                    found.append(
-                        {
-                            "contender": name, "budget": budget, "group": group, "n": len(items), "baseline": rival,
-                            "lead": round(float(ahead.mean()), 4), "low": round(low, 4), "high": round(high, 4),
-                            "p": float(f"{exact_test(ahead, pictures):.2g}"), "needed": questions_needed(ahead, pictures),
-                        }
-                    )  # fmt: skip
+                for rival in rivals:
+                    against = (
+                        budget if times is None else _affordable(rival, f"{name}|{budget:g}|average", every, times)
+                    )
+                    scores = every.get(against, {}).get(rival, {})
+                    items = [item for item in cells[name] if item in scores and item in chosen]
+                    lead = _lead(answers[UNPRUNED], items, cells[name], scores)
+                    if lead is not None:
+                        found.append({"contender": name, "budget": budget, "group": group, "n": len(items),
+                                      "baseline": rival, "against": against, **lead})  # fmt: skip
                 out += sorted(found, key=lambda row: row["lead"])
     return out
+
+
+def _affordable(
+    rival: str, job: str, cells: dict[float, dict[str, dict[str, float]]], times: dict[str, dict[str, float]]
+) -> float | None:
+    """The largest budget at which a rival takes no longer than a job; None: there is none."""
+    unknown = {"ratio": float("inf")}
+    limit = times.get(job, {"ratio": 0.0})["ratio"]
+    fits = (b for b in cells if times.get(f"{rival}|{b:g}|average", unknown)["ratio"] <= limit)
+    return max(fits, default=None)
+
+
+def _lead(
+    plain: dict[str, dict[str, Any]], items: list[str], mine: dict[str, float], theirs: dict[str, float]
+) -> dict[str, Any] | None:
+    """Of paired scores; None where the unpruned model scores nothing."""
+    base = float(np.mean([plain[item]["score"] for item in items])) if items else 0.0
+    if not base:
+        return None
+    ahead = np.array([mine[item] - theirs[item] for item in items]) / base
+    pictures = [plain[item]["picture"] for item in items]
+    low, high = difference_interval(ahead, pictures)
+    return {
+        "lead": round(float(ahead.mean()), 4), "low": round(low, 4), "high": round(high, 4),
+        "p": float(f"{exact_test(ahead, pictures):.2g}"), "needed": questions_needed(ahead, pictures),
+    }  # fmt: skip
 
 
 def summarise(rows: Sequence[dict[str, Any]], times: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
@@ -108,8 +152,7 @@ def summarise(rows: Sequence[dict[str, Any]], times: dict[str, dict[str, float]]
     Args:
         rows: of the journal. times: of ``timing.measure``, may be empty.
     Returns:
-        Rows with contender, budget, counted, group (of the questions; of contenders with a budget also those questions that
-        are wrong after down-sampling to it), n, score, relative (to the unpruned model), low, high (its interval),
+        Rows with contender, budget, counted, group (kind of the questions, and as of ``leads``), n, score, relative (to the unpruned model), low, high (its interval),
         entering (vision tokens that enter the decoder), tokens (after the last cut), average (over the layers), all as
         fractions of the image's, ms and time (relative). Each job is compared on the questions that it answered.
     Raises:
@@ -120,13 +163,16 @@ def summarise(rows: Sequence[dict[str, Any]], times: dict[str, dict[str, float]]
     out = []
     for job, answers in found.items():
         contender, budget, counted = job.split("|")
-        easy = found.get(f"{DOWNSAMPLED}|{budget}|average", {})
+        controls = {
+            name: {item: row["score"] for item, row in found.get(f"{name}|{budget}|average", {}).items()}
+            for name in CONTROLS.values()
+        }
         groups: dict[str, list[str]] = defaultdict(list)
         for item, row in answers.items():
-            groups[OVERALL].append(item)
             groups[row["group"]].append(item)
-            if item in easy and easy[item]["score"] < 1:
-                groups[HARD].append(item)
+            for group in (OVERALL, NO_PLACES, *CONTROLS):
+                if belongs(group, row, controls):
+                    groups[group].append(item)
         for group, items in groups.items():
             mine = [answers[item] for item in items]
             scores = np.array([row["score"] for row in mine])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from bench.accuracy.summary import HARD, OVERALL, at_time, grid
+from bench.accuracy.summary import AVERAGED, CONTROLS, HARD, NO_PLACES, OVERALL, SHARES, at_time, grid
 from bench.common import markdown
 
 
@@ -18,8 +19,8 @@ def _label(budget: float, content: dict[str, Any]) -> str:
     return f"{budget:.1%}" if tokens is None else f"{round(budget * tokens)} tokens"
 
 
-def accuracy(content: dict[str, Any], group: str = OVERALL) -> list[str]:
-    """A group of questions, by layer average; a cell that spent more than its budget says how much.
+def accuracy(content: dict[str, Any], group: str = OVERALL, way: str = "average") -> list[str]:
+    """A group of questions, by layer average, or after the last cut ("kept"); a cell that spent more than its budget says how much.
 
     The best of each column is bold, among cells that do not know the true region and kept to the budget. What enters the
     decoder stands beside it where that is more than the budget; so does the number of questions where rows differ in it.
@@ -27,7 +28,9 @@ def accuracy(content: dict[str, Any], group: str = OVERALL) -> list[str]:
     rows = content["rows"]
     budgets = sorted({row["budget"] for row in rows if row["counted"] == "average"}, reverse=True)
     plain = next(row for row in rows if row["contender"] == "unpruned" and row["group"] == OVERALL)
-    cells = grid(rows, group, "average", budgets)
+    cells = grid(rows, group, way, budgets)
+    if way == "average" and group == OVERALL:  # those that cannot meet any budget
+        cells |= {name: {} for name in grid(rows, group, "kept", budgets) if name not in cells}
 
     def fair(name: str, cell: dict[str, Any] | None, budget: float) -> bool:
         knows = name.endswith(("oracle", "shifted")) or cell is None or cell["relative"] is None
@@ -37,8 +40,9 @@ def accuracy(content: dict[str, Any], group: str = OVERALL) -> list[str]:
         b: max((found[b]["relative"] for name, found in cells.items() if fair(name, found.get(b), b)), default=None)
         for b in budgets
     }
-    counts = {name: max(cell["n"] for cell in found.values()) for name, found in cells.items()}
-    counted = len(set(counts.values())) > 1 and group == OVERALL
+    counts = {name: sorted({cell["n"] for cell in found.values()}) for name, found in cells.items()}
+    counted = len({n for found in counts.values() for n in found}) > 1 and group == OVERALL
+    most = {b: max((found[b]["n"] for found in cells.values() if b in found), default=0) for b in budgets}
     table = []
     for name, found in cells.items():
         line = []
@@ -51,10 +55,18 @@ def accuracy(content: dict[str, Any], group: str = OVERALL) -> list[str]:
                 text += f" ({cell['entering']:.0%} enter)"
             bold = fair(name, cell, budget) and cell["relative"] == best[budget]
             line.append(f"**{text}**" if bold else text)
-        table.append([name, *([str(counts[name])] if counted else []), *line])
-    of = "" if group == OVERALL else f", {group}"
-    head = [f"% of the unpruned score ({plain['score']:.3f}, {plain['n']} questions){of}"]
-    return markdown([*head, *["questions"] * counted, *(_label(b, content) for b in budgets)], table)
+        asked = "-".join(map(str, dict.fromkeys((*counts[name][:1], *counts[name][-1:])))) or "-"
+        table.append([name, *([asked] if counted else []), *line])
+    if group == OVERALL:
+        head, labels = f" ({plain['score']:.3f}, {plain['n']} questions)", [_label(b, content) for b in budgets]
+    else:
+        head, labels = f" of the same questions, {group}", [f"{_label(b, content)}, n = {most[b]}" for b in budgets]
+    return markdown([f"% of the unpruned score{head}", *["questions"] * counted, *labels], table)
+
+
+def accuracy_kept(content: dict[str, Any]) -> list[str]:
+    """Methods that drop inside the decoder, by the tokens that stay after their last cut; what they spend on average beside it."""
+    return accuracy(content, way="kept")
 
 
 def accuracy_hard(content: dict[str, Any]) -> list[str]:
@@ -62,15 +74,19 @@ def accuracy_hard(content: dict[str, Any]) -> list[str]:
     return accuracy(content, HARD)
 
 
+def accuracy_averaged(content: dict[str, Any]) -> list[str]:
+    """The same of the questions that are wrong after averaging."""
+    return accuracy(content, AVERAGED)
+
+
 def accuracy_time(content: dict[str, Any]) -> list[str]:
     """Best score of every contender within shares of the unpruned time, encoder and localizer included."""
-    shares = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
     table = []
-    for row in at_time(content["rows"], OVERALL, shares):
-        cells = (row[f"{share:g}"] for share in shares)
+    for row in at_time(content["rows"], OVERALL, SHARES):
+        cells = (row[f"{share:g}"] for share in SHARES)
         table.append([row["contender"], *("-" if cell is None else f"{100 * cell:.1f}" for cell in cells)])
     return markdown(
-        ["best % of the unpruned score within a share of its time", *(f"{share:.0%}" for share in shares)], table
+        ["best % of the unpruned score within a share of its time", *(f"{share:.0%}" for share in SHARES)], table
     )
 
 
@@ -78,42 +94,61 @@ def _lead(row: dict[str, Any]) -> str:
     return f"{100 * row['lead']:+.1f} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
 
 
-def accuracy_leads(content: dict[str, Any], group: str = OVERALL) -> list[str]:
-    """Ours with a predicted region against the best baseline, in points, with 95 % intervals."""
-    leads = [row for row in content["leads"] if row.get("group", OVERALL) == group]
+def _table_of_leads(
+    content: dict[str, Any], name: str, title: str, chosen: Callable[[dict[str, Any]], bool]
+) -> list[str]:
+    """Points by which ours are ahead of the strongest of some rivals, over all questions, with 95 % intervals."""
+    leads = [row for row in content[name] if row["group"] == OVERALL and chosen(row)]
     budgets = list(dict.fromkeys(row["budget"] for row in leads))
     found: dict[str, dict[float, str]] = {}
     for row in leads:  # the strongest rival of a cell comes first
-        found.setdefault(row["contender"], {}).setdefault(row["budget"], f"{_lead(row)}, {row['baseline']}")
+        against = "" if row["against"] == row["budget"] else f" with {_label(row['against'], content)}"
+        found.setdefault(row["contender"], {}).setdefault(row["budget"], f"{_lead(row)}, {row['baseline']}{against}")
     table = [[name, *(cells.get(budget, "-") for budget in budgets)] for name, cells in found.items()]
-    return markdown(["points ahead of the best baseline", *(_label(budget, content) for budget in budgets)], table)
+    return markdown([title, *(_label(budget, content) for budget in budgets)], table)
+
+
+def leads_in_time(content: dict[str, Any]) -> list[str]:
+    """Ours against rivals that keep as many tokens as they can in the same time, encoder and localizer included."""
+    title = "points ahead of the best rival that takes no longer"
+    return _table_of_leads(content, "leads in time", title, lambda row: True)
+
+
+def leads_of_the_region(content: dict[str, Any]) -> list[str]:
+    """Ours against themselves without a region."""
+    return _table_of_leads(
+        content, "the region's part", "points ahead of the same without a region",
+        lambda row: row["contender"].split(",")[0] == row["baseline"].split(",")[0],
+    )  # fmt: skip
 
 
 def leads_of_two(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """The same of two disjoint sets of pictures, one line per budget and group, with what would show the difference.
+    """Ours against rivals of the same budget on two disjoint sets of pictures, with what would show the difference.
 
-    A lead holds where both intervals exclude zero on the same side.
+    A lead holds where the intervals over every rival exclude zero on both sets; "behind" is where one rival's do on the other side.
     """
     table = []
-    for row in first["leads"]:
-        where = row["contender"], row["budget"], row["group"]
-        if any(line[0] == where for line in table):
+
+    def rivals(content: dict[str, Any], where: tuple) -> dict[str, dict[str, Any]]:
+        rows = (row for row in content["leads"] if (row["contender"], row["budget"], row["group"]) == where)
+        return {row["baseline"]: row for row in rows}
+
+    for where in dict.fromkeys((row["contender"], row["budget"], row["group"]) for row in first["leads"]):
+        both = [rivals(content, where) for content in (first, second)]
+        if not all(both):
             continue
-        again = [r for r in second["leads"] if (r["contender"], r["budget"], r["group"]) == where]
-        if not again:
-            continue
-        other = again[0]
-        same = [r for r in again if r["baseline"] == row["baseline"]] or [other]
-        holds = row["low"] > 0 < same[0]["low"] or row["high"] < 0 > same[0]["high"]
-        needed = "-" if row["needed"] is None else str(row["needed"])
-        table.append(
-            [where, _label(row["budget"], first), row["contender"], row["group"], f"{_lead(row)}, {row['baseline']}",
-             str(row["n"]), f"{row['p']:.2g}", needed, f"{_lead(other)}, {other['baseline']}", str(other["n"]),
-             "yes" if holds else "no"]
-        )  # fmt: skip
-    head = ["budget", "ours", "questions", "set 1: points ahead of the best rival", "n", "p", "n needed",
-            "set 2: points ahead of the best rival", "n", "holds on both"]  # fmt: skip
-    return markdown(head, [line[1:] for line in table])
+        ahead = all(row["low"] > 0 for found in both for row in found.values())
+        behind = any(all(found[name]["high"] < 0 for found in both) for name in both[0].keys() & both[1].keys())
+        cells = []
+        for found in both:
+            row = next(iter(found.values()))  # the strongest
+            needed = "-" if row["needed"] is None else str(row["needed"])
+            cells += [f"{_lead(row)}, {row['baseline']}", str(row["n"]), f"{row['p']:.2g}", needed]
+        name, budget, group = where
+        table.append([_label(budget, first), name, group, *cells, "yes" if ahead else "behind" if behind else "no"])
+    head = ["budget", "ours", "questions", *(h for n in (1, 2) for h in (f"set {n}: points ahead of the best rival", "n", "p", "n needed")),
+            "ahead on both"]  # fmt: skip
+    return markdown(head, table)
 
 
 TARGETS = {0.3333: 0.995, 0.2222: 0.99, 0.1111: 0.98, 0.0556: 0.95}  # share of the unpruned score, by budget
@@ -163,7 +198,7 @@ def accuracy_groups(content: dict[str, Any]) -> list[str]:
     """By kind of question, at the budget next to 11 % on average over the layers, with bootstrap intervals."""
     rows = content["rows"]
     budget = min({row["budget"] for row in rows if row["counted"] == "average"}, key=lambda b: abs(b - 0.11))
-    groups = sorted({row["group"] for row in rows} - {OVERALL, HARD})
+    groups = sorted({row["group"] for row in rows} - {OVERALL, NO_PLACES, *CONTROLS})
     by_group = {group: grid(rows, group, "average", [budget]) for group in groups}
     table = []
     for name in dict.fromkeys(name for found in by_group.values() for name in found):
@@ -188,16 +223,20 @@ def encoder(content: dict[str, Any]) -> list[str]:
     return markdown([f"tokens leave ({content['run'][0]['questions']} questions)", "exact answers, %", "tokens"], table)
 
 
+def _layer(cell: dict[str, Any]) -> str:
+    return f"{100 * cell['overall']:.1f} ({100 * cell['low']:.0f} to {100 * cell['high']:.0f}), {cell['average']:.0%}"
+
+
 def layers(content: dict[str, Any]) -> list[str]:
-    """Score by cut layer and budget, and what all layers see on average."""
+    """Score by cut layer and budget with intervals, and what all layers see on average."""
     rows, facts = content["rows"], content["run"][0]
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     table = []
     for layer in dict.fromkeys(row["layer"] for row in rows):
         cells = {row["budget"]: row for row in rows if row["layer"] == layer}
-        texts = [f"{100 * cells[b]['overall']:.1f} ({cells[b]['average']:.0%})" if b in cells else "-" for b in budgets]
+        texts = [_layer(cells[b]) if b in cells else "-" for b in budgets]
         table.append([f"layer {layer}" if layer else "pooled before layer 0", *texts])
-    head = f"% of the unpruned score (seen on average); region: {facts['region']}, {facts['questions']} questions"
+    head = f"% of the unpruned score, seen on average; region: {facts['region']}, {facts['questions']} questions"
     return markdown([head, *(f"{round(b * facts['tokens'])} tokens" for b in budgets)], table)
 
 
@@ -206,7 +245,7 @@ def layers_groups(content: dict[str, Any]) -> list[str]:
     rows = content["rows"]
     budget = min({row["budget"] for row in rows}, key=lambda b: abs(b - 0.11))
     rows = [row for row in rows if row["budget"] == budget]
-    groups = [name for name in rows[0] if name not in ("budget", "layer", "average")]
+    groups = [name for name in rows[0] if name not in ("budget", "layer", "average", "low", "high")]
     table = [
         [f"layer {row['layer']}" if row["layer"] else "pooled before layer 0", *(f"{100 * row[g]:.1f}" for g in groups)]
         for row in rows

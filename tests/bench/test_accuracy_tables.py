@@ -69,10 +69,14 @@ def test_hard_questions_are_those_that_down_sampling_gets_wrong():
     )
     mine = [row["score"] for row in rows if row["job"].startswith("uniform") and int(row["item"]) >= 30]
     assert cell["n"] == 10 and cell["score"] == pytest.approx(np.mean(mine))
-    of_all, of_hard = summary.leads(rows + easy, ["both, predicted"], ["uniform"])
+    of_all, all_again, of_hard = summary.leads(rows + easy, ["both, predicted"], ["uniform"])
     assert summary.finalists(rows + easy, ["both, predicted"], ["uniform"]) == {
         "unpruned|1|", "uniform|0.11|average", "both, predicted|0.11|average", "down-sampled image|0.11|average"}  # fmt: skip
     assert (of_all["n"], of_hard["n"], of_hard["group"]) == (40, 10, summary.HARD)
+    assert all_again == {**of_all, "group": summary.NO_PLACES}  # none of these asks for a place
+    placed = [{**row, "group": "grounding"} if int(row["item"]) % 4 == 0 else row for row in rows + easy]
+    counts = {lead["group"]: lead["n"] for lead in summary.leads(placed, ["both, predicted"], ["uniform"])}
+    assert counts == {summary.OVERALL: 40, summary.NO_PLACES: 30, summary.HARD: 8}
 
 
 def made_rows() -> list[dict]:
@@ -89,7 +93,7 @@ def test_leads_are_paired_differences_and_the_strongest_rival_comes_first():
     rows = made_rows()
     weak = [{**row, "job": "random|0.11|average", "score": 0.0} for row in rows if row["job"].startswith("uniform")]
     # A rival that answered half of the questions is compared on those.
-    lead, other = summary.leads(rows + weak[:20], ["both, predicted"], ["random", "uniform"])
+    lead, other, *_ = summary.leads(rows + weak[:20], ["both, predicted"], ["random", "uniform"])
     score = {job: np.mean([row["score"] for row in rows if row["job"] == job]) for job in {row["job"] for row in rows}}
     gap = score["both, predicted|0.11|average"] - score["uniform|0.11|average"]
     assert (lead["contender"], lead["baseline"], lead["budget"]) == ("both, predicted", "uniform", 0.11)
@@ -100,6 +104,23 @@ def test_leads_are_paired_differences_and_the_strongest_rival_comes_first():
     mine = [row["score"] for row in rows if row["job"].startswith("both") and int(row["item"]) < 20]
     assert (other["baseline"], other["n"], other["lead"]) == ("random", 20, pytest.approx(np.mean(mine)))
     assert summary.leads(rows, ["both, predicted"], ["tome"]) == []  # nobody to compare with
+
+
+def test_in_equal_time_a_rival_keeps_as_much_as_it_can():
+    rows = made_rows()
+    large = [{**row, "job": "uniform|0.5|average", "score": 1.0} for row in rows if row["job"].startswith("uniform")]
+    larger = [{**row, "job": "uniform|0.7|average"} for row in large]
+    times = {
+        "both, predicted|0.11|average": 0.6,
+        "uniform|0.11|average": 0.4,
+        "uniform|0.5|average": 0.6,
+        "uniform|0.7|average": 0.61,
+    }
+    times = {job: {"ms": 1.0, "ratio": ratio} for job, ratio in times.items()}
+    lead, *_ = summary.leads(rows + large + larger, ["both, predicted"], ["uniform", "tome"], times)
+    assert (lead["baseline"], lead["budget"], lead["against"]) == ("uniform", 0.11, 0.5) and lead["lead"] < 0
+    made = {"leads in time": [lead], "pictures": {"tokens": 576}}
+    assert "uniform with 288 tokens" in tables.leads_in_time(made)[2]
 
 
 def test_summary_and_time(tmp_path):
@@ -163,7 +184,7 @@ def test_a_table_of_what_has_not_been_run_says_so(tmp_path):
 def content(rows: list[dict], times: dict | None = None) -> dict:
     """A results file, as the bench writes it."""
     made = {"rows": summary.summarise(rows, times or {}), "pictures": {"tokens": 576}}
-    return made | {"leads": summary.leads(rows, ["PLC, predicted"], ["uniform", "random"])}
+    return made | {"leads": summary.leads(rows, ["PLC, predicted"], ["uniform", "random", "down-sampled image"])}
 
 
 @cache
@@ -194,8 +215,12 @@ def test_targets_are_met_or_missed_on_both_sets():
 
 def test_a_lead_holds_where_it_is_there_on_both_sets():
     made = tables.leads_of_two(set_of(0.9, 0), set_of(0.9, 1))[2:]
-    assert len(made) == 8 and all(line.endswith("yes |") for line in made)  # four budgets, all and the hard questions
+    groups = [line.split("|")[3].strip() for line in made if line.split("|")[1].strip() == "64 tokens"]
+    assert groups == [summary.OVERALL, summary.NO_PLACES, summary.HARD] and len(made) == 12
+    assert all(line.endswith("yes |") for line in made)
     assert all(line.endswith("no |") for line in tables.leads_of_two(set_of(0.9, 0), set_of(0.4, 1))[2:])
+    # One rival that is ahead on both sets is enough, whoever is the strongest.
+    assert all(line.endswith("behind |") for line in tables.leads_of_two(set_of(0.1, 0), set_of(0.1, 1))[2:10:3])
 
 
 def test_tables_say_what_enters_the_decoder_and_how_many_were_asked():
@@ -216,8 +241,10 @@ def test_time_includes_what_every_contender_needs():
     }
     lines = tables.accuracy_time(content(rows, times))
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
+    assert summary.SHARES[:2] == (0.7, 0.6)
     assert (
-        cells["both, predicted"][3:] == ["-"] * 3 and cells["both, predicted"][2] != "-" and cells["uniform"][4] != "-"
+        cells["both, predicted"] == ["-"] * 7
+        and cells["uniform"][0] == cells["uniform"][1] != "-" == cells["uniform"][2]
     )
 
 
