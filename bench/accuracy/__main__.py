@@ -31,7 +31,7 @@ from bench.common import machine
 from bench.pictures import BUDGETS, NUM_TOKENS, add_options, ask_model, first_seed
 from crop import embedded
 from crop.cli.ask import Asker, load
-from crop.localizers import localizer_names
+from crop.localizers import WholeLocalizer, localizer_names
 
 WITHOUT = [f"{name}, no region" for name in ("ILP", "PLC", "both")]
 
@@ -131,14 +131,16 @@ def ask(options: argparse.Namespace, budgets: tuple[float, ...]) -> bool:
     else:
         items = list(islice(data.rendered(first_seed(options), grounding=options.grounding), options.questions or 2400))
     names = tuple(options.contenders) if options.contenders else None
-    name = options.localizer or asker.default_localizer
-    begin(options.out, facts(options, asker, name, items))
     wanted = jobs(asker.num_layers, budgets, names, cut=options.cut, kept=options.kept, model=asker.model)
     if any(item.region is None for item in items):
         wanted = [job for job in wanted if job.contender.region not in ("oracle", "shifted")]
     if grid_of(asker.model) is None:  # what a picture is made smaller for, its processor decides
         wanted = [job for job in wanted if job.contender.prepare is None]
-    localizer = asker.localizer(name)
+    finder, localizer = None, WholeLocalizer()
+    if any(job.contender.region == "predicted" for job in wanted):
+        finder = options.localizer or asker.default_localizer
+        localizer = asker.localizer(finder)
+    begin(options.out, facts(options, asker, finder, items))
     how = {"batch": options.batch, "max_new_tokens": options.max_new_tokens or embedded.LONGEST}
     # Several processes ask everything of everybody: none of them knows who will be best.
     some = items[: options.rest or None] if count == 1 and names is None else items
@@ -161,13 +163,18 @@ def ask(options: argparse.Namespace, budgets: tuple[float, ...]) -> bool:
     return asked >= len(items)
 
 
-def facts(options: argparse.Namespace, asker: Asker, localizer: str, items: Sequence[data.Item]) -> dict[str, Any]:
-    """What all answers of a folder have in common."""
+def facts(
+    options: argparse.Namespace, asker: Asker, localizer: str | None, items: Sequence[data.Item]
+) -> dict[str, Any]:
+    """What all answers of a folder have in common; ``localizer``: its name, None where no region is predicted."""
     model = options.checkpoint or digest((options.model or embedded.WEIGHTS) / "model.safetensors")
     picture = hashlib.sha256(items[0].picture().tobytes()).hexdigest()[:16]
-    head = None if asker.head is None else digest(asker.head)
-    return {"model": model, "head": head, "localizer": localizer, "cut": options.cut, "first question": items[0].key,
-            "first picture": picture}  # fmt: skip
+    found = {"model": model, "cut": options.cut, "first question": items[0].key, "first picture": picture}
+    if localizer is not None:
+        found["localizer"] = localizer
+        if asker.head is not None:
+            found["head"] = digest(asker.head)
+    return found
 
 
 def digest(path: Path) -> str:

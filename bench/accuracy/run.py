@@ -56,19 +56,19 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def begin(folder: Path, facts: dict[str, Any]) -> None:
-    """Note in a folder what its answers have in common.
+    """Note in a folder what its answers have in common; a run that needs no localizer leaves that open.
 
     Raises:
         ValueError: it holds answers of something else, which must not be counted together.
     """
     known = settings(folder)
-    other = {name: value for name, value in facts.items() if known and known.get(name) != value}
+    other = {name: value for name, value in facts.items() if known.get(name, value) != value}
     if other:
         raise ValueError(
             f"begin: {folder} holds answers with { ({name: known.get(name) for name in other}) }, got {other}; take another --out"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    (folder / SETTINGS).write_text(json.dumps(known | facts, indent=1), encoding="utf-8")
 
 
 class Journal:

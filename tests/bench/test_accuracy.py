@@ -212,6 +212,17 @@ def test_a_killed_run_goes_on_and_shards_join(asker, tmp_path, monkeypatch):
     assert joined == complete and len(list((tmp_path / "shards").iterdir())) == 2
 
 
+def test_a_folder_holds_answers_of_one_thing(tmp_path):
+    running.begin(tmp_path / "new", {"model": "a"})  # no localizer was needed
+    running.begin(tmp_path / "new", {"model": "a", "localizer": "head"})
+    running.begin(tmp_path / "new", {"model": "a"})
+    assert running.settings(tmp_path / "new") == {"model": "a", "localizer": "head"}
+    with pytest.raises(
+        ValueError, match="holds answers with .'localizer': 'head'., got .'localizer': 'ocr'.; take another --out"
+    ):
+        running.begin(tmp_path / "new", {"model": "a", "localizer": "ocr"})
+
+
 def test_the_best_are_asked_more_and_the_file_says_so(tmp_path, monkeypatch):
     """From the command line to the tables, with one budget: two questions for everybody, a third for the best."""
     words = [
