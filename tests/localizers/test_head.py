@@ -248,6 +248,14 @@ def test_training_learns_a_record_by_heart_in_any_family(family, tmp_path):
     assert region.confidence > 0.5
 
 
+def test_a_batch_of_absent_things_alone_has_a_loss():
+    layout, texts = VisionLayout.grid(4, 4), {"what color is the red circle": torch.randn(6, 24).half()}
+    example = train_head.Example(layout, torch.randn(16, 24).half(), [(text, None) for text in texts])
+    known = [(example, train_head.targets(example))]
+    data = train_head.batch(known, texts, 6, random.Random(0))
+    assert (data["local"] < 0).all() and train_head.loss(Head(24, 16), data).isfinite()
+
+
 def test_questions_about_absent_things_name_something_that_is_not_there():
     first = pictures.SEEDS["train"]
     records = list(train_head.rendered(first, 12, 3))
