@@ -131,8 +131,8 @@ def loss(head: Head, data: dict[str, Tensor]) -> Tensor:
     weight = torch.tensor(2.0)  # a token missed costs an answer, one too many next to nothing
     tokens = F.binary_cross_entropy_with_logits(logits, data["target"], asks, pos_weight=weight, reduction="sum")
     known = data["local"] >= 0
-    part = F.binary_cross_entropy_with_logits(local[known], data["local"][known])
-    return tokens / (count * per_image * 8) + part
+    part = F.binary_cross_entropy_with_logits(local[known], data["local"][known], reduction="sum")
+    return tokens / (count * per_image * 8) + part / max(1, int(known.sum()))
 
 
 def train(head: Head, examples: list[Example], texts: dict[str, Tensor], minutes: float, steps: int) -> None:

@@ -19,7 +19,7 @@ from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.localizers.base import blank
 from crop.localizers.boxes import Raster, box_settings, check_ranges
-from crop.localizers.pretrained import damage, one_line
+from crop.localizers.pretrained import damage
 from crop.localizers.reading import Embeddings, embeddings
 from crop.methods.base import Method
 from crop.models import family_of
@@ -122,11 +122,13 @@ class Head(nn.Module):
             raise ValueError(f"Head.load: path must be a safetensors file, but {cause}") from error
         if sizes is None:
             raise ValueError(f"Head.load: path must be a file that Head.save wrote, got {str(path)!r}")
-        head = Head(**json.loads(sizes))
         try:
+            head = Head(**json.loads(sizes))
             head.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"Head.load: {path} must hold the weights that it announces: {one_line(error)}") from error
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"Head.load: {path} must hold a head of this version, got other weights; train it anew"
+            ) from error
         return head.eval()
 
 

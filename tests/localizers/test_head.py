@@ -8,6 +8,7 @@ from statistics import mean
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.training import head as train_head
@@ -74,6 +75,10 @@ def test_file_round_trip(tmp_path):
         Head.load(tmp_path / "text")
     with pytest.raises(ValueError, match=r"that Head.save wrote"):
         Head.load(embedded.WEIGHTS / "model.safetensors")
+    for sizes in ("24", "{", '{"dim": 24, "layers": 3}', '{"dim": 24, "width": 32}'):
+        save_file(head.state_dict(), tmp_path / "other.safetensors", {"crop_head": sizes})
+        with pytest.raises(ValueError, match=r"must hold a head of this version, got other weights; train it anew"):
+            Head.load(tmp_path / "other.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ from logits to regions
@@ -200,6 +205,14 @@ def test_training_learns_a_record_by_heart_in_any_family(family, tmp_path):
     layout = examples[0].layout
     assert torch.equal(layout.inside(region), layout.inside(Region.box(0, 0, 0.5, 0.5)))
     assert region.confidence > 0.5
+
+
+def test_a_batch_of_absent_things_alone_has_a_loss():
+    layout, texts = VisionLayout.grid(4, 4), {"what color is the red circle": torch.randn(6, 24).half()}
+    example = train_head.Example(layout, torch.randn(16, 24).half(), [(text, None) for text in texts])
+    known = [(example, train_head.targets(example))]
+    data = train_head.batch(known, texts, 6, random.Random(0))
+    assert (data["local"] < 0).all() and train_head.loss(Head(24, 16), data).isfinite()
 
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
