@@ -99,16 +99,15 @@ def begin_once(processor: Any, text: str) -> dict[str, bool]:
 def chat(processor: Any, question: str, images: int) -> str:
     """One user turn in the processor's chat template, the images first, to be answered without thinking first.
 
-    Templates of models that can do either know ``enable_thinking``; others ignore it.
+    Templates of models that can do either read ``enable_thinking``; with others transformers warns of it.
 
     Raises:
         ValueError: the template fails.
     """
     turn = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
+    quiet = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
     try:
-        return processor.apply_chat_template(
-            [{"role": "user", "content": turn}], add_generation_prompt=True, enable_thinking=False
-        )
+        return processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True, **quiet)
     except Exception as error:  # a program of its own, which can fail in any way
         raise ValueError(
             "encode: the processor's chat template must take one user turn with parts of type image and text, got "

@@ -51,8 +51,12 @@ def test_templates_are_asked_not_to_think() -> None:
             return super().__call__(images, text, return_tensors)
 
     texts: list[str] = []
-    crop.encode(Processor("llava"), StandIn("llava").picture, "what?")
+    for template in ("{% if enable_thinking %}<think>{% endif %}", "no thoughts"):
+        processor = Processor("llava")
+        processor.chat_template = template
+        crop.encode(processor, processor.picture, "what?")
     assert "'enable_thinking': False" in texts[0] and "'text': 'what?'" in texts[0]
+    assert "enable_thinking" not in texts[1] and "'text': 'what?'" in texts[1]
 
 
 @pytest.mark.fast

@@ -223,7 +223,7 @@ def test_prompt_or_chat_template_is_needed():
     class Chat(Processor):
         chat_template = "template"
 
-        def apply_chat_template(self, conversation, add_generation_prompt, enable_thinking):
+        def apply_chat_template(self, conversation, add_generation_prompt):
             self.conversation = conversation
             return "text"
 

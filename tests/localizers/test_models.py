@@ -253,7 +253,7 @@ class Speaker:
         self.text, self.probability = text, probability
         self.asked = []
 
-    def apply_chat_template(self, conversation, add_generation_prompt, enable_thinking):
+    def apply_chat_template(self, conversation, add_generation_prompt):
         self.asked.append(conversation[0]["content"][1]["text"])
         return "text"
 
