@@ -17,7 +17,7 @@ from crop.cli.options import REFUSED
 from crop.cost.estimate import estimate
 from crop.geometry.region import Region
 from crop.localizers.attention import AttentionLocalizer
-from crop.localizers.base import encode
+from crop.localizers.base import encode, template_reads
 from crop.localizers.pretrained import one_line
 from crop.methods import Compose, InnerLLMPruning, PreLLMCompression
 from crop.methods.registry import by_name
@@ -82,11 +82,10 @@ def check_model(asker: Asker, picture: Image) -> Iterator[Finding]:
     """
     model, family = asker.model, family_of(asker.model)
     yield Finding("ok", "family", f"{family.model_type}, {type(model).__name__}, {model.dtype}, on {model.device}")
-    template = getattr(asker.processor, "chat_template", None)
     if asker.prompt is not None:
         yield Finding("ok", "prompt", "the model's own")
     else:
-        thinks = "; thinking is switched off" if "enable_thinking" in str(template) else ""
+        thinks = "; thinking is switched off" if template_reads(asker.processor, "enable_thinking") else ""
         yield Finding("ok", "processor", f"{type(asker.processor).__name__}, with a chat template{thinks}")
     for subject, check in CHECKS.items():
         try:

@@ -46,7 +46,7 @@ from crop.integrations.generation import (
     positive,
     until_end,
 )
-from crop.localizers.base import WholeLocalizer
+from crop.localizers.base import WholeLocalizer, template_reads
 from crop.localizers.registry import COARSE
 from crop.localizers.vision_cache import cache_vision
 from crop.methods.registry import by_name
@@ -175,7 +175,7 @@ class CropModel(lmms):
         limit_pixels(self.asker.processor, min_pixels=min_pixels, max_pixels=max_pixels)
         self.template = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         for name in self.template:
-            if name not in str(getattr(self.asker.processor, "chat_template", "")):
+            if not template_reads(self.asker.processor, name):
                 raise ValueError(f"crop: {name} must be left out for {pretrained}: its chat template does not read it")
         self.method = by_name(method, float(keep), self.asker.num_layers, encoder=prune_encoder)
         asked = {"path": localizer_model, "min_confidence": min_confidence}

@@ -96,6 +96,11 @@ def begin_once(processor: Any, text: str) -> dict[str, bool]:
     return {"add_special_tokens": False} if first and text.startswith(first) else {}
 
 
+def template_reads(processor: Any, variable: str) -> bool:
+    """Whether a processor has a chat template that names a variable."""
+    return variable in str(getattr(processor, "chat_template", ""))
+
+
 def chat(processor: Any, question: str, images: int) -> str:
     """One user turn in the processor's chat template, the images first, to be answered without thinking first.
 
@@ -105,7 +110,7 @@ def chat(processor: Any, question: str, images: int) -> str:
         ValueError: the template fails.
     """
     turn = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
-    quiet = {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+    quiet = {"enable_thinking": False} if template_reads(processor, "enable_thinking") else {}
     try:
         return processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True, **quiet)
     except Exception as error:  # a program of its own, which can fail in any way

@@ -269,7 +269,7 @@ class Head(nn.Module):
             head.load_state_dict(state)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"Head.load: {path} must hold a head of this version, got other weights; train it anew"
+                f"Head.load: {path} must hold a head of this version, got other sizes or weights; train it anew"
             ) from error
         return head.eval()
 

@@ -118,7 +118,9 @@ def test_file_round_trip(tmp_path):
         Head.load(embedded.WEIGHTS / "model.safetensors")
     for sizes in ("24", '{"dim": 24, "layers": 3}', '{"dim": 24, "width": 18}', '{"dim": 24, "width": 32}'):
         save_file(head.state_dict(), tmp_path / "other.safetensors", {"crop_head": sizes})
-        with pytest.raises(ValueError, match=r"must hold a head of this version, got other weights; train it anew"):
+        with pytest.raises(
+            ValueError, match=r"must hold a head of this version, got other sizes or weights; train it anew"
+        ):
             Head.load(tmp_path / "other.safetensors")
 
 
