@@ -7,6 +7,7 @@ from collections.abc import Callable
 from crop.methods.base import Method, check_keep
 from crop.methods.baselines import BASELINES
 from crop.methods.compose import Compose
+from crop.methods.diverse import DiverseCompression
 from crop.methods.encoder import EncoderPruning
 from crop.methods.ilp import InnerLLMPruning
 from crop.methods.plc import PreLLMCompression
@@ -18,7 +19,8 @@ POOL_SHARE = 0.75
 Build = Callable[[float, "int | None"], "Method | None"]
 
 _BUILT_IN: dict[str, Build] = {
-    "crop": lambda keep, _: Compose(PreLLMCompression(keep=keep**POOL_SHARE), InnerLLMPruning(keep)),
+    "crop": lambda keep, _: Compose(DiverseCompression(keep**POOL_SHARE), InnerLLMPruning(keep)),
+    "diverse": lambda keep, _: DiverseCompression(keep),
     "plc": lambda keep, _: PreLLMCompression(keep=keep),
     "ilp": lambda keep, _: InnerLLMPruning(keep),
     "none": lambda keep, _: None,
