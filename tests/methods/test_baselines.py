@@ -380,17 +380,3 @@ def test_impossible_promises_are_refused(num_out, num_tokens):
         model(**batch.inputs)
 
 
-@families()
-def test_pooling_by_features_before_a_cut(family):
-    """A cut at the family's own layer ranks what came out of it, the region first."""
-    model, oracle, batch = get_model(family), get_oracle(family), standard_batch(family, "left", 1)
-    both = Compose(DivPrune(0.5), InnerLLMPruning(0.25, ring=0))
-    with patched(model, both, batch, regions_of(batch)) as stats:
-        out = greedy(model, batch, 2)
-    decisions = [decide(oracle, sample, both, regions_for(row, sample)) for row, sample in enumerate(batch.samples)]
-    assert_kept(stats, decisions)
-    assert_steps(out, [oracle.greedy(s, d, 2) for s, d in zip(batch.samples, decisions, strict=True)])
-    with patched(model, DivPrune(0.5), batch) as first:
-        model(**batch.inputs)
-    for kept, before, left in zip(stats.kept, first.kept, stats.tokens_after_plc, strict=True):
-        assert set(kept.tolist()) < set(before.tolist()) and len(before) == left

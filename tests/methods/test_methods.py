@@ -15,6 +15,7 @@ from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.methods import (
     Compose,
+    DiverseCompression,
     EncoderPruning,
     InnerLLMPruning,
     Method,
@@ -23,6 +24,7 @@ from crop.methods import (
     register_method,
     registry,
 )
+from crop.methods.base import Features
 from crop.methods.registry import POOL_SHARE
 from tests.methods.test_ilp import kept_by
 from tests.support.layouts import (
@@ -119,7 +121,9 @@ def test_both_stages_end_with_keep_of_the_original_tokens(layout, region, keep):
     plan = method.plan(layout, region)
     if plan is not None:
         assert plan.num_out == max(1, round(keep**POOL_SHARE * len(layout)))
-        layout = layout.pool(plan, layout.position[plan.leader.long()])
+        leader = plan.decide(Features(torch.randn(len(layout), 4), torch.randn(2, 4))).leader
+        assert len(leader) == plan.num_out and (leader.diff() > 0).all()
+        layout = layout.take(leader)
     selection = method.select(layout, region)
     left = len(layout) if selection is None else selection.num_keep
     assert left == max(1, round(keep * layout.num_original))
@@ -147,7 +151,7 @@ def test_a_stage_before_the_encoder_by_name():
 
 
 def test_names_of_the_package_stay_its_own():
-    with pytest.raises(ValueError, match="register_method: name must be none of crop, plc, .*got 'fastv'"):
+    with pytest.raises(ValueError, match="register_method: name must be none of crop, diverse, plc, .*got 'fastv'"):
         register_method("fastv", lambda keep, layers: None)
     with pytest.raises(ValueError, match="got ''"):
         register_method("", lambda keep, layers: None)
@@ -160,7 +164,7 @@ def test_by_name():
     assert by_name("none", 0.5) is None
     assert by_name("plc", 0.5) == PreLLMCompression(keep=0.5)
     assert by_name("ilp", 0.5) == InnerLLMPruning(0.5)
-    assert by_name("crop", 0.0625) == Compose(PreLLMCompression(keep=0.125), InnerLLMPruning(0.0625))
+    assert by_name("crop", 0.0625) == Compose(DiverseCompression(0.125), InnerLLMPruning(0.0625))
     layout, region = VisionLayout.grid(6, 6), Region.box(0.0, 0.0, 0.5, 0.5)
     for name in ("crop", "plc", "ilp"):
         assert by_name(name, 1.0).plan(layout, region) is None
