@@ -153,6 +153,15 @@ int invert_index(int device, int64_t target, Pointer index, Pointer inverse, int
     return launch(device, target, p, crop::launch_invert_index_cpu, CROP_ON_CUDA(crop::launch_invert_index));
 }
 
+int spread(int device, int64_t target, Pointer alike, Pointer near, Pointer chosen, int64_t num_tokens, int64_t count,
+           int64_t at_once, int64_t row_stride, bool fresh) {
+    const crop::SpreadParams p{to<float>(alike), to<float>(near), to<int64_t>(chosen), num_tokens,
+                               count,            at_once,         row_stride,          fresh};
+    if (count < 0 || count > num_tokens || at_once < 1)
+        return fail("spread: count must be in [0, num_tokens] and at_once at least 1");
+    return launch(device, target, p, crop::launch_spread_cpu, CROP_ON_CUDA(crop::launch_spread));
+}
+
 int saliency(int device, int64_t target, Pointer tokens, Pointer index, Pointer alone, Pointer mean, Pointer weight,
              int64_t num_tokens, int64_t dim, int64_t num_images, int64_t num_places, int64_t token_stride,
              const std::array<float, 3>& constants, int dtype) {
@@ -292,6 +301,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("pack", &bind::pack);
     m.def("compact", &bind::compact);
     m.def("invert_index", &bind::invert_index);
+    m.def("spread", &bind::spread);
     m.def("saliency", &bind::saliency);
     m.def("adaptive_pool", &bind::adaptive_pool);
     m.def("adaptive_pool_backward", &bind::adaptive_pool_backward);

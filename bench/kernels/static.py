@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-SOURCES = ("attention_mass", "select", "pack", "compact", "saliency", "adaptive_pool")
+SOURCES = ("attention_mass", "select", "pack", "compact", "spread", "saliency", "adaptive_pool")
 REGISTERS, MAX_WARPS = 65536, {"86": 48, "89": 48, "120": 48}  # of an SM; 64 warps where nothing is said
 SHARED = {"80": 164, "86": 100, "89": 100, "90": 228, "100": 228, "120": 100}  # KiB of an SM
 DRIVER_SHARED = 1024  # bytes of every block that the driver keeps for itself
@@ -140,7 +140,7 @@ def threads_of(name: str) -> int:
         return 256 if int(values[0]) > 128 else 512
     if name.startswith("select"):
         return int(values[0])
-    if name.startswith(("pack", "invert_index", "saliency_weight")):
+    if name.startswith(("pack", "invert_index", "spread", "saliency_weight")):
         return 1024
     return 128 if name.startswith(("mass", "lse")) else 256
 
@@ -190,6 +190,7 @@ def traffic() -> list[dict[str, object]]:
     caches = [torch.randn(1, 8, 576, 128).to(bf16) for _ in range(2)]
     plan, tokens = region_plan(24), torch.randn(576, 1024).to(bf16)
     grad = torch.randn(plan.num_out, 1024).to(bf16)
+    alike = torch.randn(576, 576)
     inputs = key.nbytes + query.nbytes + 8 * 576 + 4 * 576  # and index, mass
     pooled = tokens.nbytes + grad.nbytes
     back = (grad, None, None, torch.empty(0), plan.offsets, plan.inverse, None, "mean")
@@ -206,6 +207,7 @@ def traffic() -> list[dict[str, object]]:
          lambda: ops.pack(stays, width, kept=kept + 32)),
         ("compact", "hidden D4096 + K + V, 144 of 576, bf16", 2 * 144 * (4096 + 2 * 8 * 128) * 2 + kept.nbytes,
          lambda: ops.compact([hidden, *caches], kept, token_dim=[1, 2, 2])),
+        ("spread", "N576 k64, two at once", 4 * 576 * 63 + 8 * 64, lambda: ops.spread(alike, alike[0], 64, 2)),
         ("saliency", "576x1024 bf16", tokens.nbytes + 12 * 576, lambda: ops.saliency(tokens, index)),
         ("adaptive_pool", f"24x24x1024 -> {plan.num_out} bf16", pooled, lambda: ops.adaptive_pool(tokens, plan)),
         ("adaptive_pool, gradient", "the same", pooled,

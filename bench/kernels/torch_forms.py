@@ -40,6 +40,8 @@ def forms_of(case: Case) -> dict[str, Call]:
         return forms if len(given["tensors"]) > 1 else forms | {"gather": partial(gather, **given)}
     if case.op == "pack":
         return {"torch flags + cumsum + scatter": partial(reference.pack, **given)}
+    if case.op == "spread":
+        return {"torch round by round": partial(reference.spread, **given)}
     if case.op == "saliency":
         return {"torch image by image": partial(reference.saliency, **given)}
     plan, tokens = given["plan"], given["tokens"]

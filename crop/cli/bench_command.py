@@ -15,7 +15,7 @@ examples:
   crop bench kernels --json bench/results/kernels_h100.json
       figures with device, versions and commit (CROP_COMMIT where there is no git), to be committed
 """
-KERNELS = ("pipeline", "mass", "select", "pack", "compact", "saliency", "pool")
+KERNELS = ("pipeline", "mass", "select", "pack", "compact", "spread", "saliency", "pool")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -136,8 +136,7 @@ class Assignment:
     def of_leaders(leader_of: Tensor, leader: Tensor) -> Assignment:
         """Every token joins the leader it names: ``leader_of`` (N,), -1 = dropped; ``leader`` (n,), in any order."""
         leader = leader.sort().values
-        cell = torch.searchsorted(leader, leader_of.clamp(min=0))
-        return Assignment(torch.where(leader_of < 0, -1, cell), leader)
+        return Assignment(torch.searchsorted(leader, leader_of, right=True) - 1, leader)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,12 +146,14 @@ class FeaturePooling:
     Args:
         num_out: tokens it will leave, in [1, num_tokens].
         num_tokens: tokens of the image.
-        decide: Features -> Assignment of ``num_out`` cells; must not wait for the device.
+        decide: (Features, *given) -> Assignment of ``num_out`` cells; must not wait for the device.
+        given: tensors that ``decide`` needs beside features, made on the host; they go to the device in one copy with the plan.
     """
 
     num_out: int
     num_tokens: int
-    decide: Callable[[Features], Assignment]
+    decide: Callable[..., Assignment]
+    given: tuple[Tensor, ...] = ()
 
     def stand_in(self) -> PoolPlan:
         """A plan of the promised size: the first tokens."""

@@ -8,11 +8,14 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from crop import ops
 from crop.geometry.layout import PATCH, VisionLayout
 from crop.geometry.region import Region
 from crop.methods.base import Assignment, FeaturePooling, Features, Method, PoolMode, budget_of, check_keep
+from crop.ops.reference import spread_rounds
 
-ROUNDS = 64  # of greedy choices at most, whatever their number: each costs a few operations on all tokens
+ROUNDS = 64  # of greedy choices at most, whatever their number
+PAIRS = 4096  # tokens of which all pairs are compared at once: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -66,48 +69,59 @@ class DiverseCompression(Method):
             sides = [(torch.ones_like(inside), budget)]
         else:
             most = max(1, int(self.share * budget)) if size < len(layout) else budget
-            first = min(size, most)
             # What the rest cannot use goes back to the region.
-            first = max(first, budget - (len(layout) - size))
+            first = max(min(size, most), budget - (len(layout) - size))
             sides = [(inside, first), (~inside, budget - first)]
-        return FeaturePooling(budget, len(layout), lambda features: _decide(features.tokens, sides))
+        places = [(members.nonzero().squeeze(1), count) for members, count in sides if count]
+        counts = [(len(own), count) for own, count in places]
+
+        def decide(features: Features, order: Tensor) -> Assignment:
+            return _decide(features.tokens, order, counts)
+
+        return FeaturePooling(budget, len(layout), decide, (torch.cat([own for own, _ in places]),))
 
 
-def _decide(tokens: Tensor, sides: list[tuple[Tensor, int]]) -> Assignment:
-    """Leaders of every side, one side after the other, and whom each token joins."""
-    rows = torch.nn.functional.normalize(tokens.float(), dim=-1).nan_to_num()
-    chosen, leader_of = rows.new_empty(0, dtype=torch.int64), torch.full((len(rows),), -1, device=rows.device)
-    for members, count in sides:
-        if count == 0:
-            continue
-        own = members.nonzero().squeeze(1).to(rows.device, non_blocking=True)  # on the host: sizes are known
-        leaders = own if count == len(own) else own[spread(rows[own], rows[chosen], count)]
-        nearest = (rows[own] @ rows[leaders].T).argmax(1)
-        leader_of[own] = leaders[nearest]
-        leader_of[leaders] = leaders
-        chosen = torch.cat([chosen, leaders])
-    return Assignment.of_leaders(leader_of, chosen)
+def _decide(tokens: Tensor, order: Tensor, counts: list[tuple[int, int]]) -> Assignment:
+    """Leaders of every side, and whom each token joins.
+
+    Args:
+        tokens: (N, dim). order: (M,) int64 tokens, those of a side one after the other.
+        counts: of every side, its tokens and how many of them lead.
+    """
+    rows = torch.nn.functional.normalize(tokens[order].float(), dim=-1).nan_to_num()
+    sizes = [size for size, _ in counts]
+    others, leaders, leader_of = rows[:0], [], []
+    for own, names, (_, count) in zip(rows.split(sizes), order.split(sizes), counts, strict=True):
+        if count < len(own):
+            chosen, nearest = spread(own, others, count)
+            own, names = own[chosen], names[chosen]
+            leader_of.append(names[nearest].scatter(0, chosen, names))
+        else:
+            leader_of.append(names)
+        others = own
+        leaders.append(names)
+    every = order.new_full((len(tokens),), -1).scatter(0, order, torch.cat(leader_of))
+    return Assignment.of_leaders(every, torch.cat(leaders))
 
 
-def spread(rows: Tensor, others: Tensor, count: int) -> Tensor:
-    """(count,) int64 rows, each as far as possible from ``others`` and from those chosen before it.
+def spread(rows: Tensor, others: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows that are each as far as possible from ``others`` and from those chosen before it, by at most ``ROUNDS`` rounds.
 
-    At most ``ROUNDS`` rounds; of each, the farthest ones, which do not know of each other. Without others, the first round is
-    measured from the mean of the rows. Ties: the smaller index.
+    Of a round the farthest are chosen, which do not know of each other. Without others, the first round is measured from the
+    mean of the rows. Ties: the smaller index.
 
     Args:
         rows: (N, dim) float32 of length 1, N >= count. others: (M, dim) likewise.
+    Returns:
+        (count,) int64 rows in the order of choice; (N,) int64 which of them each row is nearest to.
     """
-    near = (rows @ others.T).amax(1) if len(others) else rows @ torch.nn.functional.normalize(rows.mean(0), dim=0)
-    chosen, at_once = [], ceil(count / ROUNDS)
-    for start in range(0, count, at_once):
-        best = _smallest(near, min(at_once, count - start))
-        alike = (rows @ rows[best].T).amax(1)
-        near = alike if start == 0 and not len(others) else torch.maximum(near, alike)
-        chosen.append(best)
-        near = near.index_fill(0, torch.cat(chosen), torch.inf)
-    return torch.cat(chosen)
-
-
-def _smallest(values: Tensor, count: int) -> Tensor:
-    return values.argmin().unsqueeze(0) if count == 1 else values.argsort(stable=True)[:count]
+    near = (rows @ others.T).amax(1) if len(others) else rows @ rows.sum(0)
+    at_once, fresh = ceil(count / ROUNDS), not len(others)
+    if len(rows) <= PAIRS:
+        alike = rows @ rows.T
+        chosen = ops.spread(alike, near, count, at_once, fresh=fresh)
+        alike = alike[:, chosen]
+    else:
+        chosen = spread_rounds(lambda best: rows[best] @ rows.T, near, count, at_once, fresh)
+        alike = rows @ rows[chosen].T
+    return chosen, alike.argmax(1)

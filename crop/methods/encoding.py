@@ -41,13 +41,12 @@ def _lifted(plan: PoolPlan | FeaturePooling | None, tokens: Tensor) -> PoolPlan 
     if not isinstance(plan, FeaturePooling):
         return (plan or PoolPlan.identity(len(index))).among(index, count)
 
-    def decide(features: Features) -> Assignment:
-        place = index.to(features.tokens.device, non_blocking=True)
-        found = plan.decide(replace(features, tokens=features.tokens[place]))
+    def decide(features: Features, place: Tensor, *given: Tensor) -> Assignment:
+        found = plan.decide(replace(features, tokens=features.tokens[place]), *given)
         cell = found.cell.new_full((count,), -1).scatter(0, place, found.cell)
         return Assignment(cell, place[found.leader])
 
-    return FeaturePooling(plan.num_out, count, decide)
+    return FeaturePooling(plan.num_out, count, decide, (index, *plan.given))
 
 
 def planned(

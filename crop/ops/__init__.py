@@ -18,7 +18,17 @@ from crop.geometry.pooling import PoolPlan
 from crop.ops import launchers, reference
 from crop.ops.launchers import DTYPES, MODES
 
-__all__ = ["adaptive_pool", "attention_mass", "compact", "pack", "region_topk", "saliency", "select", "use_backend"]
+__all__ = [
+    "adaptive_pool",
+    "attention_mass",
+    "compact",
+    "pack",
+    "region_topk",
+    "saliency",
+    "select",
+    "spread",
+    "use_backend",
+]
 
 _INTS, _FLOAT = (torch.int64, torch.int32), (torch.float32,)
 _MAX_HEAD_DIM = 256
@@ -207,6 +217,27 @@ def saliency(
         if not 0 < value < math.inf:
             raise ValueError(f"{op}: {name} must be above 0 and finite, got {value}")
     return launchers.saliency(tokens.detach(), index, alone, *constants)
+
+
+def spread(
+    alike: Tensor,  # (N, N)
+    near: Tensor,  # (N,)
+    count: int,
+    at_once: int = 1,
+    *,
+    fresh: bool = False,
+) -> Tensor:  # (count,)
+    op = "spread"
+    _check(op, "near", near, _FLOAT, (None,))
+    tokens = len(near)
+    _check(op, "alike", alike, _FLOAT, (tokens, tokens), near.device, unit_stride=True)
+    for name, value, low, high in (("count", count, 0, tokens), ("at_once", at_once, 1, None)):
+        if isinstance(value, (bool, float, Tensor)):
+            raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+        if value < low or (high is not None and value > high):
+            bound = f"at least {low}" if high is None else f"in [{low}, num_tokens={high}]"
+            raise ValueError(f"{op}: {name} must be {bound}, got {value}")
+    return launchers.spread(alike.detach(), near.detach(), count, at_once, bool(fresh))
 
 
 def adaptive_pool(

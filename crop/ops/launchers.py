@@ -174,6 +174,20 @@ def invert_index(index: Tensor, num_tokens: int, target: Target) -> Tensor:
 
 
 @register(
+    "spread",
+    "(Tensor alike, Tensor near, SymInt count, SymInt at_once, bool fresh) -> Tensor",
+    twin=reference.spread,
+    fake=lambda alike, near, count, *_: near.new_empty(count, dtype=torch.int64),
+)
+def spread(alike, near, count, at_once, fresh, target: Target) -> Tensor:
+    chosen = near.new_empty(count, dtype=torch.int64)
+    near = dense(near)
+    pointers = map(pointer, (alike, near, chosen))
+    raise_error(dispatch.native.spread(*target, *pointers, len(near), count, at_once, alike.stride(0), fresh))
+    return chosen
+
+
+@register(
     "saliency",
     "(Tensor tokens, Tensor index, Tensor? alone, float sharpness, float farthest, float flat) -> Tensor",
     twin=reference.saliency,

@@ -8,7 +8,7 @@ kept, C pooled tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crop.ops.reference_pooling import adaptive_pool
 
-__all__ = ["adaptive_pool", "attention_mass", "compact", "pack", "region_topk", "saliency", "select"]
+__all__ = ["adaptive_pool", "attention_mass", "compact", "pack", "region_topk", "saliency", "select", "spread"]
 
 _INF = float("inf")
 
@@ -317,6 +317,55 @@ def saliency(
         z = (distance - middle) / (spread.sqrt() + flat)
         weight[place] = (sharpness * z.clamp(-farthest, farthest)).exp()
     return weight if alone is None else weight.masked_fill(alone, 1)
+
+
+def spread(
+    alike: Tensor,  # (N, N)
+    near: Tensor,  # (N,)
+    count: int,
+    at_once: int = 1,
+    *,
+    fresh: bool = False,
+) -> Tensor:  # (count,)
+    """Greedy choice of tokens that are least alike: each as far as possible from those chosen before it.
+
+    By rounds: of the tokens not chosen yet the ``at_once`` with the least ``near`` are chosen (as many as are missing in the
+    last round), which do not know of each other; then ``near = max(near, alike[each of them])``. Only compares: -0 equals +0,
+    NaN is the largest, equal ones go to the smaller index.
+
+    Args:
+        alike: (N, N) float32 similarity of each pair; unit last stride, any row stride.
+        near: (N,) float32 similarity to what was chosen before.
+        count: tokens to choose, in [0, N]. at_once: of a round, at least 1.
+        fresh: nothing was chosen before; ``near`` ranks the first round only and is forgotten after it.
+    Returns:
+        (count,) int64 tokens in the order of choice, no gradient.
+    Raises:
+        ValueError: device, rank, shape, stride, count or at_once out of range; more than 8192 tokens on CUDA.
+        TypeError: unsupported dtype.
+    Source: greedy max-min choice (DivPrune, arXiv 2503.02175), several at a time.
+    """
+    return spread_rounds(lambda chosen: alike[chosen], near, count, at_once, fresh)
+
+
+def spread_rounds(alike_to: Callable[[Tensor], Tensor], near: Tensor, count: int, at_once: int, fresh: bool) -> Tensor:
+    """:func:`spread` where no matrix of all pairs exists; alike_to: (k,) tokens -> (k, N) similarity to them."""
+    rank, chosen = _order(near), [near.new_empty(0, dtype=torch.int64)]
+    for start in range(0, count, at_once):
+        chosen.append(rank.argsort(stable=True)[: min(at_once, count - start)])
+        now = _order(alike_to(chosen[-1])).amax(0)
+        rank = now if fresh and start == 0 else torch.maximum(rank, now)
+        rank = rank.index_fill(0, torch.cat(chosen), _CHOSEN)
+    return torch.cat(chosen)
+
+
+_CHOSEN = 2**31 - 1  # behind NaN
+
+
+def _order(values: Tensor) -> Tensor:
+    """int32 that compare as float32 values do: -0 as +0, NaN largest."""
+    bits = (values + 0.0).view(torch.int32)
+    return torch.where(values.isnan(), _CHOSEN - 1, torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
 
 
 def check_index(op: str, name: str, index: Tensor, limit: int, lowest: int | None = 0) -> None:

@@ -105,6 +105,23 @@ class PruneStep:
 
 
 @dataclass(frozen=True)
+class FeatureStep:
+    """Pooling of one image that features decide.
+
+    Args:
+        image: its number in the batch.
+        pooling: what decides; its ``given`` is where the plan is.
+        num_tokens: of the image.
+        places: (num_tokens + M,) int64 flat input positions of its tokens, and of the text after the sample's last image.
+    """
+
+    image: int
+    pooling: FeaturePooling
+    num_tokens: int
+    places: Tensor
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     """Everything one prefill does.
 
@@ -114,7 +131,9 @@ class BatchPlan:
         pool: the pooling, None: there is none.
         prunes: by decoder layer, the cuts at which a token leaves, ascending.
         positions: per image, (N,) int64 pooled positions of its pooled tokens.
-        text: by sample with an image, (M,) int64 input positions of the text after the last one; None where no feature decides.
+        features: the images whose pooling features decide.
+        leader_of: (batch, seq_len) int64 flat input position of the token that leads each token's cell, -1 = in none, and
+            leaders: per image, (N,) int64 those of its pooled tokens, both as planned; None where no feature decides.
         patches: of the images that are pooled by ``saliency_weights``, as by ``patches_of``; None where none is.
     """
 
@@ -123,7 +142,9 @@ class BatchPlan:
     pool: PoolStep | None
     prunes: dict[int, PruneStep]
     positions: list[Tensor]
-    text: dict[int, Tensor] | None = None
+    features: list[FeatureStep]
+    leader_of: Tensor | None = None
+    leaders: list[Tensor] | None = None
     patches: Tensor | None = None
 
     @property
@@ -146,7 +167,9 @@ class BatchPlan:
 
 # What of a plan is on the device; the rest describes single images, and numbers that the host knows.
 _ON_DEVICE = {
-    BatchPlan: ("valid", "pool", "prunes", "positions", "text", "patches"),
+    BatchPlan: ("valid", "pool", "prunes", "positions", "features", "leader_of", "leaders", "patches"),
+    FeatureStep: ("pooling", "places"),
+    FeaturePooling: ("given",),
     PoolStep: ("plan", "kept_index", "slot_of", "source", "alone", "real"),
     PruneStep: (
         "stays",
@@ -197,16 +220,16 @@ def plan_batch(
         valid: (batch, seq_len) bool, False for padding.
         encodings: what the encoder gets of each; None: all of all.
     """
-    encodings = encodings or [None] * len(images)
+    encodings, seq_len = encodings or [None] * len(images), valid.shape[1]
     made = [
         planned(method, layout, region, encoding)
         for (_, layout), region, encoding in zip(images, regions, encodings, strict=True)
     ]
     by_features = [plan if isinstance(plan, FeaturePooling) else None for plan in made]
     plans = [plan if later is None else later.stand_in() for plan, later in zip(made, by_features, strict=True)]
-    pool, real, slot_of, found = None, valid.numpy(), None, []
+    pool, leader_of, real, slot_of, found = None, None, valid.numpy(), None, []
     if any(plan is not None for plan in plans):
-        pool, counts = pool_images(valid, images, plans)
+        pool, counts, leader_of = pool_images(valid, images, plans)
         real, slot_of = pool.real.numpy(), pool.slot_of.numpy()
     else:
         counts = real.sum(1).tolist()
@@ -217,19 +240,29 @@ def plan_batch(
             pooled = replace(pooled, kind=torch.full_like(pooled.kind, PATCH))
         selections = _selections(method, pooled if later is None else layout, region, len(pooled))
         found.append(ImagePlan(sample, layout, plan, pooled, selections, later, encoding))
-    text, prunes = None, {}
+    features, leaders, prunes = [], None, {}
     if any(image.selections or image.by_features for image in found):
         text = _text_after(images, valid.numpy())
         rows = text if pool is None else {sample: slot_of[sample][places] for sample, places in text.items()}
         steps = {cut.layer: _prune_step(cut, found, real, counts, rows) for cut in method.cuts}
         prunes = {layer: step for layer, step in steps.items() if step is not None}
-        text = {sample: torch.from_numpy(places) for sample, places in text.items()} if any(by_features) else None
+        features = [
+            FeatureStep(number, image.by_features, len(image.layout), _flat(image, seq_len, text[image.sample]))
+            for number, image in enumerate(found)
+            if image.by_features is not None
+        ]
+        if features:
+            leaders = [image.leaders + image.sample * seq_len for image in found]
     patches = None
     if pool is not None and method.pool_mode == "distinct":
-        patches = patches_of(
-            [(image.sample, image.encoded) for image in found if image.plan is not None], valid.shape[1]
-        )
-    return BatchPlan(found, valid, pool, prunes, [image.pooled.position for image in found], text, patches)
+        patches = patches_of([(image.sample, image.encoded) for image in found if image.plan is not None], seq_len)
+    positions = [image.pooled.position for image in found]
+    return BatchPlan(found, valid, pool, prunes, positions, features, leader_of if features else None, leaders, patches)
+
+
+def _flat(image: ImagePlan, seq_len: int, text: np.ndarray) -> Tensor:
+    """Flat input positions of the tokens of an image, and of a text of its sample."""
+    return torch.cat([image.layout.position, torch.from_numpy(text)]) + image.sample * seq_len
 
 
 def _pooled(layout: VisionLayout, plan: PoolPlan | None, slot_of: np.ndarray) -> VisionLayout:

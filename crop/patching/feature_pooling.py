@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -29,38 +28,23 @@ def settle(plan: BatchPlan, embeds: Tensor, observed: list[Tensor] | None) -> tu
     Raises:
         TypeError: a method returned something else than an Assignment.
     """
-    pool, (batch, seq_len), device = plan.pool, embeds.shape[:2], embeds.device
-    # Flat position of the token that leads each token's cell.
-    leader = (
-        pool.kept_index.gather(1, pool.slot_of.clamp(min=0)) + seq_len * torch.arange(batch, device=device)[:, None]
-    )
-    leader_of = torch.where(pool.slot_of >= 0, leader, -1).flatten()
+    flat, leader_of, leaders = embeds.flatten(0, 1), plan.leader_of.flatten(), list(plan.leaders)
     decisions: dict[int, Assignment] = {}
-    place: dict[int, Tensor] = {}
-    for number, image in enumerate(plan.images):
-        if image.by_features is None:
-            continue
-        where = place[number] = image.layout.position.to(device, non_blocking=True) + image.sample * seq_len
-        tokens, text = embeds.flatten(0, 1)[where], embeds[image.sample, plan.text[image.sample]]
-        found = image.by_features.decide(Features(tokens, text, None if observed is None else observed[number]))
-        got, count = (
-            len(found.leader) if isinstance(found, Assignment) else type(found).__name__,
-            image.by_features.num_out,
-        )
-        if got != count:
+    for step in plan.features:
+        tokens, text = flat[step.places].split([step.num_tokens, len(step.places) - step.num_tokens])
+        seen = None if observed is None else observed[step.image]
+        found = step.pooling.decide(Features(tokens, text, seen), *step.pooling.given)
+        got = len(found.leader) if isinstance(found, Assignment) else type(found).__name__
+        if got != step.pooling.num_out:
             raise TypeError(
-                f"patch: decide() of a FeaturePooling must return an Assignment of {count} cells, got {got}"
+                f"patch: decide() of a FeaturePooling must return an Assignment of {step.pooling.num_out} cells, got {got}"
             )
-        leader_of[where] = torch.where(found.cell >= 0, where[found.leader][found.cell.clamp(min=0)], -1)
-        decisions[number] = found
+        place = step.places[: step.num_tokens]
+        decisions[step.image], leaders[step.image] = found, place[found.leader]
+        # The entry behind the last leader is that of tokens in no cell, -1.
+        leader_of = leader_of.scatter(0, place, pad(leaders[step.image], (0, 1), value=-1)[found.cell])
     # The same number of cells as planned, elsewhere.
-    pool = pool_step(leader_of.view(batch, seq_len), pool.kept_index.shape[1], pool.full)
-    leaders = [
-        place[number][decisions[number].leader]
-        if number in decisions
-        else image.leaders.to(device) + image.sample * seq_len
-        for number, image in enumerate(plan.images)
-    ]
+    pool = pool_step(leader_of.view(plan.valid.shape), plan.pool.kept_index.shape[1], plan.pool.full)
     positions = [pool.slot_of.flatten()[one] for one in leaders]
     prunes = {layer: _settled(step, pool.real, positions, decisions) for layer, step in plan.prunes.items()}
     return replace(plan, pool=pool, positions=positions, prunes=prunes), decisions

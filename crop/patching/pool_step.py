@@ -41,8 +41,8 @@ class PoolStep:
 
 def pool_images(
     valid: Tensor, images: Sequence[tuple[int, VisionLayout]], plans: Sequence[PoolPlan | None]
-) -> tuple[PoolStep, list[int]]:
-    """The pooling of a batch, and the pooled tokens of each sample; on the CPU.
+) -> tuple[PoolStep, list[int], Tensor]:
+    """The pooling of a batch, the pooled tokens of each sample, and ``leader_of`` of ``pool_step``; on the CPU.
 
     Args:
         valid: (batch, seq_len) bool, what is no padding. images: (sample, layout) each. plans: of each, None: not pooled.
@@ -61,7 +61,7 @@ def pool_images(
         rows = [(sample, layout.address, plan.address) for sample, layout, plan in pooled]
         leader_of, counts = planner.plan_leaders(valid.numpy(), rows)
         leader_of = torch.from_numpy(leader_of)
-    return pool_step(leader_of, max(counts), min(counts) == max(counts)), counts
+    return pool_step(leader_of, max(counts), min(counts) == max(counts)), counts, leader_of
 
 
 def pool_step(leader_of: Tensor, width: int, full: bool) -> PoolStep:

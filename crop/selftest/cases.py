@@ -199,6 +199,27 @@ def region_plan(side: int) -> PoolPlan:
     return build_plan(layout, level, (1, 2, 4))
 
 
+def spread_cases(device: torch.device, full: bool) -> Iterator[Case]:
+    """A ninth of the tokens of an image, as pooling by features chooses them: 64 rounds at most."""
+    for length in (576, 2304, 4096):
+        tokens = _fit(length, full)
+        rows = torch.nn.functional.normalize(torch.randn(tokens, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+        alike = rows @ rows.T
+        count = tokens // 9
+        at_once = -(-count // 64)
+        given = (alike, alike[0], count, at_once)
+        expected = ops.reference.spread(*given).tolist()  # on the CPU: a product on the device may round otherwise
+
+        def error(chosen: Tensor, expected: list[int] = expected) -> float:
+            return sum(a != b for a, b in zip(chosen.tolist(), expected, strict=True)) / len(expected)
+
+        inputs = dict(zip(("alike", "near", "count", "at_once"), given, strict=True))
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        moved = 4.0 * length * (length // 9)
+        yield Case("spread", f"N{length} k{length // 9}", partial(ops.spread, **inputs), error, moved,
+                   size={"tokens": length}, inputs=inputs)  # fmt: skip
+
+
 def saliency_cases(device: torch.device, full: bool) -> Iterator[Case]:
     """Weights of every image of a batch."""
     g = torch.Generator(device).manual_seed(0)
@@ -266,6 +287,7 @@ CASES: dict[str, Callable[[torch.device, bool], Iterator[Case]]] = {
     "select": select_cases,
     "pack": pack_cases,
     "compact": compact_cases,
+    "spread": spread_cases,
     "saliency": saliency_cases,
     "pool": pool_cases,
 }

@@ -61,6 +61,12 @@ def option_calls(device: torch.device) -> Iterator[tuple[str, str, Call]]:
         "two images of a sample",
         partial(ops.pack, places > 60, 40, kept=places[:, 5:20] * 2, sample=start * 0),
     )
+    rows = normal(10000).unfold(0, 5000, 1)  # a number further each
+    for tokens in (70, 5000):  # a kernel each
+        part = rows[:tokens, :tokens]
+        yield "spread", f"{tokens} tokens", partial(ops.spread, part, part[0], 30, 4)
+    ties = normal(71, 70).round().masked_fill(places[0] % 9 == 5, torch.nan)
+    yield "spread", "ties, NaN, fresh", partial(ops.spread, ties[1:], ties[0], 70, 3, fresh=True)
     for kind in (torch.bool, torch.int16, torch.float32, torch.int64):
         yield (
             "compact",

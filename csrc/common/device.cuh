@@ -98,6 +98,12 @@ DEV void store_piece(T* to, const Piece<T>& piece, int64_t left, bool aligned) {
     }
 }
 
+// Order-preserving: unsigned comparison of keys = comparison of floats that are no NaN; -0 as +0.
+DEV uint32_t order_key(float x) {
+    const uint32_t raw = x == 0.0f ? 0u : __float_as_uint(x);
+    return raw & 0x80000000u ? ~raw : raw | 0x80000000u;
+}
+
 // Sum of `value` over the lanes up to this one.
 DEV int warp_scan(int value) {
     const int lane = threadIdx.x % 32;

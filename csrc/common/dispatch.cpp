@@ -17,13 +17,14 @@ namespace crop {
     int pack(const PackParams&, int threads);                                \
     int compact(const CompactParams&, int threads);                          \
     int invert_index(const InverseParams&, int threads);                     \
+    int spread(const SpreadParams&, int threads);                            \
     int saliency(const SaliencyParams&, int threads);                        \
     int adaptive_pool(const PoolParams&, int threads);                       \
     int adaptive_pool_backward(const PoolBackwardParams&, int threads);      \
     }
 #define CROP_KERNELS(isa)                                                                                        \
     {#isa, isa::attention_mass, isa::attention_mass_scratch, isa::select, isa::pack, isa::compact,               \
-     isa::invert_index, isa::saliency, isa::adaptive_pool, isa::adaptive_pool_backward}
+     isa::invert_index, isa::spread, isa::saliency, isa::adaptive_pool, isa::adaptive_pool_backward}
 
 CROP_DECLARE(baseline)
 #if defined(__x86_64__)
@@ -41,6 +42,7 @@ struct Kernels {
     int (*pack)(const PackParams&, int);
     int (*compact)(const CompactParams&, int);
     int (*invert_index)(const InverseParams&, int);
+    int (*spread)(const SpreadParams&, int);
     int (*saliency)(const SaliencyParams&, int);
     int (*adaptive_pool)(const PoolParams&, int);
     int (*adaptive_pool_backward)(const PoolBackwardParams&, int);
@@ -109,6 +111,7 @@ int launch_select_cpu(const SelectParams& p, int threads) { return active->selec
 int launch_pack_cpu(const PackParams& p, int threads) { return active->pack(p, threads); }
 int launch_compact_cpu(const CompactParams& p, int threads) { return active->compact(p, threads); }
 int launch_invert_index_cpu(const InverseParams& p, int threads) { return active->invert_index(p, threads); }
+int launch_spread_cpu(const SpreadParams& p, int threads) { return active->spread(p, threads); }
 int launch_saliency_cpu(const SaliencyParams& p, int threads) { return active->saliency(p, threads); }
 int launch_adaptive_pool_cpu(const PoolParams& p, int threads) { return active->adaptive_pool(p, threads); }
 int launch_adaptive_pool_backward_cpu(const PoolBackwardParams& p, int threads) {

@@ -77,6 +77,16 @@ struct InverseParams {
     int64_t batch, num_kept, num_tokens;
 };
 
+// The tokens of an image that are least alike: by rounds the `at_once` with the least `near` (NaN last, then the smaller token) that
+// are not chosen yet, after which near = max(near, alike[each of the round]); fresh: after the first one that without `near`.
+struct SpreadParams {
+    const float* alike;  // (num_tokens, num_tokens), rows `row_stride` apart
+    const float* near;   // (num_tokens,)
+    int64_t* chosen;     // (count,), in the order of choice
+    int64_t num_tokens, count, at_once, row_stride;  // count <= num_tokens, at_once >= 1
+    bool fresh;
+};
+
 // Weights of the tokens of an image by how far they are from its mean, in standard deviations; 1 for all other tokens.
 struct SaliencyParams {
     const void* tokens;    // (num_tokens, dim), rows `token_stride` apart
@@ -119,6 +129,7 @@ int launch_select_cpu(const SelectParams& params, int threads);
 int launch_pack_cpu(const PackParams& params, int threads);
 int launch_compact_cpu(const CompactParams& params, int threads);
 int launch_invert_index_cpu(const InverseParams& params, int threads);
+int launch_spread_cpu(const SpreadParams& params, int threads);
 int launch_saliency_cpu(const SaliencyParams& params, int threads);
 int launch_adaptive_pool_cpu(const PoolParams& params, int threads);
 int launch_adaptive_pool_backward_cpu(const PoolBackwardParams& params, int threads);
@@ -130,6 +141,7 @@ int launch_select(const SelectParams* params, Stream stream);
 int launch_pack(const PackParams* params, Stream stream);
 int launch_compact(const CompactParams* params, Stream stream);
 int launch_invert_index(const InverseParams* params, Stream stream);
+int launch_spread(const SpreadParams* params, Stream stream);
 int launch_saliency(const SaliencyParams* params, Stream stream);
 int launch_adaptive_pool(const PoolParams* params, Stream stream);
 int launch_adaptive_pool_backward(const PoolBackwardParams* params, Stream stream);

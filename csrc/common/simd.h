@@ -47,6 +47,11 @@ inline To bits(From v) {
 
 inline Vec splat(float x) { return x - Vec{}; }  // minus keeps -0
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+// Order-preserving: unsigned comparison of keys = comparison of floats that are no NaN; -0 as +0.
+inline UVec order_key(Vec x) {
+    const IVec raw = bits<IVec>(x + 0.0f);
+    return bits<UVec>(raw ^ (raw >> 31 | INT32_MIN));
+}
 inline Vec keep_where(IVec mask, Vec v) { return bits<Vec>(bits<IVec>(v) & mask); }
 
 // Sum of the lanes, pairwise in a fixed order.

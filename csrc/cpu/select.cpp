@@ -16,12 +16,7 @@ constexpr int64_t kGroup = 64;             // tokens whose comparisons fill one 
 constexpr int64_t kStackTokens = 1 << 14;  // keys of so many tokens live on the stack
 constexpr int kMaxDigitBits = 11;          // three rounds at most; few tokens take narrower digits, which clear faster
 
-// Order-preserving: unsigned comparison of keys = comparison of floats; -0 as +0, NaN as -inf.
-UVec order_key(Vec x) {
-    x = x == x ? x : splat(-__builtin_inff());
-    const IVec raw = bits<IVec>(x + 0.0f);
-    return bits<UVec>(raw ^ (raw >> 31 | INT32_MIN));
-}
+UVec score_key(Vec x) { return order_key(x == x ? x : splat(-__builtin_inff())); }
 
 int64_t padded(int64_t count) { return (count + kGroup - 1) / kGroup * kGroup; }
 
@@ -30,12 +25,12 @@ void make_keys(const float* score, const float* weight, int64_t count, uint32_t*
     int64_t n = 0;
     for (; n + kLanes <= count; n += kLanes) {
         const Vec x = load<Vec>(score + n);
-        store(key + n, order_key(weight ? x * load<Vec>(weight + n) : x));
+        store(key + n, score_key(weight ? x * load<Vec>(weight + n) : x));
     }
     if (n < count) {
         Vec x = Vec{};
         for (int64_t i = n; i < count; ++i) x[i - n] = weight ? score[i] * weight[i] : score[i];
-        store(key + n, order_key(x));
+        store(key + n, score_key(x));
     }
     for (n = count; n < padded(count); ++n) key[n] = kNever;
 }

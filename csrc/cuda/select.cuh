@@ -18,12 +18,7 @@ struct Budgets {
     int keep[kBudgets];
 };
 
-// Order-preserving: unsigned comparison of keys = comparison of floats; -0 as +0, NaN as -inf.
-DEV uint32_t order_key(float x) {
-    if (x != x) x = -kInf;
-    const uint32_t raw = x == 0.0f ? 0u : __float_as_uint(x);
-    return raw & 0x80000000u ? ~raw : raw | 0x80000000u;
-}
+DEV uint32_t score_key(float x) { return order_key(x == x ? x : -kInf); }
 
 // The keys of a slab of one image. A warp owns consecutive tokens, a lane four neighbours in every 128 of them. A row that
 // fits into one slab stays in registers (kResident); a longer one is read again, slab by slab, whenever it is visited.
@@ -73,7 +68,7 @@ struct Candidates {
         }
         load_ranks(slab);
         UNROLL
-        for (int i = 0; i < kItems; ++i) key[i] = order_key(value[i]);
+        for (int i = 0; i < kItems; ++i) key[i] = score_key(value[i]);
     }
     DEV void load_four(const float* from, int n, float* four) const {
         if (vectors && n < count) {

@@ -40,6 +40,7 @@ OPERATORS = (
     "pack",
     "compact",
     "invert_index",
+    "spread",
     "saliency",
     "adaptive_pool",
     "adaptive_pool_backward",

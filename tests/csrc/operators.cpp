@@ -115,6 +115,16 @@ int __wrap_launch_invert_index(const InverseParams* params, Stream stream) {
     return __real_launch_invert_index(&p, stream);
 }
 
+int __real_launch_spread(const SpreadParams*, Stream);
+int __wrap_launch_spread(const SpreadParams* params, Stream stream) {
+    SpreadParams p = *params;
+    Device device;
+    device.take("alike", p.alike, sizeof(float), p.num_tokens, {{p.num_tokens, p.row_stride}}, false);
+    device.in("near", p.near, p.num_tokens);
+    device.out("chosen", p.chosen, p.count);
+    return __real_launch_spread(&p, stream);
+}
+
 int __real_launch_saliency(const SaliencyParams*, Stream);
 int __wrap_launch_saliency(const SaliencyParams* params, Stream stream) {
     SaliencyParams p = *params;
@@ -179,6 +189,7 @@ int launch_select_cpu(const SelectParams&, int) { return kBadArgument; }
 int launch_pack_cpu(const PackParams&, int) { return kBadArgument; }
 int launch_compact_cpu(const CompactParams&, int) { return kBadArgument; }
 int launch_invert_index_cpu(const InverseParams&, int) { return kBadArgument; }
+int launch_spread_cpu(const SpreadParams&, int) { return kBadArgument; }
 int launch_saliency_cpu(const SaliencyParams&, int) { return kBadArgument; }
 int launch_adaptive_pool_cpu(const PoolParams&, int) { return kBadArgument; }
 int launch_adaptive_pool_backward_cpu(const PoolBackwardParams&, int) { return kBadArgument; }

@@ -1,5 +1,5 @@
 """The CUDA kernels on the emulator beyond test_ops*.py (which run there forward): another schedule, the sanitizer build, lengths
-and indices on the device that lie, the traffic, and every barrier removed once."""
+and indices on the device that lie, and every barrier removed once."""
 
 from __future__ import annotations
 
@@ -170,6 +170,29 @@ def compact_lies(run: Backend) -> None:
     same(run(torch.ops.crop.invert_index.default, index, 7), reference.invert_index(index, 7))
 
 
+def spread_sizes(run: Backend) -> None:
+    """A warp and several, full and not; one round and many; ties, NaN and rows that lie apart."""
+    for tokens, count, at_once, fresh in (
+        (1, 1, 3, False),
+        (33, 33, 4, True),
+        (140, 60, 1, False),
+        (300, 90, 40, True),
+    ):
+        alike = torch.randint(-3, 4, (tokens + 1, tokens + 5)).float()
+        alike[alike == 3] = torch.nan
+        args = alike[:-1, 5:], alike[-1, 5:], count, at_once
+        same(run(ops.spread, *args, fresh=fresh), reference.spread(*args, fresh=fresh))
+
+
+def spread_many(run: Backend) -> None:
+    """Eight tokens a thread, and one too many; rows overlap, a number further each."""
+    rows = torch.randint(0, 50, (8193 * 2,)).float().unfold(0, 8193, 1)
+    args = rows[:8192, :8192], rows[7, :8192], 9, 4
+    same(run(ops.spread, *args), reference.spread(*args))
+    with pytest.raises(ValueError, match="spread: num_tokens must be at most 8192 on CUDA, got 8193"):
+        run(ops.spread, rows[:8193], rows[0], 9, 4)
+
+
 def saliency_sizes(run: Backend) -> None:
     """Whole and odd rows of memory, fewer and more tokens than a block has threads."""
     for dtype, tokens, dim, stride in ((BF16, 40, 72, 72), (F32, 33, 5, 7), (F16, 1100, 8, 8), (BF16, 9, 530, 530)):
@@ -238,7 +261,7 @@ def pool_lies(run: Backend) -> None:
 CASES: dict[str, Callable[[Backend], None]] = {
     case.__name__: case
     for case in (mass_sizes, mass_staged, mass_ragged, mass_lies, select_sizes, select_middling, select_large, pack_slabs, pack_lies, compact_types, compact_lies,
-                 saliency_sizes, saliency_lies, pool_modes, pool_lies)
+                 spread_sizes, spread_many, saliency_sizes, saliency_lies, pool_modes, pool_lies)
 }  # fmt: skip
 RUNS = {  # test_ops*.py have the race build, forward
     "race-random": Backend("native", emulated=Emulated("race", "random", 7)),
@@ -298,51 +321,6 @@ def test_clusters_change_no_bit(sizes: tuple[int, ...], images: int, blocks: tup
     assert tuple(seen[:2]) == blocks and seen[0] <= seen[2] <= 2 * seen[0]
 
 
-# --- traffic ----------------------------------------------------------------------------------------------------------
-
-
-def test_traffic_against_the_floor() -> None:
-    """Global bytes of each kernel: what must be read and written at least is, once; what a kernel reads again is bounded."""
-    if emulator.missing():
-        pytest.skip(emulator.missing())
-    emulated = Emulated()
-    run = Backend("native", emulated=emulated)
-
-    def measure(function: Callable[..., object], *args: object, **kwargs: object) -> tuple[int, int, int, int]:
-        emulated.statistics()
-        run(function, *args, **kwargs)
-        counts = emulated.statistics().values()
-        return tuple(sum(c[k] for c in counts) for k in ("read", "read_distinct", "written", "written_distinct"))
-
-    kept = torch.arange(0, 300, 3).expand(2, 100).contiguous()
-    hidden, ids = torch.randn(2, 300, 72), torch.arange(600).view(2, 300)
-    read, distinct, written, once = measure(ops.compact, [hidden, ids], kept, token_dim=[1, 1])
-    rows = 2 * 100 * (72 * 4 + 8)
-    assert (
-        (written, once) == (rows, rows) and distinct == rows + 1600 and read == rows + 2 * 1600
-    )  # per tensor an index
-
-    score = torch.randn(2, 900)
-    assert measure(ops.select, score, 200) == (2 * 900 * 4, 2 * 900 * 4, 2 * 200 * 8, 2 * 200 * 8)
-
-    plan, tokens = random_plan(400, 100), torch.randn(400, 64).bfloat16()
-    read, distinct, written, once = measure(ops.adaptive_pool, tokens, plan)
-    assert distinct == tokens.nbytes + plan.members.nbytes + plan.offsets.nbytes and written == once == 100 * 64 * 2
-    assert read <= tokens.nbytes + 8 * (plan.members.nbytes + 2 * plan.offsets.nbytes)  # by the 8 threads of a row
-
-    query, key = mass_inputs(1, 8, 2, 4, 256, 128, dtype=BF16)
-    index = torch.arange(256)[None]
-    read, distinct, written, once = measure(ops.attention_mass, query, key, index, lse=torch.full((1, 8, 4), 3.0))
-    assert distinct == key.nbytes + query.nbytes + index.nbytes + 8 * 4 * 4 and written == once == 256 * 4
-    blocks = -(-256 // 16)
-    assert read - key.nbytes <= blocks * 2 * (query.nbytes + 8 * index.nbytes)  # K once; the queries per block
-
-    query, key = mass_inputs(1, 4, 4, 121, 720, 256, dtype=BF16)
-    read = measure(ops.attention_mass, query, key, torch.arange(720)[None], lse=torch.full((1, 4, 121), 6.0))[0]
-    tiles = -(-720 // 64)  # of four warps, which share queries; the units of a head are shared out in two
-    assert tiles * query.nbytes <= read - 2 * key.nbytes <= 1.2 * tiles * query.nbytes
-
-
 # --- barriers ---------------------------------------------------------------------------------------------------------
 
 SYNC = re.compile(r"__syncthreads\w*\(|__syncwarp\(|cluster_sync\w*\(")
@@ -365,7 +343,7 @@ def test_no_barrier_can_go(file: str, line: int) -> None:
     """Without any one barrier the race build complains, or a value is wrong."""
     op = next(
         name
-        for name in ("attention_mass", "select", "pack", "compact", "saliency", "adaptive_pool")
+        for name in ("attention_mass", "select", "pack", "compact", "spread", "saliency", "adaptive_pool")
         if file.startswith(name)
     )
     prefix = {"attention_mass": "mass", "adaptive_pool": "pool"}.get(op, op)

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
-from crop.methods import Compose, InnerLLMPruning, Method
+from crop.methods import Method
 from crop.methods.base import Assignment, FeaturePooling, Features
 from crop.methods.baselines import (
     BASELINES,
@@ -39,8 +39,6 @@ from tests.support.cases import (
     get_oracle,
     greedy,
     patched,
-    regions_for,
-    regions_of,
 )
 from tests.support.families.entry import NUM_LAYERS
 from tests.support.masked_tower import class_token_attention
@@ -342,7 +340,7 @@ def test_hiprune_keeps_anchors_their_neighbours_and_registers():
         kept |= {8 * r + c for r, c in ((row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1))
                  if 0 <= r < 6 and 0 <= c < 8}  # fmt: skip
     rest = sorted((n for n in range(48) if n not in kept), key=lambda n: -last[n])
-    assert plan.decide(given).leader.tolist() == sorted([*kept, *rest[: 20 - len(kept)]])
+    assert plan.decide(given, *plan.given).leader.tolist() == sorted([*kept, *rest[: 20 - len(kept)]])
     assert HiPrune().depths(22) == (8, 22)  # CLIP of LLaVA-1.5: the ninth layer and the last but one
 
 
@@ -378,5 +376,3 @@ def test_impossible_promises_are_refused(num_out, num_tokens):
     plan = FeaturePooling(num_out, num_tokens, lambda features: Assignment.of_kept(torch.arange(4), 64))
     with pytest.raises(ValueError, match=r"^patch: "), patched(model, Promise(plan), batch):
         model(**batch.inputs)
-
-

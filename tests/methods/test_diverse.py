@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from crop import ops
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
-from crop.methods import Compose, DiverseCompression, InnerLLMPruning, by_name
+from crop.methods import Compose, DiverseCompression, InnerLLMPruning, by_name, diverse
 from crop.methods.base import Assignment, Features
 from crop.methods.diverse import ROUNDS, spread
 from tests.support.batches import standard_batch
@@ -39,7 +40,8 @@ def tokens(dim: int = 12, seed: int = 0) -> torch.Tensor:
 
 
 def decided(method: DiverseCompression, region: Region, rows: torch.Tensor) -> Assignment:
-    return method.plan(GRID, region).decide(Features(rows, rows[:2]))
+    plan = method.plan(GRID, region)
+    return plan.decide(Features(rows, rows[:2]), *plan.given)
 
 
 def plainly(rows: torch.Tensor, members: list[int], others: list[int], count: int) -> list[int]:
@@ -75,19 +77,32 @@ def test_equals_a_plain_loop(region, keep):
 def test_many_are_chosen_in_few_rounds():
     rows = torch.nn.functional.normalize(torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
     count = 3 * ROUNDS - 1
-    chosen = spread(rows, rows[:1], count)
+    chosen, nearest = spread(rows, rows[:1], count)
     assert len(set(chosen.tolist())) == count
     near = (rows @ rows[:1].T).amax(1)
     assert chosen[:3].tolist() == near.argsort()[:3].tolist()  # a round of three, which do not know of each other
     near = torch.maximum(near, (rows @ rows[chosen[:3]].T).amax(1))
     near[chosen[:3]] = torch.inf
     assert chosen[3:6].tolist() == near.argsort()[:3].tolist()
+    assert nearest.tolist() == (rows @ rows[chosen].T).argmax(1).tolist()
+
+
+@pytest.mark.parametrize("others", [0, 3])
+@pytest.mark.parametrize("count", [5, 2 * ROUNDS + 7])
+def test_without_all_pairs_it_chooses_the_same(others, count, monkeypatch):
+    """Of very many tokens no matrix of all pairs is made. Whole numbers, so that no product rounds."""
+    rows = torch.randint(-9, 10, (300, 7), generator=torch.Generator().manual_seed(count)).float()
+    wanted = spread(rows, rows[:others], count)
+    monkeypatch.setattr(diverse, "PAIRS", 299)
+    monkeypatch.setattr(ops, "spread", None)
+    for found, expected in zip(spread(rows, rows[:others], count), wanted, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_ties_go_to_the_smaller_index():
     rows = torch.eye(4).repeat(12, 1)  # token n equals n + 4, n + 8, ...
     assert decided(DiverseCompression(4), Region.whole(), rows).leader.tolist() == [0, 1, 2, 3]
-    chosen = spread(rows, rows[2:3], 3)
+    chosen, _ = spread(rows, rows[2:3], 3)
     assert chosen.tolist() == [0, 1, 3]
 
 

@@ -121,7 +121,7 @@ def test_both_stages_end_with_keep_of_the_original_tokens(layout, region, keep):
     plan = method.plan(layout, region)
     if plan is not None:
         assert plan.num_out == max(1, round(keep**POOL_SHARE * len(layout)))
-        leader = plan.decide(Features(torch.randn(len(layout), 4), torch.randn(2, 4))).leader
+        leader = plan.decide(Features(torch.randn(len(layout), 4), torch.randn(2, 4)), *plan.given).leader
         assert len(leader) == plan.num_out and (leader.diff() > 0).all()
         layout = layout.take(leader)
     selection = method.select(layout, region)

@@ -46,6 +46,7 @@ def operator_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         "select": (ops.select, (scores, list(range(0, 2000, 50))), {}),
         "pack": (ops.pack, (scores > 0.5, 3000), {"kept": torch.arange(40)[:, None]}),
         "compact": (ops.compact, ([hidden, hidden[..., 0].contiguous()], kept), {}),
+        "spread": (ops.spread, (tokens[:200], tokens[0], 90, 4), {"fresh": True}),
         "saliency": (ops.saliency, (tokens, torch.arange(2000).view(4, 500)), {}),
         "pool mean": (ops.adaptive_pool, (tokens, plan), {}),
         "pool weighted": (ops.adaptive_pool, (tokens, plan, "weighted", torch.rand(2000)), {}),
@@ -112,6 +113,7 @@ def test_opcheck() -> None:
     check(crop.pack.default, (score > 0, 30, index[:1, :4], torch.tensor([1])))
     check(crop.compact.default, ([hidden, hidden.detach().transpose(1, 2)], index[:, ::3].contiguous(), [1, 2]))
     check(crop.invert_index.default, (index, 40))
+    check(crop.spread.default, (score.mT @ score, score[0], 9, 2, True))
     check(crop.saliency.default, (tokens.detach(), index[:, ::2], tokens[:, 0] > 0, 4.0, 8.0, 1e-3))
     for mode in MODES:
         w = weight if mode == "weighted" else None
@@ -139,6 +141,7 @@ Q, K = mass_inputs(2, 4, 2, 3, 20, 8)
 V = torch.arange(10).expand(2, 10)
 PLAN = random_plan(10, 4)
 X = torch.randn(10, 4)
+A = torch.randn(10, 10)
 BAD = [  # call, exception, what the message must say
     (lambda: ops.attention_mass(Q.double(), K.double(), V), TypeError, "query must be float32 or bfloat16 or float16, got"),
     (lambda: ops.attention_mass(Q, K.half(), V), TypeError, "key must be float32, got torch.float16"),
@@ -190,6 +193,19 @@ BAD = [  # call, exception, what the message must say
     (lambda: ops.compact([K.unsqueeze(-1)[..., ::2, :]], V, token_dim=2), ValueError, "must be contiguous after axis 2"),
     (lambda: ops.compact([torch.zeros(2, 3, 4, 20)[:, :, :3]], V, token_dim=3), ValueError, "axes 1..2 that merge into one"),
     (lambda: ops.compact([K.to("meta")], V, token_dim=2), ValueError, r"tensors\[0\] must be on cpu, got meta"),
+    (lambda: ops.spread(A.double(), A[0], 3), TypeError, "spread: alike must be float32, got torch.float64"),
+    (lambda: ops.spread(A, A[0].int(), 3), TypeError, "spread: near must be float32, got torch.int32"),
+    (lambda: ops.spread(A[:9], A[0], 3), ValueError, r"spread: alike must have shape \(10, 10\), got \(9, 10\)"),
+    (lambda: ops.spread(A[0], A[0], 3), ValueError, r"spread: alike must have 2 dimensions, got shape \(10,\)"),
+    (lambda: ops.spread(A, A, 3), ValueError, r"spread: near must have 1 dimensions, got shape \(10, 10\)"),
+    (lambda: ops.spread(A.T, A[0], 3), ValueError, r"spread: alike must have a last stride of 1, got strides \(1, 10\)"),
+    (lambda: ops.spread(A.to("meta"), A[0], 3), ValueError, "spread: alike must be on cpu, got meta"),
+    (lambda: ops.spread(A, A[0], 11), ValueError, r"spread: count must be in \[0, num_tokens=10\], got 11"),
+    (lambda: ops.spread(A[:0, :0], A[0, :0], 1), ValueError, r"spread: count must be in \[0, num_tokens=0\], got 1"),
+    (lambda: ops.spread(A, A[0], -1), ValueError, r"spread: count must be in \[0, num_tokens=10\], got -1"),
+    (lambda: ops.spread(A, A[0], 0.5), TypeError, "spread: count must be an int, got 0.5"),
+    (lambda: ops.spread(A, A[0], 3, 0), ValueError, "spread: at_once must be at least 1, got 0"),
+    (lambda: ops.spread(A, A[0], 3, True), TypeError, "spread: at_once must be an int, got True"),
     (lambda: ops.saliency(X.double(), V), TypeError, "saliency: tokens must be float32 or bfloat16 or float16, got"),
     (lambda: ops.saliency(X, V + 1), ValueError, "saliency: index must be at least -1 and less than 10, got 10"),
     (lambda: ops.saliency(X, V - 2), ValueError, "saliency: index must be at least -1 and less than 10, got -2"),
@@ -231,6 +247,8 @@ def test_memory_is_protected_below_the_checks() -> None:
         torch.ops.crop.adaptive_pool(X, plan.members, plan.offsets + 100, None, None, "mean")
     with pytest.raises(ValueError, match="num_keep must be in"):
         torch.ops.crop.select(V.float(), [11, 0], None, None, None)
+    with pytest.raises(ValueError, match="count must be in"):
+        torch.ops.crop.spread(A, A[0], 11, 1, False)
     assert dispatch.native.set_isa("mmx") < 0 and "set_isa" in dispatch.native.last_error()
 
 

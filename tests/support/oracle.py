@@ -307,7 +307,7 @@ class Oracle:
             tower = getattr(self.model.model, self.family.tower)
             observed = class_token_attention(tower, image.arguments["pixel_values"], method)
         mine = [spans[number][n] for n in known]
-        found = plan.decide(Features(rows[mine], rows[spans[-1][-1] + 1 :], observed))
+        found = plan.decide(Features(rows[mine], rows[spans[-1][-1] + 1 :], observed), *plan.given)
         cell = found.cell.tolist()
         return tuple(
             (tuple(known[n] for n, c in enumerate(cell) if c == own), known[leader])

@@ -44,14 +44,16 @@ class HiPrune(ByTowerAttention):
         return round(feature * 3 / 8), feature
 
     def pool(self, layout: VisionLayout, count: int) -> FeaturePooling:
-        beside = neighbours(layout)
-        return FeaturePooling(count, len(layout), lambda features: self._decide(features, count, beside))
+        def decide(features: Features, beside: Tensor) -> Assignment:
+            return self._decide(features, count, beside)
+
+        return FeaturePooling(count, len(layout), decide, (neighbours(layout),))
 
     def _decide(self, features: Features, count: int, beside: Tensor) -> Assignment:
         middle, last = features.observed.unbind(1)
         anchors = middle.argsort(descending=True, stable=True)[: int(count * self.anchored / 5)]
         # Anchors and buffers before all others, each group by the last layer's attention.
         tier = torch.zeros_like(last, dtype=torch.int64)
-        tier.index_fill_(0, beside.to(tier.device, non_blocking=True)[anchors].flatten(), 1).index_fill_(0, anchors, 2)
+        tier.index_fill_(0, beside[anchors].flatten(), 1).index_fill_(0, anchors, 2)
         order = last.argsort(descending=True, stable=True)
         return Assignment.of_kept(order[tier[order].argsort(descending=True, stable=True)[:count]], len(last))

@@ -89,7 +89,7 @@ class PoolingHook(ModelHook):
 
     def _pool_call(self, state: ForwardState, call: hf.DecoderCall) -> None:
         """Embeddings, further levels of vision features and position ids of the cells."""
-        if state.plan.text is not None:
+        if state.plan.features:
             self._settle(state, call.embeds)
         pool = state.plan.pool
         mode, weight = self.method.pool_mode, None
