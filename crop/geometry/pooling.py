@@ -194,14 +194,11 @@ class PoolPlan:
             leader: (num_out,) int64, ascending, ``cell[leader[i]] == i``.
         """
         num_out = len(leader)
-        place = torch.where(cell < 0, num_out, cell)
-        count = torch.zeros(num_out + 1, dtype=torch.int64, device=cell.device)
-        count.scatter_add_(0, place, torch.ones_like(place))
-        offsets = torch.nn.functional.pad(count[:-1].cumsum(0), (1, 0))
-        members = place.argsort(stable=True)
+        place, members = cell.masked_fill(cell < 0, num_out).sort(stable=True)
+        offsets = torch.searchsorted(place, torch.arange(num_out + 1, device=cell.device), out_int32=True)
         return PoolPlan(
             members=(members[: int(offsets[-1])] if cell.is_cpu else members).int(),
-            offsets=offsets.int(),
+            offsets=offsets,
             leader=leader.int(),
             level=torch.zeros(num_out, dtype=torch.uint8, device=cell.device),
             num_tokens=len(cell),

@@ -54,8 +54,7 @@ def _settled(step: PruneStep, real: Tensor, positions: list[Tensor], decisions: 
     """A cut, for the tokens that are left."""
     candidates, priority = step.candidates.clone(), step.priority.clone()
     weight = None if step.weight is None else step.weight.clone()
-    # One spare column at the end swallows the fillers.
-    stays = pad(real, (0, 1))
+    stays = real.clone()
     for row, (number, sample) in enumerate(zip(step.images, step.owners, strict=True)):
         count = len(positions[number])
         candidates[row, :count] = positions[number]
@@ -64,5 +63,5 @@ def _settled(step: PruneStep, real: Tensor, positions: list[Tensor], decisions: 
             priority[row, :count] = of_token[decisions[number].leader]
             if factor is not None:
                 weight[row, :count] = factor[decisions[number].leader]
-        stays[sample, positions[number]] = False
-    return replace(step, stays=stays[:, :-1], candidates=candidates, priority=priority, weight=weight)
+        stays[sample].index_fill_(0, positions[number], False)
+    return replace(step, stays=stays, candidates=candidates, priority=priority, weight=weight)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from crop import backend, ops
 from crop.geometry.layout import VisionLayout
@@ -77,11 +78,11 @@ def pool_step(leader_of: Tensor, width: int, full: bool) -> PoolStep:
     flat = leader_of.flatten()
     leads = flat == torch.arange(len(flat), device=flat.device)
     kept_index, slot = ops.pack(leads.view(batch, seq_len), width)
-    slot_of = torch.where(flat >= 0, slot.flatten()[flat.clamp(min=0)], -1).view(batch, seq_len)
-    source = (slot_of.clamp(min=0) + torch.arange(batch, device=flat.device).unsqueeze(1) * width).flatten()
-    cell = torch.where(slot_of.flatten() >= 0, source, -1)
-    plan = PoolPlan.from_cells(cell, kept_index.flatten())
-    alone = (plan.counts[source] == 1) & (cell >= 0)
+    slot_of = pad(slot.flatten(), (0, 1), value=-1)[flat].view(batch, seq_len)  # of -1 the last entry
+    first = torch.arange(0, batch * width, width, device=flat.device).unsqueeze(1)
+    source, nowhere = (slot_of.clamp(min=0) + first).flatten(), slot_of.flatten() < 0
+    plan = PoolPlan.from_cells(source.masked_fill(nowhere, -1), kept_index.flatten())
+    alone = (plan.counts[source] == 1).masked_fill(nowhere, False)
     return PoolStep(plan, kept_index, slot_of, source, alone, kept_index >= 0, full)
 
 

@@ -64,13 +64,13 @@ def test_a_batch(images, data):
     plans[0] = plans[0] or PoolPlan.identity(len(images[0][0]))
     valid = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-    def found() -> tuple[PoolStep, list[int]]:
+    def found() -> tuple[PoolStep, list[int], torch.Tensor]:
         return pool_images(valid, placed, plans)
 
-    step, counts = found()
+    step, counts, leader_of = found()
     with backend.use_backend("twin"):
-        wanted, wanted_counts = found()
-    assert counts == wanted_counts and step.full == wanted.full
+        wanted, wanted_counts, wanted_leaders = found()
+    assert counts == wanted_counts and step.full == wanted.full and torch.equal(leader_of, wanted_leaders)
     same(step, wanted, STEP)
     same(step.plan, wanted.plan, ARRAYS)
 

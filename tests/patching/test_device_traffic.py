@@ -115,10 +115,13 @@ def test_the_plan_goes_up_before_the_language_model_begins():
     assert max(copies) < first
 
 
-@pytest.mark.parametrize("size,name,most", [("single", "ilp", 8), ("single", "plc", 4), ("single", "crop", 11),
-                                            ("left", "ilp", 11), ("left", "plc", 4), ("left", "crop", 14),
-                                            ("right", "ilp", 11), ("right", "plc", 4), ("right", "crop", 14)])  # fmt: skip
+# Scores and pooling by planned cells: a launch or two each. Pooling by features: 20 to 30 an image for its decision, 23 for the
+# cells of the batch; the greedy choice, tens of rounds, is one.
+@pytest.mark.parametrize("size,name,most", [("single", "ilp", 8), ("single", "plc", 4), ("single", "crop", 79),
+                                            ("left", "ilp", 11), ("left", "plc", 4), ("left", "crop", 114),
+                                            ("right", "ilp", 11), ("right", "plc", 4), ("right", "crop", 114)])  # fmt: skip
 def test_few_kernels_are_ours(size, name, most):
     """A launch costs the host some microseconds, whatever it does."""
     _, log, _, _ = prefill("llava", size, by_name(name, 0.25))
     assert len(log.ours("kernel")) <= most, log.ours("kernel")
+    assert sum(event.operator == "spread" for event in log) <= (4 if name == "crop" else 0)  # two sides of two images
