@@ -249,12 +249,12 @@ def test_cells_are_sound(name, count):
     if name == "hiprune":  # two layers of the tower
         given = replace(given, observed=torch.stack([given.observed, given.observed.flip(0)], 1))
     plan = make(name, count).plan(VisionLayout.grid(5, 8), Region.whole())
-    found = plan.decide(given)
+    found = plan.decide(given, *plan.given)
     assert plan.num_out == count == len(found.leader)
     assert (found.leader.diff() > 0).all()
     assert found.cell[found.leader].tolist() == list(range(count))
     assert found.cell.min() >= -1 and found.cell.max() == count - 1
-    assert torch.equal(plan.decide(given).cell, found.cell)
+    assert torch.equal(plan.decide(given, *plan.given).cell, found.cell)
 
 
 def test_divprune_takes_the_farthest():

@@ -78,6 +78,16 @@ def test_the_encoder_stage_is_one_copy_more(family, size):
     assert_no_waiting(plain, log, 2)
 
 
+@pytest.mark.parametrize("name", ["diverse", "hiprune"])
+@families(["llava"], fast=True)
+def test_what_decides_by_features_comes_with_the_plan(family, name):
+    """And behind the encoder stage with what that needs."""
+    method = Compose(by_name(name, 0.2), encoder=EncoderPruning(ring=0)) if name == "diverse" else by_name(name, 0.2)
+    plain, log, logits, wanted = prefill(family, "left", method, corner=name == "diverse")
+    assert torch.equal(logits, wanted)
+    assert_no_waiting(plain, log, 2 if name == "diverse" else 1)
+
+
 @pytest.mark.parametrize("way", ["forward", "generate"])
 def test_planning_while_the_encoder_runs(way, monkeypatch):
     """Tokens come down before it is launched; the plan is made before anything waits for it, and goes up before the decoder."""
