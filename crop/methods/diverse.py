@@ -64,14 +64,13 @@ class DiverseCompression(Method):
         if budget == len(layout):
             return None
         inside = layout.inside(region) & (layout.kind == PATCH)
+        if region.is_whole:
+            inside = torch.ones_like(inside)
         size = int(inside.sum())
-        if size == 0 or region.is_whole:
-            sides = [(torch.ones_like(inside), budget)]
-        else:
-            most = max(1, int(self.share * budget)) if size < len(layout) else budget
-            # What the rest cannot use goes back to the region.
-            first = max(min(size, most), budget - (len(layout) - size))
-            sides = [(inside, first), (~inside, budget - first)]
+        most = max(1, int(self.share * budget))
+        # What the rest cannot use goes back to the region.
+        first = max(min(size, most), budget - (len(layout) - size))
+        sides = [(inside, first), (~inside, budget - first)]
         places = [(members.nonzero().squeeze(1), count) for members, count in sides if count]
         counts = [(len(own), count) for own, count in places]
 

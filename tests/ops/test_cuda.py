@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
 class Cut:
-    """Score, select and move: everything a layer does, on buffers that keep their place."""
+    """Score, select, move and choose greedily: everything a layer does, and pooling, on buffers that keep their place."""
 
     def __init__(self, rows: int, tokens: int, heads: int = 8, kv_heads: int = 2) -> None:
         query, key = mass_inputs(2, heads, kv_heads, rows, tokens, 64, dtype=torch.bfloat16)
@@ -34,12 +34,13 @@ class Cut:
         self.length = torch.full((2, rows), tokens, device=DEVICE)
         self.hidden = torch.randn(2, tokens, 96, device=DEVICE)
         self.lse = torch.full((2, heads, rows), 3.0, device=DEVICE)
+        self.alike = torch.randn(tokens, tokens, device=DEVICE)
 
-    def __call__(self, given: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, given: bool) -> tuple[Tensor, ...]:
         lse = self.lse if given else None
         mass = ops.attention_mass(self.query, self.key, self.index, lse=lse, visible_len=self.length)
         kept = ops.select(mass, [100, 60], index=self.index)
-        return mass, kept, ops.compact([self.hidden], kept)[0]
+        return mass, kept, ops.compact([self.hidden], kept)[0], ops.spread(self.alike, mass[0], 40, 3)
 
 
 @pytest.mark.parametrize("heads", [(8, 2), (32, 32)])  # the second in clusters, from sm_90 on
@@ -52,7 +53,7 @@ def test_graph_replays_other_values_and_lengths(given: bool, heads: tuple[int, i
         captured = cut(given)
     for seed in range(3):
         torch.manual_seed(seed)
-        for tensor in (cut.query, cut.key, cut.hidden):
+        for tensor in (cut.query, cut.key, cut.hidden, cut.alike):
             tensor.normal_()
         cut.length.random_(200, 701)
         graph.replay()
