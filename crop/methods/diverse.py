@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crop.geometry.layout import PATCH, VisionLayout
 from crop.geometry.region import Region
-from crop.methods.base import Assignment, FeaturePooling, Features, Method, PoolMode, budget_of, check_keep
+from crop.methods.base import Assignment, FeaturePooling, Method, PoolMode, budget_of, check_keep
 
 ROUNDS = 64  # of greedy choices at most, whatever their number: each costs a few operations on all tokens
 

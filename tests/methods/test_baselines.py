@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
-from crop.methods import Compose, InnerLLMPruning, Method
+from crop.methods import Method
 from crop.methods.base import Assignment, FeaturePooling, Features
 from crop.methods.baselines import (
     BASELINES,
@@ -39,8 +39,6 @@ from tests.support.cases import (
     get_oracle,
     greedy,
     patched,
-    regions_for,
-    regions_of,
 )
 from tests.support.families.entry import NUM_LAYERS
 from tests.support.masked_tower import class_token_attention
@@ -378,5 +376,3 @@ def test_impossible_promises_are_refused(num_out, num_tokens):
     plan = FeaturePooling(num_out, num_tokens, lambda features: Assignment.of_kept(torch.arange(4), 64))
     with pytest.raises(ValueError, match=r"^patch: "), patched(model, Promise(plan), batch):
         model(**batch.inputs)
-
-
