@@ -14,6 +14,7 @@ from crop.localizers.vision_cache import cache_vision
 from crop.methods import (
     Assignment,
     Compose,
+    DiverseCompression,
     EncoderPruning,
     FeaturePooling,
     Features,
@@ -51,6 +52,7 @@ __all__ = [
     "CoarseLocalizer",
     "Compose",
     "DecoderTraits",
+    "DiverseCompression",
     "EncoderPruning",
     "Estimate",
     "FeaturePooling",

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
-from crop.methods import Compose, InnerLLMPruning, Method
+from crop.methods import Method
 from crop.methods.base import Assignment, FeaturePooling, Features
 from crop.methods.baselines import (
     BASELINES,
@@ -39,8 +39,6 @@ from tests.support.cases import (
     get_oracle,
     greedy,
     patched,
-    regions_for,
-    regions_of,
 )
 from tests.support.families.entry import NUM_LAYERS
 from tests.support.masked_tower import class_token_attention
@@ -378,19 +376,3 @@ def test_impossible_promises_are_refused(num_out, num_tokens):
     plan = FeaturePooling(num_out, num_tokens, lambda features: Assignment.of_kept(torch.arange(4), 64))
     with pytest.raises(ValueError, match=r"^patch: "), patched(model, Promise(plan), batch):
         model(**batch.inputs)
-
-
-@families()
-def test_pooling_by_features_before_a_cut(family):
-    """A cut at the family's own layer ranks what came out of it, the region first."""
-    model, oracle, batch = get_model(family), get_oracle(family), standard_batch(family, "left", 1)
-    both = Compose(DivPrune(0.5), InnerLLMPruning(0.25, ring=0))
-    with patched(model, both, batch, regions_of(batch)) as stats:
-        out = greedy(model, batch, 2)
-    decisions = [decide(oracle, sample, both, regions_for(row, sample)) for row, sample in enumerate(batch.samples)]
-    assert_kept(stats, decisions)
-    assert_steps(out, [oracle.greedy(s, d, 2) for s, d in zip(batch.samples, decisions, strict=True)])
-    with patched(model, DivPrune(0.5), batch) as first:
-        model(**batch.inputs)
-    for kept, before, left in zip(stats.kept, first.kept, stats.tokens_after_plc, strict=True):
-        assert set(kept.tolist()) < set(before.tolist()) and len(before) == left
