@@ -20,7 +20,6 @@ Build = Callable[[float, "int | None"], "Method | None"]
 
 _BUILT_IN: dict[str, Build] = {
     "crop": lambda keep, _: Compose(DiverseCompression(keep**POOL_SHARE), InnerLLMPruning(keep)),
-    "diverse": lambda keep, _: DiverseCompression(keep),
     "plc": lambda keep, _: PreLLMCompression(keep=keep),
     "diverse": lambda keep, _: DiverseCompression(keep),
     "ilp": lambda keep, _: InnerLLMPruning(keep),
