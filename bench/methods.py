@@ -8,7 +8,7 @@ from functools import partial
 from crop.methods import Method, by_name, method_names
 
 Make = Callable[[float, int], Method]  # (fraction that is left in the end, decoder layers of the model) -> method
-OURS = {"ILP": "ilp", "PLC": "plc", "both": "crop"}  # names of the tables
+OURS = {"ILP": "ilp", "PLC": "plc", "diverse": "diverse", "both": "crop"}  # names of the tables
 
 
 def ours(keep: float) -> dict[str, Method]:

@@ -28,12 +28,13 @@ from bench.accuracy.contenders import CUT, contenders, jobs
 from bench.accuracy.run import begin, grid_of, read, run, settings, shard
 from bench.accuracy.timing import measure
 from bench.common import machine
+from bench.methods import OURS
 from bench.pictures import BUDGETS, NUM_TOKENS, add_options, ask_model, first_seed
 from crop import embedded
 from crop.cli.ask import Asker, load
 from crop.localizers import WholeLocalizer, localizer_names
 
-WITHOUT = [f"{name}, no region" for name in ("ILP", "PLC", "both")]
+WITHOUT = [f"{name}, no region" for name in OURS]
 
 
 def parse() -> argparse.Namespace:

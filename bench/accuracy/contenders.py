@@ -17,7 +17,7 @@ from bench.pictures import BUDGETS
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression, Selection
+from crop.methods import Compose, DiverseCompression, InnerLLMPruning, Method, PreLLMCompression, Selection
 from crop.methods.registry import POOL_SHARE
 
 DOWNSAMPLED = "down-sampled image"
@@ -134,7 +134,7 @@ def inner(name: str, region: str, kept: Make, ours: bool = False) -> Contender:
 
 def both_of(pool: float, keep: float, cut: int) -> Method:
     """Ours at both stages, pooling to ``pool``."""
-    return Compose(PreLLMCompression(keep=pool), InnerLLMPruning(keep, layer=cut))
+    return Compose(DiverseCompression(pool), InnerLLMPruning(keep, layer=cut))
 
 
 def _both(name: str, region: str, cut: int) -> Contender:
@@ -167,6 +167,7 @@ def contenders(cut: int = CUT, model: nn.Module | None = None) -> list[Contender
         rows += [
             inner(f"ILP, {name}", region, lambda keep, _: InnerLLMPruning(keep, layer=cut), ours=True),
             Contender(f"PLC, {name}", region, lambda b, _: PreLLMCompression(keep=b), ours=True),
+            Contender(f"diverse, {name}", region, lambda b, _: DiverseCompression(b), ours=True),
             _both(f"both, {name}", region, cut),
         ]
     plain = partial(PreLLMCompression, mode="mean")

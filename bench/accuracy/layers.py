@@ -21,7 +21,7 @@ from bench.accuracy.data import Item, rendered
 from bench.accuracy.statistics import interval
 from bench.pictures import BUDGETS, NUM_TOKENS
 from crop.geometry.region import Region
-from crop.methods import InnerLLMPruning, Method, PreLLMCompression
+from crop.methods import DiverseCompression, InnerLLMPruning, Method
 
 SOURCES = ("predicted", "oracle", "none")
 
@@ -62,7 +62,7 @@ def main() -> None:
     unpruned, base = by_group(items, plain), np.array([reply.score for reply in plain])
     jobs: list[tuple[float, int, Method]] = []
     for budget in options.budgets or BUDGETS:
-        jobs.append((budget, 0, PreLLMCompression(keep=budget)))
+        jobs.append((budget, 0, DiverseCompression(budget)))
         for layer in options.layers or range(1, run.asker.num_layers):
             jobs.append((budget, layer, InnerLLMPruning(budget, layer=layer)))
     rows = []

@@ -29,7 +29,7 @@ from crop.embedded import scenes
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
-from crop.methods import InnerLLMPruning, Method, PreLLMCompression
+from crop.methods import DiverseCompression, InnerLLMPruning, Method, PreLLMCompression
 from crop.models import family_of
 from crop.patching.stats import PruneStats
 
@@ -173,6 +173,7 @@ def ways(keep: float, layers: int) -> dict[str, tuple[Method | None, Around, str
     beside, original = Around(), "original"
     found: dict[str, tuple[Method | None, Around, str]] = {
         "PLC": (plc, beside, original),
+        "diverse": (DiverseCompression(keep), beside, original),
         "PLC, plain means": (plain, beside, original),
         "PLC, log of size": (plc, SizeBias(), original),
         "PLC, plain means, log of size": (plain, SizeBias(), original),

@@ -29,7 +29,7 @@ from bench.accuracy.metrics import Box, edit_distance
 from bench.common import data_folder
 from crop.cli.images import open_image
 from crop.geometry.region import Region
-from crop.methods import Method, PreLLMCompression
+from crop.methods import DiverseCompression, Method
 
 QUESTIONS = {"company": "what is the shop", "date": "what is the date", "total amount": "what is the total"}
 LETTERS = 22  # pixels per line of text in the part with the answer, of 384
@@ -132,7 +132,7 @@ def main() -> None:
     run = begin(options)
     side = run.asker.model.config.vision_config.image_size
     methods: dict[str, Method | None] = {"unpruned": None}
-    methods |= {f"PLC, {budget:.0%}, true region": PreLLMCompression(keep=budget) for budget in options.budgets}
+    methods |= {f"diverse, {budget:.0%}, true region": DiverseCompression(budget) for budget in options.budgets}
     rows = []
     for view in VIEWS:
         items = list(islice(questions(data_folder() / "receipts", view, side), options.questions))

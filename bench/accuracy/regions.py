@@ -4,8 +4,8 @@
 
 Regions: the true one, what "head" and "attention" find, the true one shifted by a quarter of its size and by its whole size
 in a random direction (clipped at the border, so that it stays on the image), and a random box of the size of its bounds.
-Methods: PLC, ILP and both at the same number of tokens in the end, with and without the context ring around the region. Only
-questions that a part of the picture answers.
+Methods: PLC, ILP, what is least alike, and both at the same number of tokens in the end, with and without the context ring around
+the region where they have one. Only questions that a part of the picture answers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.accuracy.boxes import QUARTER, WHOLE, anywhere, shifted
 from bench.accuracy.data import Item, rendered
 from bench.pictures import NUM_TOKENS
 from crop.geometry.region import Region
-from crop.methods import Compose, InnerLLMPruning, Method, PreLLMCompression
+from crop.methods import Compose, DiverseCompression, InnerLLMPruning, Method, PreLLMCompression
 from crop.methods.registry import POOL_SHARE
 
 
@@ -32,9 +32,9 @@ def methods(keep: float) -> dict[str, Method]:
         found[f"PLC, ring {ring}"] = PreLLMCompression(keep=keep, ring=ring)
     for ring in (0, 1):
         found[f"ILP, ring {ring}"] = InnerLLMPruning(keep, ring=ring)
+    found["diverse"] = DiverseCompression(keep)
     for ring in (0, 1):
-        plc = PreLLMCompression(keep=keep**POOL_SHARE, ring=2 * ring)
-        found[f"both, ring {ring}"] = Compose(plc, InnerLLMPruning(keep, ring=ring))
+        found[f"both, ring {ring}"] = Compose(DiverseCompression(keep**POOL_SHARE), InnerLLMPruning(keep, ring=ring))
     return found
 
 

@@ -236,8 +236,8 @@ def plot(rows: Sequence[dict[str, Any]], group: str, path: Path, axis: str) -> N
         crowd = row["contender"].endswith(("shifted", "no region"))
         if row["group"] == group and row["counted"] == "average" and row[axis] is not None and not crowd:
             lines[row["contender"]].append(row)
-    ours = ("ILP", "PLC", "both")
-    colours = {"ILP": "#c26a00", "PLC": "#1b7f4b", "both": "#1f4fbf"}
+    colours = {"ILP": "#c26a00", "PLC": "#1b7f4b", "diverse": "#8a2a8a", "both": "#1f4fbf"}
+    ours = tuple(colours)
     greys = ["#8a8f98", "#b06c9b", "#5aa5a8", "#a88c52", "#7c7cc0", "#c28079", "#6f9a6a", "#4d4d4d", "#b5b54a"]
     markers = "osv^D<>PX*"
     for number, (name, points) in enumerate(sorted(lines.items(), key=lambda pair: pair[0].startswith(ours))):

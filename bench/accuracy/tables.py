@@ -156,7 +156,7 @@ AHEAD = (0.1111, 0.0556)  # budgets at which every rival is to be behind
 GROUNDING_TARGET = (0.2222, 0.95)
 
 
-def targets(first: dict[str, Any], second: dict[str, Any], mine: str = "PLC, predicted") -> list[str]:
+def targets(first: dict[str, Any], second: dict[str, Any], mine: str = "both, predicted") -> list[str]:
     """What was aimed at with a found region, on two sets of pictures, and who is ahead where it is missed."""
 
     def cell(content: dict[str, Any], budget: float, group: str) -> dict[str, Any] | None:

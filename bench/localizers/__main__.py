@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of weights; default: those of the package")
     parser.add_argument("--first", type=int, default=SEEDS["try"] + 50_000, help="first seed")
     parser.add_argument("--layer", type=int, help="where the attention is read (default: that of the command line)")
-    parser.add_argument("--method", choices=("crop", "plc", "ilp"), default="ilp")
+    parser.add_argument("--method", choices=("crop", "diverse", "plc", "ilp"), default="crop")
     parser.add_argument("--keep", type=float, default=0.11)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the rows here")

@@ -20,8 +20,8 @@ Build = Callable[[float, "int | None"], "Method | None"]
 
 _BUILT_IN: dict[str, Build] = {
     "crop": lambda keep, _: Compose(DiverseCompression(keep**POOL_SHARE), InnerLLMPruning(keep)),
-    "diverse": lambda keep, _: DiverseCompression(keep),
     "plc": lambda keep, _: PreLLMCompression(keep=keep),
+    "diverse": lambda keep, _: DiverseCompression(keep),
     "ilp": lambda keep, _: InnerLLMPruning(keep),
     "none": lambda keep, _: None,
     **BASELINES,
@@ -54,7 +54,7 @@ def by_name(name: str, keep: float, num_layers: int | None = None, *, encoder: b
     """Method with default settings that ends with a fraction ``keep`` of the vision tokens.
 
     Args:
-        name: "plc" pools to ``keep``; "ilp" prunes to ``keep`` at the family's default layer; "crop" does both: pooling to
+        name: "plc" and "diverse" pool to ``keep``; "ilp" prunes to ``keep`` at the family's default layer; "crop" does both: pooling to
             ``keep ** POOL_SHARE``, then pruning to ``keep``; "none" is the unpruned model; or a baseline's or registered
             method's name.
         keep: fraction in (0, 1]; 1.0 keeps everything (``plan`` and ``select`` return None).

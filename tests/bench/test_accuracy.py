@@ -249,12 +249,15 @@ def test_the_best_are_asked_more_and_the_file_says_so(tmp_path, monkeypatch):
         "unpruned",
         "down-sampled image",
         "PLC, predicted",
+        "diverse, predicted",
         "both, predicted",
     }
     assert len(more & set(rivals) - {"down-sampled image"}) == 3
     assert not {name for name in rivals if name.endswith(("oracle", "shifted"))} and "zoom, predicted" in rivals
     assert made["pictures"] == {"first seed": SEEDS["1"], "tokens": 576} and made["run"]["localizer"] == "head"
-    assert {row["baseline"] for row in made["the region's part"]} == {f"{name}, no region" for name in ("PLC", "both")}
+    assert {row["baseline"] for row in made["the region's part"]} == {
+        f"{name}, no region" for name in ("PLC", "diverse", "both")
+    }
     before = (tmp_path / "answers.0.jsonl").read_text()
     command.main()  # the best are chosen again by what everybody was asked
     torch.set_num_threads(threads)

@@ -184,7 +184,7 @@ def test_a_table_of_what_has_not_been_run_says_so(tmp_path):
 def content(rows: list[dict], times: dict | None = None) -> dict:
     """A results file, as the bench writes it."""
     made = {"rows": summary.summarise(rows, times or {}), "pictures": {"tokens": 576}}
-    return made | {"leads": summary.leads(rows, ["PLC, predicted"], ["uniform", "random", "down-sampled image"])}
+    return made | {"leads": summary.leads(rows, ["both, predicted"], ["uniform", "random", "down-sampled image"])}
 
 
 @cache
@@ -192,7 +192,7 @@ def set_of(plc: float, seed: int) -> dict:
     """Two hundred questions: PLC right with a chance, uniform half as often, at every budget."""
     rng, rows = random.Random(seed), []
     for budget in BUDGETS:
-        for job, chance in (("PLC, predicted", plc), ("uniform", 0.5), ("down-sampled image", 0.3)):
+        for job, chance in (("both, predicted", plc), ("uniform", 0.5), ("down-sampled image", 0.3)):
             for item in range(200):
                 rows.append({"job": f"{job}|{budget:g}|average", "item": str(item), "picture": str(item // 2),
                              "group": ("grounding", "global")[item % 2], "answer": "", "score": float(rng.random() < chance),

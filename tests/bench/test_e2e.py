@@ -77,14 +77,15 @@ def test_a_row_through_the_command(written: Path) -> None:
     found = row["contenders"]
     assert [name for name, one in found.items() if "reason" in one] == []
     assert list(found) == [
-        "unpatched", "FastV, eager layer", "ILP", "ILP, no kernels", "PLC", "PLC, no kernels", "both", "both, no kernels",
+        "unpatched", "FastV, eager layer", "ILP", "ILP, no kernels", "PLC", "PLC, no kernels", "diverse",
+        "diverse, no kernels", "both", "both, no kernels",
     ]  # fmt: skip
     assert {one["tokens"] for name, one in found.items() if name != "unpatched"} == {63}
     for name, one in found.items():
         assert one["first"] > 0 and set(one["parts"]) == set(PARTS)
         # The parts are the whole but for entering and leaving the patch.
         assert 0.5 < sum(one["parts"].values()) / one["first"] <= 1.001, name
-        assert (one["parts"]["localizer"] > 0) == (name[:3] in ("ILP", "PLC", "bot"))
+        assert (one["parts"]["localizer"] > 0) == (name[:3] in ("ILP", "PLC", "div", "bot"))
     bytes_per_token = 2 * 64 * 4 * 4 * 2  # keys and values, width 64, four layers, float32, two samples
     full, kept = 576 + 60, 63 + 60
     assert found["unpatched"]["kv_bytes"] == full * bytes_per_token

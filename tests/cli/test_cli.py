@@ -239,7 +239,7 @@ ERRORS = {
     "keep of NaN": (["ask", "{image}", "hi", "--keep", "nan"], "above 0 and at most 1, got nan"),
     "keep of words": (["ask", "{image}", "hi", "--keep", "few"], "above 0 and at most 1, got few"),
     "no new tokens": (["ask", "{image}", "hi", "--max-new-tokens", "0"], "at least 1, got 0"),
-    "unknown method": (["ask", "{image}", "hi", "--method", "magic"], "--method must be one of crop, plc, ilp, none, random,"),
+    "unknown method": (["ask", "{image}", "hi", "--method", "magic"], "--method must be one of crop, plc, diverse, ilp, none, random,"),
     "unknown localizer": (["ask", "{image}", "hi", "--localizer", "oracle"], "--localizer must be one of attention, box,"),
     "unknown device": (["ask", "{image}", "hi", "--device", "abacus"], "--device abacus cannot be used"),
     "no model": (["ask", "{image}", "hi", "--model", "{tmp}/nothing"], "must be an existing folder"),
