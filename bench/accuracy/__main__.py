@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.accuracy import data, summary
-from bench.accuracy.contenders import CUT, contenders, jobs
+from bench.accuracy.contenders import CUT, contenders, default_cut, jobs
 from bench.accuracy.run import begin, grid_of, read, run, settings, shard
 from bench.accuracy.timing import measure
 from bench.common import machine
@@ -60,7 +60,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--budgets", type=float, nargs="+", help="fractions of the tokens; default: 192, 128, 64 and 32 of 576"
     )
-    parser.add_argument("--cut", type=int, default=CUT, help="decoder layer at which the rows inside it drop tokens")
+    parser.add_argument(
+        "--cut", type=int, default=CUT, help="decoder layer at which the rows that only drop inside it do"
+    )
     parser.add_argument("--kept", action="store_true", help="also rows that meet the budget after their last cut only")
     parser.add_argument("--contenders", nargs="+", help="only these rows")
     parser.add_argument("--batch", type=int, default=16)
@@ -170,7 +172,13 @@ def facts(
     """What all answers of a folder have in common; ``localizer``: its name, None where no region is predicted."""
     model = options.checkpoint or digest((options.model or embedded.WEIGHTS) / "model.safetensors")
     picture = hashlib.sha256(items[0].picture().tobytes()).hexdigest()[:16]
-    found = {"model": model, "cut": options.cut, "first question": items[0].key, "first picture": picture}
+    found = {
+        "model": model,
+        "cut": options.cut,
+        "own cut": default_cut(asker.model),
+        "first question": items[0].key,
+        "first picture": picture,
+    }
     if localizer is not None:
         found["localizer"] = localizer
         if asker.head is not None:

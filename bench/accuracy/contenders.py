@@ -19,9 +19,10 @@ from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
 from crop.methods import Compose, DiverseCompression, InnerLLMPruning, Method, PreLLMCompression, Selection
 from crop.methods.registry import POOL_SHARE
+from crop.models import family_of
 
 DOWNSAMPLED = "down-sampled image"
-CUT = 2  # decoder layer at whose input inner pruning drops tokens, unless told otherwise
+CUT = 2  # decoder layer at whose input the rows that only drop inside the decoder do, unless told otherwise
 REGIONS = {"oracle": "oracle", "predicted": "predicted", "shifted": "shifted", "no region": "none"}  # of ours, by name
 # Fraction of the tokens averaged over the layers, number of layers -> method; None: that budget cannot be met.
 Make = Callable[[float, int], Method | None]
@@ -145,13 +146,20 @@ def _both(name: str, region: str, cut: int) -> Contender:
     return Contender(name, region, average, lambda b, _: both_of(b**POOL_SHARE, b, cut), ours=True)
 
 
+def default_cut(model: nn.Module) -> int:
+    """The layer at which a model's tokens leave by default."""
+    family = family_of(model)
+    return family.default_layer(family.language_model(model).config)
+
+
 def contenders(cut: int = CUT, model: nn.Module | None = None) -> list[Contender]:
     """All rows but the unpruned one.
 
     Args:
-        cut: decoder layer of the rows that drop at one layer and leave it open.
-        model: for the row that takes gradients; None: without it.
+        cut: decoder layer of the rows that only drop at one layer and leave it open; "both" cuts where the model says.
+        model: also for the row that takes gradients; None: without that row, and "both" at ``cut``.
     """
+    own = cut if model is None else default_cut(model)
     rows = [Contender(DOWNSAMPLED, "none", lambda b, _: CornerOnly(b), prepare=shrink, back=unshrink)]
     for name in list(REGIONS)[:3]:
         rows.append(Contender(f"zoom, {name}", REGIONS[name], lambda b, _: ZoomOnly(b), prepare=zoom, back=unzoom))
@@ -168,14 +176,14 @@ def contenders(cut: int = CUT, model: nn.Module | None = None) -> list[Contender
             inner(f"ILP, {name}", region, lambda keep, _: InnerLLMPruning(keep, layer=cut), ours=True),
             Contender(f"PLC, {name}", region, lambda b, _: PreLLMCompression(keep=b), ours=True),
             Contender(f"diverse, {name}", region, lambda b, _: DiverseCompression(b), ours=True),
-            _both(f"both, {name}", region, cut),
+            _both(f"both, {name}", region, own),
         ]
     plain = partial(PreLLMCompression, mode="mean")
-    whole = _both("both, predicted, whole stays whole", "predicted", cut)
+    whole = _both("both, predicted, whole stays whole", "predicted", own)
     return [
         *rows,
         Contender("PLC, predicted, plain means", "predicted", lambda b, _: plain(keep=b), ours=True),
-        replace(whole, average=lambda b, n: WholeStaysWhole(_both("", "", cut).average(b, n)), kept=None),
+        replace(whole, average=lambda b, n: WholeStaysWhole(_both("", "", own).average(b, n)), kept=None),
     ]
 
 

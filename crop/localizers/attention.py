@@ -58,7 +58,7 @@ class AttentionLocalizer:
         model: Hugging Face vision-language model of a supported family. processor: its processor.
         layer: decoder layer whose attention is read, 0 = first; it must see the whole prompt. None: the first such from a
             sixteenth of the depth on, at least 1, which keeps the pass below 5 % of the prefill where all layers do (see
-            bench/README.md).
+            bench/README.md); where the model's config has a ``crop_layer``, the one that scores for it.
         prompt: as in ``encode``.
         stride: the pass runs on vision tokens averaged in blocks of this side, which costs a ``stride ** 2``-th.
         overview: the pass runs on the view of the whole image alone, where the encoder has tiles and such a view.
@@ -111,11 +111,14 @@ class AttentionLocalizer:
 
     @property
     def scoring_layer(self) -> int:
-        """The decoder layer that is read: ``layer``, or the first after a sixteenth of the depth that sees the whole prompt."""
+        """The decoder layer that is read: ``layer``, or what stands in for it."""
         if self.layer is not None:
             return self.layer
-        count = len(family_of(self.model).language_model(self.model).layers)
-        return next((one for one in self._seeing if one >= max(1, count // 16)), self._seeing[-1])
+        config = family_of(self.model).language_model(self.model).config
+        start = max(1, config.num_hidden_layers // 16)
+        if hasattr(config, "crop_layer"):
+            start = family_of(self.model).default_layer(config) - 1
+        return next((one for one in self._seeing if one >= start), self._seeing[-1])
 
     def __call__(self, image: Image, question: str) -> Region:
         attention = self.attend(image, question)

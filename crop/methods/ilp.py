@@ -27,7 +27,8 @@ class InnerLLMPruning(Method):
         keep: float in (0, 1] = fraction of the image's original tokens, int >= 1 = token count; tokens already pooled
             away count as pruned. Not used by "strict".
         mode: "budget" or "strict".
-        layer: decoder layer at whose input tokens leave, >= 1; "auto": the family's default, 2 where that can score.
+        layer: decoder layer at whose input tokens leave, >= 1; "auto": the ``crop_layer`` of the
+            language model's config, 2 where there is none, or the next layer that can score.
         rows: scoring queries, "text" (all after the image) or "last", see ``Method``.
         ring: width of the ring in tokens ("budget").
         rope: False scores without positions, which takes away the liking for the bottom of the image

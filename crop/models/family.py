@@ -326,18 +326,25 @@ class ModelFamily:
         return [layer + 1 for layer in self.scoring_layers(config) if layer < self.last_cut(config)]
 
     def default_layer(self, config: Any) -> int:
-        """Decoder layer at whose input ``layer="auto"`` prunes: 2, or the first one that a scoring layer stands before.
+        """Decoder layer at whose input ``layer="auto"`` prunes: the first from ``crop_layer`` on that a scoring layer precedes.
+
+        ``crop_layer`` stands in the config of the language model where somebody has measured it; 2 elsewhere.
 
         Raises:
-            ValueError: no layer of this decoder can score for a later one.
+            ValueError: no layer of this decoder can score for a later one, or ``crop_layer`` is none of its layers.
         """
+        start = getattr(config, "crop_layer", 2)
+        if type(start) is not int or start < 1 or (start != 2 and start >= config.num_hidden_layers):
+            raise ValueError(
+                f"patch: crop_layer of the config must be an int in [1, {config.num_hidden_layers - 1}], got {start!r}"
+            )
         cuts = self._scored_cuts(config)
         if not cuts:
             raise ValueError(
                 f"patch: layer must follow a layer with full attention, got a decoder of {config.num_hidden_layers} layers "
                 "without one before its last; prune before the language model (PreLLMCompression) instead"
             )
-        return next((layer for layer in cuts if layer >= 2), cuts[-1])
+        return next((layer for layer in cuts if layer >= start), cuts[-1])
 
 
 def need_picture(config: Any, processor: Any, sizes: Sequence[Size] | None, what: str) -> None:

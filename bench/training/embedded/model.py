@@ -72,6 +72,7 @@ def build(geometry: Geometry = GEOMETRY) -> nn.Module:
         vocab_size=len(words), hidden_size=g.width, intermediate_size=g.inner, num_hidden_layers=g.layers,
         num_attention_heads=g.width // 32, num_key_value_heads=g.width // 32, max_position_embeddings=1024,
         tie_word_embeddings=True, bos_token_id=words["<s>"], eos_token_id=words["</s>"], pad_token_id=words["<pad>"],
+        crop_layer=4,  # bench.accuracy.layers
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=words["<image>"], image_seq_length=NUM_PATCHES,
