@@ -66,7 +66,7 @@ TABLES: dict[str, Callable[[Path], list[str]]] = {
     "leads": _of(accuracy.leads_of_two, "accuracy_1.json", "accuracy_2.json"),
     "hard": _of(accuracy.accuracy_hard, "accuracy_1.json"),
     "averaged": _of(accuracy.accuracy_averaged, "accuracy_1.json"),
-    "kept": _of(accuracy.accuracy_kept, "accuracy_1.json"),
+    "kept": _of(accuracy.accuracy_kept, "accuracy_cut.json"),
     "region-part": _of(accuracy.leads_of_the_region, "accuracy_1.json"),
     "groups": _of(accuracy.accuracy_groups, "accuracy_1.json"),
     "time": _of(accuracy.accuracy_time, "accuracy_1.json"),

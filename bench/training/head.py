@@ -14,6 +14,7 @@ bench.pictures, the confidence is fitted on seeds "fit"; --evaluate asks about s
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 import time
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from bench.common import header
 from bench.pictures import SEEDS, ask_model
 from bench.records import Record, read_jsonl, rendered
+from bench.training.embedded.muon import Muon
 from crop.cli.ask import EMBEDDED, Asker, load
 from crop.cli.images import open_image
 from crop.geometry.layout import VisionLayout
@@ -125,22 +127,20 @@ def loss(head: Head, data: dict[str, Any]) -> Tensor:
 
 
 def train(head: Head, examples: list[Example], texts: dict[str, Tensor], minutes: float, steps: int) -> None:
-    """AdamW, linear warm-up and cosine decay over the CPU time or the steps, whichever end first."""
+    """Muon, linear warm-up and cosine decay over the CPU time or the steps, whichever end first."""
     rng, start = random.Random(0), time.process_time()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=0.0, weight_decay=0.01)
+    optimizer = Muon(list(head.named_parameters()), 0.02, 2e-3, inside=("near.", "order.", "blocks."))
     head.train()
     known = [(example, targets(example)) for example in examples]
     for step in (bar := tqdm(range(steps), "training", disable=None)):
         done = max(step / steps, (time.process_time() - start) / (60 * minutes))
         if done >= 1:
             break
-        rate = 3e-3 * min(1.0, (step + 1) / 100) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done))).item()
-        optimizer.param_groups[0]["lr"] = rate
         value = loss(head, batch(rng.sample(known, min(32, len(known))), texts, 6, rng))
-        optimizer.zero_grad()
+        head.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-        optimizer.step()
+        optimizer.step(min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done)))
         if step % 100 == 0:
             bar.set_postfix(loss=f"{value.item():.3f}")
             print(
@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument(
         "--evaluate", type=Path, metavar="HEAD", help="judge a head on the held-out pictures, train nothing"
     )
+    parser.add_argument("--start", type=Path, metavar="HEAD", help="a head to go on from")
     parser.add_argument("--cache", type=Path, help="file to keep the features in")
     parser.add_argument(
         "--scenes", type=int, default=12000, help="rendered pictures to train on; a tenth as many to fit on"
@@ -288,7 +289,7 @@ def main() -> None:
         if options.cache:
             torch.save(sets, options.cache)
     (examples, texts), dev = sets
-    head = Head(examples[0].vision.shape[1], options.width)
+    head = Head.load(options.start) if options.start else Head(examples[0].vision.shape[1], options.width)
     train(head, examples, texts, options.minutes, options.steps)
     verdicts = list(judged(head, *dev))
     calibrate(head, verdicts)

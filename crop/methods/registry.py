@@ -12,8 +12,8 @@ from crop.methods.encoder import EncoderPruning
 from crop.methods.ilp import InnerLLMPruning
 from crop.methods.plc import PreLLMCompression
 
-# Of the way to the last token count, on a logarithmic scale, pooling goes this part. An early layer's attention chooses well for
-# a question about a part of the image, less so for one about all of it: with half of the way the embedded model did worse.
+# Of the way to the last token count, on a logarithmic scale, pooling goes this part: what it drops no layer has seen, what it
+# leaves costs time in the first ones. At equal tokens per layer .5, .6 and .9 kept fewer of the embedded model's answers.
 POOL_SHARE = 0.75
 
 Build = Callable[[float, "int | None"], "Method | None"]

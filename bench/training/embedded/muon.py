@@ -13,19 +13,24 @@ class Muon:
     """Momentum made orthogonal by Newton-Schulz steps for matrices inside layers, AdamW for the rest.
 
     Args:
-        named: parameters; matrices whose name holds ".layers." are orthogonalised.
+        named: parameters; matrices whose name holds one of ``inside`` are orthogonalised.
         matrix_lr, other_lr: learning rates of the two.
         slow: factor of both for parameters whose name begins with "vision." or "heads.".
     """
 
     def __init__(
-        self, named: list[tuple[str, nn.Parameter]], matrix_lr: float, other_lr: float, slow: float = 1.0
+        self,
+        named: list[tuple[str, nn.Parameter]],
+        matrix_lr: float,
+        other_lr: float,
+        slow: float = 1.0,
+        inside: tuple[str, ...] = (".layers.",),
     ) -> None:
-        inside = [p for n, p in named if p.ndim == 2 and ".layers." in n]
+        found = [p for n, p in named if p.ndim == 2 and any(part in n for part in inside)]
         self.factor = {id(p): slow if n.startswith(("vision.", "heads.")) else 1.0 for n, p in named}
-        chosen = set(map(id, inside))
+        chosen = set(map(id, found))
         self.groups: dict[tuple, list[nn.Parameter]] = collections.defaultdict(list)
-        for p in inside:
+        for p in found:
             self.groups[tuple(p.shape)].append(p)
         self.momentum = {
             shape: torch.zeros(len(group), *shape, device=group[0].device) for shape, group in self.groups.items()
