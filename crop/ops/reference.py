@@ -20,7 +20,7 @@ __all__ = ["adaptive_pool", "attention_mass", "compact", "pack", "region_topk", 
 
 _INF = float("inf")
 
-SHARPNESS = 4.0  # a standard deviation more weighs exp(4) = 55 times; on the embedded model 3 to 6 answered alike
+SHARPNESS = 4.0  # a standard deviation more weighs exp(4) = 55 times
 FARTHEST = 8.0  # standard deviations that still make a difference: float32 holds the weights
 FLAT = 1e-3  # spread of cosine distances below which an image has nothing that stands out
 
