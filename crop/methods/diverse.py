@@ -24,9 +24,9 @@ class DiverseCompression(Method):
     region among them. What is not chosen is pooled into the nearest chosen token of its side of the region's border, by a
     mean that favours tokens unlike their image ("distinct").
 
-    The number of tokens is known on the host, which ones is decided on the device; nothing waits for it. Distances are of
-    cosines of the projected features in float32, of zeros and NaN 1; ties go to the smaller index. A region that is the whole
-    image has no rest; a rest for which no place is left is dropped.
+    The number of tokens is known on the host, which ones is decided on the device. Distances are of cosines of the projected
+    features in float32, of zeros and NaN 1; ties go to the smaller index. A region that is the whole image has no rest; a
+    rest for which no place is left is dropped.
 
     Args:
         keep: float in (0, 1] (fraction of the image's tokens) or int >= 1 (tokens).
@@ -61,15 +61,12 @@ class DiverseCompression(Method):
         if budget == len(layout):
             return None
         inside = layout.inside(region) & (layout.kind == PATCH)
-        size = int(inside.sum())
-        if size == 0 or region.is_whole:
-            sides = [(torch.ones_like(inside), budget)]
-        else:
-            most = max(1, int(self.share * budget)) if size < len(layout) else budget
-            first = min(size, most)
-            # What the rest cannot use goes back to the region.
-            first = max(first, budget - (len(layout) - size))
-            sides = [(inside, first), (~inside, budget - first)]
+        if region.is_whole:
+            inside = torch.ones_like(inside)
+        size, most = int(inside.sum()), max(1, int(self.share * budget))
+        # What the rest cannot use goes back to the region.
+        first = max(min(size, most), budget - (len(layout) - size))
+        sides = [(inside, first), (~inside, budget - first)]
         return FeaturePooling(budget, len(layout), lambda features: _decide(features.tokens, sides))
 
 
@@ -98,7 +95,7 @@ def spread(rows: Tensor, others: Tensor, count: int) -> Tensor:
     Args:
         rows: (N, dim) float32 of length 1, N >= count. others: (M, dim) likewise.
     """
-    near = (rows @ others.T).amax(1) if len(others) else rows @ torch.nn.functional.normalize(rows.mean(0), dim=0)
+    near = (rows @ others.T).amax(1) if len(others) else rows @ rows.sum(0)
     chosen, at_once = [], ceil(count / ROUNDS)
     for start in range(0, count, at_once):
         best = _smallest(near, min(at_once, count - start))
