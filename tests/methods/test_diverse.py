@@ -158,6 +158,20 @@ def test_before_a_cut(family):
         assert set(kept.tolist()) < set(before.tolist()) and len(before) == left
 
 
+@families(["qwen2_5_vl", "llava_next", "llava"])
+def test_behind_a_pruned_encoder(family):
+    """As the oracle: it chooses among what was encoded."""
+    model, oracle, batch = get_model(family), get_oracle(family), standard_batch(family, "left", 1)
+    method, corner = by_name("diverse", 0.1, encoder=True), Region.box(0.0, 0.0, 0.05, 0.05)
+    with patched(model, method, batch, [corner for sample in batch.samples for _ in sample.images]) as stats:
+        out = greedy(model, batch, 2)
+    decisions = [decide(oracle, sample, method, [corner] * len(sample.images)) for sample in batch.samples]
+    assert_kept(stats, decisions)
+    assert_steps(out, [oracle.greedy(s, d, 2) for s, d in zip(batch.samples, decisions, strict=True)])
+    for left, encoded, before in zip(stats.tokens_after_plc, stats.tokens_encoded, stats.tokens_before, strict=True):
+        assert left == round(0.1 * before) < encoded < before
+
+
 @families(THOROUGH)
 def test_batched_is_single_and_keep_all_changes_nothing(family):
     model, batch = get_model(family), standard_batch(family, "right", 2)
