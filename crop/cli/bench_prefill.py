@@ -87,9 +87,9 @@ def measure(model: Any, images: int, rounds: int, only: str) -> list[dict[str, A
 
         return run
 
-    def localize(layer: int, stride: int, skip_mlp: bool) -> Callable[[], None]:
+    def localize(layer: int, stride: int) -> Callable[[], None]:
         # The pass of AttentionLocalizer on this prompt, which may hold several images.
-        localizer = crop.AttentionLocalizer(model, None, layer, stride=stride, skip_mlp=skip_mlp)
+        localizer = crop.AttentionLocalizer(model, None, layer, stride=stride)
 
         def run() -> None:
             try:
@@ -105,10 +105,8 @@ def measure(model: Any, images: int, rounds: int, only: str) -> list[dict[str, A
         raise StopIteration
 
     contenders: dict[str, Callable[[], None]] = {"unpatched": plain}
-    for setting in ((1, 1, False), (1, 1, True), (1, 2, True), (3, 1, True), (3, 2, True)):
-        layer, stride, skip_mlp = setting
-        name = f"localizer: attention of layer {layer}, stride {stride}" + (", no MLP" if skip_mlp else "")
-        contenders[name] = localize(*setting)
+    for layer, stride in ((1, 1), (1, 2), (3, 1), (3, 2)):
+        contenders[f"localizer: attention of layer {layer}, stride {stride}"] = localize(layer, stride)
     flops: dict[str, float] = {"unpatched": 1.0, "keep all": 1.0}
     contenders["keep all"] = pruned("keep all", crop.InnerLLMPruning(keep=1.0))
     contenders = {name: call for name, call in contenders.items() if only in name or call is plain}

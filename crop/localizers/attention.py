@@ -57,17 +57,16 @@ class AttentionLocalizer:
     Args:
         model: Hugging Face vision-language model of a supported family. processor: its processor.
         layer: decoder layer whose attention is read, 0 = first; it must see the whole prompt. None: the first such from a
-            sixteenth of the depth on, at least 1, which keeps the pass below 5 % of the prefill where all layers do (see
+            sixteenth of the depth on, at least 1, which keeps the pass near a twentieth of the prefill where all layers do (see
             bench/README.md); where the model's config has a ``crop_layer``, the one that scores for it.
         prompt: as in ``encode``.
         stride: the pass runs on vision tokens averaged in blocks of this side, which costs a ``stride ** 2``-th.
         overview: the pass runs on the view of the whole image alone, where the encoder has tiles and such a view.
-        skip_mlp: the feed-forward parts of the layers before run on the text alone, which saves most of the pass.
         rope: False scores by queries and keys without position; the layers before are as always.
         rows: the last text rows whose attention is averaged; they have read the whole question.
         threshold, gap, max_boxes, dilate: as ``find_region``.
-        min_confidence: below it the whole image is returned. Nearly all right regions of the embedded model reach the
-            default, few of its wrong ones; other models may look at images in another way, and need another.
+        min_confidence: below it the whole image is returned. Nearly all regions of the embedded model reach the default, right
+            or wrong; other models may look at images in another way, and need another.
     Raises:
         ValueError, TypeError: an argument out of its range; an unknown family.
     Source: own choice, tuned on the embedded model. The idea of reading the region off the model's attention, relative to
@@ -80,14 +79,13 @@ class AttentionLocalizer:
     prompt: Callable[[str], str] | None = None
     stride: int = 1
     overview: bool = False
-    skip_mlp: bool = True
     rope: bool = True
     rows: int = 2
     threshold: float = 0.02
     gap: int = 3
     max_boxes: int = 6
     dilate: int = 0
-    min_confidence: float = 0.92
+    min_confidence: float = 0.75
 
     def __post_init__(self) -> None:
         op = "AttentionLocalizer"
@@ -162,42 +160,12 @@ class AttentionLocalizer:
                 raising ``Stop``.
             where: ``processor`` and ``image_size``, as for ``patch``.
         """
-        family = family_of(self.model)
-        layers, layer = family.language_model(self.model).layers, self.scoring_layer
-        scoring = layers[layer].self_attn
+        scoring = family_of(self.model).language_model(self.model).layers[self.scoring_layer].self_attn
         with patch(self.model, self._method, **where) as stats, ExitStack() as undo:
             undo.enter_context(attention_hook(scoring, read))
             if not self.rope:
                 undo.callback(scoring.register_forward_pre_hook(_without_rotation, with_kwargs=True).remove)
-            if self.skip_mlp:
-                for earlier in layers[:layer]:
-                    _run_on_text(earlier.mlp if hasattr(earlier, "mlp") else earlier.feed_forward, stats, undo)
             yield stats
-
-
-def _run_on_text(mlp: nn.Module, stats: PruneStats, undo: ExitStack) -> None:
-    """Let a feed-forward layer pass the vision tokens by: their output is zero, and costs nothing."""
-
-    def text(hidden: Tensor) -> Tensor:
-        chosen = torch.ones(hidden.shape[1], dtype=torch.bool)
-        for layout in stats.pooled:
-            chosen[layout.position] = False
-        return chosen.to(hidden.device)
-
-    full: list[Tensor] = []
-
-    def enter(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        full[:] = [args[0]]
-        return (args[0][:, text(args[0])],)
-
-    def leave(module: nn.Module, args: tuple, output: Any) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
-        spread = torch.zeros_like(full[0])
-        spread[:, text(full.pop())] = first
-        return (spread, *output[1:]) if isinstance(output, tuple) else spread
-
-    undo.callback(mlp.register_forward_pre_hook(enter).remove)
-    undo.callback(mlp.register_forward_hook(leave).remove)
 
 
 def _without_rotation(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

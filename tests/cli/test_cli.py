@@ -171,7 +171,7 @@ def test_every_localizer_that_needs_no_second_model_on_receipts(name, capsys, tm
         words = ["ask", str(tmp_path / "receipt.png"), question.text, "--json", "--localizer", name, "--method", "ilp"]
         found = json.loads(run(capsys, *words)[0])
         assert found["localizer"] == name and found["seconds"]["localizer"] > 0
-        assert found["region"]["area"] < 0.5 or found["region"]["reason"]
+        assert found["region"]["area"] < 0.75 or found["region"]["reason"]
         small += found["region"]["area"] < 0.5
         right += found["answer"] == question.answer
     if name != "ocr":  # 63 tokens of an unsure one are not enough

@@ -21,7 +21,7 @@ def test_attention_is_that_of_a_layer_that_sees_the_whole_prompt(family: str) ->
     model, processor = get_model(family, "eager"), StandIn(family)
     attention = model(**processor.batch.inputs, output_attentions=True).attentions
     before = state(model)
-    localizer = AttentionLocalizer(model, processor, prompt=str, skip_mlp=False)
+    localizer = AttentionLocalizer(model, processor, prompt=str)
     config = get_config(family).get_text_config()
     kinds = getattr(config, "layer_types", None)
     layer = localizer.scoring_layer
