@@ -229,7 +229,7 @@ def test_the_carried_head_costs_next_to_nothing(carried):
     tower = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
     prefill = (tokens + words) * layer * text.num_hidden_layers + tokens * tower * vision.num_hidden_layers
     head = Head.load(embedded.HEAD)
-    assert train_head.multiply_adds(head, 1, scenes.GRID, scenes.GRID, words) < 0.01 * prefill
+    assert train_head.multiply_adds(head, 1, scenes.GRID, scenes.GRID, words) < 0.012 * prefill
 
 
 # ------------------------------------------------------------------------------------------------------------- training
