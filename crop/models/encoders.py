@@ -294,8 +294,8 @@ class LayerEncoder:
     """CLIP and SigLIP, where every layer attends to the whole image: tokens leave at the input of a late layer.
 
     Args:
-        depth: where in the tower, as a fraction of its layers. At the default the embedded model answers as if the encoder
-            saw everything to the end; earlier it does not (bench/README.md).
+        depth: where in the tower, as a fraction of its layers. The embedded model, whose tower has three, answers at every depth
+            as if the encoder saw everything to the end (bench/README.md); deep towers have not been measured, hence a late default.
     """
 
     KEY = "encoded_tokens"  # argument that carries (index, mask, layers) from the tower's call to its layers
