@@ -217,7 +217,7 @@ def test_the_carried_head_holds_its_promises_on_unseen_pictures(carried):
             question = next(question for question in scene.questions if not question.local)
             region = find(scene.image, question.text)
             whole.append(region.is_whole)
-    assert mean(held) >= 0.95 and mean(area) <= 1.5 * mean(true) and mean(whole) >= 0.95 and mean(trust) > 0.9
+    assert mean(held) >= 0.9 and mean(area) <= 2 * mean(true) and mean(whole) >= 0.95 and mean(trust) > 0.85
 
 
 def test_the_carried_head_costs_next_to_nothing(carried):
