@@ -45,12 +45,12 @@ def _answers(sets: list[dict[str, Any]], method: str, budget: float) -> list[str
         }
         lead = next(row for row in content["leads"] if (row["contender"], row["budget"]) == (method, budget))
         kept.append(f"{100 * rows[method]['relative']:.1f}")
-        points = f"{100 * lead['lead']:+.1f} points ({100 * lead['low']:+.1f} to {100 * lead['high']:+.1f})"
-        beside.append(f"{lead['baseline']} {100 * rows[lead['baseline']]['relative']:.1f} %: {points}")
+        points = f"({100 * lead['low']:+.1f} to {100 * lead['high']:+.1f} points)"
+        beside.append(f"{lead['baseline']} {100 * rows[lead['baseline']]['relative']:.1f} % {points}")
         count = rows[method]["n"]
     tokens = round(budget * sets[0]["pictures"]["tokens"])
-    what = f"{method.partition(',')[0]}, {tokens} of {sets[0]['pictures']['tokens']} vision tokens: right answers, of the unpruned model's"
-    return [f"{what} (two sets of {count} questions)", f"{' and '.join(kept)} %", f"best baselines {'; '.join(beside)}"]
+    what = f"{method.partition(',')[0]}, {tokens} of {sets[0]['pictures']['tokens']} vision tokens: right answers left"
+    return [f"{what} (two sets of {count} questions)", f"{' and '.join(kept)} %", f"best baseline: {', '.join(beside)}"]
 
 
 def _prefill(runs: list[list[dict[str, Any]]], contender: str) -> list[str]:

@@ -135,7 +135,7 @@ class PrefillStats:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Time per stage of the prefill; waits for the device."""
+        """Time per stage of the prefill, of which "plc" and "ilp" are parts of "language_model"; waits for the device."""
         total: dict[str, float] = {}
         for stage, start, stop in self.spans:
             total[stage] = total.get(stage, 0.0) + elapsed(start, stop)
