@@ -158,7 +158,7 @@ def test_headline_shows_losing_rows(tmp_path):
         (tmp_path / name).write_text(json.dumps(set_of(0.4, seed)))
     rows = headline(tmp_path)[2:]
     assert len(rows) == 5 and "times as slow" in rows[-1]
-    assert all(": -" in row and "points" in row for row in rows[:2])
+    assert all(" (-" in row and "points" in row for row in rows[:2])
 
 
 def test_a_changed_figure_is_noticed(tmp_path):
