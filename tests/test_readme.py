@@ -184,9 +184,9 @@ def test_own_method(loaded):
     scene = embedded.scene(embedded.scenes.UNSEEN + 4)
     inputs = crop.encode(processor, scene.image, scene.questions[0].text)
     keys: list[torch.Tensor] = []
-    hook = model.model.language_model.layers[model.config.text_config.crop_layer - 1].self_attn.k_proj.register_forward_hook(
-        lambda module, args, out: keys.append(out)
-    )
+    hook = model.model.language_model.layers[
+        model.config.text_config.crop_layer - 1
+    ].self_attn.k_proj.register_forward_hook(lambda module, args, out: keys.append(out))
     with torch.no_grad(), crop.patch(model, crop.by_name("small-keys", 0.11)) as stats:
         model(**inputs)
     hook.remove()
