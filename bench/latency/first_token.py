@@ -4,8 +4,9 @@
 
 FLOPs of full-size models are counted from the sizes of modules on the meta device and from the plan that `crop.patch` would carry out; a test
 holds the formula to torch's counter. "look" is `crop.get_localizer("attention", coarse=4)`: the encoder on a copy with a quarter of
-the sides, or on the view of the whole picture where there are tiles, and the first decoder layers over its tokens. "zoom" is `crop.zoom`, two pictures and no pruning, without its
-look. All are means over nine places of a region of a tenth of the picture. The head over the vocabulary is in no figure. Seconds and memory: `bench.latency.stages`.
+the sides, or on the view of the whole picture where there are tiles, and the first decoder layers over its tokens. "zoom" is
+`crop.zoom`, two pictures and no pruning, without its look. All are means over nine places of a region of a tenth of
+the picture. The head over the vocabulary is in no figure. Seconds and memory: `bench.latency.stages`.
 """
 
 from __future__ import annotations

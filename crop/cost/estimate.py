@@ -105,8 +105,9 @@ def estimate(
         inputs: what ``generate()`` would be called with: ``input_ids``, ``pixel_values`` and so on.
         region: as for ``patch``; None asks before a localizer has run, which tells the same of methods with a budget, but
             nothing of ``EncoderPruning``, which then leaves nothing out.
-        localizer: what is to find the region, "attention" or "head", whose look with the model itself is counted, and
-            the encoder unless ``cache_vision`` lets look and answer share it: where both see all of the same picture. Needs ``image_size``.
+        localizer: what is to find the region, "attention" or "head", whose look with the model itself is counted (the layer
+            that it reads as a whole), and the encoder unless ``cache_vision`` lets look and answer share it: where both see
+            all of the same picture. Needs ``image_size``.
         localizer_seconds: what finding the region costs beside that, to be earned back.
         host_seconds: in which the host launches one layer, of encoder or decoder, which takes the longer of host and device;
             0 for a captured graph. None: ``EAGER_LAYER`` or ``COMPILED_LAYER`` of ``crop.cost.speed`` on a GPU, 0 on a CPU.

@@ -57,7 +57,7 @@ class AttentionLocalizer:
     Args:
         model: Hugging Face vision-language model of a supported family. processor: its processor.
         layer: decoder layer whose attention is read, 0 = first; it must see the whole prompt. None: the first such from a
-            sixteenth of the depth on, at least 1, which keeps the pass near a twentieth of the prefill where all layers do (see
+            sixteenth of the depth on, at least 1, which makes the pass some 6 % of the prefill of 24 layers that all do (see
             bench/README.md); where the model's config has a ``crop_layer``, the one that scores for it.
         prompt: as in ``encode``.
         stride: the pass runs on vision tokens averaged in blocks of this side, which costs a ``stride ** 2``-th.
@@ -69,8 +69,9 @@ class AttentionLocalizer:
             or wrong; other models may look at images in another way, and need another.
     Raises:
         ValueError, TypeError: an argument out of its range; an unknown family.
-    Source: own choice, tuned on the embedded model. The idea of reading the region off the model's attention, relative to
-        a question-free reference, is also that of arXiv 2502.17422 (known to us from digests only).
+    Source: own choice; ``min_confidence`` was chosen on the embedded model, the rest on an earlier one. The
+        idea of reading the region off the model's attention, relative to a question-free reference, is also that of arXiv
+        2502.17422 (known to us from digests only).
     """
 
     model: nn.Module

@@ -27,9 +27,9 @@ class DiverseCompression(Method):
     region among them. What is not chosen is pooled into the nearest chosen token of its side of the region's border, by a
     mean that favours tokens unlike their image ("distinct").
 
-    The number of tokens is known on the host, which ones is decided on the device. Distances are of cosines of the projected
-    features in float32, of zeros and NaN 1; ties go to the smaller index. A region that is the whole image has no rest; a
-    rest for which no place is left is dropped.
+    The number of tokens is known on the host, which ones is decided on the device; nothing waits for it. Distances are of
+    cosines of the projected features in float32, of zeros and NaN 1; ties go to the smaller index. A region that is the whole
+    image has no rest; a rest for which no place is left is dropped.
 
     Args:
         keep: float in (0, 1] (fraction of the image's tokens) or int >= 1 (tokens).

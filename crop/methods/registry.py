@@ -55,8 +55,8 @@ def by_name(name: str, keep: float, num_layers: int | None = None, *, encoder: b
 
     Args:
         name: "plc" (``PreLLMCompression``) and "diverse" (``DiverseCompression``) pool to ``keep``; "ilp" prunes to ``keep``
-            at the family's default layer; "crop" pools by "plc" to ``keep ** POOL_SHARE``, then prunes to ``keep``; "none"
-            is the unpruned model; or a baseline's or registered method's name.
+            at the family's default layer; "crop" pools by "diverse" to ``keep ** POOL_SHARE``, then prunes to ``keep``;
+            "none" is the unpruned model; or a baseline's or registered method's name.
         keep: fraction in (0, 1]; 1.0 keeps everything (``plan`` and ``select`` return None).
         num_layers: of the decoder, for methods whose layers are spread over the depth ("pyramiddrop", "autoprune").
         encoder: ``EncoderPruning`` before it, or alone.
