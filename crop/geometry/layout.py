@@ -97,6 +97,11 @@ class VisionLayout:
         arrays = (self.center, self.row, self.col, self.view, self.kind)
         return VisionLayout(position, *arrays, self.num_original, check=False)
 
+    def of_patches(self) -> VisionLayout:
+        """The same tokens, all called patches."""
+        arrays = (self.position, self.center, self.row, self.col, self.view, torch.full_like(self.kind, PATCH))
+        return VisionLayout(*arrays, self.num_original, check=False)
+
     @cached_property
     def address(self) -> tuple[Any, ...]:
         """What compiled code takes: number of tokens, where their arrays lie in memory, and these arrays, to keep them."""
@@ -153,7 +158,7 @@ class VisionLayout:
         A patch is inside when its centre is; a box that holds no centre selects the patch nearest
         to the box's centre. A newline is inside if any patch of its row is. Padding never is.
         """
-        return self.levels(region, 0) == 0
+        return torch.from_numpy(self.levels(region, 0).numpy() == 0)
 
     def levels(self, region: Region, ring: int) -> Tensor:
         """(N,) uint8 level of every token: 0 inside, 1 in the ring around the region, 2 outside.

@@ -128,6 +128,8 @@ class Region:
     @cached_property
     def is_whole(self) -> bool:
         """Whether the boxes together cover the image."""
+        if len(self.boxes) == 1:  # the usual case, asked at every call
+            return self.boxes[0] == (0.0, 0.0, 1.0, 1.0)
         return all(covered for _, covered in self._pieces())
 
     @cached_property

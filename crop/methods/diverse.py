@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,23 +61,24 @@ class DiverseCompression(Method):
         Raises:
             ValueError: ``keep`` is a token count larger than the image has.
         """
-        budget = budget_of("DiverseCompression", self.keep, layout)
-        if budget == len(layout):
+        count, budget = len(layout), budget_of("DiverseCompression", self.keep, layout)
+        if budget == count:
             return None
-        inside = layout.inside(region) & (layout.kind == PATCH)
         if region.is_whole:
-            inside = torch.ones_like(inside)
-        size, most = int(inside.sum()), max(1, int(self.share * budget))
+            inside = np.ones(count, dtype=bool)
+        else:
+            inside = layout.inside(region).numpy() & (layout.kind.numpy() == PATCH)
+        size, most = np.count_nonzero(inside), max(1, int(self.share * budget))
         # What the rest cannot use goes back to the region.
-        first = max(min(size, most), budget - (len(layout) - size))
+        first = max(min(size, most), budget - (count - size))
         sides = [(inside, first), (~inside, budget - first)]
-        places = [(members.nonzero().squeeze(1), count) for members, count in sides if count]
-        counts = [(len(own), count) for own, count in places]
+        places = [(members.nonzero()[0], leading) for members, leading in sides if leading]
+        counts = [(len(own), leading) for own, leading in places]
 
         def decide(features: Features, order: Tensor) -> Assignment:
             return _decide(features.tokens, order, counts)
 
-        return FeaturePooling(budget, len(layout), decide, (torch.cat([own for own, _ in places]),))
+        return FeaturePooling(budget, count, decide, (torch.from_numpy(np.concatenate([own for own, _ in places])),))
 
 
 def _decide(tokens: Tensor, order: Tensor, counts: list[tuple[int, int]]) -> Assignment:

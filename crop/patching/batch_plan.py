@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crop.geometry.layout import PATCH, VisionLayout
+from crop.geometry.layout import VisionLayout
 from crop.geometry.pieces import Encoding
 from crop.geometry.pooling import PoolPlan
 from crop.geometry.region import Region
@@ -51,11 +51,6 @@ class ImagePlan:
     def encoded(self) -> VisionLayout:
         """Its tokens that are encoded, input positions."""
         return self.layout if self.encoding is None else self.encoding.left
-
-    @property
-    def leaders(self) -> Tensor:
-        """(num_pooled,) input positions of the tokens that lead its cells, as planned."""
-        return self.layout.position if self.plan is None else self.layout.position[self.plan.leader.long()]
 
     def tokens_at(self, layer: int) -> int:
         """How many of its tokens decoder layer ``layer`` sees."""
@@ -237,7 +232,7 @@ def plan_batch(
     for (sample, layout), plan, region, later, encoding in made:
         pooled = layout if pool is None else _pooled(layout, plan, slot_of[sample])
         if later is not None:
-            pooled = replace(pooled, kind=torch.full_like(pooled.kind, PATCH))
+            pooled = pooled.of_patches()
         selections = _selections(method, pooled if later is None else layout, region, len(pooled))
         found.append(ImagePlan(sample, layout, plan, pooled, selections, later, encoding))
     features, leaders, prunes = [], None, {}
@@ -247,12 +242,18 @@ def plan_batch(
         steps = {cut.layer: _prune_step(cut, found, real, counts, rows) for cut in method.cuts}
         prunes = {layer: step for layer, step in steps.items() if step is not None}
         features = [
-            FeatureStep(number, image.by_features, len(image.layout), _flat(image, seq_len, text[image.sample]))
+            FeatureStep(
+                number,
+                image.by_features,
+                len(image.layout),
+                _flat(np.concatenate([image.layout.position.numpy(), text[image.sample]]), image, seq_len),
+            )
             for number, image in enumerate(found)
             if image.by_features is not None
         ]
         if features:
-            leaders = [image.leaders + image.sample * seq_len for image in found]
+            places = pool.kept_index.numpy()
+            leaders = [_flat(places[image.sample][image.pooled.position.numpy()], image, seq_len) for image in found]
     patches = None
     if pool is not None and method.pool_mode == "distinct":
         patches = patches_of([(image.sample, image.encoded) for image in found if image.plan is not None], seq_len)
@@ -260,9 +261,9 @@ def plan_batch(
     return BatchPlan(found, valid, pool, prunes, positions, features, leader_of if features else None, leaders, patches)
 
 
-def _flat(image: ImagePlan, seq_len: int, text: np.ndarray) -> Tensor:
-    """Flat input positions of the tokens of an image, and of a text of its sample."""
-    return torch.cat([image.layout.position, torch.from_numpy(text)]) + image.sample * seq_len
+def _flat(places: np.ndarray, image: ImagePlan, seq_len: int) -> Tensor:
+    """Input positions of an image's sample as flat ones."""
+    return torch.from_numpy(places + image.sample * seq_len)
 
 
 def _pooled(layout: VisionLayout, plan: PoolPlan | None, slot_of: np.ndarray) -> VisionLayout:
@@ -298,8 +299,8 @@ def _selections(method: Method, layout: VisionLayout, region: Region, count: int
                     "patch: a cut behind pooling by features must go by scores, got a Selection without (mode='strict'), "
                     "whose number of tokens nobody knows beforehand; use mode='budget'"
                 )
-            priority = selection.priority.clamp(min=-1)
-            selection = replace(selection, priority=priority - priority.min().clamp(max=0))
+            priority = np.maximum(selection.priority.numpy(), -1)
+            selection = replace(selection, priority=torch.from_numpy(priority - min(priority.min(), 0)))
         if selection is not None and selection.num_keep < left:
             if found and not selection.needs_scores:
                 # What an earlier cut left is known on the device only, so that priorities alone may not decide.
