@@ -55,6 +55,7 @@ def patch(
             pads or cuts into tiles.
         positions: "original": every token keeps its position ids, a pooled one takes those of its cell's leader;
             "compact": what is left is renumbered without gaps, from the layer on where tokens leave, and text follows.
+            A model that reads places from positions may lose its answers by that: the embedded one does.
         cache: "ragged": layers before a cut keep the keys and values of all tokens; "uniform": after a prefill they keep
             those of the tokens that are left at the end, so that all layers are equally long and static caches work.
     Yields:
