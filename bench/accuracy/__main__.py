@@ -87,7 +87,8 @@ def main() -> None:
     if not options.summary and not ask(options, budgets):
         return
     times_file = options.out / "times.json"
-    times = json.loads(times_file.read_text())["jobs"] if times_file.exists() else {}
+    timing = json.loads(times_file.read_text()) if times_file.exists() else {}
+    times = timing.pop("jobs", {})
     answers = read(options.out)
     rows = summary.summarise(answers, times)
     show(rows, budgets)
@@ -100,6 +101,7 @@ def main() -> None:
             "commits": sorted({row["commit"] for row in answers}),
             "pictures": {"first seed": first_seed(options), "tokens": NUM_TOKENS},
             "run": settings(options.out),
+            "timing": timing,
             "rows": rows,
             "leads": summary.leads(answers, *sides(options.cut)),
             "leads in time": summary.leads(answers, *sides(options.cut), times) if times else [],
@@ -159,7 +161,7 @@ def ask(options: argparse.Namespace, budgets: tuple[float, ...]) -> bool:
     if options.time and index == 0 and not times_file.exists():
         spread = items[:: max(1, len(items) // 7)]
         times = measure(asker, wanted, spread, localizer, rounds=options.time, max_new_tokens=how["max_new_tokens"])
-        times_file.write_text(json.dumps({"machine": machine(), "jobs": times}, indent=1))
+        times_file.write_text(json.dumps({"machine": machine(), "rounds": options.time, "jobs": times}, indent=1))
     asked = len({row["item"] for row in read(options.out) if row["job"] == last.key})
     if asked < len(items):
         print(f"process {index} of {count} is done, {asked} of {len(items)} questions are; --summary counts them")

@@ -21,6 +21,7 @@ HARD, AVERAGED = "wrong after down-sampling", "wrong after averaging"
 CONTROLS = {HARD: DOWNSAMPLED, AVERAGED: "average"}
 
 SHARES = (0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3)  # of the unpruned time
+TIE = 1.05  # times that differ by less are called the same: that is how well medians of some rounds tell them apart
 Answers = dict[str, dict[str, dict[str, Any]]]  # job -> question -> row of the journal
 
 
@@ -123,9 +124,9 @@ def leads(
 def _affordable(
     rival: str, job: str, cells: dict[float, dict[str, dict[str, float]]], times: dict[str, dict[str, float]]
 ) -> float | None:
-    """The largest budget at which a rival takes no longer than a job; None: there is none."""
+    """The largest budget at which a rival takes no longer than a job, or as good as; None: there is none."""
     unknown = {"ratio": float("inf")}
-    limit = times.get(job, {"ratio": 0.0})["ratio"]
+    limit = TIE * times.get(job, {"ratio": 0.0})["ratio"]
     fits = (b for b in cells if times.get(f"{rival}|{b:g}|average", unknown)["ratio"] <= limit)
     return max(fits, default=None)
 

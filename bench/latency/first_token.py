@@ -42,7 +42,7 @@ REGIONS = [  # a tenth of the picture, at nine places
     crop.Region.box(x, y, x + 0.4, y + 0.25) for x in (0.03, 0.3, 0.57) for y in (0.04, 0.37, 0.7)
 ]
 KEEP, TIMES = 0.11, 4
-PLC, ILP = crop.PreLLMCompression(keep=KEEP**POOL_SHARE), crop.InnerLLMPruning(KEEP)
+POOLED, ILP = crop.DiverseCompression(KEEP**POOL_SHARE), crop.InnerLLMPruning(KEEP)
 
 
 class Everything(crop.EncoderPruning):
@@ -54,9 +54,9 @@ class Everything(crop.EncoderPruning):
 
 METHODS: dict[str, crop.Method] = {
     "unpruned": Everything(),
-    "language model": crop.Compose(PLC, ILP, Everything()),
+    "language model": crop.Compose(POOLED, ILP, Everything()),
     "encoder": crop.EncoderPruning(),
-    "both": crop.Compose(PLC, ILP, crop.EncoderPruning()),
+    "both": crop.Compose(POOLED, ILP, crop.EncoderPruning()),
 }
 
 

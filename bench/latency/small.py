@@ -22,13 +22,13 @@ import transformers
 from tqdm import tqdm
 
 import crop
+from bench.accuracy.contenders import default_cut
 from bench.common import header, save, table
 from bench.latency.e2e import localize
 from bench.latency.e2e.geometries import Geometry, Shrink
 from bench.latency.e2e.workload import Model, Workload, make
 from crop import embedded
 from crop.embedded import scenes
-from crop.methods.registry import POOL_SHARE
 
 KEEP, SLACK = 0.11, 0.02
 SIZES = [  # decoder layers, width, tokens per side, batch
@@ -68,8 +68,8 @@ def embedded_model() -> Model:
 
 def both(work: Workload) -> crop.Method:
     """Both stages; the cut is inside the decoder, however few its layers."""
-    layer = min(2, len(work.model.decoder.layers) - 1)
-    return crop.Compose(crop.PreLLMCompression(keep=KEEP**POOL_SHARE), crop.InnerLLMPruning(keep=KEEP, layer=layer))
+    layer = min(default_cut(work.model.model), len(work.model.decoder.layers) - 1)
+    return crop.by_name("crop", KEEP).with_layer(layer)
 
 
 def arms(work: Workload) -> dict[str, Callable[[], Any]]:

@@ -113,8 +113,8 @@ def test_in_equal_time_a_rival_keeps_as_much_as_it_can():
     times = {
         "both, predicted|0.11|average": 0.6,
         "uniform|0.11|average": 0.4,
-        "uniform|0.5|average": 0.6,
-        "uniform|0.7|average": 0.61,
+        "uniform|0.5|average": 0.62,  # as good as the same
+        "uniform|0.7|average": 0.64,
     }
     times = {job: {"ms": 1.0, "ratio": ratio} for job, ratio in times.items()}
     lead, *_ = summary.leads(rows + large + larger, ["both, predicted"], ["uniform", "tome"], times)
