@@ -24,7 +24,6 @@ from crop.cli.ask import Asker
 from crop.geometry.region import Region
 from crop.localizers import Localizer
 from crop.localizers.vision_cache import cache_vision
-from crop.methods import Compose, Method
 from crop.patching.patch import patch
 
 
@@ -188,7 +187,7 @@ def run(
             known[row["item"]] = Region(tuple(map(tuple, row["boxes"])), row["confidence"])
     journal = Journal(folder, index)
     # Rows that may share one pass of the vision tower first: those that ask it for its attention need passes of their own.
-    shared = [job for job in jobs if job.contender.prepare is None and not _watches_tower(job.method)]
+    shared = [job for job in jobs if job.contender.prepare is None and not (job.method and job.method.observes)]
     alone = [job for job in jobs if job not in shared]
     mine = items[index::count]
     with tqdm(total=len(mine) * len(jobs), unit="answer", disable=None, position=index) as progress:
@@ -204,13 +203,6 @@ def run(
                             where = [region_of(job, item, known) for item in open_items]
                             journal.add(ask_batch(asker, job, open_items, where, max_new_tokens))
                         progress.update(len(part))
-
-
-def _watches_tower(method: Method | None) -> bool:
-    """Whether a method reads attention in the vision tower."""
-    if isinstance(method, Compose):
-        return _watches_tower(method.plc)
-    return method is not None and type(method).observe is not Method.observe
 
 
 def region_of(job: Job, item: Item, known: dict[str, Region]) -> Region:

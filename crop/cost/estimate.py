@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from crop.cost.encoder import EncoderGeometry
 from crop.cost.geometry import DecoderGeometry
-from crop.cost.speed import Speed, layer_host_seconds, measure_speed
+from crop.cost.speed import Speed, deciding_seconds, layer_host_seconds, measure_speed
 from crop.geometry.layout import VisionLayout
 from crop.geometry.pieces import Encoding, Pieces
 from crop.geometry.region import Region
@@ -132,7 +132,7 @@ def estimate(
     real = [found.valid.sum(1).tolist()] * len(lengths)
     before = replace(work.cost(found, real, whole), tokens=[float(len(image.layout)) for image in found.images])
     taken = [image.encoding for image in found.images] if planner.method.encodes else whole
-    after, own = work.cost(found, lengths, taken), _own_seconds(found, work.decoder, work.speed, lengths)
+    after, own = work.cost(found, lengths, taken), work.own_seconds(found, lengths)
     after = replace(after, decoder_seconds=after.decoder_seconds + own)
     look = None if localizer is None else work.look(localizer)
     # The patch's work counts twice: measured alone it is quicker than among the layers, and it is surely paid.
@@ -226,6 +226,20 @@ class _Work:
             launched,
         )
 
+    def own_seconds(self, plan: BatchPlan, lengths: list[list[int]]) -> float:
+        """Of the patch: planning, hooks, operators, scores, and what features decide."""
+        speed, layers, steps = self.speed, self.decoder.layers, len(plan.prunes) + (plan.pool is not None)
+        seconds = speed.image * len(plan.images) + speed.hook * (len(layers) + 8) + speed.step * steps
+        for number, step in plan.prunes.items():
+            if step.rows is not None:
+                layer = layers[number - 1]
+                scored = step.rows.shape[1] * sum(lengths[number - 1][sample] for sample in step.owners)
+                # Logits once, no half of them spared; exponentials weigh as much again.
+                seconds += speed.attention * 2 * 2 * 2.0 * layer.num_heads * layer.head_dim * scored
+        if plan.features and self.device.type != "meta" and not self.planner.method.observes:
+            seconds += deciding_seconds(plan, self.decoder.hidden, self.device, self.planner.language_model.dtype)
+        return seconds
+
     def look(self, localizer: Any) -> Cost:
         """Of a localizer that looks with the model, at every image by itself; see ``Glance``."""
         glance: Glance | None = getattr(localizer, "glance", None)
@@ -246,16 +260,3 @@ class _Work:
         names = ("encoder_flops", "decoder_flops", "encoder_seconds", "decoder_seconds")
         return replace(costs[0], tokens=[one for cost in costs for one in cost.tokens], kv_bytes=0,
                        **{name: sum(getattr(cost, name) for cost in costs) for name in names})  # fmt: skip
-
-
-def _own_seconds(plan: BatchPlan, geometry: DecoderGeometry, speed: Speed, lengths: list[list[int]]) -> float:
-    """Of the patch: planning, hooks, operators, scores."""
-    steps = len(plan.prunes) + (plan.pool is not None)
-    seconds = speed.image * len(plan.images) + speed.hook * (len(geometry.layers) + 8) + speed.step * steps
-    for number, step in plan.prunes.items():
-        if step.rows is not None:
-            layer = geometry.layers[number - 1]
-            scored = step.rows.shape[1] * sum(lengths[number - 1][sample] for sample in step.owners)
-            # Logits once, no half of them spared; exponentials weigh as much again.
-            seconds += speed.attention * 2 * 2 * 2.0 * layer.num_heads * layer.head_dim * scored
-    return seconds

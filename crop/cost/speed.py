@@ -19,7 +19,8 @@ from crop.cost.geometry import DecoderGeometry, LayerGeometry
 from crop.geometry.layout import VisionLayout
 from crop.geometry.region import Region
 from crop.methods.registry import by_name
-from crop.patching.batch_plan import plan_batch
+from crop.patching.batch_plan import BatchPlan, plan_batch
+from crop.patching.feature_pooling import settle
 
 SIZES = (16, 64, 256, 1024)  # tokens at which matrices are timed
 
@@ -135,6 +136,19 @@ def _step_seconds(geometry: DecoderGeometry, device: torch.device, dtype: torch.
             ops.compact([hidden], kept)
 
     return _seconds(once, device)
+
+
+def deciding_seconds(plan: BatchPlan, hidden: int, device: torch.device, dtype: torch.dtype) -> float:
+    """What a plan leaves to features, decided by made-up ones of the same sizes.
+
+    Args:
+        plan: on the CPU, of a method that observes nothing in the vision tower. hidden: width of the decoder.
+    """
+    batch, length = plan.valid.shape
+    features = torch.arange(batch * length * hidden, device=device, dtype=torch.float32).sin_()
+    embeds, placed = features.view(batch, length, hidden).to(dtype), plan.to(device)
+    with torch.no_grad():
+        return _seconds(lambda: settle(placed, embeds, None), device, rounds=2)
 
 
 def _seconds(call: Callable[[], Any], device: torch.device, rounds: int = 3) -> float:

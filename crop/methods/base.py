@@ -224,6 +224,11 @@ class Method:
         """Whether it can leave parts of a picture out of the encoder."""
         return type(self).encode is not Method.encode
 
+    @property
+    def observes(self) -> bool:
+        """Whether it reads attention in the vision tower."""
+        return type(self).observe is not Method.observe
+
     def with_layer(self, default: int) -> Method:
         """This method with ``default`` in the place of ``layer="auto"``."""
         if self.layer != "auto":

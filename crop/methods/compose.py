@@ -91,7 +91,7 @@ class Compose(Method):
                 "layer) alone, and encoder leave out parts of a picture (override encode) alone, two of them at least, got "
                 + ", ".join(f"{name}={stage!r}" for name, stage in given.items())
             )
-        if self.encoder is not None and self.plc is not None and type(self.plc).observe is not Method.observe:
+        if self.encoder is not None and self.plc is not None and self.plc.observes:
             raise TypeError(f"Compose: plc must not observe the encoder that another stage prunes, got {self.plc!r}")
 
     cuts = property(lambda self: () if self.ilp is None else self.ilp.cuts)
@@ -100,6 +100,7 @@ class Compose(Method):
     rope = property(lambda self: (self.ilp or Method).rope)
     pool_mode = property(lambda self: (self.plc or Method).pool_mode)
     encodes = property(lambda self: self.encoder is not None)
+    observes = property(lambda self: self.plc is not None and self.plc.observes)
 
     def with_layer(self, default: int) -> Compose:
         """``ilp`` with ``default`` in the place of ``layer="auto"``."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,6 +89,30 @@ def test_advice_follows_the_speed(
     found = crop.estimate(model, inputs, crop.InnerLLMPruning(0.25, layer=1), regions(inputs))
     assert found.prune is prunes
     assert found.advice.startswith("prune" if prunes else "do not prune")
+
+
+@pytest.mark.fast
+def test_deciding_by_features_is_counted(prompt: tuple[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = prompt
+    monkeypatch.setattr(module, "measure_speed", lambda *_: Speed(**FREE | dict(matrices=(0.0,) * 4)))
+    waits, state = [], torch.get_rng_state()
+
+    class Slow(crop.DiverseCompression):
+        def plan(self, layout: crop.VisionLayout, region: crop.Region) -> Any:
+            found = super().plan(layout, region)
+
+            def decide(*given: Any) -> Any:
+                waits.append(time.sleep(0.01))
+                return found.decide(*given)
+
+            return dataclasses.replace(found, decide=decide)
+
+    seconds = [crop.estimate(model, inputs, one(keep=0.5), regions(inputs)).after.decoder_seconds
+               for one in (crop.PreLLMCompression, crop.DiverseCompression, Slow)]  # fmt: skip
+    assert seconds[0] == 0 < seconds[1] and seconds[2] > 0.01 * len(inputs["input_ids"]) and len(waits) >= 4
+    assert torch.equal(torch.get_rng_state(), state)
+    watching = crop.by_name("vispruner", 0.5)  # reads attention of a tower that does not run
+    assert watching.observes and crop.estimate(model, inputs, watching, regions(inputs)).after.decoder_seconds == 0
 
 
 GPU = Speed(**FREE | dict(matrices=tuple(size * 1e-7 for size in (16, 64, 256, 1024)), image=1e-4, step=1e-4))
