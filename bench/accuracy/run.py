@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import random
 from collections import defaultdict
@@ -33,10 +34,11 @@ def shard() -> tuple[int, int]:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All results of a folder, of every process; a line that a kill cut short is left out."""
+    """All results of a folder, of every process, packed ones (.xz) too; a line that a kill cut short is left out."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for path in sorted(folder.glob("answers.*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+    for path in sorted(folder.glob("answers.*.jsonl*")):
+        data = path.read_bytes()
+        for line in (lzma.decompress(data) if path.suffix == ".xz" else data).decode(errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import sys
 from contextlib import contextmanager
 from itertools import islice
@@ -204,6 +205,12 @@ def test_a_killed_run_goes_on_and_shards_join(asker, tmp_path, monkeypatch):
     again = {(row["job"], row["item"]): row for row in running.read(killed)}
     assert 0 < before < len(complete) and again == complete
     assert len((killed / "answers.0.jsonl").read_text().splitlines()) == len(complete) + 1  # and the torn line
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (packed / "answers.old.jsonl.xz").write_bytes(lzma.compress(text.encode()))
+    running.run(asker, wanted, items, localizer, packed, batch=3)
+    assert {(row["job"], row["item"]): row for row in running.read(packed)} == complete
+    assert (packed / "answers.0.jsonl").read_text() == ""  # nothing was left to ask
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
