@@ -114,7 +114,9 @@ def estimate(
         plan: removed, must stay True.
     Returns:
         Estimate: of encoder and decoder. Tokens and FLOPs are exact (those of sliding windows an upper bound), seconds come
-        from constants of this device that are measured at first use (``measure_speed``, a fraction of a second).
+        from constants of this device that are measured at first use (``measure_speed``, a fraction of a second); pooling that
+        features decide is timed at every call on made-up ones, but for methods that observe the vision tower, where it counts
+        as nothing.
     Raises:
         TypeError, ValueError: as ``patch``; ValueError: the prompt holds no image; a localizer that looks with no model, or
             no ``image_size`` for one that does.
