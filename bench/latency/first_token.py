@@ -33,7 +33,6 @@ from crop.cost.geometry import DecoderGeometry
 from crop.geometry.pieces import Encoding
 from crop.localizers.coarse import small_copy
 from crop.methods.encoder import OverviewOnly
-from crop.methods.registry import POOL_SHARE
 from crop.models.anyres import anyres_layout
 from crop.patching.planner import Planner
 
@@ -42,7 +41,7 @@ REGIONS = [  # a tenth of the picture, at nine places
     crop.Region.box(x, y, x + 0.4, y + 0.25) for x in (0.03, 0.3, 0.57) for y in (0.04, 0.37, 0.7)
 ]
 KEEP, TIMES = 0.11, 4
-POOLED, ILP = crop.DiverseCompression(KEEP**POOL_SHARE), crop.InnerLLMPruning(KEEP)
+SHIPPED = crop.by_name("crop", KEEP)
 
 
 class Everything(crop.EncoderPruning):
@@ -54,9 +53,9 @@ class Everything(crop.EncoderPruning):
 
 METHODS: dict[str, crop.Method] = {
     "unpruned": Everything(),
-    "language model": crop.Compose(POOLED, ILP, Everything()),
+    "language model": crop.Compose(SHIPPED.plc, SHIPPED.ilp, Everything()),
     "encoder": crop.EncoderPruning(),
-    "both": crop.Compose(POOLED, ILP, crop.EncoderPruning()),
+    "both": crop.by_name("crop", KEEP, encoder=True),
 }
 
 
